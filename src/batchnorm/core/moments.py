@@ -1,0 +1,108 @@
+"""Masked moments in two centring steps (S2, S3), and their merging (S14)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from batchnorm.core.namespace import Array, Namespace, select
+
+
+class Moments(NamedTuple):
+    """Number of real rows, their mean and their biased variance; 0 where there are none."""
+
+    count: Array
+    mean: Array
+    var: Array
+
+
+class Centred(NamedTuple):
+    """x after centring, with what the passes behind it need.
+
+    The mean of float32 data at a large offset does not fit in one float32, so it stays the sum
+    of two (S3). Squares are taken of scaled deviations: they overflow and underflow for no
+    finite x, nor do the powers of rstd that differentiation makes of them.
+    """
+
+    count: Array  # real rows
+    anchor: Array  # first mean, a constant
+    shift: Array  # mean of x - anchor
+    scale: Array  # a constant of the size of the deviations
+    deviation: Array  # (x - mean) / scale, 0 at padded rows
+    power: Array  # mean of deviation²
+
+    @property
+    def mean(self) -> Array:
+        """The mean, rounded to x's working precision."""
+        return self.anchor + self.shift
+
+    @property
+    def var(self) -> Array:
+        """The biased variance."""
+        return (self.power * self.scale) * self.scale
+
+    @property
+    def moments(self) -> Moments:
+        """The same as plain moments."""
+        return Moments(self.count, self.mean, self.var)
+
+
+def centre(
+    x: Array, mask: Array | None, axes: Sequence[int], *, eps: float, xp: Namespace
+) -> Centred:
+    """Centre x over `axes` at real rows.
+
+    Args:
+        x: working view, float32 or float64.
+        mask: boolean, broadcastable to x, or None.
+        axes: the axes to reduce over; they are kept with size 1.
+        eps: as in rstd; bounds the scale from below.
+        xp: array namespace.
+
+    Source: S2, S3.
+    """
+    count, weight = _count(x, mask, axes, xp)
+    # The mean comes out of the sum itself: a compiler that contracts `x - total * weight` into a
+    # fused operation in one loop and not in another would centre the two loops differently.
+    anchor = _sum(select(mask, x, 0.0, xp) * weight, axes, xp)
+    anchor = xp.stop_gradient(anchor)  # x - mean does not depend on it
+    deviation = select(mask, x - anchor, 0.0, xp)
+    shift = _sum(deviation, axes, xp) * weight
+    deviation = select(mask, deviation - shift, 0.0, xp)
+    spread = _sum(xp.abs(xp.stop_gradient(deviation)), axes, xp) * weight + math.sqrt(eps)
+    scale = xp.where(spread > 0, spread, 1.0)
+    deviation = deviation * (1.0 / scale)
+    power = _sum(xp.square(deviation), axes, xp) * weight
+    return Centred(xp.zeros_like(power) + count, anchor, shift, scale, deviation, power)
+
+
+def _count(
+    x: Array, mask: Array | None, axes: Sequence[int], xp: Namespace
+) -> tuple[Array | float, Array | float]:
+    """Real rows behind each statistic, and the weight of one of them in a mean."""
+    sizes = tuple(x.shape)
+    if mask is None:
+        rows = math.prod([sizes[a] for a in axes])
+        return float(rows), 1.0 / max(rows, 1)
+    repeats = math.prod([sizes[a] for a in axes if mask.shape[a] != sizes[a]])
+    count = _sum(xp.cast(mask, x.dtype), axes, xp) * float(repeats)
+    return count, 1.0 / xp.where(count > 0, count, 1.0)
+
+
+def merge_moments(parts: Moments, axis: int, xp: Namespace) -> Moments:
+    """Moments of the union of parts stacked along `axis`; that axis is dropped.
+
+    Source: S14; Chan, Golub and LeVeque 1983, equation 2.1b, for any number of parts at once.
+    """
+    count = xp.sum(parts.count, axis=(axis,), keepdims=True)
+    weight = parts.count / xp.where(count > 0, count, 1.0)
+    mean = xp.sum(weight * parts.mean, axis=(axis,), keepdims=True)
+    spread = parts.var + xp.square(parts.mean - mean)
+    var = xp.sum(weight * spread, axis=(axis,), keepdims=True)
+    shape = tuple(n for a, n in enumerate(count.shape) if a != axis % len(count.shape))
+    return Moments(*(xp.reshape(a, shape) for a in (count, mean, var)))
+
+
+def _sum(a: Array, axes: Sequence[int], xp: Namespace) -> Array:
+    return xp.sum(a, axis=axes, keepdims=True)

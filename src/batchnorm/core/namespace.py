@@ -1,0 +1,40 @@
+"""What the core asks of an array library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+Array = Any
+"""An array of whichever library `xp` belongs to."""
+
+
+class Namespace(Protocol):
+    """The functions a front end supplies as `xp`.
+
+    All but the last two are spelled alike in numpy, torch, jax.numpy and TensorFlow's numpy
+    API, so a front end mostly re-exports its framework's own.
+    """
+
+    def sum(self, a: Array, *, axis: Sequence[int], keepdims: bool) -> Array: ...
+    def abs(self, a: Array) -> Array: ...
+    def sqrt(self, a: Array) -> Array: ...
+    def square(self, a: Array) -> Array: ...
+    def isfinite(self, a: Array) -> Array: ...
+    def where(self, condition: Array, a: Array, b: Array) -> Array: ...
+    def reshape(self, a: Array, shape: Sequence[int]) -> Array: ...
+    def zeros_like(self, a: Array) -> Array: ...
+    def ones_like(self, a: Array) -> Array: ...
+
+    def cast(self, a: Array, dtype: Any) -> Array:
+        """`a` in `dtype`."""
+        ...
+
+    def stop_gradient(self, a: Array) -> Array:
+        """`a` as a constant to differentiation."""
+        ...
+
+
+def select(mask: Array | None, a: Array, b: Array | float, xp: Namespace) -> Array:
+    """`a` at real rows, `b` at padded ones; selecting, because NaN · 0 is NaN (S2)."""
+    return a if mask is None else xp.where(mask, a, b)

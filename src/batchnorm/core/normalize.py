@@ -1,0 +1,142 @@
+"""Normalizing, scaling, offsetting, activating (S4, S6, S7, S13, S18)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from batchnorm.core.config import NEGATIVE_SLOPE
+from batchnorm.core.moments import Centred
+from batchnorm.core.namespace import Array, Namespace, select
+
+
+class Affine(NamedTuple):
+    """What x̂ meets on its way to the output, each None where it is not used (S4).
+
+    Per channel: gamma, beta, and renormalization's constants r and d (S11). Broadcastable
+    against x: the adjustment's scale s and offset t (S13).
+    """
+
+    gamma: Array | None = None
+    beta: Array | None = None
+    r: Array | None = None
+    d: Array | None = None
+    s: Array | None = None
+    t: Array | None = None
+
+    def map(self, function: object) -> Affine:
+        """The same with `function` applied to every array."""
+        return Affine(*(None if a is None else function(a) for a in self))  # type: ignore[operator]
+
+
+def normalize_batch(
+    x: Array,
+    centred: Centred,
+    mask: Array | None,
+    affine: Affine,
+    fallback: tuple[Array, Array],
+    *,
+    eps: float,
+    correction: int,
+    xp: Namespace,
+) -> Array:
+    """Normalize x by its own moments: every row gets a value, padded ones as constants.
+
+    Args:
+        x: working view.
+        centred: of the same x and mask.
+        mask: boolean, broadcastable to x, or None.
+        affine: what follows x̂.
+        fallback: mean and variance for channels and groups without real rows (S6).
+        eps: added to the variance.
+        correction: k, the normalizer's variance divides by count - k.
+        xp: array namespace.
+    """
+    factor = rstd_of_deviation(centred, eps=eps, correction=correction, xp=xp)
+    y = _apply(centred.deviation, factor, affine)
+    if mask is None:
+        return y
+    # All of padding's arithmetic is on constants, so that none of it reaches a gradient (S8).
+    factor, centred, affine = (
+        xp.stop_gradient(factor),
+        Centred(*(xp.stop_gradient(a) for a in centred)),
+        affine.map(xp.stop_gradient),
+    )
+    real = centred.count > 0
+    anchor = xp.where(real, centred.anchor, fallback[0])
+    shift = xp.where(real, centred.shift, 0.0)
+    factor = xp.where(real, factor / centred.scale, 1.0 / xp.sqrt(fallback[1] + eps))
+    affine = affine._replace(
+        r=None if affine.r is None else xp.where(real, affine.r, 1.0),
+        d=None if affine.d is None else xp.where(real, affine.d, 0.0),
+    )
+    padded = _apply((xp.stop_gradient(x) - anchor) - shift, factor, affine)
+    return xp.where(mask, y, padded)
+
+
+def normalize_running(
+    x: Array,
+    mean: Array,
+    var: Array,
+    mask: Array | None,
+    affine: Affine,
+    *,
+    eps: float,
+    xp: Namespace,
+) -> Array:
+    """Normalize x by statistics that are not its own; padded rows are constants (S3, S8)."""
+    rstd = 1.0 / xp.sqrt(var + eps)
+    y = _apply(select(mask, x, 0.0, xp) - mean, rstd, affine)
+    if mask is None:
+        return y
+    padded = _apply(xp.stop_gradient(x) - mean, rstd, affine.map(xp.stop_gradient))
+    return xp.where(mask, y, padded)
+
+
+def rstd_of_deviation(centred: Centred, *, eps: float, correction: int, xp: Namespace) -> Array:
+    """What turns `centred.deviation` into x̂: rstd times the scale."""
+    power = centred.power
+    if correction:
+        divisor = centred.count - float(correction)
+        power = power * (centred.count / xp.where(divisor > 0, divisor, 1.0))
+    # (sqrt(eps) / scale)² instead of eps / scale²: scale² may overflow or underflow.
+    return 1.0 / xp.sqrt(power + xp.square(math.sqrt(eps) / centred.scale))
+
+
+def activate(y: Array, residual: Array | None, activation: str | None, xp: Namespace) -> Array:
+    """act(y + residual); at exactly 0 the derivative is the negative side's (S18)."""
+    if residual is not None:
+        y = y + residual
+    if activation is None:
+        return y
+    # `y <= 0` rather than `y > 0`, so that NaN stays NaN.
+    return xp.where(y <= 0, y * NEGATIVE_SLOPE if activation == "leaky_relu" else 0.0, y)
+
+
+def activation_gradient(dy: Array, y: Array, activation: str | None, xp: Namespace) -> Array:
+    """act'(·)·dy, from the activation's output y (S18)."""
+    if activation is None:
+        return dy
+    return xp.where(y <= 0, dy * NEGATIVE_SLOPE if activation == "leaky_relu" else 0.0, dy)
+
+
+def _apply(deviation: Array, factor: Array, affine: Affine) -> Array:
+    """((deviation·factor·r + d)·s + t)·gamma + beta; without s and t in one pass over x."""
+    gamma, beta, r, d, s, t = affine
+    factor = _times(factor, r)
+    if s is None and t is None:
+        return _plus(deviation * _times(factor, gamma), _plus(_times(d, gamma), beta))
+    z = _plus(_times(_plus(deviation * factor, d), s), t)
+    return _plus(_times(z, gamma), beta)
+
+
+def _times(a: Array | None, b: Array | None) -> Array | None:
+    """a·b, where None as b is 1 and None as a is 0."""
+    return a if a is None or b is None else a * b
+
+
+def _plus(a: Array | None, b: Array | None) -> Array | None:
+    """a + b, where None is 0."""
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b

@@ -1,0 +1,143 @@
+"""Running statistics and batch renormalization (S9-S12)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from batchnorm.core.config import Options, Renorm
+from batchnorm.core.moments import Centred
+from batchnorm.core.namespace import Array, Namespace
+
+
+class Running(NamedTuple):
+    """What a layer keeps, per channel; the last three with renormalization only (S11).
+
+    `batches` counts the training steps that updated something; only the cumulative average
+    needs it.
+    """
+
+    mean: Array
+    var: Array
+    batches: Array | None = None
+    stddev: Array | None = None
+    renorm_mean: Array | None = None
+    renorm_stddev: Array | None = None
+
+
+class BatchAverage(NamedTuple):
+    """One step's moments as the running statistics see them: ghost groups averaged (S12)."""
+
+    usable: Array  # boolean: counted something, and all of it finite (S9)
+    centred: Centred
+    weight: Array  # of a group in the average
+    axis: int | None  # of the groups
+
+    def of(self, a: Array, xp: Namespace) -> Array:
+        """The average of a per-group statistic over the groups that are not empty."""
+        if self.axis is None:
+            return a
+        return xp.sum(a * self.weight, axis=(self.axis,), keepdims=True)
+
+
+def average_groups(centred: Centred, axis: int | None, xp: Namespace) -> BatchAverage:
+    """Average the groups along `axis` (None: a single group), and judge what they are worth."""
+    present = centred.count > 0
+    finite = xp.isfinite(centred.mean) & xp.isfinite(centred.var)
+    if axis is None:
+        return BatchAverage(present & finite, centred, xp.ones_like(centred.var), None)
+    one, zero = xp.ones_like(centred.var), xp.zeros_like(centred.var)
+    groups = xp.sum(xp.where(present, one, zero), axis=(axis,), keepdims=True)
+    poisoned = xp.sum(xp.where(finite, zero, one), axis=(axis,), keepdims=True)
+    weight = xp.where(present, one, zero) / xp.where(groups > 0, groups, 1.0)
+    return BatchAverage((groups > 0) & (poisoned == 0), centred, weight, axis)
+
+
+def renorm_correction(
+    average: BatchAverage, running: Running, renorm: Renorm, *, eps: float, xp: Namespace
+) -> tuple[Array, Array]:
+    """r and d, constants that map batch-normalized values to the moving statistics (S11)."""
+    floor = math.sqrt(eps)
+    reference = xp.where(running.renorm_stddev < floor, floor, running.renorm_stddev)
+    centred = average.centred
+    stddev = xp.sqrt(average.of(centred.var, xp) + eps)
+    # Anchor first: at a large offset the difference of the rounded means would be mostly noise.
+    offset = average.of((centred.anchor - running.renorm_mean) + centred.shift, xp)
+    r = _clip(stddev / reference, renorm.rmin, renorm.rmax, xp)
+    d = _clip(offset / reference, -renorm.dmax, renorm.dmax, xp)
+    counted = average.of(centred.count, xp) > 0
+    r, d = xp.where(counted, r, 1.0), xp.where(counted, d, 0.0)
+    return xp.stop_gradient(r), xp.stop_gradient(d)
+
+
+def update_running(
+    running: Running, average: BatchAverage, options: Options, axes: Sequence[int], xp: Namespace
+) -> Running:
+    """The running statistics after a training step.
+
+    Args:
+        running: before the step, each array broadcastable to the batch's statistics.
+        average: the step's moments.
+        options: decay, eps, unbiased, renorm.
+        axes: every axis of the per-channel arrays, to ask whether any channel was updated.
+        xp: array namespace.
+
+    Source: S9, S10, S11, S12.
+    """
+    usable, centred = average.usable, average.centred
+    mean, var = average.of(centred.mean, xp), average.of(centred.var, xp)
+    batches = _count_batch(running.batches, usable, axes, xp)
+    decay = _decay(options.decay, batches, mean.dtype, xp)
+
+    def move(old: Array, new: Array, decay: Array = decay) -> Array:
+        return xp.where(usable, decay * old + (1.0 - decay) * new, old)
+
+    if options.renorm is None:
+        if options.unbiased:
+            var = average.of(_unbiased(centred, xp), xp)
+        return running._replace(
+            mean=move(running.mean, mean), var=move(running.var, var), batches=batches
+        )
+    deviation = xp.sqrt(var + options.eps)
+    stddev = move(running.stddev, deviation)
+    variance = xp.square(stddev) - options.eps
+    return Running(
+        mean=move(running.mean, mean),
+        var=xp.where(usable, xp.where(variance > 0, variance, 0.0), running.var),
+        batches=batches,
+        stddev=stddev,
+        renorm_mean=move(running.renorm_mean, mean, options.renorm.decay),
+        renorm_stddev=move(running.renorm_stddev, deviation, options.renorm.decay),
+    )
+
+
+def _count_batch(
+    batches: Array | None, usable: Array, axes: Sequence[int], xp: Namespace
+) -> Array | None:
+    """One batch more, if at least one channel was updated."""
+    if batches is None:
+        return None
+    one, zero = xp.ones_like(batches), xp.zeros_like(batches)
+    updated = xp.sum(xp.where(usable, one, zero), axis=axes, keepdims=False)
+    return batches + xp.where(updated > 0, one, zero)
+
+
+def _decay(decay: float | None, batches: Array | None, dtype: Any, xp: Namespace) -> Array:
+    """The weight of the old value; in the cumulative average 1 - 1 / t after t batches."""
+    if decay is not None:
+        return decay
+    steps = xp.cast(batches, dtype)
+    return 1.0 - 1.0 / xp.where(steps > 0, steps, 1.0)
+
+
+def _unbiased(centred: Centred, xp: Namespace) -> Array:
+    """The unbiased variance of each group; biased at count 1 (S10)."""
+    count = centred.count
+    factor = xp.where(count > 1, count / xp.where(count > 1, count - 1.0, 1.0), 1.0)
+    return centred.var * factor
+
+
+def _clip(a: Array, low: float, high: float, xp: Namespace) -> Array:
+    """`a` within [low, high]; NaN stays NaN."""
+    return xp.where(a < low, low, xp.where(a > high, high, a))

@@ -1,0 +1,26 @@
+"""What is installed and in use."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from batchnorm.kernels.select import extension_status
+
+_PACKAGES = ("batchnorm", "numpy", "torch", "jax", "flax", "keras", "tensorflow", "tensorflow-cpu")
+
+
+def show_config() -> None:
+    """Print versions and the kernels in use; imports no framework.
+
+    Source: architecture, public names.
+    """
+    print(f"python      {platform.python_version()} ({platform.machine()}, {platform.system()})")
+    for name in _PACKAGES:
+        try:
+            print(f"{name:<11} {version(name)}")
+        except PackageNotFoundError:
+            if name != "tensorflow-cpu":
+                print(f"{name:<11} not installed")
+    status = extension_status()
+    print(f"kernels     {status.kernel or f'plain array code: {status.reason}'}")

@@ -1,0 +1,1 @@
+"""Fast versions of the passes over memory that `batchnorm.core` writes in array code."""

@@ -1,0 +1,282 @@
+"""The specification in float64 numpy: the oracle that every other path is tested against."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from batchnorm.core import config
+from batchnorm.core.backward import backward_batch, backward_running
+from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
+from batchnorm.core.layout import Layout, check_per_channel, make_layout
+from batchnorm.core.moments import Moments
+from batchnorm.core.namespace import Namespace
+from batchnorm.core.running import Running
+
+__all__ = ["batch_norm", "batch_norm_gradient"]
+
+
+class _NumpyNamespace:
+    """numpy as the core's `xp`."""
+
+    sum = staticmethod(np.sum)
+    abs = staticmethod(np.abs)
+    sqrt = staticmethod(np.sqrt)
+    square = staticmethod(np.square)
+    isfinite = staticmethod(np.isfinite)
+    where = staticmethod(np.where)
+    reshape = staticmethod(np.reshape)
+    zeros_like = staticmethod(np.zeros_like)
+    ones_like = staticmethod(np.ones_like)
+
+    @staticmethod
+    def cast(a: Any, dtype: Any) -> Any:
+        return np.asarray(a).astype(dtype)
+
+    @staticmethod
+    def stop_gradient(a: Any) -> Any:
+        return a
+
+
+XP = cast(Namespace, _NumpyNamespace)
+
+
+def batch_norm(
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    mask: Any = None,
+    axis: int | tuple[int, ...] = -1,
+    eps: float = 1e-5,
+    training: bool = True,
+    running_mean: Any = None,
+    running_var: Any = None,
+    virtual_batch_size: int | None = None,
+    renorm_mean: Any = None,
+    renorm_stddev: Any = None,
+    renorm_clipping: dict[str, float] | None = None,
+    adjustment: config.Adjustment | None = None,
+    residual: Any = None,
+    activation: str | None = None,
+) -> tuple[Any, Moments]:
+    """Normalize x over every axis that is not a channel axis, in float64.
+
+    Args:
+        x: real floating array of any shape with at least one axis beside the channel axes.
+        gamma: scale, of the channel axes' sizes (one axis: `(C,)`); None is 1.
+        beta: offset, shaped like gamma; None is 0.
+        mask: True or non-zero marks real rows, the rest is padding: shape of x without its
+            channel axes, a prefix of that, or x's rank with sizes of x or 1 (S1).
+        axis: channel axis or axes.
+        eps: added to the variance, at least 0.
+        training: normalize by x's own moments; False: by the running statistics, or by x's own
+            moments if there are none.
+        running_mean: shaped like gamma; in training it serves channels without real rows (S6).
+        running_var: like running_mean; both or neither.
+        virtual_batch_size: samples of one ghost batch (S12); training only.
+        renorm_mean: moving mean of batch renormalization (S11); training only.
+        renorm_stddev: moving standard deviation of it; both or neither.
+        renorm_clipping: any of rmin, rmax, dmax.
+        adjustment: function of x's shape that returns (s, t) (S13); training only.
+        residual: added before the activation, of x's shape (S18).
+        activation: None, "relu" or "leaky_relu" (S18).
+
+    Returns:
+        y of x's shape, and the batch's `Moments(count, mean, var)`, shaped like gamma (with
+        ghost batches `(groups, ...)`; zeros when not normalizing by the batch). float64.
+
+    Raises:
+        TypeError: an integer or complex x, a floating mask, an option of the wrong type.
+        ValueError: shapes or options that do not fit.
+
+    Source: S1-S8, S11-S13, S18; Ioffe and Szegedy 2015, algorithm 1.
+
+    >>> import numpy as np
+    >>> y, moments = batch_norm([[1.0], [3.0], [99.0]], mask=[True, True, False], eps=0.0)
+    >>> y[:2].ravel().tolist(), moments.mean.tolist(), moments.var.tolist()
+    ([-1.0, 1.0], [2.0], [1.0])
+    """
+    call = _prepare("batch_norm", **locals())
+    y = _run(call)
+    if isinstance(y, Outcome):
+        return y.y, y.moments
+    zeros = np.zeros(call.layout.channels)
+    return y, Moments(zeros, zeros, zeros)
+
+
+def batch_norm_gradient(
+    dy: Any,
+    x: Any,
+    gamma: Any = None,
+    beta: Any = None,
+    *,
+    mask: Any = None,
+    axis: int | tuple[int, ...] = -1,
+    eps: float = 1e-5,
+    training: bool = True,
+    running_mean: Any = None,
+    running_var: Any = None,
+    virtual_batch_size: int | None = None,
+    renorm_mean: Any = None,
+    renorm_stddev: Any = None,
+    renorm_clipping: dict[str, float] | None = None,
+    adjustment: config.Adjustment | None = None,
+    residual: Any = None,
+    activation: str | None = None,
+) -> tuple[Any, Any, Any]:
+    """The gradient of `batch_norm`'s y, in float64 and closed form.
+
+    Args:
+        dy: gradient with respect to y, of x's shape; ignored at padded rows.
+        x: as in `batch_norm`, like every further argument.
+        gamma: as in `batch_norm`.
+        beta: as in `batch_norm`; matters only with an activation.
+        residual: as in `batch_norm`; its own gradient is the one that reaches the activation.
+        activation: as in `batch_norm`.
+        **options: mask, axis, eps and whatever else `batch_norm` takes.
+
+    Returns:
+        dx of x's shape, zero at padded rows; dgamma and dbeta, shaped like gamma. float64.
+
+    Raises:
+        TypeError: as `batch_norm`.
+        ValueError: as `batch_norm`; dy's shape is not x's.
+
+    Source: S8.
+
+    >>> dx, dgamma, dbeta = batch_norm_gradient([[1.0], [0.0]], [[1.0], [3.0]], eps=0.0)
+    >>> dx.ravel().tolist(), dgamma.tolist(), dbeta.tolist()
+    ([0.0, 0.0], [-1.0], [1.0])
+    """
+    arguments = dict(locals())
+    del arguments["dy"]
+    call = _prepare("batch_norm_gradient", **arguments)
+    dy = _like_x(call.owner, "dy", dy, call.layout.shape)
+    result = _run(call)
+    settings: dict[str, Any] = {"owner": call.owner, "xp": XP}
+    with np.errstate(invalid="ignore", over="ignore"):
+        if isinstance(result, Outcome):
+            found = backward_batch(dy, call.inputs, result, call.layout, call.options, **settings)
+        else:
+            found = backward_running(
+                dy, result, call.inputs, call.running, call.layout, call.options, **settings
+            )
+    return found.dx, found.dgamma, found.dbeta
+
+
+class _Call(NamedTuple):
+    """Checked arguments of a reference function."""
+
+    owner: str
+    inputs: Inputs
+    running: Any  # Running, or None
+    layout: Layout
+    options: config.Options
+    by_running: bool
+
+
+def _run(call: _Call) -> Any:
+    """y by the running statistics, or the Outcome by the batch's own."""
+    forward: Any = forward_running if call.by_running else forward_batch
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf in x are data, not errors
+        return forward(
+            call.inputs,
+            call.running,
+            call.layout,
+            call.options,
+            owner=call.owner,
+            xp=XP,
+        )
+
+
+def _prepare(
+    owner: str,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    mask: Any,
+    axis: Any,
+    eps: Any,
+    training: Any,
+    running_mean: Any,
+    running_var: Any,
+    virtual_batch_size: Any,
+    renorm_mean: Any,
+    renorm_stddev: Any,
+    renorm_clipping: Any,
+    adjustment: Any,
+    residual: Any,
+    activation: Any,
+) -> _Call:
+    training = config.check_flag(owner, "training", training)
+    size = config.check_virtual_batch_size(owner, virtual_batch_size)
+    adjustment = config.check_adjustment(owner, adjustment, size)
+    _check_pair(owner, running_mean=running_mean, running_var=running_var)
+    _check_pair(owner, renorm_mean=renorm_mean, renorm_stddev=renorm_stddev)
+    x = _floating(owner, "x", x)
+    layout = make_layout(owner, x.shape, axis, size if training else None)
+    options = config.Options(
+        eps=config.check_number(owner, "eps", eps, 0.0),
+        renorm=config.check_renorm(owner, renorm_mean is not None, renorm_clipping, 1.0),
+        activation=config.check_activation(owner, activation),
+    )
+
+    def per_channel(**named: Any) -> list[Any]:
+        arrays = {n: None if a is None else _floating(owner, n, a) for n, a in named.items()}
+        for name, array in arrays.items():
+            check_per_channel(owner, name, array, layout)
+        return list(arrays.values())
+
+    s, t = adjustment(layout.shape) if training and adjustment is not None else (None, None)
+    inputs = Inputs(
+        x,
+        _boolean(owner, mask),
+        *per_channel(gamma=gamma, beta=beta),
+        residual=None if residual is None else _like_x(owner, "residual", residual, x.shape),
+        s=None if s is None else np.asarray(s, np.float64),
+        t=None if t is None else np.asarray(t, np.float64),
+    )
+    mean, var = per_channel(running_mean=running_mean, running_var=running_var)
+    r_mean, r_stddev = per_channel(renorm_mean=renorm_mean, renorm_stddev=renorm_stddev)
+    if mean is None and r_mean is not None:
+        mean, var = np.zeros(layout.channels), np.ones(layout.channels)
+    running = None if mean is None else Running(mean, var, None, r_stddev, r_mean, r_stddev)
+    return _Call(owner, inputs, running, layout, options, not training and mean is not None)
+
+
+def _floating(owner: str, name: str, a: Any) -> Any:
+    array = np.asarray(a)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(
+            f"{owner}: {name} must be a real floating array; got dtype {array.dtype}. "
+            "Convert it, for instance with np.asarray(a, np.float64)."
+        )
+    return array.astype(np.float64)
+
+
+def _like_x(owner: str, name: str, a: Any, shape: tuple[int, ...]) -> Any:
+    array = _floating(owner, name, a)
+    if array.shape != shape:
+        raise ValueError(f"{owner}: {name} must have x's shape {shape}; got {array.shape}.")
+    return array
+
+
+def _boolean(owner: str, mask: Any) -> Any:
+    if mask is None:
+        return None
+    array = np.asarray(mask)
+    if array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(
+            f"{owner}: mask must be boolean or integer; got dtype {array.dtype}. "
+            "Compare it with 0 first: mask != 0."
+        )
+    return array != 0
+
+
+def _check_pair(owner: str, **pair: Any) -> None:
+    (first, a), (second, b) = pair.items()
+    if (a is None) != (b is None):
+        missing, given = (first, second) if a is None else (second, first)
+        raise ValueError(f"{owner}: {given} needs {missing} beside it; got None. Give both.")

@@ -1,0 +1,26 @@
+"""Batch normalization for PyTorch: drop-in layers, a function, and conversion of whole models."""
+
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "batchnorm.torch needs PyTorch, which is not installed; "
+        "install it with: pip install 'batchnorm[torch]'"
+    ) from error
+
+from batchnorm.torch.convert import convert_batchnorm, revert_batchnorm
+from batchnorm.torch.functional import RenormStatistics, batch_norm
+from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.torch.masking import padding_mask
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "RenormStatistics",
+    "batch_norm",
+    "convert_batchnorm",
+    "padding_mask",
+    "revert_batchnorm",
+]

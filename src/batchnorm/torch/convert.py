@@ -1,0 +1,197 @@
+"""Exchanging the batch norms of a whole model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = ["convert_batchnorm", "revert_batchnorm"]
+
+_OURS: dict[type[nn.Module], type[BatchNorm]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+    nn.SyncBatchNorm: BatchNorm,
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items() if ours is not BatchNorm}
+_OPTIONS = ("virtual_batch_size", "renorm", "adjustment", "activation")
+
+
+def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
+    """Replace every torch batch norm inside `module` by this library's, in place.
+
+    Args:
+        module: any model, or a single batch norm.
+        **options: options of `BatchNorm` for all of them: eps, momentum, virtual_batch_size,
+            renorm, renorm_clipping, renorm_momentum, adjustment, activation, fused.
+
+    Parameters and buffers stay the very same objects (half-precision statistics become float32,
+    S16), so optimizers go on working; so do the training flag and all hooks. A layer used in
+    several places stays one layer. Masks reach the layers through `padding_mask`.
+
+    Returns:
+        `module`, or its replacement if it is a batch norm itself.
+
+    Raises:
+        TypeError: not a module, or an unknown option.
+        ValueError: a lazy batch norm that has not seen an input yet, or a bad option. The model
+            is unchanged then.
+
+    Warns:
+        UserWarning: a SyncBatchNorm was replaced, since the new layer does not synchronize; a
+            subclass with behaviour of its own was left alone.
+
+    >>> model = convert_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
+    >>> type(model[0]).__module__
+    'batchnorm.torch.layers'
+    """
+    owner = "convert_batchnorm"
+    _check_module(owner, module)
+    left: list[str] = []
+    unsynchronized: list[str] = []
+
+    def replace(name: str, layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, _BatchNorm) or isinstance(layer, BatchNorm):
+            return None
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+            raise ValueError(
+                f"{owner}: layer {name!r} is a {type(layer).__name__} without parameters yet; "
+                "run one batch through the model first."
+            )
+        ours = _OURS.get(type(layer))
+        if ours is None:
+            left.append(name)
+            return None
+        if ours is BatchNorm:
+            unsynchronized.append(name)
+        return _convert(layer, ours, options)
+
+    module = _exchange(module, replace)
+    if left:
+        warnings.warn(
+            f"{owner}: left alone, because subclasses may compute something else: "
+            f"{', '.join(left)}.",
+            stacklevel=2,
+        )
+    if unsynchronized:
+        warnings.warn(
+            f"{owner}: these were SyncBatchNorm and now take each process's own statistics: "
+            f"{', '.join(unsynchronized)}.",
+            stacklevel=2,
+        )
+    return module
+
+
+def revert_batchnorm(module: nn.Module) -> nn.Module:
+    """Replace every batch norm of this library inside `module` by torch's, in place.
+
+    Parameters and buffers stay the same objects; running statistics take the type of half
+    precision weights, which torch's layer demands.
+
+    Returns:
+        `module`, or its replacement if it is a batch norm itself.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: a layer with an option that torch's lacks, a frozen one, or one for any rank
+            that was not a SyncBatchNorm before. The model is unchanged then.
+
+    >>> type(revert_batchnorm(BatchNorm1d(3)))
+    <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
+    """
+    owner = "revert_batchnorm"
+    _check_module(owner, module)
+
+    def replace(name: str, layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, BatchNorm):
+            return None
+        theirs = layer.__dict__.get("_converted_from") or _THEIRS.get(type(layer))
+        if theirs is None:
+            raise ValueError(
+                f"{owner}: layer {name!r} is a {type(layer).__name__}, for which torch has no "
+                "counterpart; use BatchNorm1d, BatchNorm2d or BatchNorm3d."
+            )
+        if reason := _obstacle(layer):
+            raise ValueError(f"{owner}: layer {name!r} {reason}, which torch's layer cannot do.")
+        return _revert(layer, theirs)
+
+    return _exchange(module, replace)
+
+
+def _convert(layer: nn.Module, ours: type[BatchNorm], options: dict[str, Any]) -> BatchNorm:
+    new = _adopt(layer, ours)
+    extra = dict(options)
+    for name in ("eps", "momentum"):
+        if name in extra:
+            setattr(new, name, extra.pop(name))
+    if "axis" in extra:
+        raise TypeError("convert_batchnorm: axis cannot be changed; torch's layers use axis 1.")
+    new.configure(**extra)
+    new.__dict__["_converted_from"] = type(layer)
+    return new
+
+
+def _revert(layer: BatchNorm, theirs: type[nn.Module]) -> nn.Module:
+    new = _adopt(layer, theirs)
+    ours = ("axis", *_OPTIONS, "fused", "frozen", "_masked_by_context", "_converted_from")
+    for name in ours:
+        new.__dict__.pop(name, None)
+    for name in ("running_mean", "running_var"):
+        buffer = new._buffers.get(name)
+        if buffer is not None and layer.weight is not None and layer.weight.dtype != buffer.dtype:
+            new._buffers[name] = buffer.to(layer.weight.dtype)
+    return new
+
+
+def _obstacle(layer: BatchNorm) -> str | None:
+    """What torch's layer cannot do of what this one does."""
+    if layer.frozen:
+        return "is frozen (call unfreeze() first)"
+    if layer.axis != 1:
+        return f"has axis={layer.axis}"
+    for name in _OPTIONS:
+        if getattr(layer, name) is not None:
+            return f"has {name}={getattr(layer, name)!r}"
+    return None
+
+
+def _adopt(layer: nn.Module, cls: type[Any]) -> Any:
+    """A `cls` with the state of `layer`: the same parameters, buffers, hooks and flags."""
+    new = object.__new__(cls)
+    new.__dict__.update(layer.__dict__)
+    # Hooks stay shared, so that their handles still remove them; these two may get new entries.
+    new.__dict__["_parameters"] = dict(layer._parameters)
+    new.__dict__["_buffers"] = dict(layer._buffers)
+    return new
+
+
+def _exchange(
+    module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]
+) -> nn.Module:
+    """Put in place what `replace` makes, once per layer, after all of it has been made."""
+    made = {}
+    for name, layer in module.named_modules():
+        new = replace(name or "(the module itself)", layer)
+        if new is not None:
+            made[layer] = new
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child in made:
+                parent._modules[name] = made[child]
+    return made.get(module, module)
+
+
+def _check_module(owner: str, module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{owner}: module must be a torch.nn.Module; got {type(module).__name__}.")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{owner}: a scripted module cannot be changed; convert it before torch.jit.script."
+        )

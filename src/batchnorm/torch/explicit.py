@@ -1,0 +1,256 @@
+"""Batch normalization with its backward pass by hand, for networks built without autograd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.core.backward import backward_batch, backward_running
+from batchnorm.core.config import Options
+from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
+from batchnorm.core.gradient import Gradients
+from batchnorm.core.layout import Layout, make_layout
+from batchnorm.core.running import Running
+from batchnorm.torch import checks
+from batchnorm.torch.namespace import XP
+
+__all__ = ["BatchNorm"]
+
+_OWNER = "explicit.BatchNorm"
+_REDUCTIONS = ("sum", "mean")
+_SETTINGS: dict[str, Any] = {"owner": _OWNER, "xp": XP}
+
+
+class _Pass(NamedTuple):
+    """What `backward` needs of the latest forward pass."""
+
+    inputs: Inputs
+    result: Outcome | Tensor  # of own statistics, or y by the running ones
+    running: Running
+    layout: Layout
+    dtype: torch.dtype
+
+
+class BatchNorm:
+    """Batch normalization over the batch axis alone, with explicit forward and backward passes.
+
+    For images every pixel has its own gamma, beta and statistics. Training normalizes with the
+    unbiased variance, and stores it.
+
+    Args:
+        patience: weight of the *old* running value (decay), strictly between 0 and 1.
+        parameter_gradient: "sum" over the batch, the true gradient, or "mean", which divides it
+            by the number of real rows.
+        **kwargs: ignored, so that the layers of a network can share one set of arguments.
+
+    Attributes:
+        epsilon: added to the variance, 1e-6.
+        gamma, beta: parameters of shape `input_shape` and type `data_type`; `backward` adds to
+            their `.grad`, creating it if it is absent.
+        running_mean, running_var: of shape `input_shape`, float32 or wider, updated in place.
+        input_shape, output_shape, nparams: set by `initialise_layer`.
+
+    Raises:
+        TypeError: patience is not a number.
+        ValueError: patience or parameter_gradient out of range.
+
+    Source: S2-S9, with k = 1 in S8; Ioffe and Szegedy 2015, algorithm 1 and section 3.
+
+    >>> layer = BatchNorm(patience=0.9)
+    >>> layer.initialise_layer(input_shape=(2,))
+    >>> y = layer.forward(torch.tensor([[0.0, 1.0], [2.0, 5.0]]), training=True)
+    >>> layer.backward(torch.ones(2, 2)).abs().max().item() < 1e-6, layer.beta.grad.tolist()
+    (True, [2.0, 2.0])
+    """
+
+    epsilon = 1e-6
+    name = "Batch normalisation"
+
+    def __init__(
+        self, patience: float = 0.9, *, parameter_gradient: str = "sum", **kwargs: Any
+    ) -> None:
+        if isinstance(patience, bool) or not isinstance(patience, (int, float)):
+            raise TypeError(f"{_OWNER}: patience must be a number; got {patience!r}.")
+        if not 0.0 < patience < 1.0:
+            raise ValueError(
+                f"{_OWNER}: patience must lie strictly between 0 and 1; got {patience!r}."
+            )
+        if parameter_gradient not in _REDUCTIONS:
+            raise ValueError(
+                f'{_OWNER}: parameter_gradient must be "sum" or "mean"; got {parameter_gradient!r}.'
+            )
+        self.patience = float(patience)
+        self.parameter_gradient = parameter_gradient
+        self.input_shape: tuple[int, ...] | None = None
+        self._pass: _Pass | None = None
+
+    def initialise_layer(
+        self,
+        *,
+        input_shape: Sequence[int],
+        data_type: torch.dtype = torch.float32,
+        device: Any = None,
+    ) -> None:
+        """Create parameters and statistics.
+
+        Args:
+            input_shape: of one sample, without the batch dimension.
+            data_type: of gamma and beta; statistics are float32 where it is a 16-bit type.
+            device: of all of them.
+
+        Raises:
+            TypeError: data_type is not a floating type, or input_shape no sequence of ints.
+        """
+        shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise TypeError(
+                f"{_OWNER}: input_shape must be a sequence of sizes; got {input_shape!r}."
+            )
+        if data_type not in checks.FLOATING:
+            raise TypeError(f"{_OWNER}: data_type must be a floating type; got {data_type!r}.")
+        wide = torch.float64 if data_type == torch.float64 else torch.float32
+        self.input_shape = self.output_shape = shape
+        self.nparams = 2 * math.prod(shape)
+        self.gamma = torch.ones(shape, dtype=data_type, device=device)
+        self.beta = torch.zeros(shape, dtype=data_type, device=device)
+        self.running_mean = torch.zeros(shape, dtype=wide, device=device)
+        self.running_var = torch.ones(shape, dtype=wide, device=device)
+        self._pass = None
+
+    @torch.no_grad()
+    def forward(
+        self, input: Tensor, training: bool = False, mask: Tensor | None = None, **ignored: Any
+    ) -> Tensor:
+        """Normalize a batch; no autograd graph is recorded.
+
+        Args:
+            input: `(N, *input_shape)`, floating; N at least 2 in training.
+            training: normalize by the batch and update the running statistics, or by the latter.
+            mask: bool or integer of shape `(N,)`, or input's rank with sizes of input or 1;
+                non-zero marks real rows (S1).
+            **ignored: for networks that hand the same arguments to every layer.
+
+        Returns:
+            y, like input.
+
+        Raises:
+            RuntimeError: the layer is not initialised.
+            TypeError: input is not a floating tensor, or training not a bool.
+            ValueError: another shape, or a batch below 2 in training.
+        """
+        self._pass = None  # backward must never see an older pass
+        layout = self._check_forward(input, training)
+        mask = checks.check_mask(_OWNER, mask, input.device)
+        work = torch.float64 if input.dtype == torch.float64 else torch.float32
+        # Copies: an optimizer's step or an in-place operation must not reach into backward.
+        inputs = Inputs(input.to(work, copy=not training), mask, *self._parameters(work))
+        running = Running(self.running_mean.to(work), self.running_var.to(work))
+        options, settings = self._options(), _SETTINGS
+        result: Outcome | Tensor
+        if training:
+            result = forward_batch(inputs, running, layout, options, **settings)
+            assert result.running is not None
+            self.running_mean.copy_(result.running.mean)
+            self.running_var.copy_(result.running.var)
+            inputs, y = inputs._replace(x=None), result.y
+        else:
+            result = y = forward_running(inputs, running, layout, options, **settings)
+        self._pass = _Pass(inputs, result, running, layout, input.dtype)
+        return y.to(input.dtype)
+
+    @torch.no_grad()
+    def backward(self, dCdy: Tensor, **ignored: Any) -> Tensor:
+        """The gradient of the latest forward pass; adds to `gamma.grad` and `beta.grad`.
+
+        Args:
+            dCdy: gradient with respect to the output, of its shape; ignored at padded rows.
+            **ignored: for networks that hand the same arguments to every layer.
+
+        Returns:
+            dCdx, of the input's shape and type, zero at padded rows.
+
+        Raises:
+            RuntimeError: there was no forward pass.
+            TypeError: dCdy is not a floating tensor.
+            ValueError: another shape.
+        """
+        if self._pass is None:
+            raise RuntimeError(f"{_OWNER}: backward needs a forward pass before it; got none.")
+        saved = self._pass
+        checks.check_input(_OWNER, dCdy, "dCdy")
+        if tuple(dCdy.shape) != saved.layout.shape:
+            raise ValueError(
+                f"{_OWNER}: dCdy must have the output's shape {saved.layout.shape}; got "
+                f"{tuple(dCdy.shape)}."
+            )
+        found = self._gradients(dCdy, saved)
+        scale = 1.0 if self.parameter_gradient == "sum" else 1.0 / self._rows(saved)
+        for parameter, gradient in ((self.gamma, found.dgamma), (self.beta, found.dbeta)):
+            gradient = (gradient * scale).to(parameter.dtype)
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+        return found.dx.to(saved.dtype)
+
+    def get_parameters(self) -> tuple[Tensor, Tensor]:
+        """gamma and beta, always the same two tensors, for an optimizer to update in place."""
+        self._check_initialised()
+        return self.gamma, self.beta
+
+    def summary(self, offset: str = "") -> str:
+        """One line about the layer, after `offset`."""
+        self._check_initialised()
+        return f"{offset}{self.name}: shape {self.output_shape}, {self.nparams} parameters"
+
+    def _gradients(self, dCdy: Tensor, saved: _Pass) -> Gradients:
+        dy = dCdy.to(torch.float64 if saved.dtype == torch.float64 else torch.float32)
+        options, settings = self._options(), _SETTINGS
+        if isinstance(saved.result, Outcome):
+            return backward_batch(dy, saved.inputs, saved.result, saved.layout, options, **settings)
+        return backward_running(
+            dy, saved.result, saved.inputs, saved.running, saved.layout, options, **settings
+        )
+
+    def _rows(self, saved: _Pass) -> Any:
+        """Real rows per channel, at least 1."""
+        mask = saved.layout.mask(saved.inputs.mask, _OWNER, XP)
+        if mask is None:
+            return max(saved.layout.shape[0], 1)
+        rows = mask.sum(dim=0).clamp(min=1)
+        return rows.expand(self.input_shape)
+
+    def _parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.gamma.to(dtype, copy=True), self.beta.to(dtype, copy=True)
+
+    def _options(self) -> Options:
+        return Options(eps=self.epsilon, decay=self.patience, unbiased=True, correction=1)
+
+    def _check_initialised(self) -> None:
+        if self.input_shape is None:
+            raise RuntimeError(f"{_OWNER}: call initialise_layer(input_shape=...) first.")
+
+    def _check_forward(self, input: Any, training: Any) -> Layout:
+        self._check_initialised()
+        checks.check_input(_OWNER, input, "input")
+        if not isinstance(training, bool):
+            raise TypeError(
+                f"{_OWNER}: training must be True or False; got {training!r} of type "
+                f"{type(training).__name__}."
+            )
+        assert self.input_shape is not None
+        if input.dim() == 0 or tuple(input.shape[1:]) != self.input_shape:
+            raise ValueError(
+                f"{_OWNER}: input must have shape (N, *{self.input_shape}); got "
+                f"{tuple(input.shape)}."
+            )
+        if training and input.shape[0] < 2:
+            raise ValueError(
+                f"{_OWNER}: training needs a batch of at least 2; got {input.shape[0]}. "
+                "Use a larger batch or training=False."
+            )
+        return make_layout(_OWNER, tuple(input.shape), tuple(range(1, input.dim())))

@@ -1,0 +1,289 @@
+"""Batch normalization as a function of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.core import config
+from batchnorm.core.forward import Inputs, forward_batch, forward_running
+from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
+from batchnorm.core.running import Running
+from batchnorm.kernels.select import resolve_fused
+from batchnorm.torch import checks, jagged
+from batchnorm.torch.namespace import XP
+from batchnorm.torch.runtime import recomputation_flag, snapshot
+
+__all__ = ["RenormStatistics", "batch_norm"]
+
+
+class RenormStatistics(NamedTuple):
+    """Running statistics of batch renormalization, each per channel, updated in place (S11)."""
+
+    running_stddev: Tensor
+    renorm_mean: Tensor
+    renorm_stddev: Tensor
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    mask: Tensor | None = None,
+    *,
+    axis: int | tuple[int, ...] = 1,
+    virtual_batch_size: int | None = None,
+    renorm: RenormStatistics | None = None,
+    renorm_clipping: Mapping[str, float] | None = None,
+    renorm_momentum: float = 0.01,
+    adjustment: config.Adjustment | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    fused: bool | None = None,
+) -> Tensor:
+    """Normalize x over every axis that is not a channel axis, over real rows only.
+
+    Follows `torch.nn.functional.batch_norm`, argument by argument, up to `eps`.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, of any shape with `axis`; `(N, C, ...)` by
+            default. Jagged nested tensors too, with `axis` not the ragged one.
+        running_mean: `(C,)` (several axes: their sizes, like `(A, B)`), updated in place in
+            training, or None.
+        running_var: like running_mean; holds the unbiased variance, as torch's does (S10).
+        weight: gamma, `(C,)`, or None for 1.
+        bias: beta, `(C,)`, or None for 0.
+        training: normalize by the batch's statistics and update the running ones.
+        momentum: weight of the *new* value, between 0 and 1, as in torch (1 - decay).
+        eps: added to the variance, at least 0.
+        mask: bool or integer, non-zero marks real rows, the rest is padding: x's shape without
+            its channel axes, a prefix of that such as `(N,)`, or x's rank with sizes of x or 1
+            (S1). Padding does not enter the statistics or any gradient (S5, S8).
+        axis: channel axis or axes, in any order.
+        virtual_batch_size: samples of one ghost batch; training only (S12).
+        renorm: statistics of batch renormalization; asks for it in training (S11).
+        renorm_clipping: any of "rmin", "rmax", "dmax".
+        renorm_momentum: weight of the new value in renorm_mean and renorm_stddev.
+        adjustment: function of x's shape returning scale and bias to apply before gamma and
+            beta; training only (S13).
+        residual: added before the activation, of x's shape (S18).
+        activation: None, "relu" or "leaky_relu" (slope 0.01) (S18).
+        fused: None takes the fastest path, True demands a kernel, False plain array code.
+
+    Returns:
+        y, of x's shape, type and memory format; every row, padded ones too, is normalized.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or options that do not fit; a single value per channel in training.
+            Nothing is updated then.
+
+    Source: S1-S13, S16, S18; Ioffe and Szegedy 2015, algorithm 1. Unlike torch's it is accurate
+    at any offset (S3), and no empty or overflowing batch spoils the running statistics (S6, S9).
+
+    >>> x = torch.tensor([[1.0], [3.0], [99.0]])
+    >>> mask = torch.tensor([True, True, False])
+    >>> batch_norm(x, None, None, training=True, mask=mask, eps=0.0).flatten().tolist()
+    [-1.0, 1.0, 97.0]
+    """
+    owner = "batch_norm"
+    config.check_flag(owner, "training", training)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(
+            f"{owner}: running_mean and running_var go together; got None for one of them. "
+            "Give both, or neither."
+        )
+    size = config.check_virtual_batch_size(owner, virtual_batch_size)
+    options = config.Options(
+        eps=config.check_number(owner, "eps", eps, 0.0),
+        decay=1.0 - config.check_number(owner, "momentum", momentum, 0.0, 1.0),
+        unbiased=True,
+        virtual_batch_size=size,
+        renorm=config.check_renorm(
+            owner,
+            renorm is not None,
+            renorm_clipping,
+            1.0 - config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0),
+        ),
+        activation=config.check_activation(owner, activation),
+    )
+    running = None
+    if running_mean is not None:
+        running = Running(running_mean, running_var, None, *(renorm or (None, None, None)))
+    elif renorm is not None:
+        raise ValueError(f"{owner}: renorm needs running_mean and running_var; got None.")
+    return normalize(
+        checks.check_input(owner, x),
+        mask,
+        Parameters(weight, bias),
+        residual,
+        running,
+        axis=axis,
+        options=options,
+        adjustment=config.check_adjustment(owner, adjustment, size),
+        fused=config.check_fused(owner, fused),
+        mode=Mode(own_statistics=training or running is None, training=training, update=training),
+        owner=owner,
+    )
+
+
+class Parameters(NamedTuple):
+    """gamma and beta, each per channel or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Mode(NamedTuple):
+    """What a call does about statistics (S15).
+
+    own_statistics: normalize by the batch's own; training: with ghost batches, renormalization
+    and adjustment; update: move the running ones.
+    """
+
+    own_statistics: bool
+    training: bool
+    update: bool
+
+
+def normalize(
+    x: Tensor,
+    mask: Any,
+    parameters: Parameters,
+    residual: Any,
+    running: Running | None,
+    *,
+    axis: int | tuple[int, ...],
+    options: config.Options,
+    adjustment: config.Adjustment | None,
+    fused: bool | None,
+    mode: Mode,
+    owner: str,
+) -> Tensor:
+    """`batch_norm` with options already validated, for the layers too."""
+    if x.layout is torch.jagged:
+        return jagged.normalize_values(
+            normalize,
+            x,
+            mask,
+            residual,
+            parameters=parameters,
+            running=running,
+            axis=axis,
+            options=options,
+            adjustment=adjustment,
+            fused=fused,
+            mode=mode,
+            owner=owner,
+        )
+    size = options.virtual_batch_size if mode.training else None
+    layout = make_layout(owner, tuple(x.shape), axis, size)
+    mask = checks.check_mask(owner, mask, x.device)
+    _check_shapes(owner, x, mask, parameters, residual, running, layout, mode)
+    resolve_fused(owner, fused, x.device.type, str(x.dtype))
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    s, t = adjustment(layout.shape) if mode.training and adjustment is not None else (None, None)
+    inputs = Inputs(
+        x.to(work),
+        mask,
+        gamma=_cast(parameters.weight, work),
+        beta=_cast(parameters.bias, work),
+        residual=_cast(residual, work),
+        s=checks.check_adjusted(owner, "scale", s, x, work),
+        t=checks.check_adjusted(owner, "bias", t, x, work),
+    )
+    if mode.own_statistics or running is None:
+        y = _by_batch(inputs, running, layout, options, mode, owner)
+    else:
+        if not torch.is_grad_enabled():
+            inputs = inputs._replace(mask=None)  # it matters to gradients only
+        y = forward_running(inputs, _in(running, work), layout, options, owner=owner, xp=XP)
+    return y.to(x.dtype)
+
+
+def _by_batch(
+    inputs: Inputs,
+    running: Running | None,
+    layout: Layout,
+    options: config.Options,
+    mode: Mode,
+    owner: str,
+) -> Tensor:
+    before = None
+    if running is not None:
+        # Otherwise no gradient depends on the buffers.
+        reached = options.renorm is not None or (layout.groups is not None and options.activation)
+        before = _in(_before_step(running) if reached else running, inputs.x.dtype)
+    outcome = forward_batch(
+        inputs,
+        before,
+        layout,
+        options,
+        owner=owner,
+        xp=XP,
+    )
+    if mode.update and running is not None and outcome.running is not None:
+        _store(running, outcome.running, inputs.x)
+    return outcome.y
+
+
+def _before_step(running: Running) -> Running:
+    """The statistics, out of reach of the update at the end of this step."""
+    copies = iter(snapshot([a for a in running._replace(batches=None) if a is not None]))
+    kept = (None if a is None else next(copies) for a in running._replace(batches=None))
+    return Running(*kept)._replace(batches=running.batches)
+
+
+def _in(running: Running, dtype: torch.dtype) -> Running:
+    """Statistics in the working type; the number of batches stays an integer."""
+    cast = Running(*(_cast(a, dtype) for a in running))
+    return cast._replace(batches=running.batches)
+
+
+def _store(running: Running, new: Running, x: Tensor) -> None:
+    """Write `new` into `running` in place, unless this forward pass is a recomputation (S9)."""
+    again: Any = recomputation_flag(x)
+    if again is True:
+        return
+    for old, value in zip(running, new, strict=True):
+        if old is not None:
+            value = value.to(old.dtype)
+            old.copy_(value if again is None else torch.where(again, old, value))
+
+
+def _cast(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if a is None else a.to(dtype)
+
+
+def _check_shapes(
+    owner: str,
+    x: Tensor,
+    mask: Tensor | None,
+    parameters: Parameters,
+    residual: Any,
+    running: Running | None,
+    layout: Layout,
+    mode: Mode,
+) -> None:
+    check_per_channel(owner, "weight", parameters.weight, layout)
+    check_per_channel(owner, "bias", parameters.bias, layout)
+    if running is not None:
+        names = ("running_mean", "running_var", "", "running_stddev", *("renorm statistics",) * 2)
+        for name, statistic in zip(names, running, strict=True):
+            if name:
+                check_per_channel(owner, name, statistic, layout)
+    checks.check_residual(owner, residual, x)
+    if mode.own_statistics and mask is None and layout.groups is None and count_values(layout) == 1:
+        raise ValueError(
+            f"{owner}: training needs more than 1 value per channel; got an input of shape "
+            f"{tuple(x.shape)} with channel axes {layout.channel_axes}. Use a larger batch, "
+            "evaluation mode, or a mask."
+        )

@@ -1,0 +1,369 @@
+"""The layers: state in torch's own way, around `normalize`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.core import config
+from batchnorm.core.layout import check_axis, normalize_axis
+from batchnorm.core.running import Running
+from batchnorm.torch import checks
+from batchnorm.torch.functional import Mode, Parameters, normalize
+from batchnorm.torch.masking import ambient_mask
+from batchnorm.torch.runtime import recomputation_flag
+
+__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+_RENORM_BUFFERS = ("running_stddev", "renorm_mean", "renorm_stddev")
+_STATISTICS = ("running_mean", "running_var", *_RENORM_BUFFERS)
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalization over every axis but the channel axes, for inputs of any rank.
+
+    Takes the place of `torch.nn.BatchNorm1d`, `2d`, `3d`: same arguments, same state_dict, same
+    results where torch's are right.
+
+    Args:
+        num_features: C; with several axes their sizes in the order of the axes, like `(A, B)`.
+        eps: added to the variance, at least 0.
+        momentum: weight of the *new* value in the running statistics, between 0 and 1; None for
+            the cumulative average.
+        affine: learn weight (gamma) and, with `bias`, bias (beta).
+        track_running_stats: keep running statistics; without them evaluation uses the batch's.
+        axis: channel axis or axes of the input.
+        bias: learn beta, if affine.
+        device: of parameters and buffers.
+        dtype: of weight and bias. Running statistics are float32 or wider (S16), and stay so
+            when the model is cast to half or bfloat16.
+        virtual_batch_size: samples of one ghost batch, which must divide the batch in training
+            (S12).
+        renorm: batch renormalization (S11); needs running statistics.
+        renorm_clipping: any of "rmin", "rmax", "dmax"; missing ones are 0, ∞, ∞.
+        renorm_momentum: weight of the new value in the statistics that r and d compare with.
+        adjustment: function of the input's shape returning (scale, bias), each broadcastable
+            against the input, applied before weight and bias in training (S13).
+        activation: None, "relu" or "leaky_relu" (slope 0.01), applied last (S18).
+        fused: None takes the fastest path, True demands a kernel, False plain array code.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range, or options that exclude each other.
+
+    Source: S1-S18; Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithms 1 and 2; Ioffe 2017
+    (arXiv 1702.03275), algorithm 1. Unlike torch's it takes masks, keeps its digits at large
+    offsets (S3), updates statistics once under checkpointing and never from an empty or
+    overflowing channel (S9), stays frozen when told so, and rejects no empty batch.
+
+    >>> layer = BatchNorm(3)
+    >>> layer(torch.randn(8, 3, 5), mask=torch.ones(8, 5, dtype=torch.bool)).shape
+    torch.Size([8, 3, 5])
+    """
+
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        axis: int | tuple[int, ...] = 1,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        virtual_batch_size: int | None = None,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, float] | None = None,
+        renorm_momentum: float = 0.01,
+        adjustment: config.Adjustment | None = None,
+        activation: str | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        sizes = _check_features(owner, num_features, check_axis(owner, axis))
+        config.check_flag(owner, "affine", affine)
+        config.check_flag(owner, "bias", bias)
+        config.check_flag(owner, "track_running_stats", track_running_stats)
+        _check_dtype(owner, dtype)
+        super().__init__(
+            sizes if len(sizes) > 1 else sizes[0],  # type: ignore[arg-type]
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype,
+        )
+        if not bias:
+            self.register_parameter("bias", None)
+        self.configure(
+            axis=axis,
+            virtual_batch_size=virtual_batch_size,
+            renorm=renorm,
+            renorm_clipping=renorm_clipping,
+            renorm_momentum=renorm_momentum,
+            adjustment=adjustment,
+            activation=activation,
+            fused=fused,
+        )
+        self.reset_running_stats()
+
+    def configure(
+        self,
+        *,
+        axis: int | tuple[int, ...] = 1,
+        virtual_batch_size: int | None = None,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, float] | None = None,
+        renorm_momentum: float = 0.01,
+        adjustment: config.Adjustment | None = None,
+        activation: str | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        """Set and check every option that torch's layers lack; arguments as the constructor's."""
+        owner = type(self).__name__
+        self._check_moving(owner)
+        self.axis = axis
+        self.virtual_batch_size = config.check_virtual_batch_size(owner, virtual_batch_size)
+        momentum = config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0)
+        self.renorm = config.check_renorm(owner, renorm, renorm_clipping, 1.0 - momentum)
+        self.adjustment = config.check_adjustment(owner, adjustment, self.virtual_batch_size)
+        self.activation = config.check_activation(owner, activation)
+        self.fused = config.check_fused(owner, fused)
+        self.frozen = False
+        self._masked_by_context = False
+        if self.renorm is not None and self.running_mean is None:
+            raise ValueError(
+                f"{owner}: renorm=True compares with running statistics and needs "
+                "track_running_stats=True; got False."
+            )
+        self._widen_statistics()
+        if self.renorm is not None:
+            derived = self._derive(self.running_mean, self.running_var)
+            for name, value in zip(_RENORM_BUFFERS, derived, strict=True):
+                self.register_buffer(name, value)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Normalize x.
+
+        Args:
+            x: floating, of a rank that has the channel axes, `(N, C, ...)` by default; or
+                jagged.
+            mask: bool or integer, non-zero marks real rows: x's shape without its channel axes,
+                a prefix of that, or x's rank with sizes of x or 1 (S1). None takes the one of
+                `padding_mask`, if any.
+            residual: added before the activation, of x's shape (S18).
+
+        Returns:
+            y, of x's shape and type.
+
+        Raises:
+            TypeError: a tensor of the wrong dtype.
+            ValueError: shapes that do not fit; a single value per channel in training. State is
+                unchanged then.
+        """
+        owner = type(self).__name__
+        checks.check_input(owner, x)
+        self._check_input_dim(x)
+        axes = normalize_axis(owner, self.axis, x.dim())
+        self._check_channels(owner, x, axes)
+        self._check_moving(owner)
+        training = self.training and not self.frozen
+        own_statistics = training or self.running_mean is None
+        if mask is None and (own_statistics or torch.is_grad_enabled()):
+            mask = self._ambient_mask(owner, x, axes)
+        return normalize(
+            x,
+            mask,
+            Parameters(self.weight, self.bias),
+            residual,
+            self._running(),
+            axis=axes,
+            options=config.Options(
+                eps=self.eps,
+                decay=self._decay(),
+                unbiased=True,
+                virtual_batch_size=self.virtual_batch_size,
+                renorm=self.renorm,
+                activation=self.activation,
+            ),
+            adjustment=self.adjustment,
+            fused=self.fused,
+            mode=Mode(own_statistics, training, training and self.track_running_stats),
+            owner=owner,
+        )
+
+    def freeze(self) -> BatchNorm:
+        """Normalize by the running statistics, and leave them alone, in training too (S15).
+
+        Survives `train()` and `eval()`; does not touch `requires_grad`. Returns the layer.
+        """
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> BatchNorm:
+        """Undo `freeze`. Returns the layer."""
+        self.frozen = False
+        return self
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics to mean 0, variance and deviation 1, and no batches."""
+        super().reset_running_stats()
+        for name in _RENORM_BUFFERS:
+            if (buffer := self._buffers.get(name)) is not None:
+                buffer.fill_(0.0 if name == "renorm_mean" else 1.0)
+
+    def extra_repr(self) -> str:
+        """torch's description, and every option that differs from its default."""
+        shown = [super().extra_repr()]
+        defaults = {"axis": 1, "frozen": False}
+        for name in ("axis", "virtual_batch_size", "renorm", "adjustment", "activation", "fused"):
+            if getattr(self, name) != defaults.get(name):
+                shown.append(f"{name}={getattr(self, name)}")
+        return ", ".join([*shown, *(["frozen=True"] if self.frozen else [])])
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Every rank that has the channel axes will do."""
+
+    def _check_channels(self, owner: str, x: Tensor, axes: tuple[int, ...]) -> None:
+        features = self.num_features
+        expected = tuple(features) if isinstance(features, tuple) else (features,)
+        found = tuple(x.shape[a] for a in axes)
+        if found != expected:
+            raise ValueError(
+                f"{owner}: x must have num_features={features} along axis {self.axis}; got "
+                f"{found if len(found) > 1 else found[0]} in shape {tuple(x.shape)}."
+            )
+
+    def _check_moving(self, owner: str) -> None:
+        """Users assign `eps` and `momentum` at any time, so they are checked at every call."""
+        self.eps = config.check_number(owner, "eps", self.eps, 0.0)
+        if self.momentum is not None:
+            self.momentum = config.check_number(owner, "momentum", self.momentum, 0.0, 1.0)
+
+    def _decay(self) -> float | None:
+        if self.momentum is not None:
+            return 1.0 - self.momentum
+        return None if self.num_batches_tracked is not None else 1.0
+
+    def _running(self) -> Running | None:
+        if self.running_mean is None:
+            return None
+        renorm = (None, None, None)
+        if self.renorm is not None:
+            renorm = tuple(getattr(self, name) for name in _RENORM_BUFFERS)
+        return Running(self.running_mean, self.running_var, self.num_batches_tracked, *renorm)
+
+    def _ambient_mask(self, owner: str, x: Tensor, axes: tuple[int, ...]) -> Tensor | None:
+        if x.layout is torch.jagged:
+            return None
+        mask = ambient_mask(owner, x, axes)
+        if torch.compiler.is_compiling():
+            return mask
+        if recomputation_flag(x) is None:
+            self._masked_by_context = mask is not None
+        elif self._masked_by_context and mask is None:
+            raise RuntimeError(
+                f"{owner}: a forward pass that ran inside padding_mask is recomputed outside of "
+                "it (activation checkpointing). Call backward inside the with block too."
+            )
+        return mask
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
+        """Move and cast as torch does, but keep statistics float32 or wider, to the bit (S16)."""
+        before = {name: self._buffers.get(name) for name in _STATISTICS}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers.get(name)
+            if old is not None and new is not None and _is_narrow(new):
+                self._buffers[name] = old.to(device=new.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        missing = {n for n in _RENORM_BUFFERS if prefix + n not in state_dict}
+        if self.renorm is not None and len(missing) == len(_RENORM_BUFFERS):
+            mean, var = (state_dict.get(prefix + n) for n in _STATISTICS[:2])
+            if mean is not None and var is not None:
+                for name, value in zip(_RENORM_BUFFERS, self._derive(mean, var), strict=True):
+                    state_dict[prefix + name] = value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._widen_statistics()
+
+    def _widen_statistics(self) -> None:
+        for name in _STATISTICS:
+            buffer = self._buffers.get(name)
+            if buffer is not None and _is_narrow(buffer):
+                self._buffers[name] = buffer.float()
+
+    def _derive(self, mean: Any, var: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Renormalization's statistics for a state that has none (S11)."""
+        stddev = torch.sqrt(var + self.eps)
+        return stddev, mean.clone(), stddev.clone()
+
+
+class BatchNorm1d(BatchNorm):
+    """`BatchNorm` for inputs of rank 2 or 3, `(N, C)` or `(N, C, L)`."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _check_rank(self, input, (2, 3))
+
+
+class BatchNorm2d(BatchNorm):
+    """`BatchNorm` for inputs of rank 4, `(N, C, H, W)`."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _check_rank(self, input, (4,))
+
+
+class BatchNorm3d(BatchNorm):
+    """`BatchNorm` for inputs of rank 5, `(N, C, D, H, W)`."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _check_rank(self, input, (5,))
+
+
+def _check_rank(layer: BatchNorm, x: Tensor, ranks: tuple[int, ...]) -> None:
+    if x.dim() not in ranks:
+        wanted = " or ".join(f"{rank}D" for rank in ranks)
+        raise ValueError(
+            f"{type(layer).__name__}: expected {wanted} input; got {x.dim()}D, shape "
+            f"{tuple(x.shape)}. BatchNorm takes any rank."
+        )
+
+
+def _check_features(owner: str, num_features: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
+    sizes = tuple(num_features) if isinstance(num_features, (tuple, list)) else (num_features,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes):
+        raise TypeError(
+            f"{owner}: num_features must be an int, or a tuple of ints with several axes; got "
+            f"{num_features!r}."
+        )
+    if any(n < 0 for n in sizes):
+        raise ValueError(f"{owner}: num_features must not be negative; got {num_features!r}.")
+    if len(sizes) != len(axes):
+        raise ValueError(
+            f"{owner}: num_features must have one size for each channel axis; got "
+            f"{num_features!r} for axis {axes if len(axes) > 1 else axes[0]}."
+        )
+    return sizes
+
+
+def _check_dtype(owner: str, dtype: Any) -> None:
+    if dtype is not None and dtype not in checks.FLOATING:
+        raise TypeError(
+            f"{owner}: dtype must be float16, bfloat16, float32 or float64; got {dtype!r}."
+        )
+
+
+def _is_narrow(a: Tensor) -> bool:
+    return a.is_floating_point() and torch.finfo(a.dtype).bits < 32

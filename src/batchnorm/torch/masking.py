@@ -1,0 +1,181 @@
+"""Masks for layers deep inside a model whose `forward` does not pass them on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.torch import checks
+
+__all__ = ["padding_mask"]
+
+_OWNER = "padding_mask"
+_RULES = (None, "any", "all")
+
+
+class _Ambient(NamedTuple):
+    mask: Tensor
+    rescale: str | None
+
+
+_current: ContextVar[_Ambient | None] = ContextVar("batchnorm_padding_mask", default=None)
+
+
+class _Usage:
+    """Whether any thread is inside `padding_mask`: a plain attribute, which compilers guard on."""
+
+    def __init__(self) -> None:
+        self.in_use = False
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def add(self, change: int) -> None:
+        with self._lock:
+            self._count += change
+            self.in_use = self._count > 0
+
+
+_usage = _Usage()
+
+
+@contextmanager
+def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator[None]:
+    """Give `mask` to every batchnorm layer that runs inside the `with` block.
+
+    Args:
+        mask: bool or integer, non-zero marks real positions: `(N,)` for whole samples, or
+            `(N, *spatial)` at the resolution of the model's input. None switches an outer
+            `padding_mask` off.
+        rescale: how a layer at a coarser resolution sees a block of positions that is partly
+            padding: "any" (real if one is), "all" (real if all are), or None, which raises.
+
+    A layer's explicit `mask=` wins. At a layer whose rows differ from the mask's, each size must
+    divide, or be divided by, the mask's: blocks then merge or repeat. After pooling or flattening
+    the spatial axes away, whatever is left of a sample is one block. Everything else raises.
+
+    The setting belongs to the thread (or asyncio task) that made it, ends with the block even on
+    an exception, nests, and works around compiled models without recompiling when values change.
+    With activation checkpointing, run the backward pass inside the block too, since it repeats
+    the forward pass.
+
+    Raises:
+        TypeError: a mask that is neither boolean nor integer.
+        ValueError: a scalar mask, or an unknown rule; from a layer: sizes that do not fit, or a
+            block of real and padded positions without a rule for it.
+
+    Source: S1, S5.
+
+    >>> from batchnorm.torch import BatchNorm1d
+    >>> layer = BatchNorm1d(1, eps=0.0, affine=False)
+    >>> x = torch.tensor([[[1.0, 3.0, 0.0, 0.0]]])
+    >>> with padding_mask(torch.tensor([[True, True, False, False]])):
+    ...     layer(x).flatten().tolist()
+    [-1.0, 1.0, -2.0, -2.0]
+    """
+    if rescale not in _RULES:
+        raise ValueError(f'{_OWNER}: rescale must be None, "any" or "all"; got {rescale!r}.')
+    ambient = None
+    if mask is not None:
+        if isinstance(mask, Tensor) and mask.layout is torch.jagged:
+            raise ValueError(f"{_OWNER}: mask must be dense; jagged inputs need no padding mask.")
+        ambient = _Ambient(_checked(mask), rescale)
+    token = _current.set(ambient)
+    _usage.add(1)
+    try:
+        yield
+    finally:
+        _usage.add(-1)
+        _current.reset(token)
+
+
+def ambient_mask(owner: str, x: Tensor, channel_axes: Sequence[int]) -> Tensor | None:
+    """The mask that `padding_mask` gives a layer with input x, or None."""
+    if not _usage.in_use:
+        return None
+    rows = [n for a, n in enumerate(x.shape) if a not in channel_axes]
+    if not torch.compiler.is_compiling():
+        ambient = _current.get()
+        return None if ambient is None else _at_resolution(owner, ambient, rows, x.device)
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            f"{owner}: padding_mask cannot be exported; pass mask= explicitly, as an input."
+        )
+    return _runtime_mask(x.detach(), rows, owner)
+
+
+@torch.library.custom_op("batchnorm::ambient_mask", mutates_args=())
+def _runtime_mask(x: Tensor, rows: Sequence[int], owner: str) -> Tensor:
+    # Read when the graph runs, in the thread that runs it; all real without a mask there.
+    ambient = _current.get()
+    if ambient is None:
+        return torch.ones(rows, dtype=torch.bool, device=x.device)
+    mask = _at_resolution(owner, ambient, rows, x.device)
+    sizes = [*mask.shape, *(1,) * (len(rows) - mask.dim())]
+    return mask.reshape(sizes).expand(rows).contiguous()
+
+
+@_runtime_mask.register_fake
+def _(x: Tensor, rows: Sequence[int], owner: str) -> Tensor:
+    return x.new_empty(rows, dtype=torch.bool)
+
+
+def _checked(mask: Any) -> Tensor:
+    checked = checks.check_mask(_OWNER, mask, None)
+    assert checked is not None
+    if checked.dim() == 0:
+        raise ValueError(f"{_OWNER}: mask must have at least the batch axis; got a scalar.")
+    return checked
+
+
+def _at_resolution(
+    owner: str, ambient: _Ambient, rows: Sequence[int], device: torch.device
+) -> Tensor:
+    """The ambient mask with the layer's row sizes, or a prefix of them."""
+    mask = checks.check_mask(f"{owner} in padding_mask", ambient.mask, device)
+    assert mask is not None
+    sizes, wanted = tuple(mask.shape), tuple(rows)
+    if len(sizes) <= len(wanted) and sizes == wanted[: len(sizes)]:
+        return mask
+    if sizes[0] != wanted[0] or len(wanted) > len(sizes):
+        raise _misfit(owner, sizes, wanted, "the batch axis or the number of axes differs")
+    # Axes that pooling or flattening removed are one block each.
+    target = (*wanted, *(1,) * (len(sizes) - len(wanted)))
+    for axis, (size, goal) in enumerate(zip(sizes, target, strict=True)):
+        if size == 0 or goal == 0 or (size % goal != 0 and goal % size != 0):
+            raise _misfit(owner, sizes, wanted, f"{size} and {goal} on axis {axis} do not divide")
+        if goal > size:
+            mask = mask.repeat_interleave(goal // size, dim=axis)
+    return _merge_blocks(owner, mask, target, ambient).reshape(wanted)
+
+
+def _merge_blocks(owner: str, mask: Tensor, target: tuple[int, ...], ambient: _Ambient) -> Tensor:
+    """One position for each block, by the rule asked for."""
+    split = [n for size, goal in zip(mask.shape, target, strict=True) for n in (goal, size // goal)]
+    inner = tuple(range(1, len(split), 2))
+    blocks = mask.reshape(split)
+    some, every = blocks.any(dim=inner), blocks.all(dim=inner)
+    if ambient.rescale == "any":
+        return some
+    if ambient.rescale == "all":
+        return every
+    if not torch.equal(some, every):
+        raise ValueError(
+            f"{owner} in padding_mask: a mask of shape {tuple(ambient.mask.shape)} does not carry "
+            f"over to {target}: some blocks are partly padding. Pad to whole blocks, or say "
+            'rescale="any" or rescale="all".'
+        )
+    return some
+
+
+def _misfit(owner: str, sizes: tuple[int, ...], wanted: tuple[int, ...], reason: str) -> ValueError:
+    return ValueError(
+        f"{owner} in padding_mask: a mask of shape {sizes} does not fit a layer with rows "
+        f"{wanted}: {reason}. Pad so that sizes divide, pass mask= to this layer, or wrap it in "
+        "padding_mask(None)."
+    )

@@ -1,0 +1,39 @@
+"""torch as the core's `xp`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from batchnorm.core.namespace import Namespace
+
+
+class _TorchNamespace:
+    """The functions that `batchnorm.core.namespace.Namespace` lists."""
+
+    abs = staticmethod(torch.abs)
+    sqrt = staticmethod(torch.sqrt)
+    square = staticmethod(torch.square)
+    isfinite = staticmethod(torch.isfinite)
+    where = staticmethod(torch.where)
+    reshape = staticmethod(torch.reshape)
+    zeros_like = staticmethod(torch.zeros_like)
+    ones_like = staticmethod(torch.ones_like)
+
+    @staticmethod
+    def sum(a: Tensor, *, axis: Sequence[int], keepdims: bool) -> Tensor:
+        return torch.sum(a, dim=tuple(axis), keepdim=keepdims)
+
+    @staticmethod
+    def cast(a: Tensor, dtype: torch.dtype) -> Tensor:
+        return a.to(dtype)
+
+    @staticmethod
+    def stop_gradient(a: Tensor) -> Tensor:
+        return a.detach()
+
+
+XP = cast(Namespace, _TorchNamespace)

@@ -1,0 +1,296 @@
+"""The conformance table: what every front end and every path must compute alike."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table; `name` says what is special about it."""
+
+    name: str
+    shape: tuple[int, ...] = (8, 3, 5)
+    axis: int | tuple[int, ...] = 1
+    mask: str = "none"
+    mask_dtype: str = "bool"
+    dtype: str = "float32"
+    mode: str = "train"
+    data: str = "normal"
+    eps: float = 1e-5
+    gamma: bool = True
+    beta: bool = True
+    decay: float | None = 0.9
+    ghost: int | None = None
+    renorm: dict[str, float] | None = None
+    adjusted: bool = False
+    residual: bool = False
+    activation: str | None = None
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        wanted = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        return tuple(sorted(a % len(self.shape) for a in wanted))
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return tuple(self.shape[a] for a in self.axes)
+
+
+class State(NamedTuple):
+    """Running statistics, float64, per channel; the last three with renormalization only."""
+
+    mean: Any
+    var: Any
+    batches: Any
+    stddev: Any = None
+    renorm_mean: Any = None
+    renorm_stddev: Any = None
+
+
+class Data(NamedTuple):
+    """Arrays of a case, float64 but exactly representable in its dtype (state: in float32)."""
+
+    x: np.ndarray
+    mask: np.ndarray | None  # as the user passes it
+    real: np.ndarray  # of x's shape
+    gamma: np.ndarray | None
+    beta: np.ndarray | None
+    residual: np.ndarray | None
+    s: np.ndarray | None
+    t: np.ndarray | None
+    dy: np.ndarray
+    state: State
+
+
+class Result(NamedTuple):
+    """What a path computes."""
+
+    y: np.ndarray
+    dx: np.ndarray
+    dgamma: np.ndarray | None
+    dbeta: np.ndarray | None
+    state: State
+    dresidual: np.ndarray | None = None
+
+
+def make_data(case: Case) -> Data:
+    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    mask, real = _mask(case, rng)
+    x = _x(case, rng)
+    dy = rng.normal(size=case.shape)
+    if case.data == "nan_padding":
+        x[~real] = np.nan
+        dy[~real] = np.nan
+    gamma = rng.uniform(0.5, 1.5, case.channels) * rng.choice([-1, 1], case.channels)
+    shape = tuple(n if a in (0, *case.axes) else 1 for a, n in enumerate(case.shape))
+    s, t = rng.uniform(0.5, 1.5, shape), rng.normal(size=(1, *case.shape[1:]))
+    return Data(
+        x=_rounded(x, case.dtype),
+        mask=mask,
+        real=real,
+        gamma=_rounded(gamma, "float32") if case.gamma else None,
+        beta=_rounded(rng.normal(size=case.channels), "float32") if case.beta else None,
+        residual=_rounded(rng.normal(size=case.shape), case.dtype) if case.residual else None,
+        s=_rounded(s, "float32") if case.adjusted else None,
+        t=_rounded(t, "float32") if case.adjusted else None,
+        dy=_rounded(dy, case.dtype),
+        state=_state(case, x, rng),
+    )
+
+
+def _x(case: Case, rng: np.random.Generator) -> np.ndarray:
+    x = rng.normal(size=case.shape)
+    if case.data.startswith("offset"):
+        return x + float(case.data.removeprefix("offset"))
+    if case.data == "constant":
+        x[...] = 0.1
+    if case.data == "huge":
+        x *= 3e17
+    if case.data == "tiny":
+        x *= 1e-15
+    return x
+
+
+def _state(case: Case, x: np.ndarray, rng: np.random.Generator) -> State:
+    """Statistics a few steps into training: near the data, so that evaluation means something."""
+    offset = float(np.nanmean(x)) if x.size and not np.isnan(x).all() else 0.0
+    if case.data == "huge":
+        offset = 0.0
+
+    def draw(low: float, high: float) -> np.ndarray:
+        return _rounded(rng.uniform(low, high, case.channels), "float32")
+
+    mean = _rounded(offset + draw(-0.5, 0.5), "float32")
+    state = State(mean, draw(0.5, 2.0), 7)
+    if case.renorm is None:
+        return state
+    near = _rounded(offset + draw(-0.5, 0.5), "float32")
+    return state._replace(stddev=draw(0.7, 1.4), renorm_mean=near, renorm_stddev=draw(0.7, 1.4))
+
+
+def _mask(case: Case, rng: np.random.Generator) -> tuple[np.ndarray | None, np.ndarray]:
+    rows = tuple(n for a, n in enumerate(case.shape) if a not in case.axes)
+    if case.mask == "none":
+        return None, np.ones(case.shape, bool)
+    if case.mask == "channelwise":
+        mask = rng.random(case.shape) < 0.6
+        mask[(slice(None),) * case.axes[0] + (0,)] = False  # one channel has no real row
+    elif case.mask == "own_rank":
+        mask = rng.random([1 if a in case.axes else n for a, n in enumerate(case.shape)]) < 0.5
+    elif case.mask == "row_of_ones":
+        sizes = [1 if a in case.axes or a == 0 else n for a, n in enumerate(case.shape)]
+        mask = rng.random(sizes) < 0.7
+    else:
+        mask = _row_mask(case.mask, rows, rng)
+    fitted = mask
+    if mask.ndim < len(case.shape):
+        sizes = iter((*mask.shape, *(1,) * len(rows)))
+        fitted = mask.reshape(
+            [1 if a in case.axes else next(sizes) for a in range(len(case.shape))]
+        )
+    real = np.broadcast_to(fitted, case.shape)
+    if case.mask_dtype != "bool":
+        mask = (mask * rng.integers(1, 100, mask.shape)).astype(case.mask_dtype)
+    return mask, real
+
+
+def _row_mask(kind: str, rows: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    if kind == "samples":
+        mask = rng.random(rows[:1]) < 0.6
+        mask[: len(mask) // 4] = True
+        return mask
+    if kind == "prefix":  # ragged lengths along the last row axis
+        lengths = rng.integers(0, rows[-1] + 1, rows[:-1])
+        return np.arange(rows[-1]) < lengths[..., None]
+    mask = np.zeros(rows, bool)
+    if kind == "all":
+        mask[...] = True
+    elif kind == "half":
+        mask = rng.random(rows) < 0.5
+    elif kind == "one_row":
+        mask.flat[mask.size // 2] = True
+    elif kind == "two_rows":
+        mask.flat[[0, mask.size - 1]] = True
+    elif kind == "half_samples":  # with ghost batches: whole groups are empty
+        mask[::2] = True
+    else:
+        assert kind == "empty", kind
+    return mask
+
+
+def _rounded(a: np.ndarray, dtype: str) -> np.ndarray:
+    """`a` rounded to `dtype`, as float64; bfloat16 by dropping float32's last 16 bits."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(a, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
+        return bits.view(np.float32).astype(np.float64).reshape(a.shape)
+    return a.astype(dtype).astype(np.float64)
+
+
+_MASKS = ("all", "samples", "prefix", "half", "own_rank", "row_of_ones", "channelwise")
+_RARE = ("empty", "one_row", "two_rows")
+_SHAPES: dict[str, dict[str, Any]] = {
+    "2d": {"shape": (16, 3)},
+    "2d_last": {"shape": (16, 3), "axis": -1},
+    "1d_signal": {"shape": (8, 3, 5)},
+    "image": {"shape": (4, 3, 5, 7)},
+    "image_last": {"shape": (4, 5, 7, 3), "axis": -1},
+    "volume": {"shape": (2, 3, 4, 3, 2)},
+    "first_axis": {"shape": (3, 16), "axis": 0},
+    "two_axes": {"shape": (6, 2, 5, 3), "axis": (1, 3)},
+    "two_axes_unsorted": {"shape": (6, 2, 5, 3), "axis": (-1, 1)},
+    "odd_rows": {"shape": (1031, 2)},
+    "one_channel": {"shape": (33, 1)},
+    "many_channels": {"shape": (5, 129)},
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "ghost2": {"ghost": 2},
+    "ghost_whole": {"ghost": 8},
+    "ghost1": {"ghost": 1},
+    "renorm": {"renorm": {}},
+    "renorm_clipped": {"renorm": {"rmax": 1.1, "rmin": 0.9, "dmax": 0.2}},
+    "renorm_ghost": {"renorm": {"rmax": 1.5}, "ghost": 4},
+    "renorm_adjusted": {"renorm": {}, "adjusted": True},
+    "adjusted": {"adjusted": True},
+    "relu": {"activation": "relu"},
+    "leaky_relu": {"activation": "leaky_relu"},
+    "residual": {"residual": True},
+    "residual_relu": {"residual": True, "activation": "relu"},
+    "cumulative": {"decay": None},
+    "decay0": {"decay": 0.0},
+    "decay1": {"decay": 1.0},
+    "no_affine": {"gamma": False, "beta": False},
+    "no_bias": {"beta": False},
+    "large_eps": {"eps": 10.0},
+}
+
+
+def _table() -> list[Case]:
+    cases = [Case(f"{n}-unmasked", **kw) for n, kw in _SHAPES.items()]
+    cases += [Case(f"{n}-{m}", mask=m, **kw) for n, kw in _SHAPES.items() for m in _MASKS]
+    cases += [Case(f"1d_signal-{m}", mask=m) for m in _RARE]
+    cases += [
+        Case(f"{option}-{m}-{mode}", mask=m, mode=mode, **kw)
+        for option, kw in _OPTIONS.items()
+        for m in ("none", "half", "half_samples", "channelwise")
+        for mode in ("train", "eval")
+    ]
+    cases += [
+        Case(f"{option}-{m}", mask=m, **_OPTIONS[option])
+        for option in ("renorm", "ghost2", "renorm_ghost")
+        for m in _RARE
+    ]
+    cases += [Case(f"frozen-{m}", mask=m, mode="frozen") for m in ("none", "half", "empty")]
+    cases += [
+        Case(f"{mode}-{d}-{m}", data=d, mask=m, mode=mode, shape=(257, 3))
+        for d in ("offset1e2", "offset1e4", "offset1e6", "constant", "huge", "tiny")
+        for m in ("none", "half")
+        for mode in ("train", "eval")
+    ]
+    cases += [
+        Case(f"offset1e6-{option}", data="offset1e6", mask="half", shape=(256, 3), **kw)
+        for option, kw in _OPTIONS.items()
+    ]
+    cases += [
+        Case(f"nan_padding-{option}-{mode}", data="nan_padding", mask="half", mode=mode, **kw)
+        for option, kw in ({"plain": {}} | _OPTIONS).items()
+        for mode in ("train", "eval")
+        if not kw.get("residual")
+    ]
+    cases += [
+        Case(f"{dtype}-{m}-{mode}", dtype=dtype, mask=m, mode=mode)
+        for dtype in ("float16", "bfloat16", "float64")
+        for m in ("none", "half")
+        for mode in ("train", "eval")
+    ]
+    cases += [
+        Case(f"{dtype}-residual_relu", dtype=dtype, mask="half", residual=True, activation="relu")
+        for dtype in ("float16", "bfloat16")
+    ]
+    cases += [Case("float64-offset", dtype="float64", data="offset1e6", mask="half")]
+    cases += [
+        Case(f"mask-{dtype}", mask="half", mask_dtype=dtype)
+        for dtype in ("int8", "uint8", "int16", "int32", "int64")
+    ]
+    empty = Case("", shape=(0, 3))
+    cases += [
+        replace(empty, name="empty-train"),
+        replace(empty, name="empty-eval", mode="eval"),
+        replace(empty, name="empty-ghost", ghost=2),
+        replace(empty, name="empty-renorm", renorm={}),
+        replace(empty, name="empty-masked", mask="all"),
+        replace(empty, name="empty-signal", shape=(4, 3, 0)),
+        Case("size_one_axes", shape=(1, 3, 1, 5)),
+        Case("one_value-masked", shape=(1, 3), mask="all"),
+        Case("one_value-ghost", shape=(4, 3), ghost=1),
+    ]
+    return cases
+
+
+CASES = _table()
+assert len({case.name for case in CASES}) == len(CASES)
+__all__ = ["CASES", "Case", "Data", "Result", "State", "make_data"]

@@ -1,0 +1,85 @@
+"""How a case runs on the torch front end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from batchnorm.torch import BatchNorm
+
+from cases import Case, Data, Result, State
+
+_BUFFERS = {
+    "mean": "running_mean",
+    "var": "running_var",
+    "stddev": "running_stddev",
+    "renorm_mean": "renorm_mean",
+    "renorm_stddev": "renorm_stddev",
+}
+
+
+def run(
+    case: Case, data: Data, *, compiled: str | None = None, fused: bool | None = None
+) -> Result:
+    """Run a case through `BatchNorm`; `compiled` names a torch.compile backend."""
+    layer = _layer(case, data, fused)
+    dtype = getattr(torch, case.dtype)
+    x = torch.tensor(data.x, dtype=dtype, requires_grad=True)
+    residual = None
+    if data.residual is not None:
+        residual = torch.tensor(data.residual, dtype=dtype, requires_grad=True)
+    mask = None if data.mask is None else torch.tensor(data.mask)
+    call: Any = layer
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(layer, fullgraph=True, backend=compiled)
+    y = call(x, mask, residual)
+    assert y.dtype == dtype
+    y.backward(torch.tensor(data.dy, dtype=dtype))
+    found = {f: _numpy(getattr(layer, b, None)) for f, b in _BUFFERS.items()}
+    return Result(
+        _numpy(y),
+        _numpy(x.grad),
+        _numpy(None if layer.weight is None else layer.weight.grad),
+        _numpy(None if layer.bias is None else layer.bias.grad),
+        State(**found, batches=layer.num_batches_tracked.item()),
+        _numpy(None if residual is None else residual.grad),
+    )
+
+
+def _layer(case: Case, data: Data, fused: bool | None) -> BatchNorm:
+    adjusted = None
+    if case.adjusted:
+        adjusted = (torch.tensor(data.s), torch.tensor(data.t))
+    sizes = case.channels
+    layer = BatchNorm(
+        sizes if len(sizes) > 1 else sizes[0],
+        case.eps,
+        None if case.decay is None else 1.0 - case.decay,
+        affine=case.gamma,
+        axis=case.axis,
+        bias=case.beta,
+        dtype=torch.float64 if case.dtype == "float64" else torch.float32,
+        virtual_batch_size=case.ghost,
+        renorm=case.renorm is not None,
+        renorm_clipping=case.renorm,
+        adjustment=None if adjusted is None else lambda shape: adjusted,
+        activation=case.activation,
+        fused=fused,
+    )
+    with torch.no_grad():
+        for parameter, value in ((layer.weight, data.gamma), (layer.bias, data.beta)):
+            if parameter is not None:
+                parameter.copy_(torch.tensor(value))
+        for f, buffer in _BUFFERS.items():
+            if getattr(data.state, f) is not None:
+                getattr(layer, buffer).copy_(torch.tensor(getattr(data.state, f)))
+        layer.num_batches_tracked.fill_(data.state.batches)
+    layer.train(case.mode != "eval")
+    return layer.freeze() if case.mode == "frozen" else layer
+
+
+def _numpy(a: Any) -> np.ndarray | None:
+    return None if a is None else a.detach().double().numpy()

@@ -1,0 +1,15 @@
+"""Test set-up that every folder shares."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from hypothesis import settings
+
+# The conformance table's helpers are plain modules, shared by the tests of every front end.
+sys.path.insert(0, str(Path(__file__).parent / "conformance"))
+
+# Compilation and a loaded machine make single examples slow; the count bounds the time.
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
