@@ -230,10 +230,12 @@ def _prepare(
         return list(arrays.values())
 
     s, t = adjustment(layout.shape) if training and adjustment is not None else (None, None)
+    gamma, beta = per_channel(gamma=gamma, beta=beta)
     inputs = Inputs(
         x,
         _boolean(owner, mask),
-        *per_channel(gamma=gamma, beta=beta),
+        gamma,
+        beta,
         residual=None if residual is None else _like_x(owner, "residual", residual, x.shape),
         s=None if s is None else np.asarray(s, np.float64),
         t=None if t is None else np.asarray(t, np.float64),

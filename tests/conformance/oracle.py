@@ -13,7 +13,6 @@ from batchnorm.core.layout import make_layout
 from batchnorm.core.normalize import activation_gradient
 from batchnorm.core.running import Running
 from batchnorm.reference import XP
-
 from cases import Case, Data, Result, State
 
 

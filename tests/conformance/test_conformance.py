@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import naive
 import numpy as np
-import oracle
 import pytest
+
+import naive
+import oracle
 import tolerances
 import torch_path
 from cases import CASES, Case, Data, Result, make_data

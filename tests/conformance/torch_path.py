@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from batchnorm.torch import BatchNorm
-
 from cases import Case, Data, Result, State
 
 _BUFFERS = {

@@ -271,7 +271,16 @@ class TestConcurrency:
 
         assert asyncio.run(both()) == [1.0, 3.0]
 
-    def test_task_started_inside_keeps_the_mask_of_its_start(self):
+    @pytest.mark.parametrize("elsewhere", [False, True], ids=["alone", "another block is open"])
+    def test_task_started_inside_sees_no_mask_once_the_block_has_ended(self, elsewhere):
+        """Whatever happens in unrelated threads."""
+        opened, done = threading.Event(), threading.Event()
+
+        def other() -> None:
+            with padding_mask(self.LAST) if elsewhere else contextlib.nullcontext():
+                opened.set()
+                done.wait(30)
+
         async def late() -> float:
             await asyncio.sleep(0)
             return self.seen()
@@ -281,7 +290,13 @@ class TestConcurrency:
                 task = asyncio.create_task(late())
             return await task
 
-        assert asyncio.run(main()) == 1.0
+        thread = threading.Thread(target=other)
+        thread.start()
+        opened.wait(30)
+        found = asyncio.run(main())
+        done.set()
+        thread.join()
+        assert found == self.ALL
 
     def test_task_that_set_a_mask_does_not_show_it_to_its_parent(self):
         async def main() -> float:

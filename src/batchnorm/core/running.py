@@ -58,6 +58,7 @@ def renorm_correction(
     average: BatchAverage, running: Running, renorm: Renorm, *, eps: float, xp: Namespace
 ) -> tuple[Array, Array]:
     """r and d, constants that map batch-normalized values to the moving statistics (S11)."""
+    assert running.renorm_stddev is not None
     floor = math.sqrt(eps)
     reference = xp.where(running.renorm_stddev < floor, floor, running.renorm_stddev)
     centred = average.centred
