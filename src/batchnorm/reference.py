@@ -156,7 +156,7 @@ def batch_norm_gradient(
     dy = _like_x(call.owner, "dy", dy, call.layout.shape)
     result = _run(call)
     settings: dict[str, Any] = {"owner": call.owner, "xp": XP}
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(all="ignore"):
         if isinstance(result, Outcome):
             found = backward_batch(dy, call.inputs, result, call.layout, call.options, **settings)
         else:
@@ -180,7 +180,7 @@ class _Call(NamedTuple):
 def _run(call: _Call) -> Any:
     """y by the running statistics, or the Outcome by the batch's own."""
     forward: Any = forward_running if call.by_running else forward_batch
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN and inf in x are data, not errors
+    with np.errstate(all="ignore"):  # NaN and inf in x are data, not errors
         return forward(
             call.inputs,
             call.running,

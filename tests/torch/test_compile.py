@@ -3,13 +3,14 @@
 import copy
 import threading
 
-import batchnorm
 import pytest
 import torch
-from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+
+import batchnorm
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32: fusion reorders and contracts operations
 EXACT = 5e-5  # S3, plain path, compiled
@@ -25,10 +26,14 @@ VARIANTS = {
     "renorm": ({"renorm": True, "renorm_clipping": {"rmax": 3.0, "dmax": 5.0}}, (6, 4, 5)),
     "leaky-relu": ({"activation": "leaky_relu"}, (6, 4, 5)),
     "two-axes": ({"axis": (1, -1)}, (6, 4, 5)),
-    "adjustment": ({"adjustment": lambda shape: (torch.full(shape[:1] + (1, 1), 1.5), 0.5)},
-                   (6, 4, 5)),
+    "adjustment": (
+        {"adjustment": lambda shape: (torch.full(shape[:1] + (1, 1), 1.5), 0.5)},
+        (6, 4, 5),
+    ),
 }
 variants = pytest.mark.parametrize(("option", "shape"), VARIANTS.values(), ids=VARIANTS)
+# torch 2.13 itself defines a ScriptModule when it first differentiates or lowers a graph.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 masking = pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 
 

@@ -479,7 +479,6 @@ class TestOptions:
             ({"activation": "gelu"}, ValueError),
             ({"fused": "yes"}, TypeError),
         ],
-        ids=str,
     )
     def test_bad_option_raises_and_changes_nothing(self, options, error):
         model = nn.Sequential(nn.BatchNorm1d(3), nn.ModuleList([nn.BatchNorm2d(3)]))

@@ -178,9 +178,9 @@ class TestScope:
 
     def test_rule_of_the_outer_block_does_not_reach_the_inner_one(self):
         mask = lengths(3, 8, total=8)
-        with padding_mask(mask, rescale="any"), padding_mask(mask):
-            with pytest.raises(ValueError, match="partly padding"):
-                BatchNorm1d(C)(torch.randn(2, C, 4))
+        outer, inner = padding_mask(mask, rescale="any"), padding_mask(mask)
+        with outer, inner, pytest.raises(ValueError, match="partly padding"):
+            BatchNorm1d(C)(torch.randn(2, C, 4))
 
     def test_failed_entry_leaves_no_mask(self):
         with pytest.raises(TypeError, match="boolean or integer"), padding_mask(self.X):
@@ -405,25 +405,25 @@ class TestRescaling:
     @pytest.mark.parametrize("shape", [(2, C, 5), (2, C, 3), (2, C, 12)])
     @pytest.mark.parametrize("rescale", [None, "any", "all"])
     def test_sizes_that_do_not_divide_raise(self, shape, rescale):
-        layer = BatchNorm1d(C)
-        with padding_mask(lengths(8, 4), rescale=rescale):
-            with pytest.raises(ValueError, match=rf"\(2, 8\).*rows \(2, {shape[2]}\).*divide"):
-                layer(torch.randn(shape))
+        said = rf"\(2, 8\).*rows \(2, {shape[2]}\).*divide"
+        given = padding_mask(lengths(8, 4), rescale=rescale)
+        with given, pytest.raises(ValueError, match=said):
+            BatchNorm1d(C)(torch.randn(shape))
 
     @pytest.mark.parametrize("batch", [1, 2, 3, 8])
     def test_another_batch_size_raises(self, batch):
-        with padding_mask(torch.ones(N, L, dtype=torch.bool), rescale="any"):
-            with pytest.raises(ValueError, match="batch axis"):
-                BatchNorm1d(C)(torch.randn(batch, C, L))
+        given = padding_mask(torch.ones(N, L, dtype=torch.bool), rescale="any")
+        with given, pytest.raises(ValueError, match="batch axis"):
+            BatchNorm1d(C)(torch.randn(batch, C, L))
 
     def test_batch_and_time_flattened_together_raise(self):
         with padding_mask(lengths(8, 3, 5, 1)), pytest.raises(ValueError, match="batch axis"):
             BatchNorm1d(C)(torch.randn(N * L, C))
 
     def test_mask_of_fewer_axes_at_another_resolution_raises(self):
-        with padding_mask(torch.ones(N, H, dtype=torch.bool)):
-            with pytest.raises(ValueError, match="number of axes"):
-                BatchNorm2d(C)(torch.randn(N, C, H // 2, W))
+        given = padding_mask(torch.ones(N, H, dtype=torch.bool))
+        with given, pytest.raises(ValueError, match="number of axes"):
+            BatchNorm2d(C)(torch.randn(N, C, H // 2, W))
 
     @pytest.mark.parametrize(
         "said", [r"\(4,\)", r"rows \(3,\)", "pass mask= to this layer", r"padding_mask\(None\)"]
@@ -743,7 +743,12 @@ class TestJagged:
         torch.tensor([0, 4, 6, 11]),
     )
 
-    @pytest.mark.parametrize("sizes", [(3, 5), (3, 7), (2,)], ids=["same", "other", "misfit"])
+    def test_mask_of_another_number_of_samples_raises(self):
+        mask = torch.ones(2, dtype=torch.bool)
+        with padding_mask(mask), pytest.raises(ValueError, match=r"shape \(3,\).*got \(2,\)"):
+            BatchNorm(C, axis=-1)(self.X)
+
+    @pytest.mark.parametrize("sizes", [(3, 5), (3, 7)], ids=["same", "other"])
     def test_mask_of_positions_does_not_concern_a_jagged_input(self, sizes):
         expected = BatchNorm(C, axis=-1)(self.X).values()
         with padding_mask(torch.ones(sizes, dtype=torch.bool)):

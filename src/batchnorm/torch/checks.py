@@ -20,6 +20,11 @@ def check_input(owner: str, x: Any, name: str = "x") -> Tensor:
             f"{owner}: {name} must be float16, bfloat16, float32 or float64; got {x.dtype}. "
             "Convert it first, for instance with .float()."
         )
+    if x.is_nested and x.layout is not torch.jagged:
+        raise TypeError(
+            f"{owner}: a nested {name} must have the jagged layout; got {x.layout}. Make it with "
+            "torch.nested.nested_tensor(..., layout=torch.jagged)."
+        )
     if x.layout not in (torch.strided, torch.jagged):
         raise TypeError(
             f"{owner}: {name} must be a strided or jagged tensor; got layout {x.layout}. "

@@ -21,7 +21,9 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
     nn.SyncBatchNorm: BatchNorm,
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items() if ours is not BatchNorm}
+_LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _OPTIONS = ("virtual_batch_size", "renorm", "adjustment", "activation")
+_ACCEPTED = ("eps", "momentum", *_OPTIONS, "renorm_clipping", "renorm_momentum", "fused")
 
 
 def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
@@ -54,13 +56,14 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
     """
     owner = "convert_batchnorm"
     _check_module(owner, module)
+    _check_options(owner, options)
     left: list[str] = []
     unsynchronized: list[str] = []
 
     def replace(name: str, layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, _BatchNorm) or isinstance(layer, BatchNorm):
             return None
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+        if isinstance(layer, _LAZY):  # with the first input it becomes another class
             raise ValueError(
                 f"{owner}: layer {name!r} is a {type(layer).__name__} without parameters yet; "
                 "run one batch through the model first."
@@ -131,8 +134,6 @@ def _convert(layer: nn.Module, ours: type[BatchNorm], options: dict[str, Any]) -
     for name in ("eps", "momentum"):
         if name in extra:
             setattr(new, name, extra.pop(name))
-    if "axis" in extra:
-        raise TypeError("convert_batchnorm: axis cannot be changed; torch's layers use axis 1.")
     new.configure(**extra)
     new.__dict__["_converted_from"] = type(layer)
     return new
@@ -186,6 +187,15 @@ def _exchange(
             if child in made:
                 parent._modules[name] = made[child]
     return made.get(module, module)
+
+
+def _check_options(owner: str, options: dict[str, Any]) -> None:
+    """Raise for an option that no layer could take, before any layer is touched."""
+    if unknown := sorted(set(options) - set(_ACCEPTED)):
+        raise TypeError(
+            f"{owner}: options must be among {', '.join(_ACCEPTED)}; got {', '.join(unknown)}."
+        )
+    BatchNorm(1, **options)
 
 
 def _check_module(owner: str, module: Any) -> None:

@@ -104,11 +104,17 @@ class BatchNorm:
 
         Raises:
             TypeError: data_type is not a floating type, or input_shape no sequence of ints.
+            ValueError: input_shape is empty or has a negative size.
         """
         shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
-        if not all(isinstance(n, int) and n >= 0 for n in shape):
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
             raise TypeError(
-                f"{_OWNER}: input_shape must be a sequence of sizes; got {input_shape!r}."
+                f"{_OWNER}: input_shape must be a sequence of ints; got {input_shape!r}."
+            )
+        if not shape or min(shape) < 0:
+            raise ValueError(
+                f"{_OWNER}: input_shape must name at least one size, none negative; got "
+                f"{input_shape!r}. For one feature use (1,)."
             )
         if data_type not in checks.FLOATING:
             raise TypeError(f"{_OWNER}: data_type must be a floating type; got {data_type!r}.")
@@ -144,11 +150,18 @@ class BatchNorm:
         """
         self._pass = None  # backward must never see an older pass
         layout = self._check_forward(input, training)
-        mask = checks.check_mask(_OWNER, mask, input.device)
         work = torch.float64 if input.dtype == torch.float64 else torch.float32
+        mask = checks.check_mask(_OWNER, mask, input.device)
         # Copies: an optimizer's step or an in-place operation must not reach into backward.
-        inputs = Inputs(input.to(work, copy=not training), mask, *self._parameters(work))
-        running = Running(self.running_mean.to(work), self.running_var.to(work))
+        inputs = Inputs(
+            input.to(work, copy=not training),
+            None if mask is None else mask.clone(),
+            self.gamma.to(work, copy=True),
+            self.beta.to(work, copy=True),
+        )
+        running = Running(
+            self.running_mean.to(work, copy=True), self.running_var.to(work, copy=True)
+        )
         options, settings = self._options(), _SETTINGS
         result: Outcome | Tensor
         if training:
@@ -188,9 +201,9 @@ class BatchNorm:
                 f"{tuple(dCdy.shape)}."
             )
         found = self._gradients(dCdy, saved)
-        scale = 1.0 if self.parameter_gradient == "sum" else 1.0 / self._rows(saved)
+        rows = 1 if self.parameter_gradient == "sum" else self._rows(saved)
         for parameter, gradient in ((self.gamma, found.dgamma), (self.beta, found.dbeta)):
-            gradient = (gradient * scale).to(parameter.dtype)
+            gradient = (gradient / rows).to(parameter.dtype)
             if parameter.grad is None:
                 parameter.grad = gradient
             else:
@@ -221,11 +234,7 @@ class BatchNorm:
         mask = saved.layout.mask(saved.inputs.mask, _OWNER, XP)
         if mask is None:
             return max(saved.layout.shape[0], 1)
-        rows = mask.sum(dim=0).clamp(min=1)
-        return rows.expand(self.input_shape)
-
-    def _parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.gamma.to(dtype, copy=True), self.beta.to(dtype, copy=True)
+        return mask.expand(saved.layout.shape).sum(dim=0).clamp(min=1)
 
     def _options(self) -> Options:
         return Options(eps=self.epsilon, decay=self.patience, unbiased=True, correction=1)

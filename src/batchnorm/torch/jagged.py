@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm.core.layout import normalize_axis
+
+
+class _Packed(NamedTuple):
+    """Values with no holes between the samples, and where each sample begins."""
+
+    values: Tensor
+    offsets: Tensor
 
 
 def normalize_values(
@@ -19,6 +26,7 @@ def normalize_values(
     axis: int | tuple[int, ...],
     options: Any,
     adjustment: Any,
+    mode: Any,
     owner: str,
     **rest: Any,
 ) -> Tensor:
@@ -30,74 +38,85 @@ def normalize_values(
         mask: None, jagged like x without its channel axes, or `(N,)` for whole samples.
         residual: None, or jagged like x.
         axis: of x; not the batch axis nor the ragged one.
-        options: without ghost batches.
-        adjustment: None.
+        options: without ghost batches in training.
+        adjustment: None in training.
+        mode: as in the dense function.
         owner: whose name error messages carry.
         **rest: handed on.
 
     Raises:
         ValueError: an axis, mask, residual or option that has no meaning on packed values.
     """
-    if options.virtual_batch_size is not None or adjustment is not None:
+    if mode.training and (options.virtual_batch_size is not None or adjustment is not None):
         raise ValueError(
-            f"{owner}: a jagged x takes neither virtual_batch_size nor adjustment, whose shapes "
-            "need a padded batch; pad x and pass mask instead."
+            f"{owner}: a jagged x takes neither virtual_batch_size nor adjustment in training, "
+            "whose shapes need a padded batch; pad x and pass mask instead."
         )
-    x = _packed(x)
-    ragged = x._ragged_idx
     axes = normalize_axis(owner, axis, x.dim())
-    if 0 in axes or ragged in axes:
-        raise ValueError(
-            f"{owner}: the channel axes of a jagged x must be neither the batch axis 0 nor the "
-            f"ragged axis {ragged}; got axis={axis!r}. For (N, ragged, C) use axis=-1."
-        )
+    check_axes(owner, axes, x)
+    packed, ragged = _pack(x), x._ragged_idx
     y = normalize(
-        x.values(),
-        _mask_values(owner, mask, x),
-        residual=_values_like(owner, "residual", residual, x),
+        packed.values,
+        _mask_values(owner, mask, packed, ragged),
+        residual=None if residual is None else _values_like(owner, "residual", residual, packed),
         axis=tuple(a - 1 for a in axes),
         options=options,
         adjustment=None,
+        mode=mode,
         owner=owner,
         **rest,
     )
-    return torch.nested.nested_tensor_from_jagged(y, x.offsets(), jagged_dim=ragged)
+    return torch.nested.nested_tensor_from_jagged(y, packed.offsets, jagged_dim=ragged)
 
 
-def _mask_values(owner: str, mask: Any, x: Any) -> Any:
+def check_axes(owner: str, axes: tuple[int, ...], x: Any) -> None:
+    """Raise if a channel axis of a jagged x is its batch axis or its ragged one."""
+    if 0 in axes or x._ragged_idx in axes:
+        raise ValueError(
+            f"{owner}: the channel axes of a jagged x must be neither the batch axis 0 nor the "
+            f"ragged axis {x._ragged_idx}; got axis={axes if len(axes) > 1 else axes[0]}. For "
+            "(N, ragged, C) use axis=-1."
+        )
+
+
+def _pack(x: Any) -> _Packed:
+    """The values of x; a view may have holes between its samples, which are left out.
+
+    `contiguous` would do it too, but its backward pass fails on such views (torch 2.13).
+    """
+    offsets, lengths = x.offsets(), x.lengths()
+    if lengths is None:
+        return _Packed(x.values(), offsets)
+    ends = lengths.cumsum(0)
+    begins = offsets[: len(lengths)] - (ends - lengths)
+    position = torch.arange(int(ends[-1]) if len(ends) else 0, device=ends.device)
+    kept = position + torch.repeat_interleave(begins, lengths)
+    packed = torch.cat([ends.new_zeros(1), ends])
+    return _Packed(x.values().index_select(x._ragged_idx - 1, kept), packed)
+
+
+def _mask_values(owner: str, mask: Any, x: _Packed, ragged: int) -> Any:
     if not isinstance(mask, Tensor):
         return mask
     if mask.layout is torch.jagged:
         return _values_like(owner, "mask", mask, x)
-    samples = x.offsets().numel() - 1
+    samples = x.offsets.numel() - 1
     if tuple(mask.shape) != (samples,):
         raise ValueError(
             f"{owner}: the mask of a jagged x must be jagged like x without its channel axes, or "
             f"have shape ({samples},) for whole samples; got {tuple(mask.shape)}."
         )
-    values = x.values()
-    rows = torch.repeat_interleave(
-        mask, x.offsets().diff(), output_size=values.shape[x._ragged_idx - 1]
-    )
-    return rows.reshape([-1 if a == x._ragged_idx - 1 else 1 for a in range(values.dim())])
+    rows = torch.repeat_interleave(mask, x.offsets.diff(), output_size=x.values.shape[ragged - 1])
+    return rows.reshape([-1 if a == ragged - 1 else 1 for a in range(x.values.dim())])
 
 
-def _values_like(owner: str, name: str, a: Any, x: Any) -> Any:
-    if a is None:
-        return None
+def _values_like(owner: str, name: str, a: Any, x: _Packed) -> Tensor:
     if not isinstance(a, Tensor) or a.layout is not torch.jagged:
+        shape = f" of shape {tuple(a.shape)}" if isinstance(a, Tensor) else ""
+        raise ValueError(f"{owner}: {name} must be jagged like x; got {type(a).__name__}{shape}.")
+    packed = _pack(a)
+    if packed.offsets is not x.offsets and not torch.equal(packed.offsets, x.offsets):
         raise ValueError(
-            f"{owner}: {name} must be jagged like x; got {type(a).__name__}"
-            f"{f' of shape {tuple(a.shape)}' if isinstance(a, Tensor) else ''}."
+            f"{owner}: {name} must be ragged like x, sample by sample; got other lengths."
         )
-    a = _packed(a)
-    if a.offsets() is not x.offsets() and not torch.equal(a.offsets(), x.offsets()):
-        raise ValueError(
-            f"{owner}: {name} must be ragged like x, row by row; got other row lengths."
-        )
-    return a.values()
-
-
-def _packed(x: Any) -> Any:
-    """x without the holes that a view may have between its rows."""
-    return x if x.lengths() is None else x.contiguous()
+    return packed.values

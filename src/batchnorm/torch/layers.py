@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.core import config
 from batchnorm.core.layout import check_axis, normalize_axis
 from batchnorm.core.running import Running
-from batchnorm.torch import checks
+from batchnorm.torch import checks, jagged
 from batchnorm.torch.functional import Mode, Parameters, normalize
 from batchnorm.torch.masking import ambient_mask
 from batchnorm.torch.runtime import recomputation_flag
@@ -170,10 +171,15 @@ class BatchNorm(_BatchNorm):
             ValueError: shapes that do not fit; a single value per channel in training. State is
                 unchanged then.
         """
+        if isinstance(x, Proxy):  # torch.fx takes torch's own modules for leaves, and this one
+            path = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", path, (x, mask, residual), {})
         owner = type(self).__name__
         checks.check_input(owner, x)
         self._check_input_dim(x)
         axes = normalize_axis(owner, self.axis, x.dim())
+        if x.layout is torch.jagged:
+            jagged.check_axes(owner, axes, x)
         self._check_channels(owner, x, axes)
         self._check_moving(owner)
         training = self.training and not self.frozen
@@ -235,6 +241,8 @@ class BatchNorm(_BatchNorm):
 
     def _check_channels(self, owner: str, x: Tensor, axes: tuple[int, ...]) -> None:
         features = self.num_features
+        if features == 0 and self.weight is None and self.running_mean is None:
+            return  # a lazy layer without state never learns its size
         expected = tuple(features) if isinstance(features, tuple) else (features,)
         found = tuple(x.shape[a] for a in axes)
         if found != expected:
@@ -263,8 +271,6 @@ class BatchNorm(_BatchNorm):
         return Running(self.running_mean, self.running_var, self.num_batches_tracked, *renorm)
 
     def _ambient_mask(self, owner: str, x: Tensor, axes: tuple[int, ...]) -> Tensor | None:
-        if x.layout is torch.jagged:
-            return None
         mask = ambient_mask(owner, x, axes)
         if torch.compiler.is_compiling():
             return mask

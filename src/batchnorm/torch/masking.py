@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,13 @@ _OWNER = "padding_mask"
 _RULES = (None, "any", "all")
 
 
-class _Ambient(NamedTuple):
+@dataclass(eq=False)
+class _Ambient:
+    """One `with` block; a task that outlives the block finds it inactive."""
+
     mask: Tensor
     rescale: str | None
+    active: bool = True
 
 
 _current: ContextVar[_Ambient | None] = ContextVar("batchnorm_padding_mask", default=None)
@@ -58,6 +63,7 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
     A layer's explicit `mask=` wins. At a layer whose rows differ from the mask's, each size must
     divide, or be divided by, the mask's: blocks then merge or repeat. After pooling or flattening
     the spatial axes away, whatever is left of a sample is one block. Everything else raises.
+    A jagged input has no padding: it takes only a mask `(N,)` of whole samples.
 
     The setting belongs to the thread (or asyncio task) that made it, ends with the block even on
     an exception, nests, and works around compiled models without recompiling when values change.
@@ -90,6 +96,8 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
     try:
         yield
     finally:
+        if ambient is not None:
+            ambient.active = False
         _usage.add(-1)
         _current.reset(token)
 
@@ -98,9 +106,11 @@ def ambient_mask(owner: str, x: Tensor, channel_axes: Sequence[int]) -> Tensor |
     """The mask that `padding_mask` gives a layer with input x, or None."""
     if not _usage.in_use:
         return None
+    if x.layout is torch.jagged:
+        return _of_samples(x)
     rows = [n for a, n in enumerate(x.shape) if a not in channel_axes]
     if not torch.compiler.is_compiling():
-        ambient = _current.get()
+        ambient = _active()
         return None if ambient is None else _at_resolution(owner, ambient, rows, x.device)
     if torch.compiler.is_exporting():
         raise ValueError(
@@ -112,7 +122,7 @@ def ambient_mask(owner: str, x: Tensor, channel_axes: Sequence[int]) -> Tensor |
 @torch.library.custom_op("batchnorm::ambient_mask", mutates_args=())
 def _runtime_mask(x: Tensor, rows: Sequence[int], owner: str) -> Tensor:
     # Read when the graph runs, in the thread that runs it; all real without a mask there.
-    ambient = _current.get()
+    ambient = _active()
     if ambient is None:
         return torch.ones(rows, dtype=torch.bool, device=x.device)
     mask = _at_resolution(owner, ambient, rows, x.device)
@@ -123,6 +133,19 @@ def _runtime_mask(x: Tensor, rows: Sequence[int], owner: str) -> Tensor:
 @_runtime_mask.register_fake
 def _(x: Tensor, rows: Sequence[int], owner: str) -> Tensor:
     return x.new_empty(rows, dtype=torch.bool)
+
+
+def _active() -> _Ambient | None:
+    ambient = _current.get()
+    return ambient if ambient is not None and ambient.active else None
+
+
+def _of_samples(x: Tensor) -> Tensor | None:
+    """The part of the mask that a jagged x, which has no padding, can use: whole samples."""
+    if torch.compiler.is_compiling():
+        return None
+    ambient = _active()
+    return ambient.mask if ambient is not None and ambient.mask.dim() == 1 else None
 
 
 def _checked(mask: Any) -> Tensor:
@@ -147,30 +170,32 @@ def _at_resolution(
     # Axes that pooling or flattening removed are one block each.
     target = (*wanted, *(1,) * (len(sizes) - len(wanted)))
     for axis, (size, goal) in enumerate(zip(sizes, target, strict=True)):
+        if size == goal:
+            continue
         if size == 0 or goal == 0 or (size % goal != 0 and goal % size != 0):
             raise _misfit(owner, sizes, wanted, f"{size} and {goal} on axis {axis} do not divide")
         if goal > size:
             mask = mask.repeat_interleave(goal // size, dim=axis)
-    return _merge_blocks(owner, mask, target, ambient).reshape(wanted)
+    merged = _merge_blocks(mask, target, ambient.rescale)
+    if merged is None:
+        raise ValueError(
+            f"{owner} in padding_mask: a mask of shape {sizes} does not carry over to a layer "
+            f"with rows {wanted}: some blocks are partly padding. Pad to whole blocks, or say "
+            'rescale="any" or rescale="all".'
+        )
+    return merged.reshape(wanted)
 
 
-def _merge_blocks(owner: str, mask: Tensor, target: tuple[int, ...], ambient: _Ambient) -> Tensor:
-    """One position for each block, by the rule asked for."""
-    split = [n for size, goal in zip(mask.shape, target, strict=True) for n in (goal, size // goal)]
+def _merge_blocks(mask: Tensor, target: tuple[int, ...], rule: str | None) -> Tensor | None:
+    """One position for each block by `rule`; None where there is none, and blocks are mixed."""
+    pairs = zip(mask.shape, target, strict=True)
+    split = [n for size, goal in pairs for n in (goal, size // goal if goal else 1)]
     inner = tuple(range(1, len(split), 2))
     blocks = mask.reshape(split)
     some, every = blocks.any(dim=inner), blocks.all(dim=inner)
-    if ambient.rescale == "any":
-        return some
-    if ambient.rescale == "all":
-        return every
-    if not torch.equal(some, every):
-        raise ValueError(
-            f"{owner} in padding_mask: a mask of shape {tuple(ambient.mask.shape)} does not carry "
-            f"over to {target}: some blocks are partly padding. Pad to whole blocks, or say "
-            'rescale="any" or rescale="all".'
-        )
-    return some
+    if rule is None and not torch.equal(some, every):
+        return None
+    return every if rule == "all" else some
 
 
 def _misfit(owner: str, sizes: tuple[int, ...], wanted: tuple[int, ...], reason: str) -> ValueError:

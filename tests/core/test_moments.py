@@ -1,0 +1,38 @@
+"""Merging of moments by count (S14)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from batchnorm.core.moments import Moments, centre, merge_moments
+from batchnorm.reference import XP
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("sizes", [(5,), (3, 4), (1, 1, 1), (0, 4), (4, 0, 0), (7, 1, 0, 2)])
+def test_merged_parts_equal_the_whole(sizes: tuple[int, ...], offset: float) -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(offset, 1.0, (n, 3)) for n in sizes]
+    moments = [centre(p, None, (0,), eps=1e-5, xp=XP).moments for p in parts]
+    merged = merge_moments(Moments(*map(np.stack, zip(*moments, strict=True))), 0, XP)
+    whole = np.concatenate(parts)
+    assert merged.count.tolist() == [[len(whole)] * 3]
+    # A mean at this offset is rounded to 1e-10; the variance sees that squared.
+    np.testing.assert_allclose(merged.mean[0], whole.mean(axis=0), rtol=1e-15)
+    np.testing.assert_allclose(merged.var[0], whole.var(axis=0), rtol=1e-9, atol=1e-18)
+
+
+def test_merging_nothing_gives_zeros() -> None:
+    empty = Moments(*(np.zeros((2, 3)) for _ in range(3)))
+    assert [m.tolist() for m in merge_moments(empty, 0, XP)] == [[0.0] * 3] * 3
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e18])
+def test_float32_moments_are_accurate_at_any_scale(scale: float) -> None:
+    x = (np.random.default_rng(0).normal(size=(1000, 2)) * scale).astype(np.float32)
+    found = centre(x, None, (0,), eps=1e-5, xp=XP).moments
+    assert found.var.dtype == np.float32
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(found.var[0], exact.var(axis=0), rtol=5e-6)
+    np.testing.assert_allclose(found.mean[0], exact.mean(axis=0), atol=5e-6 * scale)

@@ -1,0 +1,93 @@
+"""Who may import whom (architecture), each asked in a fresh interpreter."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import batchnorm
+
+ROOT = Path(batchnorm.__file__).parent
+FRAMEWORKS = ("torch", "jax", "flax", "keras", "tensorflow")
+SUBPACKAGES = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
+
+# What each part may use beside the standard library and itself.
+ALLOWED = {
+    "core": set(),
+    "kernels": {"core"},
+    "torch": {"core", "kernels", "torch"},
+}
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import batchnorm", "import batchnorm.kernels.select"])
+def test_no_framework_is_imported(statement: str) -> None:
+    assert not loaded_after(statement) & set(FRAMEWORKS)
+
+
+def test_batchnorm_itself_takes_less_than_100_ms() -> None:
+    code = (
+        "import numpy, importlib.metadata, sys, time\n"
+        "start = time.process_time()\nimport batchnorm\n"
+        "print(time.process_time() - start)"
+    )
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < 0.1
+
+
+def test_torch_front_end_imports_no_other_framework() -> None:
+    loaded = loaded_after("import batchnorm.torch")
+    assert "torch" in loaded
+    assert not loaded & {"jax", "flax", "keras", "tensorflow", "rich", "typer", "matplotlib"}
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_source_imports_only_what_its_part_may(part: str) -> None:
+    for path in (ROOT / part).rglob("*.py"):
+        for module in _imports(path):
+            top, *rest = module.split(".")
+            if top == "batchnorm":
+                used = rest[0] if rest else ""
+                assert used in {part} | (ALLOWED[part] & SUBPACKAGES), f"{path}: {module}"
+            else:
+                allowed = top in sys.stdlib_module_names or top in ALLOWED[part]
+                assert allowed, f"{path}: {module}"
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide who imports whom"
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "batchnorm" else str(node.module)
+                for alias in node.names
+            }
+    return found
+
+
+def test_missing_torch_says_which_extra_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None\nimport batchnorm.torch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'batchnorm[torch]'" in done.stderr
+
+
+def test_show_config_reports_versions_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    batchnorm.show_config()
+    shown = capsys.readouterr().out
+    assert f"batchnorm   {batchnorm.__version__}" in shown
+    assert "kernels     plain array code" in shown

@@ -1,0 +1,286 @@
+"""Exported, converted and traced models give the numbers of the layer they come from."""
+
+import copy
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim, export
+
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 in another order of operations
+VARIANTS = {
+    "default": {},
+    "cumulative": {"momentum": None},
+    "no-affine": {"affine": False},
+    "no-running": {"track_running_stats": False},
+    "ghost": {"virtual_batch_size": 2},
+    "renorm": {"renorm": True, "renorm_clipping": {"rmax": 3.0, "dmax": 5.0}},
+    "relu": {"activation": "relu"},
+}
+variants = pytest.mark.parametrize("option", VARIANTS.values(), ids=VARIANTS)
+modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+
+onnx_warnings = [
+    # torch.onnx and onnxscript use deprecated parts of torch, Python and each other.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+trace_warnings = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning"),
+    # A traced model keeps the shapes of its example; that is what tracing means.
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
+
+def marked(marks):
+    def apply(test):
+        for mark in marks:
+            test = mark(test)
+        return test
+
+    return apply
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def trained(option, make=BatchNorm1d):
+    layer = make(3, **option)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        if layer.running_mean is not None:
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    return layer
+
+
+def assert_same_state(actual, expected):
+    torch.testing.assert_close(dict(actual.state_dict()), dict(expected.state_dict()), **CLOSE)
+
+
+# torch.export
+
+
+@variants
+@modes
+def test_exported_layer_gives_the_same_output(option, training):
+    layer = trained(option).train(training)
+    program = export(copy.deepcopy(layer), (torch.randn(8, 3, 5),)).module()
+    x = torch.randn(8, 3, 5)
+    torch.testing.assert_close(program(x), layer(x), **CLOSE)
+
+
+@variants
+def test_exported_training_updates_the_same_statistics(option):
+    layer = trained(option)
+    program = export(copy.deepcopy(layer), (torch.randn(8, 3, 5),)).module()
+    for _ in range(3):
+        x = torch.randn(8, 3, 5)
+        program(x), layer(x)
+    assert_same_state(program, layer)
+
+
+@variants
+def test_exporting_leaves_the_layer_alone(option):
+    layer = trained(option)
+    before = copy.deepcopy(layer)
+    export(layer, (torch.randn(8, 3, 5),))
+    assert_same_state(layer, before)
+
+
+@modes
+@pytest.mark.parametrize("shape", [(8, 3), (8, 3, 5)])
+def test_exported_batch_size_may_be_dynamic(training, shape):
+    layer = trained({}).train(training)
+    dynamic = ({0: Dim("n", min=2)},)
+    program = export(copy.deepcopy(layer), (torch.randn(shape),), dynamic_shapes=dynamic).module()
+    x = torch.randn(21, *shape[1:])
+    torch.testing.assert_close(program(x), layer(x), **CLOSE)
+
+
+@modes
+def test_exported_length_may_be_dynamic(training):
+    layer = trained({}).train(training)
+    dynamic = ({0: Dim("n", min=2), 2: Dim("l", min=2)},)
+    program = export(copy.deepcopy(layer), (torch.randn(8, 3, 5),), dynamic_shapes=dynamic).module()
+    x = torch.randn(4, 3, 11)
+    torch.testing.assert_close(program(x), layer(x), **CLOSE)
+
+
+def test_exported_number_of_ghost_batches_may_be_dynamic():
+    layer = trained({"virtual_batch_size": 4})
+    dynamic = ({0: 4 * Dim("groups", min=2)},)
+    program = export(
+        copy.deepcopy(layer), (torch.randn(12, 3, 5),), dynamic_shapes=dynamic
+    ).module()
+    x = torch.randn(20, 3, 5)
+    torch.testing.assert_close(program(x), layer(x), **CLOSE)
+
+
+@modes
+def test_exported_mask_is_an_input(training):
+    layer = trained({}).train(training)
+    example = torch.randn(8, 3, 5), torch.rand(8, 5) < 0.6
+    program = export(copy.deepcopy(layer), example).module()
+    x, mask = torch.randn(8, 3, 5), torch.rand(8, 5) < 0.6
+    torch.testing.assert_close(program(x, mask), layer(x, mask), **CLOSE)
+
+
+@modes
+def test_exported_mask_may_have_dynamic_sizes(training):
+    layer = trained({}).train(training)
+    n, length = Dim("n", min=2), Dim("l", min=2)
+    program = export(
+        copy.deepcopy(layer),
+        (torch.randn(8, 3, 5), torch.rand(8, 5) < 0.6),
+        dynamic_shapes=({0: n, 2: length}, {0: n, 1: length}),
+    ).module()
+    x, mask = torch.randn(4, 3, 9), torch.rand(4, 9) < 0.6
+    torch.testing.assert_close(program(x, mask), layer(x, mask), **CLOSE)
+
+
+def test_exported_residual_is_an_input():
+    layer = trained({"activation": "leaky_relu"}).eval()
+    example = torch.randn(8, 3), None, torch.randn(8, 3)
+    program = export(copy.deepcopy(layer), example).module()
+    x, residual = torch.randn(8, 3), torch.randn(8, 3)
+    torch.testing.assert_close(program(x, None, residual), layer(x, None, residual), **CLOSE)
+
+
+def test_exported_frozen_layer_keeps_its_statistics():
+    layer = trained({}).freeze()
+    program = export(copy.deepcopy(layer), (torch.randn(8, 3),)).module()
+    program(torch.randn(8, 3))
+    assert_same_state(program, layer)
+
+
+def test_exported_program_survives_saving(tmp_path):
+    layer = trained({}).eval()
+    torch.export.save(export(copy.deepcopy(layer), (torch.randn(8, 3),)), tmp_path / "layer.pt2")
+    program = torch.export.load(tmp_path / "layer.pt2").module()
+    x = torch.randn(8, 3)
+    torch.testing.assert_close(program(x), layer(x), **CLOSE)
+
+
+def test_exported_evaluation_holds_no_custom_operator():
+    program = export(trained({}).eval(), (torch.randn(8, 3),))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in names if name.startswith("batchnorm")]
+
+
+def test_exporting_inside_padding_mask_raises():
+    with padding_mask(torch.ones(8, dtype=torch.bool)), pytest.raises(ValueError, match="mask="):
+        export(trained({}), (torch.randn(8, 3),))
+
+
+# ONNX
+
+
+class Net(nn.Module):
+    def __init__(self, **option):
+        super().__init__()
+        self.first = nn.Conv2d(2, 3, 3, padding=1)
+        self.norm = trained(option, BatchNorm2d)
+        self.last = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x, mask=None):
+        return self.last(torch.relu(self.norm(self.first(x), mask)))
+
+
+def run_onnx(model, example, arguments, path, **options):
+    torch.onnx.export(model, example, path, dynamo=True, verbose=False, **options)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [tensor.name for tensor in session.get_inputs()]
+    inputs = dict(zip(names, (a.numpy() for a in arguments), strict=True))
+    return torch.from_numpy(session.run(None, inputs)[0])
+
+
+@marked(onnx_warnings)
+@pytest.mark.parametrize("name", ["default", "no-affine", "renorm", "relu"])
+def test_onnx_model_gives_the_same_output(name, tmp_path):
+    net = Net(**VARIANTS[name]).eval()
+    example, x = torch.randn(4, 2, 6, 6), torch.randn(4, 2, 6, 6)
+    y = run_onnx(net, (example,), (x,), tmp_path / "net.onnx")
+    torch.testing.assert_close(y, net(x).detach(), **CLOSE)
+
+
+@marked(onnx_warnings)
+def test_onnx_batch_size_may_be_dynamic(tmp_path):
+    net, example, x = Net().eval(), torch.randn(4, 2, 6, 6), torch.randn(7, 2, 6, 6)
+    y = run_onnx(
+        net,
+        (example,),
+        (x,),
+        tmp_path / "net.onnx",
+        dynamic_shapes=({0: Dim("n")},),
+    )
+    torch.testing.assert_close(y, net(x).detach(), **CLOSE)
+
+
+@marked(onnx_warnings)
+def test_onnx_model_of_own_statistics_gives_the_same_output(tmp_path):
+    net = Net(track_running_stats=False).eval()
+    example, x = torch.randn(4, 2, 6, 6), torch.randn(4, 2, 6, 6)
+    y = run_onnx(net, (example,), (x,), tmp_path / "net.onnx")
+    torch.testing.assert_close(y, net(x).detach(), **CLOSE)
+
+
+@marked(onnx_warnings)
+def test_onnx_mask_is_an_input(tmp_path):
+    net = Net(track_running_stats=False).eval()  # a mask matters to own statistics only
+    example = torch.randn(4, 2, 6, 6), torch.rand(4, 6, 6) < 0.6
+    x, mask = torch.randn(4, 2, 6, 6), torch.rand(4, 6, 6) < 0.6
+    y = run_onnx(net, example, (x, mask), tmp_path / "net.onnx")
+    torch.testing.assert_close(y, net(x, mask).detach(), **CLOSE)
+
+
+@marked(onnx_warnings)
+def test_onnx_model_is_exact_at_an_offset(tmp_path):
+    layer = BatchNorm1d(3, momentum=1.0)
+    x = (torch.randn(64, 3, dtype=torch.float64) + 1e6).float()
+    layer(x)
+    y = run_onnx(layer.eval(), (torch.randn(64, 3),), (x,), tmp_path / "layer.onnx")
+    np.testing.assert_allclose(y.numpy(), layer(x).detach().numpy(), **CLOSE)
+
+
+# torch.jit.trace
+
+
+@marked(trace_warnings)
+@variants
+def test_traced_evaluation_gives_the_same_output(option):
+    layer = trained(option).eval()
+    traced = torch.jit.trace(layer, (torch.randn(8, 3, 5),))
+    x = torch.randn(8, 3, 5)
+    torch.testing.assert_close(traced(x), layer(x), **CLOSE)
+
+
+@marked(trace_warnings)
+def test_traced_evaluation_takes_other_batch_sizes():
+    layer = trained({}).eval()
+    traced = torch.jit.trace(layer, (torch.randn(8, 3, 5),))
+    x = torch.randn(11, 3, 5)
+    torch.testing.assert_close(traced(x), layer(x), **CLOSE)
+
+
+@marked(trace_warnings)
+def test_traced_network_gives_the_same_output():
+    net = Net().eval()
+    traced = torch.jit.trace(net, (torch.randn(2, 2, 6, 6),))
+    x = torch.randn(2, 2, 6, 6)
+    torch.testing.assert_close(traced(x), net(x), **CLOSE)
+
+
+@marked(trace_warnings)
+def test_traced_layer_for_several_axes_gives_the_same_output():
+    layer = BatchNorm((3, 5), axis=(1, 2)).eval()
+    traced = torch.jit.trace(layer, (torch.randn(8, 3, 5),))
+    x = torch.randn(8, 3, 5)
+    torch.testing.assert_close(traced(x), layer(x), **CLOSE)
