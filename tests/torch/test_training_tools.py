@@ -326,7 +326,7 @@ def test_backward_outside_of_padding_mask_raises(use_reentrant):
     layer, _, x, dy = prepared({})
     with padding_mask(torch.rand(8) < 0.6):
         y = checkpoint(layer, x.requires_grad_(), use_reentrant=use_reentrant)
-    with pytest.raises(RuntimeError, match="inside padding_mask.*Call backward inside the with"):
+    with pytest.raises(RuntimeError, match=r"inside padding_mask.*Call backward inside the with"):
         y.backward(dy)
 
 
@@ -440,6 +440,7 @@ SHAPES = {
     "images": (BatchNorm2d, (8, 16, 32, 32)),
     "one-channel": (BatchNorm1d, (100003, 1)),
     "sequences": (BatchNorm1d, (64, 3, 224)),
+    "odd-channels": (BatchNorm1d, (70000, 37)),
 }
 DETERMINISTIC = {
     "plain": ({}, False),

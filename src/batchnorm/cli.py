@@ -1,0 +1,94 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import batchnorm
+
+_INSTALL = "pip install 'batchnorm[cli,torch]'"
+
+try:
+    import typer
+except ImportError:
+    sys.exit(f"batchnorm: the command line needs typer; install it with: {_INSTALL}")
+
+app = typer.Typer(help="Batch normalization, exact on padded batches.", no_args_is_help=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"batchnorm {batchnorm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def config() -> None:
+    """Print versions, and the kernels in use."""
+    batchnorm.show_config()
+
+
+@app.command()
+def demo(
+    seeds: Annotated[int, typer.Option(min=1, help="Pairs of networks to train.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 20,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, two epochs, less data.")
+    ] = False,
+) -> None:
+    """Train two networks on padded batches of real data: torch's batch norm, and this one."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from batchnorm.demo import experiment, report
+    except ImportError as error:
+        raise _failure(f"the demo needs {error.name}; install it with: {_INSTALL}") from error
+    _check_writable(out)
+    if quick:
+        seeds, epochs = 1, 2
+    console = Console()
+    with Progress(console=console) as progress:
+        task = progress.add_task("training", total=seeds * epochs)
+        results = experiment.run(
+            seeds, epochs, lambda: progress.advance(task), limit=320 if quick else None
+        )
+    report.draw(results, out)
+    console.print(report.make_table(results))
+    console.print(report.explain(seeds))
+    console.print(f"picture: {out.resolve()}", soft_wrap=True)
+
+
+def _check_writable(path: Path) -> None:
+    """Fail before minutes of training rather than after."""
+    existed = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise _failure(f"--out: cannot write {path}: {error.strerror}") from error
+    if not existed:
+        path.unlink()
+
+
+def _failure(message: str) -> typer.Exit:
+    typer.echo(f"batchnorm: {message}", err=True)
+    return typer.Exit(1)

@@ -1,0 +1,1 @@
+"""The main job: two equal networks on padded batches of real data, one batch norm each."""
