@@ -31,6 +31,10 @@ class _NumpyNamespace:
     ones_like = staticmethod(np.ones_like)
 
     @staticmethod
+    def broadcast_like(a: Any, x: Any) -> Any:
+        return np.broadcast_to(a, x.shape)
+
+    @staticmethod
     def cast(a: Any, dtype: Any) -> Any:
         return np.asarray(a).astype(dtype)
 

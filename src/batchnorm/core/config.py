@@ -55,7 +55,7 @@ def check_number(owner: str, name: str, value: Any, low: float, high: float = ma
             f"{owner}: {name} must be a real number; got {value!r} of type {type(value).__name__}."
         )
     number = float(value)
-    if not low <= number <= high or math.isinf(number):
+    if not low <= number <= high or number == math.inf:
         rule = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
         raise ValueError(f"{owner}: {name} must be finite and {rule}; got {value!r}.")
     return number

@@ -69,7 +69,7 @@ def centre(
     anchor = xp.stop_gradient(anchor)  # x - mean does not depend on it
     deviation = select(mask, x - anchor, 0.0, xp)
     shift = _sum(deviation, axes, xp) * weight
-    deviation = select(mask, deviation - shift, 0.0, xp)
+    deviation = select(mask, deviation - xp.broadcast_like(shift, x), 0.0, xp)
     spread = _sum(xp.abs(xp.stop_gradient(deviation)), axes, xp) * weight + math.sqrt(eps)
     scale = xp.where(spread > 0, spread, 1.0)
     deviation = deviation * (1.0 / scale)
@@ -84,9 +84,9 @@ def _count(
     sizes = tuple(x.shape)
     if mask is None:
         rows = math.prod([sizes[a] for a in axes])
-        return float(rows), 1.0 / max(rows, 1)
+        return rows * 1.0, 1.0 / max(rows, 1)  # float(rows) would fix a traced size
     repeats = math.prod([sizes[a] for a in axes if mask.shape[a] != sizes[a]])
-    count = _sum(xp.cast(mask, x.dtype), axes, xp) * float(repeats)
+    count = _sum(xp.cast(mask, x.dtype), axes, xp) * (repeats * 1.0)
     return count, 1.0 / xp.where(count > 0, count, 1.0)
 
 

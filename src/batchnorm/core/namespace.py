@@ -12,7 +12,7 @@ Array = Any
 class Namespace(Protocol):
     """The functions a front end supplies as `xp`.
 
-    All but the last two are spelled alike in numpy, torch, jax.numpy and TensorFlow's numpy
+    All but the last three are spelled alike in numpy, torch, jax.numpy and TensorFlow's numpy
     API, so a front end mostly re-exports its framework's own.
     """
 
@@ -25,6 +25,10 @@ class Namespace(Protocol):
     def reshape(self, a: Array, shape: Sequence[int]) -> Array: ...
     def zeros_like(self, a: Array) -> Array: ...
     def ones_like(self, a: Array) -> Array: ...
+
+    def broadcast_like(self, a: Array, x: Array) -> Array:
+        """`a` broadcast to x's shape; its gradient is a sum like any other, in a fixed order."""
+        ...
 
     def cast(self, a: Array, dtype: Any) -> Array:
         """`a` in `dtype`."""

@@ -53,7 +53,7 @@ def normalize_batch(
         xp: array namespace.
     """
     factor = rstd_of_deviation(centred, eps=eps, correction=correction, xp=xp)
-    y = _apply(centred.deviation, factor, affine)
+    y = _apply(centred.deviation, factor, affine, xp)
     if mask is None:
         return y
     # All of padding's arithmetic is on constants, so that none of it reaches a gradient (S8).
@@ -70,7 +70,7 @@ def normalize_batch(
         r=None if affine.r is None else xp.where(real, affine.r, 1.0),
         d=None if affine.d is None else xp.where(real, affine.d, 0.0),
     )
-    padded = _apply((xp.stop_gradient(x) - anchor) - shift, factor, affine)
+    padded = _apply((xp.stop_gradient(x) - anchor) - shift, factor, affine, xp)
     return xp.where(mask, y, padded)
 
 
@@ -86,10 +86,10 @@ def normalize_running(
 ) -> Array:
     """Normalize x by statistics that are not its own; padded rows are constants (S3, S8)."""
     rstd = 1.0 / xp.sqrt(var + eps)
-    y = _apply(select(mask, x, 0.0, xp) - mean, rstd, affine)
+    y = _apply(select(mask, x, 0.0, xp) - mean, rstd, affine, xp)
     if mask is None:
         return y
-    padded = _apply(xp.stop_gradient(x) - mean, rstd, affine.map(xp.stop_gradient))
+    padded = _apply(xp.stop_gradient(x) - mean, rstd, affine.map(xp.stop_gradient), xp)
     return xp.where(mask, y, padded)
 
 
@@ -120,14 +120,19 @@ def activation_gradient(dy: Array, y: Array, activation: str | None, xp: Namespa
     return xp.where(y <= 0, dy * NEGATIVE_SLOPE if activation == "leaky_relu" else 0.0, dy)
 
 
-def _apply(deviation: Array, factor: Array, affine: Affine) -> Array:
+def _apply(deviation: Array, factor: Array, affine: Affine, xp: Namespace) -> Array:
     """((deviation·factor·r + d)·s + t)·gamma + beta; without s and t in one pass over x."""
     gamma, beta, r, d, s, t = affine
     factor = _times(factor, r)
+
+    def across(a: Array | None) -> Array | None:
+        return None if a is None else xp.broadcast_like(a, deviation)
+
     if s is None and t is None:
-        return _plus(deviation * _times(factor, gamma), _plus(_times(d, gamma), beta))
-    z = _plus(_times(_plus(deviation * factor, d), s), t)
-    return _plus(_times(z, gamma), beta)
+        offset = _plus(_times(d, gamma), beta)
+        return _plus(deviation * across(_times(factor, gamma)), across(offset))
+    z = _plus(_times(_plus(deviation * across(factor), d), across(s)), across(t))
+    return _plus(_times(z, across(gamma)), across(beta))
 
 
 def _times(a: Array | None, b: Array | None) -> Array | None:

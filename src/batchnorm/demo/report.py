@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # before pyplot: there may be no screen
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -19,11 +20,11 @@ from batchnorm.demo.experiment import EXTRAS, Measured
 # Okabe and Ito's colours, which differ for colour-blind eyes and in grey.
 _COLOURS = ("#D55E00", "#0072B2")
 _HEADINGS = (
-    "batch norm",
+    "",
     "test\naccuracy, %",
-    "running mean\nerror, std",
-    "running var\nerror, %",
-    "logits moved\nby padding",
+    "error of mean,\n% of std",
+    "error of\nvariance, %",
+    "logits\nmoved by",
     "train,\ns/epoch",
 )
 _SMALLEST = 1e-7  # about one rounding of float32: nothing below it is meaningful on a log axis
@@ -34,8 +35,6 @@ def make_table(results: dict[str, Measured]) -> Table:
     table = Table(
         title="Padded batches of ink points from handwritten digits",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
     )
     for heading in _HEADINGS:
         table.add_column(
@@ -45,10 +44,10 @@ def make_table(results: dict[str, Measured]) -> Table:
         table.add_row(
             name,
             _spread([100 * a[-1] for a in measured.accuracy], ".1f"),
-            _spread(measured.mean_error, ".3f"),
-            _spread([100 * v for v in measured.var_error], ".1f"),
-            _spread([m[-1] for m in measured.moved], ".1e"),
-            _spread(measured.seconds, ".2f"),
+            _spread([100 * e for e in measured.mean_error], ".1f"),
+            _spread([100 * e for e in measured.var_error], ".1f"),
+            f"{statistics.fmean(m[-1] for m in measured.moved):.1e}",
+            f"{statistics.fmean(measured.seconds):.2f}",
         )
     return table
 
@@ -56,10 +55,11 @@ def make_table(results: dict[str, Measured]) -> Table:
 def explain(seeds: int) -> str:
     """How to read the table."""
     return (
-        f"Mean ± standard deviation over {seeds} seed(s). Statistics: worst channel of the first "
-        "norm after one pass with fixed weights, against all real points in float64.\n"
-        f"Moved: largest change of one sample's training logits when {EXTRAS[-1]} padded points "
-        "are added to its batch. Both networks leave padding out of their pooling."
+        f"Means over {seeds} pair(s) of networks, ± their standard deviation. Errors: running "
+        "statistics of the first norm, worst channel, after one pass with fixed weights, against "
+        "all real points in float64. Moved: largest change of one sample's training logits when "
+        f"{EXTRAS[-1]} padded points are added to its batch. Both networks leave padding out of "
+        "their pooling, so the norm is all that differs."
     )
 
 
@@ -88,6 +88,7 @@ def _draw_accuracy(axis: Any, results: dict[str, Measured]) -> None:
         )
         low, high = ([f(e) for e in zip(*runs, strict=True)] for f in (min, max))
         axis.fill_between(epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(title="Test accuracy, mean and range of seeds", xlabel="epoch", ylabel="%")
 
 
@@ -110,7 +111,7 @@ def _draw_movement(axis: Any, results: dict[str, Measured]) -> None:
         moved = [max(statistics.fmean(e), _SMALLEST) for e in zip(*measured.moved, strict=True)]
         axis.plot(EXTRAS[1:], moved[1:], "o-", color=colour, markersize=4)
     axis.set(
-        title="One sample's training output, moved by padding",
+        title="One sample's output, moved by padding",
         xlabel="padded points added to its batch",
         ylabel="largest change of a logit",
         yscale="log",
@@ -118,5 +119,6 @@ def _draw_movement(axis: Any, results: dict[str, Measured]) -> None:
 
 
 def _spread(values: list[float], form: str) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):{form}} ± {spread:{form}}"
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{statistics.fmean(values):{form}} ± {statistics.stdev(values):{form}}"

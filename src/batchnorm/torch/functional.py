@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from batchnorm.core import config
-from batchnorm.core.forward import Inputs, forward_batch, forward_running
+from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
 from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
 from batchnorm.core.running import Running
 from batchnorm.kernels.select import resolve_fused
 from batchnorm.torch import checks, jagged
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.runtime import recomputation_flag, snapshot
+from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot
 
 __all__ = ["RenormStatistics", "batch_norm"]
+
+_history = StepHistory()
 
 
 class RenormStatistics(NamedTuple):
@@ -217,28 +219,35 @@ def _by_batch(
     mode: Mode,
     owner: str,
 ) -> Tensor:
-    before = None
-    if running is not None:
-        # Otherwise no gradient depends on the buffers.
-        reached = options.renorm is not None or (layout.groups is not None and options.activation)
-        before = _in(_before_step(running) if reached else running, inputs.x.dtype)
-    outcome = forward_batch(
-        inputs,
-        before,
-        layout,
-        options,
-        owner=owner,
-        xp=XP,
-    )
-    if mode.update and running is not None and outcome.running is not None:
+    def forward(statistics: Running | None) -> Outcome:
+        return forward_batch(inputs, statistics, layout, options, owner=owner, xp=XP)
+
+    if running is None:
+        return forward(None).y
+    before = _in(_before_step(running, layout, options), inputs.x.dtype)
+    remembers = options.renorm is not None and not torch.compiler.is_compiling()
+    again = remembers and recomputation_flag(inputs.x) is True
+    if again:
+        # The statistics have moved since the step that is recomputed (S9).
+        with torch.no_grad():
+            moments = forward(before).moments
+        before = _history.recall(owner, running.renorm_mean, moments)
+    outcome = forward(before)
+    if remembers and not again:
+        _history.record(running.renorm_mean, outcome.moments, before)
+    if mode.update:
         _store(running, outcome.running, inputs.x)
     return outcome.y
 
 
-def _before_step(running: Running) -> Running:
-    """The statistics, out of reach of the update at the end of this step."""
-    copies = iter(snapshot([a for a in running._replace(batches=None) if a is not None]))
-    kept = (None if a is None else next(copies) for a in running._replace(batches=None))
+def _before_step(running: Running, layout: Layout, options: config.Options) -> Running:
+    """The statistics, where gradients depend on them out of reach of this step's update."""
+    renormalizes = options.renorm is not None
+    if not renormalizes and (layout.groups is None or options.activation is None):
+        return running
+    statistics = running._replace(batches=None)
+    copies = iter(snapshot([a for a in statistics if a is not None], repeatable=not renormalizes))
+    kept = (None if a is None else next(copies) for a in statistics)
     return Running(*kept)._replace(batches=running.batches)
 
 
@@ -248,11 +257,12 @@ def _in(running: Running, dtype: torch.dtype) -> Running:
     return cast._replace(batches=running.batches)
 
 
-def _store(running: Running, new: Running, x: Tensor) -> None:
+def _store(running: Running, new: Running | None, x: Tensor) -> None:
     """Write `new` into `running` in place, unless this forward pass is a recomputation (S9)."""
     again: Any = recomputation_flag(x)
     if again is True:
         return
+    assert new is not None
     for old, value in zip(running, new, strict=True):
         if old is not None:
             value = value.to(old.dtype)

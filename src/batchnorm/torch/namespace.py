@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.core.namespace import Namespace
+from batchnorm.torch import reduction
 
 
 class _TorchNamespace:
@@ -25,7 +26,16 @@ class _TorchNamespace:
 
     @staticmethod
     def sum(a: Tensor, *, axis: Sequence[int], keepdims: bool) -> Tensor:
-        return torch.sum(a, dim=tuple(axis), keepdim=keepdims)
+        axes = tuple(axis)
+        if keepdims:
+            return reduction.sum_axes(a, axes)
+        return reduction.sum_axes(a, axes).reshape(
+            [n for i, n in enumerate(a.shape) if i not in axes]
+        )
+
+    @staticmethod
+    def broadcast_like(a: Tensor, x: Tensor) -> Tensor:
+        return reduction.broadcast_like(a, x)
 
     @staticmethod
     def cast(a: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,99 @@
+"""Sums whose bits do not depend on the number of threads (S17), and their transpose.
+
+torch splits a large sum over its threads, and the split decides how the terms are grouped. Here
+halves of the rows are added elementwise, a fixed tree, until what is left is small enough for
+torch to add in one thread. Broadcasting sums in its backward pass, so it comes along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SERIAL = 2**15  # elements below which torch never splits a sum: its internal grain size
+
+
+def sum_axes(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The sum of x over `axes`, which are kept with size 1."""
+    if _is_serial(x):
+        return torch.sum(x, dim=axes, keepdim=True)
+    return _Sum.apply(x, axes)
+
+
+def broadcast_like(a: Tensor, x: Tensor) -> Tensor:
+    """`a` broadcast to the shape of x."""
+    if a.shape == x.shape or not a.requires_grad or _is_serial(x):
+        return a.expand(x.shape)
+    if a.dim() < x.dim():
+        a = a.reshape((1,) * (x.dim() - a.dim()) + tuple(a.shape))
+    return _Broadcast.apply(a, tuple(x.shape))
+
+
+def _is_serial(x: Tensor) -> bool:
+    # A compiler orders its own sums, for a fixed number of threads, and fuses them.
+    return torch.compiler.is_compiling() or x.numel() < SERIAL
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over axes; the gradient is a broadcast."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return _add_halves(x, axes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.axes = inputs
+        ctx.shape = tuple(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return _Broadcast.apply(dy, ctx.shape), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
+        return _Sum.apply(tangent, ctx.axes)
+
+
+class _Broadcast(torch.autograd.Function):
+    """Broadcast to a shape of the same rank; the gradient is a sum."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return a.expand(shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, ctx.shape = inputs
+        sizes = enumerate(zip(a.shape, ctx.shape, strict=True))
+        ctx.axes = tuple(axis for axis, (n, wanted) in sizes if n != wanted)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return _Sum.apply(dy, ctx.axes), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Any:
+        return _Broadcast.apply(tangent, ctx.shape)
+
+
+def _add_halves(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    fresh = False  # whether x is ours to write into
+    while x.numel() >= SERIAL:
+        axis = max(axes, key=lambda a: x.shape[a])
+        size = x.shape[axis]
+        if size == 1:
+            break  # nothing left to add: x is one value per channel
+        half = size // 2
+        first, second = x.narrow(axis, 0, half), x.narrow(axis, half, half)
+        total = first.add_(second) if fresh else first + second
+        if size % 2:
+            total.narrow(axis, 0, 1).add_(x.narrow(axis, size - 1, 1))
+        x, fresh = total, True
+    return torch.sum(x, dim=axes, keepdim=True)

@@ -1,0 +1,124 @@
+"""The main job, end to end and in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import batchnorm
+from batchnorm.cli import app
+from batchnorm.demo import data, experiment, models
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[data.Sample]:
+    training, testing = data.load_samples()
+    return training + testing
+
+
+def test_every_digit_becomes_its_ink_points(samples: list[data.Sample]) -> None:
+    from sklearn.datasets import load_digits
+
+    ink = sorted(int(np.count_nonzero(image)) for image in load_digits().images)
+    assert sorted(len(s.points) for s in samples) == ink
+    assert len(samples) == 1797
+
+
+def test_points_lie_within_the_unit_square(samples: list[data.Sample]) -> None:
+    points = torch.cat([s.points for s in samples])
+    assert points.abs().max() == 1.0
+    assert (points[:, 2] > -1.0).all()  # a point has ink
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_padding_is_zero_where_the_mask_is_false(samples: list[data.Sample], extra: int) -> None:
+    batch = data.pad(samples[:7], extra)
+    assert batch.mask.sum(dim=1).tolist() == [len(s.points) for s in samples[:7]]
+    assert (batch.points[~batch.mask] == 0).all()
+    assert batch.mask.shape[1] == extra + int(batch.mask.sum(dim=1).max())
+    assert torch.equal(batch.points[batch.mask], torch.cat([s.points for s in samples[:7]]))
+
+
+def test_padding_varies_from_batch_to_batch(samples: list[data.Sample]) -> None:
+    shares = [b.mask.double().mean().item() for b in data.batches(samples, 64, 0, 96)]
+    assert max(shares) - min(shares) > 0.2
+
+
+def test_same_seed_gives_the_same_batches(samples: list[data.Sample]) -> None:
+    first, again = (next(data.batches(samples, 8, 3, 96)) for _ in range(2))
+    other = next(data.batches(samples, 8, 4, 96))
+    assert torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.labels, other.labels)
+
+
+def test_both_networks_start_equal() -> None:
+    pair = experiment._pair(0)
+    first, second = (model.state_dict() for model in pair.values())
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_without_padding_both_networks_agree(samples: list[data.Sample]) -> None:
+    # Equal lengths, so nothing is padded: then the norms compute the same.
+    length = len(samples[0].points)
+    batch = data.pad([s for s in samples if len(s.points) == length])
+    assert batch.mask.all()
+    first, second = (m(batch.points, batch.mask) for m in experiment._pair(0).values())
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+def test_pooling_leaves_padding_out(samples: list[data.Sample]) -> None:
+    model = models.PointNetwork(models.masked_norm).eval()
+    short, long = (data.pad(samples[:4], extra) for extra in (0, 20))
+    torch.testing.assert_close(model(*short[:2]), model(*long[:2]), rtol=1e-5, atol=1e-5)
+
+
+def test_demo_prints_a_table_and_draws_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    done = runner.invoke(app, ["demo", "--quick", "--out", str(picture)])
+    assert done.exit_code == 0, done.output
+    for part in ("torch.nn", "batchnorm", "accuracy", "variance", "s/epoch", "picture:"):
+        assert part in done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_masked_norm_recovers_the_true_statistics() -> None:
+    results = experiment.run(1, 1, lambda: None, limit=640)
+    padded, masked = results.values()
+    # Batches of unequal counts are averaged, so a little error stays.
+    assert masked.mean_error[0] < 0.02 < padded.mean_error[0]
+    assert masked.var_error[0] < 0.02 < padded.var_error[0]
+    assert masked.moved[0][-1] < 1e-4 < padded.moved[0][-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--out", "/nowhere/at/all.png"], "--out: cannot write"),
+        (["demo", "--seeds", "0"], "--seeds"),
+        (["demo", "--epochs", "many"], "--epochs"),
+        (["dance"], "dance"),
+    ],
+)
+def test_bad_arguments_end_with_a_message(arguments: list[str], message: str) -> None:
+    done = runner.invoke(app, arguments)
+    assert done.exit_code != 0
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+def test_unwritable_picture_is_noticed_before_training(tmp_path: Path) -> None:
+    done = runner.invoke(app, ["demo", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "cannot write" in done.output
+
+
+def test_version_and_config() -> None:
+    assert runner.invoke(app, ["--version"]).output == f"batchnorm {batchnorm.__version__}\n"
+    assert "kernels" in runner.invoke(app, ["config"]).output
