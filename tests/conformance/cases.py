@@ -220,6 +220,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "leaky_relu": {"activation": "leaky_relu"},
     "residual": {"residual": True},
     "residual_relu": {"residual": True, "activation": "relu"},
+    "ghost_residual_relu": {"ghost": 2, "residual": True, "activation": "relu"},
     "cumulative": {"decay": None},
     "decay0": {"decay": 0.0},
     "decay1": {"decay": 1.0},

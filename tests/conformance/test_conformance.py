@@ -40,6 +40,7 @@ COMPILED_CASES = [
     "renorm_clipped-none-train",
     "residual_relu-half-train",
     "residual_relu-half-eval",
+    "ghost_residual_relu-half_samples-train",
     "bfloat16-half-train",
     "train-offset1e6-half",
     "train-offset1e6-none",
