@@ -1,7 +1,7 @@
 """Sums whose bits do not depend on the number of threads (S17), and their transpose.
 
 torch splits a large sum over its threads, and the split decides how the terms are grouped. Here
-halves of the rows are added elementwise, a fixed tree, until what is left is small enough for
+parts of the rows are added elementwise, a fixed tree, until what is left is small enough for
 torch to add in one thread. Broadcasting sums in its backward pass, so it comes along.
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 SERIAL = 2**15  # elements below which torch never splits a sum: its internal grain size
+_PARTS = 16  # few enough that rounding hardly grows, many enough that the sum stays in cache
 
 
 def sum_axes(x: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -43,7 +44,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-        return _add_halves(x, axes)
+        return _add_parts(x, axes)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,17 +84,16 @@ class _Broadcast(torch.autograd.Function):
         return _Broadcast.apply(tangent, ctx.shape)
 
 
-def _add_halves(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    fresh = False  # whether x is ours to write into
+def _add_parts(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     while x.numel() >= SERIAL:
         axis = max(axes, key=lambda a: x.shape[a])
         size = x.shape[axis]
         if size == 1:
             break  # nothing left to add: x is one value per channel
-        half = size // 2
-        first, second = x.narrow(axis, 0, half), x.narrow(axis, half, half)
-        total = first.add_(second) if fresh else first + second
-        if size % 2:
-            total.narrow(axis, 0, 1).add_(x.narrow(axis, size - 1, 1))
-        x, fresh = total, True
+        part = max(size // _PARTS, 1)
+        total = x.narrow(axis, 0, part) + x.narrow(axis, part, part)
+        for start in range(2 * part, size, part):
+            length = min(part, size - start)
+            total.narrow(axis, 0, length).add_(x.narrow(axis, start, length))
+        x = total
     return torch.sum(x, dim=axes, keepdim=True)
