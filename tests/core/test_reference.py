@@ -93,6 +93,13 @@ def test_gradient_by_hand() -> None:
     assert (dx.tolist(), dgamma.tolist(), dbeta.tolist()) == ([[0.0], [0.0]], [-1.0], [1.0])
 
 
+@pytest.mark.parametrize(("activation", "slope"), [("relu", 0.0), ("leaky_relu", 0.01)])
+def test_derivative_at_exactly_zero_is_the_negative_side(activation: str, slope: float) -> None:
+    # One row: x̂ = 0, so what is activated is exactly beta = 0.
+    *_, dbeta = batchnorm.batch_norm_gradient([[3.0]], [[7.0]], activation=activation)
+    assert dbeta.tolist() == [3.0 * slope]
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "ghost": {"virtual_batch_size": 4},

@@ -58,6 +58,16 @@ def test_batch_without_real_rows_changes_nothing() -> None:
     assert (new.mean.item(), new.var.item(), new.batches) == (10.0, 4.0, 5)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_ghost_group_keeps_the_others_out(bad: float) -> None:
+    x = np.array([[[1.0], [bad]], [[3.0], [1.0]]])  # (v, groups, C)
+    running = Running(np.array([[[10.0]]]), np.array([[[4.0]]]), np.asarray(5))
+    with np.errstate(all="ignore"):
+        average = average_groups(centre(x, None, (0,), eps=1e-5, xp=XP), 1, XP)
+        new = update_running(running, average, Options(decay=0.5), (0, 1, 2), XP)
+    assert (new.mean.item(), new.var.item(), new.batches) == (10.0, 4.0, 5)
+
+
 def test_one_updated_channel_counts_the_batch() -> None:
     mask = np.array([[True, False], [True, False]])
     running = Running(np.zeros((1, 2)), np.ones((1, 2)), np.asarray(0))
@@ -84,3 +94,10 @@ def test_renormalization_compares_with_no_less_than_the_root_of_eps() -> None:
     r, d = renorm_correction(average, running, Renorm(), eps=4.0, xp=XP)
     assert r.item() == pytest.approx(np.sqrt(5.0) / 2.0, rel=1e-15)
     assert d.item() == 0.5
+
+
+def test_renormalization_never_stores_a_negative_variance() -> None:
+    zeros = np.zeros((1, 1))
+    running = Running(zeros, zeros, None, zeros, zeros, np.ones((1, 1)))
+    new = step([[0.0], [2.0]], running, Options(eps=0.5, decay=1.0, renorm=Renorm()))
+    assert (new.stddev.item(), new.var.item()) == (0.0, 0.0)

@@ -979,3 +979,12 @@ def test_function_takes_torchs_arguments_by_position():
 def test_layer_for_any_rank_takes_all_of_them():
     layer, x = BatchNorm(3).eval(), torch.randn(8, 3, 2, 2, 2, 2)
     close(layer(x), x / (1 + layer.eps) ** 0.5)
+
+
+@pytest.mark.parametrize(("activation", "slope"), [("relu", 0.0), ("leaky_relu", 0.01)])
+def test_residual_gradient_at_exactly_zero_is_the_negative_side(activation, slope):
+    layer = BatchNorm(2, activation=activation)
+    residual = torch.zeros(1, 2, requires_grad=True)
+    mask = torch.ones(1, dtype=torch.bool)  # one real row: what is activated is exactly 0
+    layer(torch.randn(1, 2), mask, residual).backward(torch.tensor([[3.0, -5.0]]))
+    torch.testing.assert_close(residual.grad, slope * torch.tensor([[3.0, -5.0]]))

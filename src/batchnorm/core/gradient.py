@@ -74,8 +74,7 @@ def _project(
     mean = xp.sum(g, axis=axes, keepdims=True) / xp.where(count > 0, count, 1.0)
     divisor = count - float(correction)
     along = xp.sum(g * xhat, axis=axes, keepdims=True) / xp.where(divisor > 0, divisor, 1.0)
-    # A single row has no gradient (S7): exactly, whatever rounding makes of g - g.
-    return xp.where(count > max(correction, 1), g - mean - xhat * along, 0.0)
+    return g - mean - xhat * along
 
 
 def _or(a: Array | None, default: int) -> Array:

@@ -67,8 +67,6 @@ def renorm_correction(
     offset = average.of((centred.anchor - running.renorm_mean) + centred.shift, xp)
     r = _clip(stddev / reference, renorm.rmin, renorm.rmax, xp)
     d = _clip(offset / reference, -renorm.dmax, renorm.dmax, xp)
-    counted = average.of(centred.count, xp) > 0
-    r, d = xp.where(counted, r, 1.0), xp.where(counted, d, 0.0)
     return xp.stop_gradient(r), xp.stop_gradient(d)
 
 
