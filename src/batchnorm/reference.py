@@ -233,7 +233,7 @@ def _prepare(
             check_per_channel(owner, name, array, layout)
         return list(arrays.values())
 
-    s, t = adjustment(layout.shape) if training and adjustment is not None else (None, None)
+    s, t = config.call_adjustment(owner, adjustment if training else None, layout.shape)
     gamma, beta = per_channel(gamma=gamma, beta=beta)
     inputs = Inputs(
         x,

@@ -988,3 +988,31 @@ def test_residual_gradient_at_exactly_zero_is_the_negative_side(activation, slop
     mask = torch.ones(1, dtype=torch.bool)  # one real row: what is activated is exactly 0
     layer(torch.randn(1, 2), mask, residual).backward(torch.tensor([[3.0, -5.0]]))
     torch.testing.assert_close(residual.grad, slope * torch.tensor([[3.0, -5.0]]))
+
+
+@pytest.mark.parametrize("returned", [3, torch.ones(4, 3), (1.0,)])
+def test_adjustment_that_returns_no_pair_is_refused(returned):
+    layer = BatchNorm(3, adjustment=lambda shape: returned)
+    with pytest.raises(TypeError, match=r"adjustment must return a pair \(scale, bias\); got"):
+        layer(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("culprit", ["running_mean", "running_var"])
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (torch.ones(3, requires_grad=True), ValueError),
+        (torch.ones(3, dtype=torch.int64), TypeError),
+    ],
+)
+def test_statistics_that_cannot_be_updated_are_refused_before_any_update(culprit, bad, error):
+    statistics = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)} | {culprit: bad}
+    before = {name: a.detach().clone() for name, a in statistics.items()}
+    with pytest.raises(error, match=f"batch_norm: {culprit}"):
+        batch_norm(torch.randn(4, 3), **statistics, training=True)
+    assert all(torch.equal(statistics[name], before[name]) for name in before)
+
+
+def test_scalar_input_is_refused():
+    with pytest.raises(ValueError, match=r"x must have at least 2 axes.*got a scalar"):
+        BatchNorm(3)(torch.tensor(1.0))

@@ -124,6 +124,21 @@ def check_adjustment(owner: str, value: Any, virtual_batch_size: int | None) -> 
     return value  # type: ignore[no-any-return]
 
 
+def call_adjustment(
+    owner: str, adjustment: Adjustment | None, shape: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Scale and bias for an input of this shape, each None where there is none (S13)."""
+    if adjustment is None:
+        return None, None
+    found = adjustment(shape)
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        raise TypeError(
+            f"{owner}: adjustment must return a pair (scale, bias); got {type(found).__name__}. "
+            "Either of the two may be None."
+        )
+    return found[0], found[1]
+
+
 def check_renorm(
     owner: str, renorm: Any, clipping: Mapping[str, Any] | None, decay: float
 ) -> Renorm | None:

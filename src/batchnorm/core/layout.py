@@ -16,6 +16,10 @@ Shape = tuple[int, ...]
 def normalize_axis(owner: str, axis: Any, rank: int) -> tuple[int, ...]:
     """Channel axes of an array of this rank: non-negative, sorted, without duplicates."""
     wanted = check_axis(owner, axis)
+    if rank == 0:
+        raise ValueError(
+            f"{owner}: x must have at least 2 axes, one of them {axis!r}; got a scalar."
+        )
     for a in wanted:
         if not -rank <= a < rank:
             raise ValueError(

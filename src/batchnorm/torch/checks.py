@@ -52,6 +52,19 @@ def check_mask(owner: str, mask: Any, device: torch.device | None) -> Tensor | N
     return mask if mask.dtype == torch.bool else mask != 0
 
 
+def check_statistic(owner: str, name: str, statistic: Tensor | None) -> None:
+    """Raise unless a running statistic can be updated in place."""
+    if statistic is None:
+        return
+    if statistic.dtype not in FLOATING:
+        raise TypeError(f"{owner}: {name} must be floating; got {statistic.dtype}.")
+    if statistic.requires_grad and statistic.is_leaf:
+        raise ValueError(
+            f"{owner}: {name} is updated in place and must not require a gradient; got "
+            "requires_grad=True. Pass it detached."
+        )
+
+
 def check_residual(owner: str, residual: Any, x: Tensor) -> None:
     """Raise unless `residual` is None or like x (S18)."""
     if residual is None:

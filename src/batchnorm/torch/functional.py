@@ -192,7 +192,7 @@ def normalize(
     _check_shapes(owner, x, mask, parameters, residual, running, layout, mode)
     resolve_fused(owner, fused, x.device.type, str(x.dtype))
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    s, t = adjustment(layout.shape) if mode.training and adjustment is not None else (None, None)
+    s, t = config.call_adjustment(owner, adjustment if mode.training else None, layout.shape)
     inputs = Inputs(
         x.to(work),
         mask,
@@ -290,6 +290,7 @@ def _check_shapes(
         for name, statistic in zip(names, running, strict=True):
             if name:
                 check_per_channel(owner, name, statistic, layout)
+                checks.check_statistic(owner, name, statistic)
     checks.check_residual(owner, residual, x)
     if mode.own_statistics and mask is None and layout.groups is None and count_values(layout) == 1:
         raise ValueError(
