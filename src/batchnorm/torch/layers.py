@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.core import config
 from batchnorm.core.layout import check_axis, normalize_axis
-from batchnorm.core.running import Running
 from batchnorm.torch import checks, jagged
 from batchnorm.torch.functional import Mode, Parameters, normalize
 from batchnorm.torch.masking import ambient_mask
 from batchnorm.torch.runtime import recomputation_flag
+from batchnorm.torch.statistics import RunningStatistics
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
-_RENORM_BUFFERS = ("running_stddev", "renorm_mean", "renorm_stddev")
-_STATISTICS = ("running_mean", "running_var", *_RENORM_BUFFERS)
 
-
-class BatchNorm(_BatchNorm):
+class BatchNorm(RunningStatistics):
     """Batch normalization over every axis but the channel axes, for inputs of any rank.
 
     Takes the place of `torch.nn.BatchNorm1d`, `2d`, `3d`: same arguments, same state_dict, same
@@ -144,11 +140,7 @@ class BatchNorm(_BatchNorm):
                 f"{owner}: renorm=True compares with running statistics and needs "
                 "track_running_stats=True; got False."
             )
-        self._widen_statistics()
-        if self.renorm is not None:
-            derived = self._derive(self.running_mean, self.running_var)
-            for name, value in zip(_RENORM_BUFFERS, derived, strict=True):
-                self.register_buffer(name, value)
+        self._prepare_statistics()
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
@@ -220,13 +212,6 @@ class BatchNorm(_BatchNorm):
         self.frozen = False
         return self
 
-    def reset_running_stats(self) -> None:
-        """Set the running statistics to mean 0, variance and deviation 1, and no batches."""
-        super().reset_running_stats()
-        for name in _RENORM_BUFFERS:
-            if (buffer := self._buffers.get(name)) is not None:
-                buffer.fill_(0.0 if name == "renorm_mean" else 1.0)
-
     def extra_repr(self) -> str:
         """torch's description, and every option that differs from its default."""
         shown = [super().extra_repr()]
@@ -262,14 +247,6 @@ class BatchNorm(_BatchNorm):
             return 1.0 - self.momentum
         return None if self.num_batches_tracked is not None else 1.0
 
-    def _running(self) -> Running | None:
-        if self.running_mean is None:
-            return None
-        renorm = (None, None, None)
-        if self.renorm is not None:
-            renorm = tuple(getattr(self, name) for name in _RENORM_BUFFERS)
-        return Running(self.running_mean, self.running_var, self.num_batches_tracked, *renorm)
-
     def _ambient_mask(self, owner: str, x: Tensor, axes: tuple[int, ...]) -> Tensor | None:
         mask = ambient_mask(owner, x, axes)
         if torch.compiler.is_compiling():
@@ -282,39 +259,6 @@ class BatchNorm(_BatchNorm):
                 "it (activation checkpointing). Call backward inside the with block too."
             )
         return mask
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
-        """Move and cast as torch does, but keep statistics float32 or wider, to the bit (S16)."""
-        before = {name: self._buffers.get(name) for name in _STATISTICS}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers.get(name)
-            if old is not None and new is not None and _is_narrow(new):
-                self._buffers[name] = old.to(device=new.device)
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        missing = {n for n in _RENORM_BUFFERS if prefix + n not in state_dict}
-        if self.renorm is not None and len(missing) == len(_RENORM_BUFFERS):
-            mean, var = (state_dict.get(prefix + n) for n in _STATISTICS[:2])
-            if mean is not None and var is not None:
-                for name, value in zip(_RENORM_BUFFERS, self._derive(mean, var), strict=True):
-                    state_dict[prefix + name] = value
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._widen_statistics()
-
-    def _widen_statistics(self) -> None:
-        for name in _STATISTICS:
-            buffer = self._buffers.get(name)
-            if buffer is not None and _is_narrow(buffer):
-                self._buffers[name] = buffer.float()
-
-    def _derive(self, mean: Any, var: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Renormalization's statistics for a state that has none (S11)."""
-        stddev = torch.sqrt(var + self.eps)
-        return stddev, mean.clone(), stddev.clone()
 
 
 class BatchNorm1d(BatchNorm):
@@ -369,7 +313,3 @@ def _check_dtype(owner: str, dtype: Any) -> None:
         raise TypeError(
             f"{owner}: dtype must be float16, bfloat16, float32 or float64; got {dtype!r}."
         )
-
-
-def _is_narrow(a: Tensor) -> bool:
-    return a.is_floating_point() and torch.finfo(a.dtype).bits < 32

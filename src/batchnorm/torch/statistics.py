@@ -1,0 +1,83 @@
+"""The buffers of a layer: running statistics that keep their precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.core.config import Renorm
+from batchnorm.core.running import Running
+
+_RENORM_BUFFERS = ("running_stddev", "renorm_mean", "renorm_stddev")
+_STATISTICS = ("running_mean", "running_var", *_RENORM_BUFFERS)
+
+
+class RunningStatistics(_BatchNorm):
+    """torch's own buffers, float32 or wider for good (S16), and renormalization's three (S11)."""
+
+    renorm: Renorm | None = None
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics to mean 0, variance and deviation 1, and no batches."""
+        super().reset_running_stats()
+        for name in _RENORM_BUFFERS:
+            if (buffer := self._buffers.get(name)) is not None:
+                buffer.fill_(0.0 if name == "renorm_mean" else 1.0)
+
+    def _prepare_statistics(self) -> None:
+        """Bring torch's buffers into this library's form."""
+        self._widen_statistics()
+        if self.renorm is not None:
+            derived = self._derive(self.running_mean, self.running_var)
+            for name, value in zip(_RENORM_BUFFERS, derived, strict=True):
+                self.register_buffer(name, value)
+
+    def _running(self) -> Running | None:
+        if self.running_mean is None:
+            return None
+        renorm = (None, None, None)
+        if self.renorm is not None:
+            renorm = tuple(getattr(self, name) for name in _RENORM_BUFFERS)
+        return Running(self.running_mean, self.running_var, self.num_batches_tracked, *renorm)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStatistics:
+        """Move and cast as torch does, but keep statistics float32 or wider, to the bit (S16)."""
+        before = {name: self._buffers.get(name) for name in _STATISTICS}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers.get(name)
+            if old is not None and new is not None and _is_narrow(new):
+                self._buffers[name] = old.to(device=new.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        missing = {n for n in _RENORM_BUFFERS if prefix + n not in state_dict}
+        if self.renorm is not None and len(missing) == len(_RENORM_BUFFERS):
+            mean, var = (state_dict.get(prefix + n) for n in _STATISTICS[:2])
+            if mean is not None and var is not None:
+                for name, value in zip(_RENORM_BUFFERS, self._derive(mean, var), strict=True):
+                    state_dict[prefix + name] = value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._widen_statistics()
+
+    def _widen_statistics(self) -> None:
+        for name in _STATISTICS:
+            buffer = self._buffers.get(name)
+            if buffer is not None and _is_narrow(buffer):
+                self._buffers[name] = buffer.float()
+
+    def _derive(self, mean: Any, var: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Renormalization's statistics for a state that has none (S11)."""
+        wide = torch.promote_types(var.dtype, torch.float32)
+        stddev = torch.sqrt(var.to(wide) + self.eps)
+        return stddev, mean.clone(), stddev.clone()
+
+
+def _is_narrow(a: Tensor) -> bool:
+    return a.is_floating_point() and torch.finfo(a.dtype).bits < 32
