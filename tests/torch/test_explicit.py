@@ -1,4 +1,4 @@
-"""The explicit layer: seeds.md, part D, sentence by sentence."""
+"""The explicit layer: every sentence of its description, one by one."""
 
 from __future__ import annotations
 
