@@ -477,3 +477,22 @@ def test_padding_mask_leaves_compiled_evaluation_alone():
     with padding_mask(torch.rand(8) < 0.6):
         y = compiled(x)
     torch.testing.assert_close(y, layer(x), **CLOSE)
+
+
+@pytest.mark.parametrize("outer", ["checkpoint", "compile"])
+def test_compiled_renorm_in_a_checkpoint_is_refused_rather_than_wrong(outer):
+    # The recomputation would compare with statistics that have moved (S9, S11).
+    layer = BatchNorm(3, renorm=True)
+    x = torch.randn(8, 3, requires_grad=True)
+    if outer == "checkpoint":
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        y = checkpoint(compiled, x, use_reentrant=False)
+    else:
+        y = torch.compile(
+            lambda x: checkpoint(layer, x, use_reentrant=False),
+            fullgraph=True,
+            backend="aot_eager",
+        )(x)
+    with pytest.raises(RuntimeError, match="renormalization cannot be recomputed"):
+        y.backward(torch.randn(8, 3))
+    assert layer.num_batches_tracked == 1
