@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import batchnorm
+from batchnorm import cli
 from batchnorm.cli import app
 from batchnorm.demo import data, experiment, models
 
@@ -97,10 +99,21 @@ def test_masked_norm_recovers_the_true_statistics() -> None:
     assert masked.moved[0][-1] < 1e-4 < padded.moved[0][-1]
 
 
+def test_same_seed_gives_the_same_results() -> None:
+    first, again = (experiment.run(1, 1, lambda: None, limit=128) for _ in range(2))
+    for name, measured in first.items():
+        other = again[name]
+        assert measured.accuracy == other.accuracy
+        assert measured.moved == other.moved
+        assert (measured.mean_error, measured.var_error) == (other.mean_error, other.var_error)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["demo", "--out", "/nowhere/at/all.png"], "--out: cannot write"),
+        (["demo", "--out", "picture.txt"], "must end in .png"),
+        (["demo", "--out", "a" * 300 + ".png"], "--out: cannot write"),
         (["demo", "--seeds", "0"], "--seeds"),
         (["demo", "--epochs", "many"], "--epochs"),
         (["dance"], "dance"),
@@ -114,9 +127,25 @@ def test_bad_arguments_end_with_a_message(arguments: list[str], message: str) ->
 
 
 def test_unwritable_picture_is_noticed_before_training(tmp_path: Path) -> None:
-    done = runner.invoke(app, ["demo", "--out", str(tmp_path)])
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    done = runner.invoke(app, ["demo", "--out", str(folder)])
     assert done.exit_code == 1
     assert "cannot write" in done.output
+
+
+def test_dangling_link_survives_the_check(tmp_path: Path) -> None:
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "target.png")
+    cli._check_writable(link)
+    assert link.is_symlink()
+
+
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    done = runner.invoke(app, ["demo"])
+    assert done.exit_code == 1
+    assert "the demo needs rich; install it with: pip install" in done.output
 
 
 def test_version_and_config() -> None:

@@ -49,7 +49,7 @@ def config() -> None:
 def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Pairs of networks to train.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 20,
-    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    out: Annotated[Path, typer.Option(help="Where the picture goes, a .png.")] = Path("demo.png"),
     quick: Annotated[
         bool, typer.Option("--quick", help="One seed, two epochs, less data.")
     ] = False,
@@ -61,7 +61,8 @@ def demo(
 
         from batchnorm.demo import experiment, report
     except ImportError as error:
-        raise _failure(f"the demo needs {error.name}; install it with: {_INSTALL}") from error
+        missing = (error.name or str(error)).partition(".")[0]
+        raise _failure(f"the demo needs {missing}; install it with: {_INSTALL}") from error
     _check_writable(out)
     if quick:
         seeds, epochs = 1, 2
@@ -79,8 +80,10 @@ def demo(
 
 def _check_writable(path: Path) -> None:
     """Fail before minutes of training rather than after."""
-    existed = path.exists()
+    if path.suffix.lower() != ".png":
+        raise _failure(f"--out: the picture is a PNG; its name must end in .png, got {path}")
     try:
+        existed = path.exists() or path.is_symlink()  # a dangling link is not ours to remove
         with path.open("ab"):
             pass
     except OSError as error:

@@ -44,8 +44,8 @@ def make_table(results: dict[str, Measured]) -> Table:
         table.add_row(
             name,
             _spread([100 * a[-1] for a in measured.accuracy], ".1f"),
-            _spread([100 * e for e in measured.mean_error], ".1f"),
-            _spread([100 * e for e in measured.var_error], ".1f"),
+            _spread([100 * e for e in measured.mean_error], ".2g"),
+            _spread([100 * e for e in measured.var_error], ".2g"),
             f"{statistics.fmean(m[-1] for m in measured.moved):.1e}",
             f"{statistics.fmean(measured.seconds):.2f}",
         )
@@ -55,12 +55,18 @@ def make_table(results: dict[str, Measured]) -> Table:
 def explain(seeds: int) -> str:
     """How to read the table."""
     return (
-        f"Means over {seeds} pair(s) of networks, ± their standard deviation. Errors: running "
+        f"{_averaged(seeds)} Errors: running "
         "statistics of the first norm, worst channel, after one pass with fixed weights, against "
         "all real points in float64. Moved: largest change of one sample's training logits when "
         f"{EXTRAS[-1]} padded points are added to its batch. Both networks leave padding out of "
         "their pooling, so the norm is all that differs."
     )
+
+
+def _averaged(seeds: int) -> str:
+    if seeds == 1:
+        return "One pair of networks."
+    return f"Means over {seeds} pairs of networks, ± their standard deviation."
 
 
 def draw(results: dict[str, Measured], path: Path) -> None:
@@ -113,7 +119,7 @@ def _draw_movement(axis: Any, results: dict[str, Measured]) -> None:
     axis.set(
         title="One sample's output, moved by padding",
         xlabel="padded points added to its batch",
-        ylabel="largest change of a logit",
+        ylabel=f"largest change of a logit (at least {_SMALLEST:.0e})",
         yscale="log",
     )
 
