@@ -743,6 +743,22 @@ class TestJagged:
         torch.tensor([0, 4, 6, 11]),
     )
 
+    def test_compiled_layer_breaks_the_graph_and_takes_the_mask(self):
+        mask = torch.tensor([True, False, True])
+        expected = BatchNorm(C, axis=-1)(self.X, mask).values()
+        torch._dynamo.reset()
+        layer = torch.compile(BatchNorm(C, axis=-1), backend="eager")
+        with padding_mask(mask):
+            assert torch.equal(layer(self.X).values(), expected)
+        assert not torch.equal(BatchNorm(C, axis=-1)(self.X).values(), expected)
+
+    def test_whole_graph_refuses_rather_than_ignores_the_mask(self):
+        torch._dynamo.reset()
+        layer = torch.compile(BatchNorm(C, axis=-1), backend="eager", fullgraph=True)
+        mask = torch.ones(3, dtype=torch.bool)
+        with padding_mask(mask), pytest.raises(Exception, match="does not reach a jagged input"):
+            layer(self.X)
+
     def test_mask_of_another_number_of_samples_raises(self):
         mask = torch.ones(2, dtype=torch.bool)
         with padding_mask(mask), pytest.raises(ValueError, match=r"shape \(3,\).*got \(2,\)"):

@@ -251,7 +251,7 @@ class BatchNorm(RunningStatistics):
         mask = ambient_mask(owner, x, axes)
         if torch.compiler.is_compiling():
             return mask
-        if recomputation_flag(x) is None:
+        if recomputation_flag(x.values() if x.layout is torch.jagged else x) is None:
             self._masked_by_context = mask is not None
         elif self._masked_by_context and mask is None:
             raise RuntimeError(

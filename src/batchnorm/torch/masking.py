@@ -107,7 +107,7 @@ def ambient_mask(owner: str, x: Tensor, channel_axes: Sequence[int]) -> Tensor |
     if not _usage.in_use:
         return None
     if x.layout is torch.jagged:
-        return _of_samples(x)
+        return _of_samples(owner)
     rows = [n for a, n in enumerate(x.shape) if a not in channel_axes]
     if not torch.compiler.is_compiling():
         ambient = _active()
@@ -140,10 +140,13 @@ def _active() -> _Ambient | None:
     return ambient if ambient is not None and ambient.active else None
 
 
-def _of_samples(x: Tensor) -> Tensor | None:
+def _of_samples(owner: str) -> Tensor | None:
     """The part of the mask that a jagged x, which has no padding, can use: whole samples."""
     if torch.compiler.is_compiling():
-        return None
+        raise ValueError(
+            f"{owner}: padding_mask does not reach a jagged input in compiled code; pass mask= to "
+            "the layer, or compile outside of padding_mask."
+        )
     ambient = _active()
     return ambient.mask if ambient is not None and ambient.mask.dim() == 1 else None
 
