@@ -34,7 +34,7 @@ def check_input(owner: str, x: Any, name: str = "x") -> Tensor:
 
 
 def check_mask(owner: str, mask: Any, device: torch.device | None) -> Tensor | None:
-    """`mask` as a boolean tensor, on `device` if one is given, or None (S1)."""
+    """`mask` if it is boolean or integer, and on `device` if one is given; or None (S1)."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -49,7 +49,12 @@ def check_mask(owner: str, mask: Any, device: torch.device | None) -> Tensor | N
             f"{owner}: mask must be on x's device {device}; got {mask.device}. "
             "Move it with mask.to(x.device)."
         )
-    return mask if mask.dtype == torch.bool else mask != 0
+    return mask
+
+
+def to_boolean(mask: Tensor | None) -> Tensor | None:
+    """`mask` as a boolean tensor."""
+    return mask if mask is None or mask.dtype == torch.bool else mask != 0
 
 
 def check_statistic(owner: str, name: str, statistic: Tensor | None) -> None:

@@ -151,7 +151,7 @@ class BatchNorm:
         self._pass = None  # backward must never see an older pass
         layout = self._check_forward(input, training)
         work = torch.float64 if input.dtype == torch.float64 else torch.float32
-        mask = checks.check_mask(_OWNER, mask, input.device)
+        mask = checks.to_boolean(checks.check_mask(_OWNER, mask, input.device))
         # Copies: an optimizer's step or an in-place operation must not reach into backward.
         inputs = Inputs(
             input.to(work, copy=not training),

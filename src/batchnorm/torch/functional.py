@@ -12,8 +12,8 @@ from batchnorm.core import config
 from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
 from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
 from batchnorm.core.running import Running
-from batchnorm.kernels.select import resolve_fused
-from batchnorm.torch import checks, jagged
+from batchnorm.kernels.select import refuse_fused
+from batchnorm.torch import checks, fused as kernels, jagged
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot
 
@@ -190,12 +190,20 @@ def normalize(
     layout = make_layout(owner, tuple(x.shape), axis, size)
     mask = checks.check_mask(owner, mask, x.device)
     _check_shapes(owner, x, mask, parameters, residual, running, layout, mode)
-    resolve_fused(owner, fused, x.device.type, str(x.dtype))
+    adjusted = adjustment is not None and mode.training
+    if fused is not False:
+        y = _by_kernel(
+            x, mask, parameters, residual, running, layout, options, mode, adjusted, owner
+        )
+        if isinstance(y, Tensor):
+            return y
+        if fused:
+            raise refuse_fused(owner, y)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    s, t = config.call_adjustment(owner, adjustment if mode.training else None, layout.shape)
+    s, t = config.call_adjustment(owner, adjustment if adjusted else None, layout.shape)
     inputs = Inputs(
         x.to(work),
-        mask,
+        checks.to_boolean(mask),
         gamma=_cast(parameters.weight, work),
         beta=_cast(parameters.bias, work),
         residual=_cast(residual, work),
@@ -209,6 +217,40 @@ def normalize(
             inputs = inputs._replace(mask=None)  # it matters to gradients only
         y = forward_running(inputs, _in(running, work), layout, options, owner=owner, xp=XP)
     return y.to(x.dtype)
+
+
+def _by_kernel(
+    x: Tensor,
+    mask: Tensor | None,
+    parameters: Parameters,
+    residual: Tensor | None,
+    running: Running | None,
+    layout: Layout,
+    options: config.Options,
+    mode: Mode,
+    adjusted: bool,
+    owner: str,
+) -> Tensor | str:
+    """y, or why no kernel can compute it."""
+    refusal = kernels.find_refusal(x, mask, parameters, residual, running, layout, adjusted)
+    if refusal is not None:
+        return refusal
+    again = recomputation_flag(x) is True
+    y = kernels.normalize(
+        x,
+        mask,
+        parameters,
+        residual,
+        running,
+        layout,
+        options,
+        batch=mode.own_statistics or running is None,
+        update=mode.update and running is not None and not again,
+        history=_history,
+        again=again,
+        owner=owner,
+    )
+    return f"the channel axes {layout.channel_axes} are apart in memory" if y is None else y
 
 
 def _by_batch(

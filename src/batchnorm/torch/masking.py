@@ -152,7 +152,7 @@ def _of_samples(owner: str) -> Tensor | None:
 
 
 def _checked(mask: Any) -> Tensor:
-    checked = checks.check_mask(_OWNER, mask, None)
+    checked = checks.to_boolean(checks.check_mask(_OWNER, mask, None))
     assert checked is not None
     if checked.dim() == 0:
         raise ValueError(f"{_OWNER}: mask must have at least the batch axis; got a scalar.")
@@ -163,7 +163,9 @@ def _at_resolution(
     owner: str, ambient: _Ambient, rows: Sequence[int], device: torch.device
 ) -> Tensor:
     """The ambient mask with the layer's row sizes, or a prefix of them."""
-    mask = checks.check_mask(f"{owner} in padding_mask", ambient.mask, device)
+    mask = checks.to_boolean(
+        checks.check_mask(f"{owner} in padding_mask", ambient.mask, device)
+    )
     assert mask is not None
     sizes, wanted = tuple(mask.shape), tuple(rows)
     if len(sizes) <= len(wanted) and sizes == wanted[: len(sizes)]:

@@ -1,0 +1,123 @@
+// The passes over memory, and the steps made of them. No Python, no exceptions across this
+// boundary except std::bad_alloc, which is thrown before anything is written.
+#pragma once
+
+#include <cstdint>
+
+namespace batchnorm {
+
+using Index = std::int64_t;
+
+// Files are compiled for several instruction sets; a function that the linker could merge across
+// them would run on a machine that lacks its instructions.
+#define BATCHNORM_INLINE inline __attribute__((always_inline))
+
+enum class Type : int { f16, bf16, f32, f64 };
+enum class Activation : int { none, relu, leaky_relu };
+
+constexpr double kNegativeSlope = 0.01;  // S18
+
+// x seen as (outer, channels, inner): rows of channels if inner is 1. With ghost batches (S12)
+// outer is (samples of a group, groups, run), row-major; without them groups is 1.
+struct Layout {
+    Index outer = 0;
+    Index channels = 0;
+    Index inner = 1;
+    Index groups = 1;
+    Index run = 1;  // rows of outer that one sample holds
+
+    BATCHNORM_INLINE Index rows() const { return groups > 0 ? outer / groups : 0; }  // of outer, in one group
+    BATCHNORM_INLINE Index positions() const { return rows() * inner; }              // behind one statistic
+    BATCHNORM_INLINE Index statistics() const { return groups * channels; }
+};
+
+// Dense but for the outer axis, whose stride is in elements.
+struct Array {
+    void* data = nullptr;
+    Index stride = 0;
+
+    BATCHNORM_INLINE explicit operator bool() const { return data != nullptr; }
+};
+
+// Non-zero marks real rows (S1); entry (o, i) is element (o / repeat) * outer + i * inner.
+struct Mask {
+    const void* data = nullptr;
+    int width = 1;  // bytes of an element: 1, 2, 4, 8
+    Index repeat = 1;
+    Index outer = 0;
+    Index inner = 0;
+
+    BATCHNORM_INLINE explicit operator bool() const { return data != nullptr; }
+};
+
+// One value per channel, contiguous; absent if data is null.
+struct PerChannel {
+    void* data = nullptr;
+    Type type = Type::f32;
+
+    BATCHNORM_INLINE explicit operator bool() const { return data != nullptr; }
+};
+
+struct Running {
+    PerChannel mean, var;
+    std::int64_t* batches = nullptr;              // num_batches_tracked
+    PerChannel stddev, renorm_mean, renorm_stddev;  // renormalization only
+};
+
+struct Options {
+    double eps = 1e-5;
+    double decay = 0.9;  // weight of the old value; negative: cumulative average (S9)
+    bool batch = true;   // normalize by the batch's own statistics
+    bool update = false;
+    bool unbiased = false;
+    Activation activation = Activation::none;
+    bool renorm = false;
+    double renorm_decay = 0.99;
+    double rmin = 0.0, rmax = 0.0, dmax = 0.0;
+    int threads = 1;
+};
+
+// What a forward step leaves for its backward step: kRows arrays of layout.statistics() doubles,
+// and behind them the count of each group.
+struct Statistics {
+    enum Row { mean, low, var, rstd, scale, offset, r, d, kRows };
+
+    double* data = nullptr;
+    Index size = 0;  // layout.statistics()
+
+    BATCHNORM_INLINE double* row(Row which) const { return data + which * size; }
+    BATCHNORM_INLINE double* count() const { return data + kRows * size; }
+    static BATCHNORM_INLINE Index doubles(const Layout& layout) {
+        return kRows * layout.statistics() + layout.groups;
+    }
+};
+
+// Everything that a step reads and writes. Arrays that a step does not use stay null.
+struct Step {
+    Type type = Type::f32;
+    Layout layout;
+    Mask mask;
+    Options options;
+    Array x, y, residual;
+    Array dy, dx, dresidual;
+    PerChannel gamma, beta, dgamma, dbeta;
+    Running running;
+    Statistics statistics;
+};
+
+// count, mean and var of x at real rows (S2, S3).
+void moments(const Step& step);
+// Scale and offset from moments or running statistics; running update (S9-S11); y (S4, S18).
+void normalize(const Step& step);
+// Sums of g and of g (x - mean) over real rows, g being dy behind the activation: `sums` holds
+// 2 * layout.statistics() doubles. Fills dgamma and dbeta, and dresidual at real rows.
+void reduce(const Step& step, double* sums);
+// dx, and dresidual at padded rows (S8).
+void apply(const Step& step, const double* sums);
+
+// The instruction sets that this build holds and this machine runs; the last one is in use
+// unless `use_instructions` says otherwise.
+const char* instructions_in_use();
+bool use_instructions(const char* name);  // false if there is none of that name here
+
+}  // namespace batchnorm

@@ -1,0 +1,210 @@
+// Argument checks and dispatch: addresses and sizes come in, the passes run without the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "batchnorm.hpp"
+
+namespace nb = nanobind;
+using namespace batchnorm;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+constexpr Index kBytes[] = {2, 2, 4, 8};
+
+[[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+void check(bool fine, const char* name, const char* rule, Index found) {
+    if (fine) return;
+    refuse(std::string("kernels: ") + name + " must be " + rule + "; got " + std::to_string(found) +
+           ".");
+}
+
+Type type_of(int code) {
+    check(code >= 0 && code <= 3, "type", "0 (float16), 1 (bfloat16), 2 (float32) or 3 (float64)",
+          code);
+    return static_cast<Type>(code);
+}
+
+// Whether outer rows of this stride, and eight bytes for each element, stay within 63 bits.
+bool addressable(const Layout& layout, Index stride) {
+    Index row = 0, all = 0, bytes = 0;
+    return !__builtin_mul_overflow(layout.channels, layout.inner, &row) &&
+           !__builtin_mul_overflow(layout.outer, stride > row ? stride : row, &all) &&
+           !__builtin_mul_overflow(all, Index(8), &bytes);
+}
+
+struct Renorm {
+    Address stddev, mean, mean_stddev;
+    double decay, rmin, rmax, dmax;
+};
+
+// The geometry of a call, checked once, for any number of calls.
+class Plan {
+  public:
+    Plan(int type, Index outer, Index channels, Index inner, Index groups, Index run,
+         int activation) {
+        step_.type = type_of(type);
+        check(outer >= 0, "outer", "at least 0", outer);
+        check(channels >= 0, "channels", "at least 0", channels);
+        check(inner >= 0, "inner", "at least 0", inner);
+        check(groups >= 0, "groups", "at least 0", groups);
+        check(run >= 1, "run", "at least 1", run);
+        check(activation >= 0 && activation <= 2, "activation", "0, 1 or 2", activation);
+        step_.layout = {outer, channels, inner, groups, run};
+        if (!addressable(step_.layout, 0)) refuse("kernels: x has more elements than memory.");
+        check(groups == 0 ? outer == 0 : outer % groups == 0 && outer / groups % run == 0, "outer",
+              "a multiple of groups * run", outer);
+        step_.options.activation = static_cast<Activation>(activation);
+    }
+
+    void set_mask(int width, Index repeat, Index outer, Index inner) {
+        check(width == 1 || width == 2 || width == 4 || width == 8, "mask width", "1, 2, 4 or 8",
+              width);
+        check(repeat >= 1, "mask repeat", "at least 1", repeat);
+        step_.mask = {nullptr, width, repeat, outer, inner};
+    }
+
+    Index statistics_size() const { return Statistics::doubles(step_.layout); }
+
+    void moments(Address x, Index x_stride, Address mask, Address statistics, int threads) const {
+        Step step = begin(mask, statistics, threads);
+        step.x = array("x", x, x_stride);
+        require("x", step.x);
+        nb::gil_scoped_release release;
+        batchnorm::moments(step);
+    }
+
+    void forward(Address x, Index x_stride, Address residual, Index residual_stride, Address mask,
+                 Address y, Index y_stride, Address gamma, int gamma_type, Address beta,
+                 int beta_type, Address running_mean, int running_type, Address running_var, Address batches,
+                 std::optional<nb::tuple> renorm, Address statistics, double eps, double decay,
+                 bool batch, bool update, bool unbiased, int threads) const {
+        Step step = begin(mask, statistics, threads);
+        step.x = array("x", x, x_stride);
+        require("x", step.x);
+        step.residual = array("residual", residual, residual_stride);
+        step.y = array("y", y, y_stride);
+        require("y", step.y);
+        const Type running = type_of(running_type);
+        step.gamma = per_channel("gamma", gamma, type_of(gamma_type));
+        step.beta = per_channel("beta", beta, type_of(beta_type));
+        step.running.mean = per_channel("running_mean", running_mean, running);
+        step.running.var = per_channel("running_var", running_var, running);
+        step.running.batches = static_cast<std::int64_t*>(aligned("batches", batches, 8));
+        Options& options = step.options;
+        if (renorm) set_renorm(step, *renorm, running);
+        options.eps = eps, options.decay = decay;
+        options.batch = batch, options.update = update, options.unbiased = unbiased;
+        const bool keeps = step.running.mean && step.running.var;
+        if ((update || renorm) && !keeps) refuse("kernels: an update needs running statistics.");
+        if (update && decay < 0 && batches == 0)
+            refuse("kernels: the cumulative average needs the number of batches.");
+        nb::gil_scoped_release release;
+        if (batch) batchnorm::moments(step);
+        batchnorm::normalize(step);
+    }
+
+    void backward(Address dy, Index dy_stride, Address x, Index x_stride, Address y, Index y_stride,
+                  Address mask, Address dx, Index dx_stride, Address dresidual,
+                  Index dresidual_stride, Address dgamma, int gamma_type, Address dbeta,
+                  int beta_type, Address statistics, bool batch, int threads) const {
+        Step step = begin(mask, statistics, threads);
+        step.dy = array("dy", dy, dy_stride);
+        require("dy", step.dy);
+        step.x = array("x", x, x_stride);
+        require("x", step.x);
+        step.y = array("y", y, y_stride);
+        step.dx = array("dx", dx, dx_stride);
+        step.dresidual = array("dresidual", dresidual, dresidual_stride);
+        step.dgamma = per_channel("dgamma", dgamma, type_of(gamma_type));
+        step.dbeta = per_channel("dbeta", dbeta, type_of(beta_type));
+        step.options.batch = batch;
+        if (step.dresidual && !(step.y && step.dx))
+            refuse("kernels: dresidual needs y, whose sign it follows, and dx.");
+        nb::gil_scoped_release release;
+        const auto size = static_cast<std::size_t>(2 * step.layout.statistics());
+        std::unique_ptr<double[]> sums(new double[size]);
+        if (batch || dgamma != 0 || dbeta != 0 || dresidual != 0) batchnorm::reduce(step, sums.get());
+        if (step.dx) batchnorm::apply(step, sums.get());
+    }
+
+  private:
+    Step begin(Address mask, Address statistics, int threads) const {
+        Step step = step_;
+        step.mask.data = aligned("mask", mask, step.mask.width);
+        step.statistics = {static_cast<double*>(aligned("statistics", statistics, 8)),
+                           step.layout.statistics()};
+        check(threads >= 1, "threads", "at least 1", threads);
+        step.options.threads = threads;
+        return step;
+    }
+
+    static void* aligned(const char* name, Address address, Index bytes) {
+        check(address % static_cast<Address>(bytes) == 0, name, "aligned to its element size",
+              static_cast<Index>(address));
+        return reinterpret_cast<void*>(address);
+    }
+
+    // Null for an absent array; an empty one may be null too.
+    Array array(const char* name, Address address, Index stride) const {
+        if (address == 0) return {};
+        void* data = aligned(name, address, kBytes[static_cast<int>(step_.type)]);
+        const Index row = step_.layout.channels * step_.layout.inner;
+        check(step_.layout.outer <= 1 || (stride >= row && addressable(step_.layout, stride)), name,
+              "dense within a row, with rows at a positive distance", stride);
+        return {data, stride};
+    }
+
+    void require(const char* name, const Array& array) const {
+        if (!array && step_.layout.statistics() > 0 && step_.layout.positions() > 0)
+            refuse(std::string("kernels: ") + name + " is missing; got a null pointer.");
+    }
+
+    static PerChannel per_channel(const char* name, Address address, Type type) {
+        return {aligned(name, address, kBytes[static_cast<int>(type)]), type};
+    }
+
+    static void set_renorm(Step& step, const nb::tuple& renorm, Type type) {
+        if (renorm.size() != 7) refuse("kernels: renorm must have 7 entries.");
+        step.options.renorm = true;
+        step.running.stddev = per_channel("running_stddev", nb::cast<Address>(renorm[0]), type);
+        step.running.renorm_mean = per_channel("renorm_mean", nb::cast<Address>(renorm[1]), type);
+        step.running.renorm_stddev =
+            per_channel("renorm_stddev", nb::cast<Address>(renorm[2]), type);
+        step.options.renorm_decay = nb::cast<double>(renorm[3]);
+        step.options.rmin = nb::cast<double>(renorm[4]);
+        step.options.rmax = nb::cast<double>(renorm[5]);
+        step.options.dmax = nb::cast<double>(renorm[6]);
+    }
+
+    Step step_;
+};
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    nb::set_leak_warnings(false);  // plans live in caches until the interpreter ends
+    m.doc() = "Compiled passes of batch normalization; batchnorm.kernels.cpu wraps them.";
+    m.attr("STATISTICS_ROWS") = static_cast<int>(Statistics::kRows);
+    m.def("instructions", [] { return std::string(instructions_in_use()); });
+    m.def("use_instructions", [](const std::string& name) { return use_instructions(name.c_str()); },
+          nb::arg("name"));
+    nb::class_<Plan>(m, "Plan")
+        .def(nb::init<int, Index, Index, Index, Index, Index, int>(), nb::arg("type"),
+             nb::arg("outer"), nb::arg("channels"), nb::arg("inner"), nb::arg("groups"),
+             nb::arg("run"), nb::arg("activation"))
+        .def("set_mask", &Plan::set_mask, nb::arg("width"), nb::arg("repeat"), nb::arg("outer"),
+             nb::arg("inner"))
+        .def_prop_ro("statistics_size", &Plan::statistics_size)
+        .def("moments", &Plan::moments)
+        .def("forward", &Plan::forward)
+        .def("backward", &Plan::backward);
+}

@@ -1,0 +1,23 @@
+// What happens once per channel, between the passes: core/running.py and core/normalize.py in
+// double, for the kernels' own use; the conformance table compares the two.
+#pragma once
+
+#include "batchnorm.hpp"
+
+namespace batchnorm {
+
+double load(const PerChannel& array, Index c);
+void store(const PerChannel& array, Index c, double value);
+
+// Mean and variance from sums around an anchor, the mean so far (S2, S3).
+void finish_moments(const Statistics& statistics, Index i, double count, double sum,
+                    double square);
+
+// rstd, scale and offset of channels [first, end) in every group, and the running update.
+// Returns whether any channel was updated (S6, S7, S9-S12).
+bool finish_channels(const Step& step, Index first, Index end);
+
+// dgamma and dbeta of channels [first, end) (S8).
+void finish_gradients(const Step& step, const double* sums, Index first, Index end);
+
+}  // namespace batchnorm

@@ -1,0 +1,366 @@
+// Gradient reduction and gradient application (S8, S18).
+#include "sums.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+namespace {
+
+// Adds one tile of n lines to its sums. `g(r)` and `x(r)` are Tiles of line r.
+template <bool kLow, class G, class X>
+BATCHNORM_INLINE void add_tiles(Index n, const double* mean, const double* low, double* first,
+                                double* second, G g, X x) {
+    Doubles a[kVectors], sum[kVectors], product[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+        a[i] = load_doubles(mean + i * kDoubles);
+        sum[i] = load_doubles(first + i * kDoubles);
+        product[i] = load_doubles(second + i * kDoubles);
+    }
+#pragma GCC unroll 1
+    for (Index r = 0; r < n; ++r) {
+        const Tile gr = g(r), xr = x(r);
+        for (int i = 0; i < kVectors; ++i) {
+            Doubles d = xr.v[i] - a[i];
+            if (kLow) d -= load_doubles(low + i * kDoubles);
+            sum[i] = plus(sum[i], gr.v[i]);
+            product[i] = plus(product[i], gr.v[i] * d);
+        }
+    }
+    for (int i = 0; i < kVectors; ++i) {
+        store_doubles(first + i * kDoubles, sum[i]);
+        store_doubles(second + i * kDoubles, product[i]);
+    }
+}
+
+// What a mean in double leaves out matters to float64 only.
+template <class T>
+constexpr bool kHasLow = sizeof(T) == 8;
+
+// act'(y) dy for one line, in the type of the arithmetic.
+template <int kStep, Activation kAct, class T>
+void gate_chunks(const T* dy, const T* x, const T* y, Compute<T>* g, Index n,
+                 const Coefficients<Compute<T>>& k) {
+    Access<T> from, of_x, of_y;
+    for (Index i = 0; i < n; i += Access<T>::kLimit) {
+        const Index m = n - i < Access<T>::kLimit ? n - i : n;
+        gate_line<kStep, kAct>(from.read(dy + i, m), of_x.read(at(y ? nullptr : x, i), m),
+                               of_y.read(at(y, i), m), g + i, m, kStep ? at(k, i) : k);
+    }
+}
+
+template <int kStep, class T>
+void gate(const T* dy, const T* x, const T* y, Compute<T>* g, Index n,
+          const Coefficients<Compute<T>>& k, Activation act) {
+    if (act == Activation::relu) return gate_chunks<kStep, Activation::relu>(dy, x, y, g, n, k);
+    return gate_chunks<kStep, Activation::leaky_relu>(dy, x, y, g, n, k);
+}
+
+template <class T>
+void gate_to(const T* dy, const T* y, T* out, Index n, Activation act) {
+    Compute<T> g[kChunk];
+    for (Index i = 0; i < n; i += kChunk) {
+        const Index m = n - i < kChunk ? n - i : kChunk;
+        gate<0>(dy + i, static_cast<const T*>(nullptr), y + i, g, m, {}, act);
+        narrow(g, out + i, m);
+    }
+}
+
+// ---------------------------------------------------------------- reduction
+
+template <class T, class G>
+void add_lines(const T* const* x, const G* const* g, int n, Index lanes, const double* mean,
+               const double* low, LaneSums& sums) {
+    Index l = 0;
+    for (; l + kTile <= lanes; l += kTile) {
+        add_tiles<kHasLow<T>>(
+            n, mean + l, low + l, sums.first + l, sums.second + l,
+            [&](Index r) { return load(g[r] + l); }, [&](Index r) { return load(x[r] + l); });
+    }
+    if (l == lanes) return;
+    const Index rest = lanes - l;
+    add_tiles<kHasLow<T>>(
+        n, mean + l, low + l, sums.first + l, sums.second + l,
+        [&](Index r) { return load_some(g[r] + l, rest); },
+        [&](Index r) { return load_some(x[r] + l, rest); });
+}
+
+template <class T>
+struct RowsOfChannels {
+    const Step& s;
+    const Block& b;
+    const Index joined = rows_per_line(b.channels), lanes = joined * b.channels;
+    const bool gated = s.options.activation != Activation::none;
+    const double* means =
+        s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
+    const LaneValues mean{means, b.channels, joined};
+    const LaneValues low{means + (Statistics::low - Statistics::mean) * s.statistics.size,
+                         b.channels, joined};
+    const Lanes<Compute<T>> coefficients{s, b, lanes};
+    LaneSums sums;
+    Gather<T> x{s.x, b, joined}, dy{s.dy, b, joined}, y{s.y, b, joined};
+    Compute<T> g[kBatch][kMaxLanes];
+
+    RowsOfChannels(const Step& step, const Block& block) : s(step), b(block) {}
+
+    void run(double* sum, double* product) {
+        for_real_rows(s, b, joined, [&](const Index* rows, Index n) {
+            for (Index r = 0; r < n; r += kBatch * joined) {
+                batch(rows + r, n - r < kBatch * joined ? n - r : kBatch * joined);
+            }
+        });
+        sums.fold(b.channels, joined, sum, product);
+    }
+
+    void batch(const Index* rows, Index n) {
+        const T *xs[kBatch], *dys[kBatch];
+        const Compute<T>* gs[kBatch];
+        int m = 0;
+        for (Index r = 0; r < n; ++m, r += joined) {
+            const Index some = n - r < joined ? n - r : joined;
+            xs[m] = x.line(rows + r, some, m, nullptr);
+            dys[m] = dy.line(rows + r, some, m, nullptr);
+            if (!gated) continue;
+            const T* ys = s.y ? y.line(rows + r, some, m, nullptr) : nullptr;
+            gate<1>(dys[m], xs[m], ys, g[m], lanes, coefficients.from(), s.options.activation);
+            gs[m] = g[m];
+            if (s.dresidual) scatter(g[m], rows + r, some);
+        }
+        if (gated) {
+            add_lines(xs, gs, m, lanes, mean.at, low.at, sums);
+        } else {
+            add_lines(xs, dys, m, lanes, mean.at, low.at, sums);
+        }
+    }
+
+    void scatter(const Compute<T>* line, const Index* rows, Index n) {
+        for (Index r = 0; r < n; ++r) {
+            narrow(line + r * b.channels, element<T>(s.dresidual, rows[r], b.channel), b.channels);
+        }
+    }
+};
+
+template <class T, class G>
+void add_stretch(const T* x, const G* g, Index n, double mean, double low, double* first,
+                 double* second) {
+    double means[kTile], lows[kTile];
+    for (int l = 0; l < kTile; ++l) means[l] = mean, lows[l] = low;
+    const Index tiles = n / kTile, rest = n - tiles * kTile;
+    add_tiles<kHasLow<T>>(
+        tiles, means, lows, first, second, [&](Index r) { return load(g + r * kTile); },
+        [&](Index r) { return load(x + r * kTile); });
+    if (rest == 0) return;
+    add_tiles<kHasLow<T>>(
+        1, means, lows, first, second,
+        [&](Index) { return load_some(g + tiles * kTile, rest); },
+        [&](Index) { return load_some(x + tiles * kTile, rest); });
+}
+
+template <class T>
+struct ChannelsOfPositions {
+    const Step& s;
+    const Block& b;
+    const bool gated = s.options.activation != Activation::none;
+    const double* means =
+        s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
+    const double* lows = means + (Statistics::low - Statistics::mean) * s.statistics.size;
+    const Lanes<Compute<T>> coefficients{s, b, b.channels};
+    PositionSums sums;
+    Selection<T> real;
+    Selection<Compute<T>> real_g;
+    T selected[2][kPiece];
+    Compute<T> g[kPiece];
+
+    ChannelsOfPositions(const Step& step, const Block& block) : s(step), b(block) {}
+
+    void run(double* sum, double* product) {
+        const bool pieces = s.mask || gated;
+        for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
+            const Index step = pieces ? kPiece : length;
+            for (Index i = first; i < first + length; i += step) {
+                piece(o, i, first + length - i < step ? first + length - i : step);
+            }
+            return true;
+        });
+        sums.fold(b.channels, sum, product);
+    }
+
+    void piece(Index o, Index i, Index n) {
+        real.read(s.mask, o, i, n);
+        if (gated) real_g.read(s.mask, o, i, n);
+        if (real.none && !s.dresidual) return;
+        for (Index c = 0; c < b.channels; ++c) {
+            const Index offset = (b.channel + c) * s.layout.inner + i;
+            const T* x = element<const T>(s.x, o, offset);
+            const T* dy = element<const T>(s.dy, o, offset);
+            if (gated) {
+                gate<0>(dy, x, element<const T>(s.y, o, offset), g, n, coefficients.from(c),
+                        s.options.activation);
+                if (s.dresidual) narrow(g, element<T>(s.dresidual, o, offset), n);
+            }
+            if (real.none) continue;
+            if (!real.all) {
+                real.select(x, T{}, selected[0], n);
+                x = selected[0];
+                if (gated) {
+                    real_g.select(g, 0, g, n);
+                } else {
+                    real.select(dy, T{}, selected[1], n);
+                    dy = selected[1];
+                }
+            }
+            double *first = sums.first[c], *second = sums.second[c];
+            if (gated) {
+                add_stretch(x, g, n, means[c], lows[c], first, second);
+            } else {
+                add_stretch(x, dy, n, means[c], lows[c], first, second);
+            }
+        }
+    }
+};
+
+// -------------------------------------------------------------- application
+
+// dresidual holds g already, unless a half type rounded it.
+template <class T>
+bool has_gradient(const Step& s) {
+    return s.dresidual && (sizeof(T) > 2 || s.options.activation == Activation::relu);
+}
+
+template <int kStep, class T>
+void apply_chunks(const Step& s, const T* g, const T* x, const T* y, T* dx, Index n, bool gated,
+                  const Coefficients<Compute<T>>& k) {
+    Compute<T> gate_buffer[kChunk];
+    Access<T> of_g, of_x, to;
+    const bool reads_x = s.options.batch;
+    const Index limit = gated ? kChunk : Access<T>::kLimit;
+    for (Index i = 0; i < n;) {
+        const Index m = n - i < limit ? n - i : limit;
+        const Coefficients<Compute<T>> here = kStep ? at(k, i) : k;
+        const Compute<T>* gs = gate_buffer;
+        if (gated) {
+            gate<kStep>(g + i, x + i, at(y, i), gate_buffer, m, here, s.options.activation);
+        } else {
+            gs = of_g.read(g + i, m);
+        }
+        apply_line<kStep>(gs, of_x.read(reads_x ? x + i : nullptr, m), to.target(dx + i), m,
+                          s.options.batch, here);
+        to.write(dx + i, m);
+        i += m;
+    }
+}
+
+template <class T>
+struct Source {
+    bool gated;
+    Array g;
+
+    explicit Source(const Step& s)
+        : gated(s.options.activation != Activation::none && !has_gradient<T>(s)),
+          g(has_gradient<T>(s) ? s.dresidual : s.dy) {}
+};
+
+template <class T>
+void apply_row(const Step& s, const Source<T>& from, Index o, Index offset, Index n,
+               const Coefficients<Compute<T>>& k) {
+    apply_chunks<1>(s, element<const T>(from.g, o, offset), element<const T>(s.x, o, offset),
+                    element<const T>(s.y, o, offset), element<T>(s.dx, o, offset), n, from.gated,
+                    k);
+}
+
+template <class T>
+void apply_padded_row(const Step& s, Index o, Index offset, Index n) {
+    T* dx = element<T>(s.dx, o, offset);
+    for (Index i = 0; i < n; ++i) dx[i] = T{};
+    if (!s.dresidual) return;
+    gate_to(element<const T>(s.dy, o, offset), element<const T>(s.y, o, offset),
+            element<T>(s.dresidual, o, offset), n, s.options.activation);
+}
+
+// Several rows at once where all arrays are contiguous, which pays where channels are few.
+template <class T>
+Index rows_together(const Step& s) {
+    const Index channels = s.layout.channels;
+    const Array all[] = {s.x, s.y, s.dy, s.dx, s.dresidual};
+    for (const Array& a : all) {
+        if (a && a.stride != channels) return 1;
+    }
+    return rows_per_line(channels);
+}
+
+template <class T>
+void apply_rows(const Step& s, const Block& b, const double* sums) {
+    const Index joined = b.channels == s.layout.channels ? rows_together<T>(s) : 1;
+    const Lanes<Compute<T>> lanes(s, b, joined * b.channels, sums);
+    const Source<T> from(s);
+    for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
+        unsigned char keep[kTile];
+        for (Index r = 0; r < n; r += joined) {
+            const Index m = n - r < joined ? n - r : joined;
+            Index real = m;
+            if (s.mask) {
+                read_rows(s.mask, o + r, m, keep);
+                real = 0;
+                for (Index i = 0; i < m; ++i) real += keep[i];
+            }
+            // Padded rows between real ones are computed along, and overwritten.
+            if (real > 0) apply_row<T>(s, from, o + r, b.channel, m * b.channels, lanes.from());
+            if (real == m) continue;
+            for (Index i = 0; i < m; ++i) {
+                if (!keep[i]) apply_padded_row<T>(s, o + r + i, b.channel, b.channels);
+            }
+        }
+        return true;
+    });
+}
+
+template <class T>
+void apply_positions(const Step& s, const Block& b, const double* sums) {
+    const Lanes<Compute<T>> lanes(s, b, b.channels, sums);
+    const Source<T> from(s);
+    Selection<T> real;
+    for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
+        const Index step = s.mask ? kPiece : length;
+        for (Index i = first; i < first + length; i += step) {
+            const Index n = first + length - i < step ? first + length - i : step;
+            real.read(s.mask, o, i, n);
+            for (Index c = 0; c < b.channels; ++c) {
+                const Index offset = (b.channel + c) * s.layout.inner + i;
+                T* dx = element<T>(s.dx, o, offset);
+                if (real.none) {
+                    for (Index p = 0; p < n; ++p) dx[p] = T{};
+                    continue;
+                }
+                apply_chunks<0>(s, element<const T>(from.g, o, offset),
+                                element<const T>(s.x, o, offset), element<const T>(s.y, o, offset),
+                                dx, n, from.gated, lanes.from(c));
+                if (!real.all) real.select(dx, T{}, dx, n);
+            }
+        }
+        return true;
+    });
+}
+
+}  // namespace
+
+template <class T>
+void reduce_block(const Step& step, const Block& block, double* sum, double* product) {
+    if (step.layout.inner == 1) {
+        RowsOfChannels<T>(step, block).run(sum, product);
+    } else {
+        ChannelsOfPositions<T>(step, block).run(sum, product);
+    }
+}
+
+template <class T>
+void apply_block(const Step& step, const Block& block, const double* sums) {
+    if (step.layout.inner == 1) return apply_rows<T>(step, block, sums);
+    apply_positions<T>(step, block, sums);
+}
+
+#define BATCHNORM_INSTANTIATE(T)                                              \
+    template void reduce_block<T>(const Step&, const Block&, double*, double*); \
+    template void apply_block<T>(const Step&, const Block&, const double*);
+BATCHNORM_INSTANTIATE(Half)
+BATCHNORM_INSTANTIATE(Bfloat)
+BATCHNORM_INSTANTIATE(float)
+BATCHNORM_INSTANTIATE(double)
+
+}  // namespace batchnorm::BATCHNORM_ISA

@@ -1,0 +1,169 @@
+// What happens to one line of contiguous elements: the only place of per-element formulas.
+#pragma once
+
+#include "passes.hpp"
+#include "vector.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+// Per lane (kStep 1) or one for the whole line (kStep 0), in the type of the arithmetic. The mean
+// is hi + lo, since at a large offset one number would not hold it (S3).
+template <class F>
+struct Coefficients {
+    const F *hi, *lo, *scale, *offset;  // y = ((x - hi) - lo) scale + offset
+    const F *rstd, *along, *shift;      // dx = g scale + xhat along + shift
+};
+
+template <int kStep, class F>
+inline F affine(F x, const Coefficients<F>& k, Index i) {
+    return ((x - k.hi[i * kStep]) - k.lo[i * kStep]) * k.scale[i * kStep] + k.offset[i * kStep];
+}
+
+// `y <= 0` rather than `y > 0`, so that NaN stays NaN; 0 itself is on the negative side (S18).
+template <Activation kAct, class F>
+inline F activate(F y) {
+    if (kAct == Activation::none) return y;
+    F negative = kAct == Activation::relu ? F(0) : y * F(kNegativeSlope);
+    return y <= 0 ? negative : y;
+}
+
+template <Activation kAct, class F>
+inline F gate(F dy, F y) {
+    F negative = kAct == Activation::relu ? F(0) : dy * F(kNegativeSlope);
+    return y <= 0 ? negative : dy;
+}
+
+template <int kStep, Activation kAct, class F>
+inline void normalize_line(const F* x, const F* residual, F* __restrict y, Index n,
+                           const Coefficients<F>& k) {
+    if (residual) {
+        for (Index i = 0; i < n; ++i) y[i] = activate<kAct>(affine<kStep>(x[i], k, i) + residual[i]);
+    } else {
+        for (Index i = 0; i < n; ++i) y[i] = activate<kAct>(affine<kStep>(x[i], k, i));
+    }
+}
+
+// g = act'(y) dy, from y itself or, where it is null, from what x makes of it.
+template <int kStep, Activation kAct, class F>
+inline void gate_line(const F* dy, const F* x, const F* y, F* __restrict g, Index n,
+                      const Coefficients<F>& k) {
+    if (y) {
+        for (Index i = 0; i < n; ++i) g[i] = gate<kAct>(dy[i], y[i]);
+    } else {
+        for (Index i = 0; i < n; ++i) g[i] = gate<kAct>(dy[i], affine<kStep>(x[i], k, i));
+    }
+}
+
+template <int kStep, class F>
+inline void apply_line(const F* g, const F* x, F* __restrict dx, Index n, bool batch,
+                       const Coefficients<F>& k) {
+    if (batch) {
+        for (Index i = 0; i < n; ++i) {
+            F xhat = ((x[i] - k.hi[i * kStep]) - k.lo[i * kStep]) * k.rstd[i * kStep];
+            dx[i] = g[i] * k.scale[i * kStep] + (xhat * k.along[i * kStep] + k.shift[i * kStep]);
+        }
+    } else {
+        for (Index i = 0; i < n; ++i) dx[i] = g[i] * k.scale[i * kStep];
+    }
+}
+
+// An array in the type of the arithmetic: itself, or a converted copy of one chunk.
+constexpr Index kChunk = 256;
+
+template <class T>
+struct Staged {
+    Compute<T> chunk[kChunk];
+    const Compute<T>* read(const T* p, Index n) {
+        if (p == nullptr) return nullptr;
+        widen(p, chunk, n);
+        return chunk;
+    }
+    Compute<T>* target(T*) { return chunk; }
+    void write(T* p, Index n) { narrow(chunk, p, n); }
+    static constexpr Index kLimit = kChunk;
+};
+
+template <class T>
+struct Direct {
+    const T* read(const T* p, Index) { return p; }
+    T* target(T* p) { return p; }
+    void write(T*, Index) {}
+    static constexpr Index kLimit = INT64_MAX;
+};
+
+template <class T>
+struct AccessType {
+    using type = Staged<T>;
+};
+template <>
+struct AccessType<float> {
+    using type = Direct<float>;
+};
+template <>
+struct AccessType<double> {
+    using type = Direct<double>;
+};
+template <class T>
+using Access = typename AccessType<T>::type;
+
+template <class T>
+inline const T* at(const T* p, Index i) {
+    return p == nullptr ? nullptr : p + i;
+}
+
+template <class F>
+inline Coefficients<F> at(const Coefficients<F>& k, Index i) {
+    return {at(k.hi, i),   at(k.lo, i),    at(k.scale, i), at(k.offset, i),
+            at(k.rstd, i), at(k.along, i), at(k.shift, i)};
+}
+
+// Coefficients of a block, one for each lane: channels repeat along a line of several rows.
+template <class F>
+struct Lanes {
+    F hi[kMaxLanes], lo[kMaxLanes], scale[kMaxLanes], offset[kMaxLanes];
+    F rstd[kMaxLanes], along[kMaxLanes], shift[kMaxLanes];
+
+    Lanes(const Step& step, const Block& block, Index lanes, const double* sums = nullptr) {
+        const Statistics& s = step.statistics;
+        const Index first = block.group * step.layout.channels + block.channel;
+        const double count = s.count()[block.group];
+        const double weight = count > 0 ? 1.0 / count : 0.0;
+        for (Index l = 0; l < block.channels; ++l) {
+            const Index c = first + l;
+            hi[l] = F(s.row(Statistics::mean)[c]);
+            lo[l] = F((s.row(Statistics::mean)[c] - double(hi[l])) + s.row(Statistics::low)[c]);
+            scale[l] = F(s.row(Statistics::scale)[c]);
+            offset[l] = F(s.row(Statistics::offset)[c]);
+            if (sums == nullptr) continue;
+            const double factor = s.row(Statistics::scale)[c] * weight;
+            rstd[l] = F(s.row(Statistics::rstd)[c]);
+            along[l] = F(-factor * s.row(Statistics::rstd)[c] * sums[s.size + c]);
+            shift[l] = F(-factor * sums[c]);
+        }
+        for (Index l = block.channels; l < lanes; ++l) {
+            const Index c = l - block.channels;
+            hi[l] = hi[c], lo[l] = lo[c], scale[l] = scale[c], offset[l] = offset[c];
+            if (sums != nullptr) rstd[l] = rstd[c], along[l] = along[c], shift[l] = shift[c];
+        }
+    }
+
+    Coefficients<F> from(Index l = 0) const {
+        return {hi + l, lo + l, scale + l, offset + l, rstd + l, along + l, shift + l};
+    }
+};
+
+// Rows of so many channels that make one line: a multiple of a tile where channels are few.
+inline Index rows_per_line(Index channels) {
+    if (channels > kNarrow) return 1;
+    Index rows = kTile;
+    for (Index odd = channels; odd % 2 == 0 && rows > 1; odd /= 2) rows /= 2;
+    return rows * channels <= kMaxLanes ? rows : 1;
+}
+
+// Element `offset` of outer row o; null where the array is.
+template <class T>
+inline T* element(const Array& a, Index o, Index offset) {
+    return a.data == nullptr ? nullptr : static_cast<T*>(a.data) + o * a.stride + offset;
+}
+
+}  // namespace batchnorm::BATCHNORM_ISA

@@ -1,0 +1,37 @@
+// One task of each pass, for one element type and instruction set.
+#pragma once
+
+#include "batchnorm.hpp"
+#include "rows.hpp"
+
+namespace batchnorm {
+
+constexpr Index kMaxLanes = 256;    // channels of a block where rows of channels are contiguous
+constexpr Index kMaxChannels = 32;  // channels of a block where positions are contiguous
+constexpr Index kNarrow = 32;       // up to so many channels, several rows make one line
+
+struct Passes {
+    // Sums of (x - anchor) and its square, one for each channel of the block; the anchors stand
+    // in for the means of step.statistics.
+    void (*moments)(const Step& step, const Block& block, double* sum, double* square);
+    void (*normalize)(const Step& step, const Block& block);
+    // Sums of g and g (x - mean).
+    void (*reduce)(const Step& step, const Block& block, double* sum, double* product);
+    void (*apply)(const Step& step, const Block& block, const double* sums);
+};
+
+struct Instructions {
+    const char* name;
+    Passes passes[4];  // by Type
+};
+
+#define BATCHNORM_DECLARE(isa) \
+    namespace isa {            \
+    extern const Instructions instructions; \
+    }
+BATCHNORM_DECLARE(baseline)
+BATCHNORM_DECLARE(avx2)
+BATCHNORM_DECLARE(avx512)
+#undef BATCHNORM_DECLARE
+
+}  // namespace batchnorm

@@ -1,0 +1,180 @@
+#include "pool.hpp"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace batchnorm {
+namespace {
+
+constexpr int kMaxWorkers = 255;
+constexpr int kSpins = 2000;  // some 20 µs: the next pass of a step often follows at once
+
+inline void pause() {
+#if defined(__SSE__)
+    _mm_pause();
+#endif
+}
+
+// Denormals and rounding as the caller has them, so that bits do not depend on who computes.
+#if defined(__SSE__)
+using FloatMode = unsigned;
+inline FloatMode float_mode() { return _mm_getcsr(); }
+inline void set_float_mode(FloatMode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+using FloatMode = unsigned long;
+inline FloatMode float_mode() {
+    FloatMode mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+}
+inline void set_float_mode(FloatMode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+using FloatMode = int;
+inline FloatMode float_mode() { return 0; }
+inline void set_float_mode(FloatMode) {}
+#endif
+
+struct Job {
+    void (*task)(void*, std::int64_t);
+    void* context;
+    std::int64_t tasks;
+    int wanted;  // workers beside the caller
+    FloatMode mode;
+    int joined = 0;               // workers that ever took part; guarded by the pool's mutex
+    std::atomic<int> active{0};   // workers that are in it now
+    std::atomic<std::int64_t> next{0};
+    Job* following = nullptr;  // in the pool's list
+
+    void drain() {
+        for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+            task(context, i);
+        }
+    }
+    bool open() const {
+        return joined < wanted && next.load(std::memory_order_relaxed) < tasks;
+    }
+};
+
+// The caller drains the queue itself and waits only for workers that have begun: it never
+// depends on a worker being scheduled, so it may be a worker of another pool.
+class Pool {
+  public:
+    void run(Job& job) {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            grow(job.wanted);
+            job.following = jobs_;
+            jobs_ = &job;
+            waiting_.fetch_add(1, std::memory_order_release);
+        }
+        if (job.wanted == 1) {
+            work_.notify_one();
+        } else {
+            work_.notify_all();
+        }
+        job.drain();
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            Job** link = &jobs_;
+            while (*link != &job) link = &(*link)->following;
+            *link = job.following;
+            waiting_.fetch_sub(1, std::memory_order_relaxed);
+        }
+        for (int i = 0; i < kSpins; ++i) {
+            if (job.active.load(std::memory_order_acquire) == 0) break;
+            pause();
+        }
+        // Under the lock even when nothing is left to wait for: the last worker lets go of the
+        // job inside it.
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [&] { return job.active.load(std::memory_order_relaxed) == 0; });
+    }
+
+  private:
+    void grow(int wanted) {
+        wanted = std::min(wanted, kMaxWorkers);
+        while (workers_ < wanted) {
+            try {
+                std::thread([this] { work(); }).detach();
+            } catch (const std::exception&) {
+                return;  // no more threads to be had: those there are do all the work
+            }
+            ++workers_;
+        }
+    }
+
+    void work() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            Job* job = find();
+            if (job == nullptr) {
+                lock.unlock();
+                for (int i = 0; i < kSpins; ++i) {
+                    if (waiting_.load(std::memory_order_relaxed) > 0) break;
+                    pause();
+                }
+                lock.lock();
+                work_.wait(lock, [&] { return (job = find()) != nullptr; });
+            }
+            ++job->joined;
+            job->active.fetch_add(1, std::memory_order_relaxed);
+            lock.unlock();
+            set_float_mode(job->mode);
+            job->drain();
+            lock.lock();
+            if (job->active.fetch_sub(1, std::memory_order_release) == 1) done_.notify_all();
+        }
+    }
+
+    Job* find() {
+        Job* job = jobs_;
+        while (job != nullptr && !job->open()) job = job->following;
+        return job;
+    }
+
+    std::mutex mutex_;
+    std::condition_variable work_, done_;
+    Job* jobs_ = nullptr;
+    std::atomic<int> waiting_{0};
+    int workers_ = 0;
+};
+
+// Never destroyed: workers may outlive every static object. After fork the child has none of
+// the parent's workers, and the mutex may be locked for ever; it takes a pool of its own.
+std::atomic<Pool*> the_pool{nullptr};
+
+Pool& pool() {
+    Pool* found = the_pool.load(std::memory_order_acquire);
+    if (found != nullptr) return *found;
+    static const int registered =
+        pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_relaxed); });
+    (void)registered;
+    Pool* fresh = new Pool;
+    if (the_pool.compare_exchange_strong(found, fresh, std::memory_order_acq_rel)) return *fresh;
+    delete fresh;  // another thread was faster; no worker has seen this one
+    return *found;
+}
+
+}  // namespace
+
+void run_tasks(std::int64_t tasks, int threads, void (*task)(void*, std::int64_t), void* context) {
+    if (threads > tasks) threads = static_cast<int>(tasks);
+    if (threads <= 1) {
+        for (std::int64_t i = 0; i < tasks; ++i) task(context, i);
+        return;
+    }
+    Job job{task, context, tasks, threads - 1, float_mode()};
+    pool().run(job);
+}
+
+}  // namespace batchnorm

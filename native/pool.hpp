@@ -1,0 +1,24 @@
+// Threads that share out numbered tasks.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace batchnorm {
+
+// Runs task(context, i) for every i below `tasks`, on up to `threads` threads, the caller being
+// one; returns when all are done. `task` must not throw. May be called from several threads at
+// once, from a task of somebody else's pool, and in a child process after fork.
+void run_tasks(std::int64_t tasks, int threads, void (*task)(void*, std::int64_t), void* context);
+
+template <class F>
+void run_tasks(std::int64_t tasks, int threads, F&& f) {
+    run_tasks(
+        tasks, threads,
+        [](void* context, std::int64_t i) {
+            (*static_cast<typename std::remove_reference<F>::type*>(context))(i);
+        },
+        &f);
+}
+
+}  // namespace batchnorm

@@ -1,0 +1,176 @@
+// Sums over the real rows of a block, in tiles of double lanes whose order is fixed (S17).
+//
+// Where rows of channels are contiguous, every lane adds its rows one after the other, padded
+// ones left out: a masked array and the packed one give the same bits (S5).
+#pragma once
+
+#include "lines.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+constexpr int kBatch = 16;  // lines between two visits of a lane's sums
+
+// Calls f(rows, n) with the outer rows of a block that are real, `unit` divides every n but the
+// last one.
+template <class F>
+inline void for_real_rows(const Step& s, const Block& b, Index unit, F f) {
+    constexpr Index kScan = 256;
+    Index list[kScan + kTile];
+    unsigned char keep[kScan];
+    Index n = 0, left = b.rows;
+    const Index to_scan = s.mask ? s.layout.rows() - b.first : b.rows;
+    for_each_run(s.layout, b.group, b.first, to_scan, [&](Index o, Index m) {
+        while (m > 0 && left > 0) {
+            Index some = m < kScan ? m : kScan, found = 0;
+            if (s.mask) {
+                read_rows(s.mask, o, some, keep);
+                for (Index i = 0; i < some && found < left; ++i) {
+                    list[n + found] = o + i;  // a padded row is overwritten by the next one
+                    found += keep[i];
+                }
+            } else {
+                for (; found < some; ++found) list[n + found] = o + found;
+            }
+            n += found, left -= found, o += some, m -= some;
+            const Index whole = n - n % unit;
+            if (whole > 0) f(list, whole);
+            for (Index i = 0; i < n - whole; ++i) list[i] = list[whole + i];
+            n -= whole;
+        }
+        return left > 0;
+    });
+    if (n > 0) f(list, n);
+}
+
+// Lines of `joined` rows each: in place where the rows lie side by side, else put together.
+template <class T>
+struct Gather {
+    Array array;
+    Index first, channels, joined;
+    T together[kBatch * kMaxLanes];
+
+    Gather(const Array& a, const Block& b, Index rows)
+        : array(a), first(b.channel), channels(b.channels), joined(rows) {}
+
+    // Line number `slot` of a batch. Rows that are missing at the end repeat `pad`, or are 0.
+    const T* line(const Index* rows, Index n, int slot, const T* pad) {
+        const T* base = static_cast<const T*>(array.data) + first;
+        if (joined == 1 || (n == joined && contiguous(rows))) return base + rows[0] * array.stride;
+        T* line = together + slot * kMaxLanes;
+        for (Index r = 0; r < joined; ++r) {
+            for (Index c = 0; c < channels; ++c) {
+                line[r * channels + c] = r < n      ? base[rows[r] * array.stride + c]
+                                         : pad != nullptr ? pad[c]
+                                                          : T{};
+            }
+        }
+        return line;
+    }
+
+    bool contiguous(const Index* rows) const {
+        return array.stride == channels && rows[joined - 1] - rows[0] == joined - 1;
+    }
+};
+
+// Two sums for each lane of a block.
+struct LaneSums {
+    alignas(64) double first[kMaxLanes + kTile] = {};
+    alignas(64) double second[kMaxLanes + kTile] = {};
+
+    // Adds up lanes of the same channel.
+    void fold(Index channels, Index joined, double* sum, double* other) const {
+        for (Index c = 0; c < channels; ++c) {
+            double a = 0.0, b = 0.0;
+            for (Index r = 0; r < joined; ++r) {
+                a += first[r * channels + c];
+                b += second[r * channels + c];
+            }
+            sum[c] = a, other[c] = b;
+        }
+    }
+};
+
+// A per-channel row of statistics, one value for each lane, and 0 up to the end of the tile.
+struct LaneValues {
+    alignas(64) double at[kMaxLanes + kTile] = {};
+
+    LaneValues(const double* values, Index channels, Index joined) {
+        for (Index l = 0; l < channels * joined; ++l) at[l] = values[l < channels ? l : l % channels];
+    }
+};
+
+// The last lanes of a line, filled up to a tile.
+template <class T>
+inline Tile load_some(const T* p, Index n, T pad = T{}) {
+    T tile[kTile];
+    for (Index i = 0; i < kTile; ++i) tile[i] = i < n ? p[i] : pad;
+    return load(tile);
+}
+
+// Positions of one channel: lanes are positions 0 to 15, 16 to 31, ... of every stretch.
+struct PositionSums {
+    alignas(64) double first[kMaxChannels][kTile] = {};
+    alignas(64) double second[kMaxChannels][kTile] = {};
+
+    void fold(Index channels, double* sum, double* other) const {
+        for (Index c = 0; c < channels; ++c) {
+            double a[kTile], b[kTile];
+            for (int l = 0; l < kTile; ++l) a[l] = first[c][l], b[l] = second[c][l];
+            for (int half = kTile / 2; half > 0; half /= 2) {
+                for (int l = 0; l < half; ++l) a[l] += a[l + half], b[l] += b[l + half];
+            }
+            sum[c] = a[0], other[c] = b[0];
+        }
+    }
+};
+
+// A stretch of positions, or, under a mask, pieces of it with the mask beside them.
+constexpr Index kPiece = 1024;
+
+template <int kBytes>
+struct BitsType;
+template <>
+struct BitsType<2> {
+    using type = std::uint16_t;
+};
+template <>
+struct BitsType<4> {
+    using type = std::uint32_t;
+};
+template <>
+struct BitsType<8> {
+    using type = std::uint64_t;
+};
+
+// The mask at a piece's positions, as bit patterns to select elements with.
+template <class T>
+struct Selection {
+    using Bits = typename BitsType<sizeof(T)>::type;
+    Bits bits[kPiece];
+    bool all = true, none = false;
+
+    void read(const Mask& mask, Index o, Index i, Index n) {
+        if (!mask) return;
+        unsigned char keep[kPiece];
+        read_mask(mask, o / mask.repeat * mask.outer + i * mask.inner, mask.inner, n, keep);
+        Index real = 0;
+        for (Index p = 0; p < n; ++p) real += keep[p];
+        all = real == n, none = real == 0;
+        if (all || none) return;
+        for (Index p = 0; p < n; ++p) bits[p] = keep[p] ? ~Bits(0) : Bits(0);
+    }
+
+    // in at real positions, `other` elsewhere; in and out may be the same.
+    void select(const T* in, T other, T* out, Index n) const {
+        Bits fill;
+        __builtin_memcpy(&fill, &other, sizeof fill);
+        for (Index p = 0; p < n; ++p) {
+            Bits value;
+            __builtin_memcpy(&value, in + p, sizeof value);
+            value = (value & bits[p]) | (fill & ~bits[p]);
+            __builtin_memcpy(out + p, &value, sizeof value);
+        }
+    }
+};
+
+}  // namespace batchnorm::BATCHNORM_ISA
