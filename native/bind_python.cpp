@@ -1,5 +1,6 @@
 // Argument checks and dispatch: addresses and sizes come in, the passes run without the GIL.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
@@ -46,6 +47,39 @@ struct Renorm {
     double decay, rmin, rmax, dmax;
 };
 
+// What a forward step keeps for its backward step. An object of our own: a tensor would cost as
+// much as a small step.
+class Kept {
+  public:
+    explicit Kept(const Layout& layout)
+        : data_(new double[static_cast<std::size_t>(Statistics::doubles(layout))]),
+          layout_(layout) {}
+
+    Statistics statistics() const { return {data_.get(), layout_.statistics()}; }
+
+    // Rows of statistics by name, each (groups, channels) and row-major.
+    nb::ndarray<nb::numpy, double, nb::ndim<1>> row(int which) {
+        check(which >= 0 && which < Statistics::kRows, "row", "one of the rows", which);
+        return view(static_cast<Index>(which) * layout_.statistics(), layout_.statistics());
+    }
+
+    nb::ndarray<nb::numpy, double, nb::ndim<1>> count() {
+        return view(Statistics::kRows * layout_.statistics(), layout_.groups);
+    }
+
+    bool fits(const Layout& layout) const {
+        return layout.groups == layout_.groups && layout.channels == layout_.channels;
+    }
+
+  private:
+    nb::ndarray<nb::numpy, double, nb::ndim<1>> view(Index first, Index size) {
+        return {data_.get() + first, {static_cast<std::size_t>(size)}, nb::find(this)};
+    }
+
+    std::unique_ptr<double[]> data_;
+    Layout layout_;
+};
+
 // The geometry of a call, checked once, for any number of calls.
 class Plan {
   public:
@@ -72,22 +106,23 @@ class Plan {
         step_.mask = {nullptr, width, repeat, outer, inner};
     }
 
-    Index statistics_size() const { return Statistics::doubles(step_.layout); }
-
-    void moments(Address x, Index x_stride, Address mask, Address statistics, int threads) const {
-        Step step = begin(mask, statistics, threads);
+    Kept* moments(Address x, Index x_stride, Address mask, int threads) const {
+        auto kept = std::make_unique<Kept>(step_.layout);
+        Step step = begin(mask, *kept, threads);
         step.x = array("x", x, x_stride);
         require("x", step.x);
         nb::gil_scoped_release release;
         batchnorm::moments(step);
+        return kept.release();
     }
 
-    void forward(Address x, Index x_stride, Address residual, Index residual_stride, Address mask,
+    Kept* forward(Address x, Index x_stride, Address residual, Index residual_stride, Address mask,
                  Address y, Index y_stride, Address gamma, int gamma_type, Address beta,
                  int beta_type, Address running_mean, int running_type, Address running_var, Address batches,
-                 std::optional<nb::tuple> renorm, Address statistics, double eps, double decay,
-                 bool batch, bool update, bool unbiased, int threads) const {
-        Step step = begin(mask, statistics, threads);
+                  std::optional<nb::tuple> renorm, double eps, double decay, bool batch,
+                  bool update, bool unbiased, int threads) const {
+        auto kept = std::make_unique<Kept>(step_.layout);
+        Step step = begin(mask, *kept, threads);
         step.x = array("x", x, x_stride);
         require("x", step.x);
         step.residual = array("residual", residual, residual_stride);
@@ -110,13 +145,15 @@ class Plan {
         nb::gil_scoped_release release;
         if (batch) batchnorm::moments(step);
         batchnorm::normalize(step);
+        return kept.release();
     }
 
     void backward(Address dy, Index dy_stride, Address x, Index x_stride, Address y, Index y_stride,
                   Address mask, Address dx, Index dx_stride, Address dresidual,
                   Index dresidual_stride, Address dgamma, int gamma_type, Address dbeta,
-                  int beta_type, Address statistics, bool batch, int threads) const {
-        Step step = begin(mask, statistics, threads);
+                  int beta_type, const Kept& kept, bool batch, int threads) const {
+        if (!kept.fits(step_.layout)) refuse("kernels: kept must come from a step of this plan.");
+        Step step = begin(mask, kept, threads);
         step.dy = array("dy", dy, dy_stride);
         require("dy", step.dy);
         step.x = array("x", x, x_stride);
@@ -137,11 +174,10 @@ class Plan {
     }
 
   private:
-    Step begin(Address mask, Address statistics, int threads) const {
+    Step begin(Address mask, const Kept& kept, int threads) const {
         Step step = step_;
         step.mask.data = aligned("mask", mask, step.mask.width);
-        step.statistics = {static_cast<double*>(aligned("statistics", statistics, 8)),
-                           step.layout.statistics()};
+        step.statistics = kept.statistics();
         check(threads >= 1, "threads", "at least 1", threads);
         step.options.threads = threads;
         return step;
@@ -193,18 +229,19 @@ class Plan {
 NB_MODULE(_cpu, m) {
     nb::set_leak_warnings(false);  // plans live in caches until the interpreter ends
     m.doc() = "Compiled passes of batch normalization; batchnorm.kernels.cpu wraps them.";
-    m.attr("STATISTICS_ROWS") = static_cast<int>(Statistics::kRows);
     m.def("instructions", [] { return std::string(instructions_in_use()); });
     m.def("use_instructions", [](const std::string& name) { return use_instructions(name.c_str()); },
           nb::arg("name"));
+    nb::class_<Kept>(m, "Kept")
+        .def("row", &Kept::row, nb::arg("which"))
+        .def("count", &Kept::count);
     nb::class_<Plan>(m, "Plan")
         .def(nb::init<int, Index, Index, Index, Index, Index, int>(), nb::arg("type"),
              nb::arg("outer"), nb::arg("channels"), nb::arg("inner"), nb::arg("groups"),
              nb::arg("run"), nb::arg("activation"))
         .def("set_mask", &Plan::set_mask, nb::arg("width"), nb::arg("repeat"), nb::arg("outer"),
              nb::arg("inner"))
-        .def_prop_ro("statistics_size", &Plan::statistics_size)
-        .def("moments", &Plan::moments)
-        .def("forward", &Plan::forward)
+        .def("moments", &Plan::moments, nb::rv_policy::take_ownership)
+        .def("forward", &Plan::forward, nb::rv_policy::take_ownership)
         .def("backward", &Plan::backward);
 }

@@ -8,35 +8,51 @@
 
 namespace batchnorm {
 
-double load(const PerChannel& array, Index c) {
-    switch (array.type) {
-        case Type::f16:
-            return scalar::widen(static_cast<const scalar::Half*>(array.data)[c]);
-        case Type::bf16:
-            return scalar::widen(static_cast<const scalar::Bfloat*>(array.data)[c]);
-        case Type::f32:
-            return static_cast<const float*>(array.data)[c];
-        case Type::f64:
-            break;
-    }
-    return static_cast<const double*>(array.data)[c];
+namespace {
+
+template <class T>
+void load_all(const void* data, Index first, Index n, double* out) {
+    const T* in = static_cast<const T*>(data) + first;
+    for (Index i = 0; i < n; ++i) out[i] = scalar::widen(in[i]);
 }
 
-void store(const PerChannel& array, Index c, double value) {
+template <class T>
+void store_all(void* data, Index first, Index n, const double* in) {
+    T* out = static_cast<T*>(data) + first;
+    for (Index i = 0; i < n; ++i) scalar::narrow(scalar::Compute<T>(in[i]), out[i]);
+}
+
+}  // namespace
+
+void load(const PerChannel& array, Index first, Index n, double* out) {
     switch (array.type) {
         case Type::f16:
-            return scalar::narrow(static_cast<float>(value),
-                                  static_cast<scalar::Half*>(array.data)[c]);
+            return load_all<scalar::Half>(array.data, first, n, out);
         case Type::bf16:
-            return scalar::narrow(static_cast<float>(value),
-                                  static_cast<scalar::Bfloat*>(array.data)[c]);
+            return load_all<scalar::Bfloat>(array.data, first, n, out);
         case Type::f32:
-            static_cast<float*>(array.data)[c] = static_cast<float>(value);
-            return;
+            return load_all<float>(array.data, first, n, out);
         case Type::f64:
-            static_cast<double*>(array.data)[c] = value;
+            return load_all<double>(array.data, first, n, out);
     }
 }
+
+namespace {
+
+void store(const PerChannel& array, Index first, Index n, const double* in) {
+    switch (array.type) {
+        case Type::f16:
+            return store_all<scalar::Half>(array.data, first, n, in);
+        case Type::bf16:
+            return store_all<scalar::Bfloat>(array.data, first, n, in);
+        case Type::f32:
+            return store_all<float>(array.data, first, n, in);
+        case Type::f64:
+            return store_all<double>(array.data, first, n, in);
+    }
+}
+
+}  // namespace
 
 void finish_moments(const Statistics& s, Index i, double count, double sum, double square) {
     double& mean = s.row(Statistics::mean)[i];
@@ -56,123 +72,179 @@ void finish_moments(const Statistics& s, Index i, double count, double sum, doub
 
 namespace {
 
-// The type that statistics of an x of this type are rounded to (S16).
-bool is_finite(Type type, double value) {
-    return std::isfinite(type == Type::f64 ? value : static_cast<float>(value));
-}
+constexpr Index kPart = 64;  // channels that are worked on at a time
 
-// One channel's moments as the running statistics see them: ghost groups averaged (S12).
-struct Average {
-    bool usable = false;  // counted something, and all of it finite (S9)
-    double mean = 0.0, var = 0.0, unbiased = 0.0;
+// A per-channel array, `absent` everywhere where there is none.
+struct Values {
+    double at[kPart];
+
+    Values(const PerChannel& array, Index first, Index n, double absent) {
+        if (array) {
+            load(array, first, n, at);
+        } else {
+            for (Index i = 0; i < n; ++i) at[i] = absent;
+        }
+    }
 };
 
-Average average_groups(const Step& step, Index c) {
-    const Statistics& s = step.statistics;
-    Average average;
-    Index groups = 0;
-    bool finite = true;
-    for (Index g = 0; g < step.layout.groups; ++g) {
-        const Index i = g * step.layout.channels + c;
-        const double count = s.count()[g];
-        if (count <= 0) continue;
-        const double mean = s.row(Statistics::mean)[i], var = s.row(Statistics::var)[i];
-        finite = finite && is_finite(step.type, mean) && is_finite(step.type, var);
-        ++groups;
-        average.mean += mean;
-        average.var += var;
-        average.unbiased += count > 1 ? var * (count / (count - 1.0)) : var;
+// Moments as the running statistics see them: ghost groups averaged (S12).
+struct Averages {
+    bool usable[kPart];  // counted something, and all of it finite (S9)
+    double mean[kPart], var[kPart], unbiased[kPart];
+
+    Averages(const Step& step, Index first, Index n) {
+        const Statistics& s = step.statistics;
+        Index groups = 0;
+        for (Index i = 0; i < n; ++i) usable[i] = true, mean[i] = var[i] = unbiased[i] = 0.0;
+        for (Index g = 0; g < step.layout.groups; ++g) {
+            const double count = s.count()[g];
+            if (count <= 0) continue;
+            ++groups;
+            const double factor = count > 1 ? count / (count - 1.0) : 1.0;
+            const double* means = s.row(Statistics::mean) + g * step.layout.channels + first;
+            const double* vars = s.row(Statistics::var) + g * step.layout.channels + first;
+            for (Index i = 0; i < n; ++i) {
+                usable[i] = usable[i] && is_finite(step.type, means[i]) &&
+                            is_finite(step.type, vars[i]);
+                mean[i] += means[i];
+                var[i] += vars[i];
+                unbiased[i] += vars[i] * factor;
+            }
+        }
+        for (Index i = 0; i < n; ++i) {
+            usable[i] = usable[i] && groups > 0;
+            if (groups < 2) continue;
+            mean[i] /= static_cast<double>(groups);
+            var[i] /= static_cast<double>(groups);
+            unbiased[i] /= static_cast<double>(groups);
+        }
     }
-    average.usable = groups > 0 && finite;
-    if (groups > 1) {
-        average.mean /= static_cast<double>(groups);
-        average.var /= static_cast<double>(groups);
-        average.unbiased /= static_cast<double>(groups);
+
+    // In the type that statistics of an x of this type are rounded to (S16).
+    static bool is_finite(Type type, double value) {
+        return std::isfinite(type == Type::f64 ? value : static_cast<float>(value));
     }
-    return average;
-}
+};
 
 double clip(double value, double low, double high) {  // NaN stays NaN
     return value < low ? low : value > high ? high : value;
 }
 
-void renormalize(const Step& step, Index c, const Average& average, double& r, double& d) {
+void renormalize(const Step& step, Index first, Index n, const Averages& average, double* r,
+                 double* d) {
     const Options& o = step.options;
-    const double stddev = load(step.running.renorm_stddev, c), floor = std::sqrt(o.eps);
-    const double reference = stddev < floor ? floor : stddev;
-    r = clip(std::sqrt(average.var + o.eps) / reference, o.rmin, o.rmax);
-    d = clip((average.mean - load(step.running.renorm_mean, c)) / reference, -o.dmax, o.dmax);
+    const double floor = std::sqrt(o.eps);
+    const Values stddev(step.running.renorm_stddev, first, n, 1.0);
+    const Values mean(step.running.renorm_mean, first, n, 0.0);
+    for (Index i = 0; i < n; ++i) {
+        const double reference = stddev.at[i] < floor ? floor : stddev.at[i];
+        r[i] = clip(std::sqrt(average.var[i] + o.eps) / reference, o.rmin, o.rmax);
+        d[i] = clip((average.mean[i] - mean.at[i]) / reference, -o.dmax, o.dmax);
+    }
 }
 
-void move(const PerChannel& array, Index c, double decay, double value) {
-    store(array, c, decay * load(array, c) + (1.0 - decay) * value);
+// Moves usable channels of a running statistic towards `value`; leaves `now` at their new values.
+void move(const PerChannel& array, Index first, Index n, const bool* usable, double decay,
+          const double* value, double* now) {
+    load(array, first, n, now);
+    for (Index i = 0; i < n; ++i) {
+        if (usable[i]) now[i] = decay * now[i] + (1.0 - decay) * value[i];
+    }
+    store(array, first, n, now);
 }
 
-void update_running(const Step& step, Index c, const Average& average) {
+bool update_running(const Step& step, Index first, Index n, const Averages& average) {
     const Options& o = step.options;
     const Running& running = step.running;
+    bool any = false;
+    for (Index i = 0; i < n; ++i) any = any || average.usable[i];
+    if (!any) return false;
     const double decay =
         o.decay >= 0 ? o.decay : 1.0 - 1.0 / (static_cast<double>(*running.batches) + 1.0);
-    move(running.mean, c, decay, average.mean);
-    if (!o.renorm) return move(running.var, c, decay, o.unbiased ? average.unbiased : average.var);
-    const double deviation = std::sqrt(average.var + o.eps);
-    move(running.stddev, c, decay, deviation);
-    const double stddev = load(running.stddev, c), variance = stddev * stddev - o.eps;
-    store(running.var, c, variance > 0 ? variance : 0.0);
-    move(running.renorm_mean, c, o.renorm_decay, average.mean);
-    move(running.renorm_stddev, c, o.renorm_decay, deviation);
+    double now[kPart];
+    move(running.mean, first, n, average.usable, decay, average.mean, now);
+    if (!o.renorm) {
+        const double* var = o.unbiased ? average.unbiased : average.var;
+        move(running.var, first, n, average.usable, decay, var, now);
+        return true;
+    }
+    double deviation[kPart], variance[kPart];
+    for (Index i = 0; i < n; ++i) deviation[i] = std::sqrt(average.var[i] + o.eps);
+    move(running.stddev, first, n, average.usable, decay, deviation, now);
+    load(running.var, first, n, variance);
+    for (Index i = 0; i < n; ++i) {
+        const double moved = now[i] * now[i] - o.eps;
+        if (average.usable[i]) variance[i] = moved > 0 ? moved : 0.0;
+    }
+    store(running.var, first, n, variance);
+    move(running.renorm_mean, first, n, average.usable, o.renorm_decay, average.mean, now);
+    move(running.renorm_stddev, first, n, average.usable, o.renorm_decay, deviation, now);
+    return true;
+}
+
+bool finish_part(const Step& step, Index first, Index n) {
+    const Options& o = step.options;
+    const Statistics& s = step.statistics;
+    const Values gamma(step.gamma, first, n, 1.0), beta(step.beta, first, n, 0.0);
+    const Values running_mean(step.running.mean, first, n, 0.0);
+    const Values running_var(step.running.var, first, n, 1.0);
+    double r[kPart], d[kPart];
+    for (Index i = 0; i < n; ++i) r[i] = 1.0, d[i] = 0.0;
+    bool updated = false;
+    if (o.batch && (o.update || o.renorm)) {
+        const Averages average(step, first, n);
+        if (o.renorm) renormalize(step, first, n, average, r, d);
+        if (o.update) updated = update_running(step, first, n, average);
+    }
+    for (Index g = 0; g < step.layout.groups; ++g) {
+        const Index at = g * step.layout.channels + first;
+        const bool own = o.batch && s.count()[g] > 0;
+        for (Index i = 0; i < n; ++i) {
+            double& var = s.row(Statistics::var)[at + i];
+            if (!own) {
+                s.row(Statistics::mean)[at + i] = running_mean.at[i];
+                s.row(Statistics::low)[at + i] = 0.0;
+            }
+            if (!o.batch) var = running_var.at[i];
+            const double rstd = 1.0 / std::sqrt((own ? var : running_var.at[i]) + o.eps);
+            const double scale = own ? rstd * r[i] : rstd;
+            s.row(Statistics::rstd)[at + i] = rstd;
+            s.row(Statistics::scale)[at + i] = scale * gamma.at[i];
+            s.row(Statistics::offset)[at + i] = own ? d[i] * gamma.at[i] + beta.at[i] : beta.at[i];
+            s.row(Statistics::r)[at + i] = own ? r[i] : 1.0;
+            s.row(Statistics::d)[at + i] = own ? d[i] : 0.0;
+        }
+    }
+    return updated;
 }
 
 }  // namespace
 
 bool finish_channels(const Step& step, Index first, Index end) {
-    const Options& o = step.options;
-    const Statistics& s = step.statistics;
     bool updated = false;
-    for (Index c = first; c < end; ++c) {
-        const double gamma = step.gamma ? load(step.gamma, c) : 1.0;
-        const double beta = step.beta ? load(step.beta, c) : 0.0;
-        const double running_mean = step.running.mean ? load(step.running.mean, c) : 0.0;
-        const double running_var = step.running.var ? load(step.running.var, c) : 1.0;
-        double r = 1.0, d = 0.0;
-        Average average;
-        if (o.batch && (o.update || o.renorm)) {
-            average = average_groups(step, c);
-            if (o.renorm) renormalize(step, c, average, r, d);
-        }
-        for (Index g = 0; g < step.layout.groups; ++g) {
-            const Index i = g * step.layout.channels + c;
-            const bool own = o.batch && s.count()[g] > 0;
-            if (!own) s.row(Statistics::mean)[i] = running_mean, s.row(Statistics::low)[i] = 0.0;
-            const double var = own ? s.row(Statistics::var)[i] : running_var;
-            if (!o.batch) s.row(Statistics::var)[i] = running_var;
-            const double rstd = 1.0 / std::sqrt(var + o.eps);
-            s.row(Statistics::rstd)[i] = rstd;
-            s.row(Statistics::scale)[i] = own ? rstd * r * gamma : rstd * gamma;
-            s.row(Statistics::offset)[i] = own ? d * gamma + beta : beta;
-            s.row(Statistics::r)[i] = own ? r : 1.0;
-            s.row(Statistics::d)[i] = own ? d : 0.0;
-        }
-        if (o.batch && o.update && average.usable) {
-            update_running(step, c, average);
-            updated = true;
-        }
+    for (Index c = first; c < end; c += kPart) {
+        const Index n = end - c < kPart ? end - c : kPart;
+        if (finish_part(step, c, n)) updated = true;
     }
     return updated;
 }
 
 void finish_gradients(const Step& step, const double* sums, Index first, Index end) {
     const Statistics& s = step.statistics;
-    for (Index c = first; c < end; ++c) {
-        double dgamma = 0.0, dbeta = 0.0;
+    for (Index c = first; c < end; c += kPart) {
+        const Index n = end - c < kPart ? end - c : kPart;
+        double dgamma[kPart] = {}, dbeta[kPart] = {};
         for (Index g = 0; g < step.layout.groups; ++g) {
-            const Index i = g * step.layout.channels + c;
-            const double xhat = s.row(Statistics::rstd)[i] * sums[s.size + i];
-            dgamma += s.row(Statistics::r)[i] * xhat + s.row(Statistics::d)[i] * sums[i];
-            dbeta += sums[i];
+            const Index at = g * step.layout.channels + c;
+            for (Index i = 0; i < n; ++i) {
+                const double xhat = s.row(Statistics::rstd)[at + i] * sums[s.size + at + i];
+                dgamma[i] += s.row(Statistics::r)[at + i] * xhat +
+                             s.row(Statistics::d)[at + i] * sums[at + i];
+                dbeta[i] += sums[at + i];
+            }
         }
-        if (step.dgamma) store(step.dgamma, c, dgamma);
-        if (step.dbeta) store(step.dbeta, c, dbeta);
+        if (step.dgamma) store(step.dgamma, c, n, dgamma);
+        if (step.dbeta) store(step.dbeta, c, n, dbeta);
     }
 }
 

@@ -6,8 +6,8 @@
 
 namespace batchnorm {
 
-double load(const PerChannel& array, Index c);
-void store(const PerChannel& array, Index c, double value);
+// Elements [first, first + n) as doubles.
+void load(const PerChannel& array, Index first, Index n, double* out);
 
 // Mean and variance from sums around an anchor, the mean so far (S2, S3).
 void finish_moments(const Statistics& statistics, Index i, double count, double sum,

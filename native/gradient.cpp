@@ -94,7 +94,7 @@ struct RowsOfChannels {
     const LaneValues low{means + (Statistics::low - Statistics::mean) * s.statistics.size,
                          b.channels, joined};
     const Lanes<Compute<T>> coefficients{s, b, lanes};
-    LaneSums sums;
+    LaneSums sums{lanes};
     Gather<T> x{s.x, b, joined}, dy{s.dy, b, joined}, y{s.y, b, joined};
     Compute<T> g[kBatch][kMaxLanes];
 
@@ -162,7 +162,7 @@ struct ChannelsOfPositions {
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
     const double* lows = means + (Statistics::low - Statistics::mean) * s.statistics.size;
     const Lanes<Compute<T>> coefficients{s, b, b.channels};
-    PositionSums sums;
+    PositionSums sums{b.channels};
     Selection<T> real;
     Selection<Compute<T>> real_g;
     T selected[2][kPiece];

@@ -11,7 +11,7 @@ namespace batchnorm::BATCHNORM_ISA {
 template <class F>
 struct Coefficients {
     const F *hi, *lo, *scale, *offset;  // y = ((x - hi) - lo) scale + offset
-    const F *rstd, *along, *shift;      // dx = g scale + xhat along + shift
+    const F *rstd, *along, *shift;      // dx = (g + xhat along + shift) scale
 };
 
 template <int kStep, class F>
@@ -60,7 +60,7 @@ inline void apply_line(const F* g, const F* x, F* __restrict dx, Index n, bool b
     if (batch) {
         for (Index i = 0; i < n; ++i) {
             F xhat = ((x[i] - k.hi[i * kStep]) - k.lo[i * kStep]) * k.rstd[i * kStep];
-            dx[i] = g[i] * k.scale[i * kStep] + (xhat * k.along[i * kStep] + k.shift[i * kStep]);
+            dx[i] = (g[i] + (xhat * k.along[i * kStep] + k.shift[i * kStep])) * k.scale[i * kStep];
         }
     } else {
         for (Index i = 0; i < n; ++i) dx[i] = g[i] * k.scale[i * kStep];
@@ -135,10 +135,9 @@ struct Lanes {
             scale[l] = F(s.row(Statistics::scale)[c]);
             offset[l] = F(s.row(Statistics::offset)[c]);
             if (sums == nullptr) continue;
-            const double factor = s.row(Statistics::scale)[c] * weight;
             rstd[l] = F(s.row(Statistics::rstd)[c]);
-            along[l] = F(-factor * s.row(Statistics::rstd)[c] * sums[s.size + c]);
-            shift[l] = F(-factor * sums[c]);
+            along[l] = F(-weight * s.row(Statistics::rstd)[c] * sums[s.size + c]);
+            shift[l] = F(-weight * sums[c]);  // cancels the gradient of a single row to the bit (S7)
         }
         for (Index l = block.channels; l < lanes; ++l) {
             const Index c = l - block.channels;

@@ -52,7 +52,7 @@ void rows_of_channels(const Step& s, const Block& b, double* sum, double* square
     const LaneValues anchor(means, b.channels, joined);
     T pad[kMaxLanes];
     for (Index c = 0; c < b.channels; ++c) narrow(Compute<T>(means[c]), pad[c]);
-    LaneSums sums;
+    LaneSums sums(lanes);
     Gather<T> x(s.x, b, joined);
     for_real_rows(s, b, joined, [&](const Index* rows, Index n) {
         for (Index r = 0; r < n;) {
@@ -84,7 +84,7 @@ template <class T>
 void channels_of_positions(const Step& s, const Block& b, double* sum, double* square) {
     const double* means =
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
-    PositionSums sums;
+    PositionSums sums(b.channels);
     for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
         const Index step = s.mask ? kPiece : length;
         for (Index i = first; i < first + length; i += step) {

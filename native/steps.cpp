@@ -238,9 +238,12 @@ void set_anchors(const Step& step, const SumBlocks& blocks, Index group) {
         o = row;
         return true;
     });
+    if (layout.inner == 1) {
+        return load({step.x.data, step.type}, o * step.x.stride, layout.channels, mean);
+    }
     for (Index c = 0; c < layout.channels; ++c) {
-        mean[c] = load({step.x.data, step.type},
-                       o * step.x.stride + c * layout.inner + position % layout.inner);
+        const Index at = o * step.x.stride + c * layout.inner + position % layout.inner;
+        load({step.x.data, step.type}, at, 1, mean + c);
     }
 }
 

@@ -72,10 +72,15 @@ struct Gather {
     }
 };
 
-// Two sums for each lane of a block.
+// Two sums for each lane of a block. Only lanes in use are touched: a small step is over before
+// its arrays would be in cache.
 struct LaneSums {
-    alignas(64) double first[kMaxLanes + kTile] = {};
-    alignas(64) double second[kMaxLanes + kTile] = {};
+    alignas(64) double first[kMaxLanes + kTile];
+    alignas(64) double second[kMaxLanes + kTile];
+
+    explicit LaneSums(Index lanes) {
+        for (Index l = 0; l < lanes + kTile; ++l) first[l] = second[l] = 0.0;
+    }
 
     // Adds up lanes of the same channel.
     void fold(Index channels, Index joined, double* sum, double* other) const {
@@ -92,10 +97,14 @@ struct LaneSums {
 
 // A per-channel row of statistics, one value for each lane, and 0 up to the end of the tile.
 struct LaneValues {
-    alignas(64) double at[kMaxLanes + kTile] = {};
+    alignas(64) double at[kMaxLanes + kTile];
 
     LaneValues(const double* values, Index channels, Index joined) {
-        for (Index l = 0; l < channels * joined; ++l) at[l] = values[l < channels ? l : l % channels];
+        Index l = 0;
+        for (Index r = 0; r < joined; ++r) {
+            for (Index c = 0; c < channels; ++c) at[l++] = values[c];
+        }
+        for (Index end = l + kTile; l < end; ++l) at[l] = 0.0;
     }
 };
 
@@ -109,8 +118,14 @@ inline Tile load_some(const T* p, Index n, T pad = T{}) {
 
 // Positions of one channel: lanes are positions 0 to 15, 16 to 31, ... of every stretch.
 struct PositionSums {
-    alignas(64) double first[kMaxChannels][kTile] = {};
-    alignas(64) double second[kMaxChannels][kTile] = {};
+    alignas(64) double first[kMaxChannels][kTile];
+    alignas(64) double second[kMaxChannels][kTile];
+
+    explicit PositionSums(Index channels) {
+        for (Index c = 0; c < channels; ++c) {
+            for (int l = 0; l < kTile; ++l) first[c][l] = second[c][l] = 0.0;
+        }
+    }
 
     void fold(Index channels, double* sum, double* other) const {
         for (Index c = 0; c < channels; ++c) {

@@ -15,7 +15,7 @@ except ImportError as error:
     _reason = f"the compiled extension is missing ({error})"
 
 TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
-# Rows of a forward step's statistics, in order; behind them come the counts of the groups.
+# Rows of what a forward step keeps: Statistics::Row in native/batchnorm.hpp.
 STATISTICS = {
     name: row
     for row, name in enumerate(("mean", "low", "var", "rstd", "scale", "offset", "r", "d"))
@@ -55,6 +55,7 @@ class Geometry(NamedTuple):
         split: how many of them come before the channels, and before the inner ones.
         outer, channels, inner: their sizes.
         row: distance between rows of outer, in elements.
+        dense: the same where nothing lies between them.
     """
 
     order: tuple[int, ...]
@@ -63,6 +64,7 @@ class Geometry(NamedTuple):
     channels: int
     inner: int
     row: int
+    dense: int
 
 
 @lru_cache(maxsize=4096)
@@ -89,7 +91,8 @@ def find_geometry(layout: Layout, strides: tuple[int, ...]) -> Geometry | None:
         _product(sizes[split[0] : split[1]]),
         _product(sizes[split[1] :]),
     )
-    found = Geometry(tuple(order), split, outer, channels, inner, channels * inner)
+    dense = channels * inner
+    found = Geometry(tuple(order), split, outer, channels, inner, dense, dense)
     row = row_distance(found, shape, strides)
     return None if row is None else found._replace(row=row)
 
@@ -101,15 +104,14 @@ def row_distance(
     """Distance between outer rows of an array of x's shape; None if it lies otherwise."""
     order, (first, _) = geometry.order, geometry.split
     if _product([shape[a] for a in order]) == 0:
-        return geometry.channels * geometry.inner
+        return geometry.dense
     within = _collapse([(shape[a], strides[a]) for a in order[first:]])
     if within is None or within not in (0, 1):
         return None
     distance = _collapse([(shape[a], strides[a]) for a in order[:first]])
-    dense = geometry.channels * geometry.inner
     if geometry.outer == 1:
-        return dense
-    return distance if distance is not None and distance >= dense else None
+        return geometry.dense
+    return distance if distance is not None and distance >= geometry.dense else None
 
 
 @lru_cache(maxsize=4096)

@@ -20,6 +20,7 @@ from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot
 __all__ = ["RenormStatistics", "batch_norm"]
 
 _history = StepHistory()
+_STATISTICS = ("running_mean", "running_var", "", "running_stddev", *("renorm statistics",) * 2)
 
 
 class RenormStatistics(NamedTuple):
@@ -186,16 +187,29 @@ def normalize(
             mode=mode,
             owner=owner,
         )
-    size = options.virtual_batch_size if mode.training else None
-    layout = make_layout(owner, tuple(x.shape), axis, size)
     mask = checks.check_mask(owner, mask, x.device)
-    _check_shapes(owner, x, mask, parameters, residual, running, layout, mode)
+    size = options.virtual_batch_size if mode.training else None
     adjusted = adjustment is not None and mode.training
-    if fused is not False:
-        y = _by_kernel(
-            x, mask, parameters, residual, running, layout, options, mode, adjusted, owner
+    prepared = None
+    if fused is not False and kernels.is_plain(x):
+        prepared = kernels.prepare(
+            owner,
+            x.shape,
+            x.stride(),
+            x.dtype,
+            axis,
+            size,
+            adjusted,
+            options.activation,
+            None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
         )
-        if isinstance(y, Tensor):
+        layout = prepared.layout
+    else:
+        layout = make_layout(owner, tuple(x.shape), axis, size)
+    _check_shapes(owner, x, mask, parameters, residual, running, layout, mode)
+    if fused is not False:
+        y = _by_kernel(x, mask, parameters, residual, running, prepared, options, mode, owner)
+        if not isinstance(y, str):
             return y
         if fused:
             raise refuse_fused(owner, y)
@@ -225,24 +239,27 @@ def _by_kernel(
     parameters: Parameters,
     residual: Tensor | None,
     running: Running | None,
-    layout: Layout,
+    prepared: kernels.Prepared | None,
     options: config.Options,
     mode: Mode,
-    adjusted: bool,
     owner: str,
 ) -> Tensor | str:
     """y, or why no kernel can compute it."""
-    refusal = kernels.find_refusal(x, mask, parameters, residual, running, layout, adjusted)
+    if prepared is None:
+        return "x is not a plain tensor, or a compiler or transformation of torch is at work"
+    refusal = prepared.refusal or kernels.refuse_tensors(
+        (x, mask, *parameters, residual), running
+    )
     if refusal is not None:
         return refusal
     again = recomputation_flag(x) is True
-    y = kernels.normalize(
+    return kernels.normalize(
         x,
         mask,
         parameters,
         residual,
         running,
-        layout,
+        prepared,
         options,
         batch=mode.own_statistics or running is None,
         update=mode.update and running is not None and not again,
@@ -250,7 +267,6 @@ def _by_kernel(
         again=again,
         owner=owner,
     )
-    return f"the channel axes {layout.channel_axes} are apart in memory" if y is None else y
 
 
 def _by_batch(
@@ -325,15 +341,18 @@ def _check_shapes(
     layout: Layout,
     mode: Mode,
 ) -> None:
-    check_per_channel(owner, "weight", parameters.weight, layout)
-    check_per_channel(owner, "bias", parameters.bias, layout)
+    channels = layout.channels
+    for name, a in (("weight", parameters.weight), ("bias", parameters.bias)):
+        if a is not None and a.shape != channels:
+            check_per_channel(owner, name, a, layout)
     if running is not None:
-        names = ("running_mean", "running_var", "", "running_stddev", *("renorm statistics",) * 2)
-        for name, statistic in zip(names, running, strict=True):
-            if name:
-                check_per_channel(owner, name, statistic, layout)
-                checks.check_statistic(owner, name, statistic)
-    checks.check_residual(owner, residual, x)
+        for name, a in zip(_STATISTICS, running, strict=True):
+            if a is not None and name:
+                if a.shape != channels:
+                    check_per_channel(owner, name, a, layout)
+                checks.check_statistic(owner, name, a)
+    if residual is not None:
+        checks.check_residual(owner, residual, x)
     if mode.own_statistics and mask is None and layout.groups is None and count_values(layout) == 1:
         raise ValueError(
             f"{owner}: training needs more than 1 value per channel; got an input of shape "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ from torch.fx import Proxy
 
 from batchnorm.core import config
 from batchnorm.core.layout import check_axis, normalize_axis
-from batchnorm.torch import checks, jagged
+from batchnorm.torch import checks, jagged, masking
 from batchnorm.torch.functional import Mode, Parameters, normalize
 from batchnorm.torch.masking import ambient_mask
 from batchnorm.torch.runtime import recomputation_flag
+from batchnorm.torch.shortcut import Shortcut, find_shortcut
 from batchnorm.torch.statistics import RunningStatistics
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -61,6 +64,8 @@ class BatchNorm(RunningStatistics):
     >>> layer(torch.randn(8, 3, 5), mask=torch.ones(8, 5, dtype=torch.bool)).shape
     torch.Size([8, 3, 5])
     """
+
+    _shortcut: Shortcut | None = None
 
     def __init__(
         self,
@@ -166,38 +171,47 @@ class BatchNorm(RunningStatistics):
         if isinstance(x, Proxy):  # torch.fx takes torch's own modules for leaves, and this one
             path = x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, (x, mask, residual), {})
+        alone = mask is None and residual is None and not torch.compiler.is_compiling()
+        if alone and self._shortcut is not None:
+            y = self._shortcut.repeat(self, x)
+            if y is not None:
+                return y
         owner = type(self).__name__
         checks.check_input(owner, x)
         self._check_input_dim(x)
-        axes = normalize_axis(owner, self.axis, x.dim())
-        if x.layout is torch.jagged:
-            jagged.check_axes(owner, axes, x)
-        self._check_channels(owner, x, axes)
+        axis = self.axis
+        if type(axis) is not int or not -x.dim() <= axis < x.dim() or x.layout is torch.jagged:
+            axis = normalize_axis(owner, axis, x.dim())
+            if x.layout is torch.jagged:
+                jagged.check_axes(owner, axis, x)
+        self._check_channels(owner, x, axis)
         self._check_moving(owner)
+        running = self._running()
         training = self.training and not self.frozen
-        own_statistics = training or self.running_mean is None
+        own_statistics = training or running is None
         if mask is None and (own_statistics or torch.is_grad_enabled()):
-            mask = self._ambient_mask(owner, x, axes)
-        return normalize(
+            mask = self._ambient_mask(owner, x)
+        options = self._options()
+        y = normalize(
             x,
             mask,
             Parameters(self.weight, self.bias),
             residual,
-            self._running(),
-            axis=axes,
-            options=config.Options(
-                eps=self.eps,
-                decay=self._decay(),
-                unbiased=True,
-                virtual_batch_size=self.virtual_batch_size,
-                renorm=self.renorm,
-                activation=self.activation,
-            ),
+            running,
+            axis=axis,
+            options=options,
             adjustment=self.adjustment,
             fused=self.fused,
             mode=Mode(own_statistics, training, training and self.track_running_stats),
             owner=owner,
         )
+        if alone and mask is None:
+            self.__dict__["_shortcut"] = find_shortcut(self, x, options)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is found anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "_shortcut"}
 
     def freeze(self) -> BatchNorm:
         """Normalize by the running statistics, and leave them alone, in training too (S15).
@@ -224,12 +238,14 @@ class BatchNorm(RunningStatistics):
     def _check_input_dim(self, input: Tensor) -> None:
         """Every rank that has the channel axes will do."""
 
-    def _check_channels(self, owner: str, x: Tensor, axes: tuple[int, ...]) -> None:
+    def _check_channels(self, owner: str, x: Tensor, axis: int | tuple[int, ...]) -> None:
         features = self.num_features
+        if type(axis) is int and x.shape[axis] == features:
+            return
         if features == 0 and self.weight is None and self.running_mean is None:
             return  # a lazy layer without state never learns its size
         expected = tuple(features) if isinstance(features, tuple) else (features,)
-        found = tuple(x.shape[a] for a in axes)
+        found = tuple(x.shape[a] for a in ((axis,) if isinstance(axis, int) else axis))
         if found != expected:
             raise ValueError(
                 f"{owner}: x must have num_features={features} along axis {self.axis}; got "
@@ -238,17 +254,26 @@ class BatchNorm(RunningStatistics):
 
     def _check_moving(self, owner: str) -> None:
         """Users assign `eps` and `momentum` at any time, so they are checked at every call."""
-        self.eps = config.check_number(owner, "eps", self.eps, 0.0)
-        if self.momentum is not None:
-            self.momentum = config.check_number(owner, "momentum", self.momentum, 0.0, 1.0)
+        eps, momentum = self.eps, self.momentum
+        if type(eps) is not float or not 0.0 <= eps < math.inf:
+            self.eps = config.check_number(owner, "eps", eps, 0.0)
+        if momentum is not None and (type(momentum) is not float or not 0.0 <= momentum <= 1.0):
+            self.momentum = config.check_number(owner, "momentum", momentum, 0.0, 1.0)
 
-    def _decay(self) -> float | None:
+    def _options(self) -> config.Options:
         if self.momentum is not None:
-            return 1.0 - self.momentum
-        return None if self.num_batches_tracked is not None else 1.0
+            decay = 1.0 - self.momentum
+        else:
+            decay = None if self.num_batches_tracked is not None else 1.0
+        make = config.Options if torch.compiler.is_compiling() else _cached_options
+        return make(
+            self.eps, decay, True, self.virtual_batch_size, self.renorm, self.activation
+        )
 
-    def _ambient_mask(self, owner: str, x: Tensor, axes: tuple[int, ...]) -> Tensor | None:
-        mask = ambient_mask(owner, x, axes)
+    def _ambient_mask(self, owner: str, x: Tensor) -> Tensor | None:
+        if not masking.in_use() and not self._masked_by_context:
+            return None
+        mask = ambient_mask(owner, x, normalize_axis(owner, self.axis, x.dim()))
         if torch.compiler.is_compiling():
             return mask
         if recomputation_flag(x.values() if x.layout is torch.jagged else x) is None:
@@ -259,6 +284,9 @@ class BatchNorm(RunningStatistics):
                 "it (activation checkpointing). Call backward inside the with block too."
             )
         return mask
+
+
+_cached_options = lru_cache(maxsize=1024)(config.Options)
 
 
 class BatchNorm1d(BatchNorm):

@@ -102,6 +102,11 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
         _current.reset(token)
 
 
+def in_use() -> bool:
+    """Whether any thread is inside `padding_mask`."""
+    return _usage.in_use
+
+
 def ambient_mask(owner: str, x: Tensor, channel_axes: Sequence[int]) -> Tensor | None:
     """The mask that `padding_mask` gives a layer with input x, or None."""
     if not _usage.in_use:

@@ -37,12 +37,14 @@ class RunningStatistics(_BatchNorm):
                 self.register_buffer(name, value)
 
     def _running(self) -> Running | None:
-        if self.running_mean is None:
+        buffers = self._buffers  # the attributes behind it, without a search for each
+        mean = buffers["running_mean"]
+        if mean is None:
             return None
-        renorm = (None, None, None)
-        if self.renorm is not None:
-            renorm = tuple(getattr(self, name) for name in _RENORM_BUFFERS)
-        return Running(self.running_mean, self.running_var, self.num_batches_tracked, *renorm)
+        var, batches = buffers["running_var"], buffers["num_batches_tracked"]
+        if self.renorm is None:
+            return Running(mean, var, batches)
+        return Running(mean, var, batches, *(buffers[name] for name in _RENORM_BUFFERS))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStatistics:
         """Move and cast as torch does, but keep statistics float32 or wider, to the bit (S16)."""
