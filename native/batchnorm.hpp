@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "pool.hpp"
+
 namespace batchnorm {
 
 using Index = std::int64_t;
@@ -75,6 +77,7 @@ struct Options {
     double renorm_decay = 0.99;
     double rmin = 0.0, rmax = 0.0, dmax = 0.0;
     int threads = 1;
+    Team team = nullptr;  // whose threads; null for this library's own
 };
 
 // What a forward step leaves for its backward step: kRows arrays of layout.statistics() doubles,

@@ -106,6 +106,8 @@ class Plan {
         step_.mask = {nullptr, width, repeat, outer, inner};
     }
 
+    void set_team(Address team) { team_ = reinterpret_cast<Team>(team); }
+
     Kept* moments(Address x, Index x_stride, Address mask, int threads) const {
         auto kept = std::make_unique<Kept>(step_.layout);
         Step step = begin(mask, *kept, threads);
@@ -180,6 +182,7 @@ class Plan {
         step.statistics = kept.statistics();
         check(threads >= 1, "threads", "at least 1", threads);
         step.options.threads = threads;
+        step.options.team = team_;
         return step;
     }
 
@@ -222,6 +225,7 @@ class Plan {
     }
 
     Step step_;
+    Team team_ = nullptr;
 };
 
 }  // namespace
@@ -241,6 +245,7 @@ NB_MODULE(_cpu, m) {
              nb::arg("run"), nb::arg("activation"))
         .def("set_mask", &Plan::set_mask, nb::arg("width"), nb::arg("repeat"), nb::arg("outer"),
              nb::arg("inner"))
+        .def("set_team", &Plan::set_team, nb::arg("team"))
         .def("moments", &Plan::moments, nb::rv_policy::take_ownership)
         .def("forward", &Plan::forward, nb::rv_policy::take_ownership)
         .def("backward", &Plan::backward);

@@ -67,12 +67,19 @@ void gate_to(const T* dy, const T* y, T* out, Index n, Activation act) {
 
 template <class T, class G>
 void add_lines(const T* const* x, const G* const* g, int n, Index lanes, const double* mean,
-               const double* low, LaneSums& sums) {
+               const double* low, LaneSums& sums, Ahead<T>& next_x, Ahead<T>& next_dy) {
     Index l = 0;
     for (; l + kTile <= lanes; l += kTile) {
         add_tiles<kHasLow<T>>(
             n, mean + l, low + l, sums.first + l, sums.second + l,
-            [&](Index r) { return load(g[r] + l); }, [&](Index r) { return load(x[r] + l); });
+            [&](Index r) {
+                next_dy.step();
+                return load(g[r] + l);
+            },
+            [&](Index r) {
+                next_x.step();
+                return load(x[r] + l);
+            });
     }
     if (l == lanes) return;
     const Index rest = lanes - l;
@@ -86,16 +93,18 @@ template <class T>
 struct RowsOfChannels {
     const Step& s;
     const Block& b;
-    const Index joined = rows_per_line(b.channels), lanes = joined * b.channels;
+    const Index span = s.layout.inner, width = b.channels * span;
+    const Index joined = rows_per_line(width), lanes = joined * width;
     const bool gated = s.options.activation != Activation::none;
     const double* means =
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
-    const LaneValues mean{means, b.channels, joined};
+    const LaneValues mean{means, b.channels, span, joined};
     const LaneValues low{means + (Statistics::low - Statistics::mean) * s.statistics.size,
-                         b.channels, joined};
-    const Lanes<Compute<T>> coefficients{s, b, lanes};
+                         b.channels, span, joined};
+    const Lanes<Compute<T>, kMaxLanes> coefficients{s, b, lanes};
     LaneSums sums{lanes};
-    Gather<T> x{s.x, b, joined}, dy{s.dy, b, joined}, y{s.y, b, joined};
+    Gather<T> x{s.x, b, span, joined}, dy{s.dy, b, span, joined}, y{s.y, b, span, joined};
+    Ahead<T> next_x{s.x, b, span}, next_dy{s.dy, b, span};
     Compute<T> g[kBatch][kMaxLanes];
 
     RowsOfChannels(const Step& step, const Block& block) : s(step), b(block) {}
@@ -103,10 +112,16 @@ struct RowsOfChannels {
     void run(double* sum, double* product) {
         for_real_rows(s, b, joined, [&](const Index* rows, Index n) {
             for (Index r = 0; r < n; r += kBatch * joined) {
-                batch(rows + r, n - r < kBatch * joined ? n - r : kBatch * joined);
+                const Index most = kBatch * joined, after = r + most;
+                const Index ahead = joined > 1 || after >= n ? 0
+                                    : n - after < most       ? n - after
+                                                             : most;
+                next_x.begin(rows + after, ahead);
+                next_dy.begin(rows + after, ahead);
+                batch(rows + r, n - r < most ? n - r : most);
             }
         });
-        sums.fold(b.channels, joined, sum, product);
+        sums.fold(b.channels, span, joined, sum, product);
     }
 
     void batch(const Index* rows, Index n) {
@@ -124,15 +139,15 @@ struct RowsOfChannels {
             if (s.dresidual) scatter(g[m], rows + r, some);
         }
         if (gated) {
-            add_lines(xs, gs, m, lanes, mean.at, low.at, sums);
+            add_lines(xs, gs, m, lanes, mean.at, low.at, sums, next_x, next_dy);
         } else {
-            add_lines(xs, dys, m, lanes, mean.at, low.at, sums);
+            add_lines(xs, dys, m, lanes, mean.at, low.at, sums, next_x, next_dy);
         }
     }
 
     void scatter(const Compute<T>* line, const Index* rows, Index n) {
         for (Index r = 0; r < n; ++r) {
-            narrow(line + r * b.channels, element<T>(s.dresidual, rows[r], b.channel), b.channels);
+            narrow(line + r * width, element<T>(s.dresidual, rows[r], b.channel * span), width);
         }
     }
 };
@@ -161,7 +176,7 @@ struct ChannelsOfPositions {
     const double* means =
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
     const double* lows = means + (Statistics::low - Statistics::mean) * s.statistics.size;
-    const Lanes<Compute<T>> coefficients{s, b, b.channels};
+    const Lanes<Compute<T>, kMaxChannels> coefficients{s, b, b.channels};
     PositionSums sums{b.channels};
     Selection<T> real;
     Selection<Compute<T>> real_g;
@@ -277,18 +292,19 @@ void apply_padded_row(const Step& s, Index o, Index offset, Index n) {
 // Several rows at once where all arrays are contiguous, which pays where channels are few.
 template <class T>
 Index rows_together(const Step& s) {
-    const Index channels = s.layout.channels;
+    const Index width = s.layout.channels * s.layout.inner;
     const Array all[] = {s.x, s.y, s.dy, s.dx, s.dresidual};
     for (const Array& a : all) {
-        if (a && a.stride != channels) return 1;
+        if (a && a.stride != width) return 1;
     }
-    return rows_per_line(channels);
+    return rows_per_line(width);
 }
 
 template <class T>
 void apply_rows(const Step& s, const Block& b, const double* sums) {
+    const Index span = s.layout.inner, width = b.channels * span, first = b.channel * span;
     const Index joined = b.channels == s.layout.channels ? rows_together<T>(s) : 1;
-    const Lanes<Compute<T>> lanes(s, b, joined * b.channels, sums);
+    const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width, sums);
     const Source<T> from(s);
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
         unsigned char keep[kTile];
@@ -301,10 +317,10 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
                 for (Index i = 0; i < m; ++i) real += keep[i];
             }
             // Padded rows between real ones are computed along, and overwritten.
-            if (real > 0) apply_row<T>(s, from, o + r, b.channel, m * b.channels, lanes.from());
+            if (real > 0) apply_row<T>(s, from, o + r, first, m * width, lanes.from());
             if (real == m) continue;
             for (Index i = 0; i < m; ++i) {
-                if (!keep[i]) apply_padded_row<T>(s, o + r + i, b.channel, b.channels);
+                if (!keep[i]) apply_padded_row<T>(s, o + r + i, first, width);
             }
         }
         return true;
@@ -313,7 +329,7 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
 
 template <class T>
 void apply_positions(const Step& s, const Block& b, const double* sums) {
-    const Lanes<Compute<T>> lanes(s, b, b.channels, sums);
+    const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels, sums);
     const Source<T> from(s);
     Selection<T> real;
     for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
@@ -342,7 +358,7 @@ void apply_positions(const Step& s, const Block& b, const double* sums) {
 
 template <class T>
 void reduce_block(const Step& step, const Block& block, double* sum, double* product) {
-    if (step.layout.inner == 1) {
+    if (by_rows(step)) {
         RowsOfChannels<T>(step, block).run(sum, product);
     } else {
         ChannelsOfPositions<T>(step, block).run(sum, product);
@@ -351,7 +367,7 @@ void reduce_block(const Step& step, const Block& block, double* sum, double* pro
 
 template <class T>
 void apply_block(const Step& step, const Block& block, const double* sums) {
-    if (step.layout.inner == 1) return apply_rows<T>(step, block, sums);
+    if (by_rows(step)) return apply_rows<T>(step, block, sums);
     apply_positions<T>(step, block, sums);
 }
 

@@ -118,18 +118,19 @@ inline Coefficients<F> at(const Coefficients<F>& k, Index i) {
 }
 
 // Coefficients of a block, one for each lane: channels repeat along a line of several rows.
-template <class F>
+template <class F, Index kLanes>
 struct Lanes {
-    F hi[kMaxLanes], lo[kMaxLanes], scale[kMaxLanes], offset[kMaxLanes];
-    F rstd[kMaxLanes], along[kMaxLanes], shift[kMaxLanes];
+    F hi[kLanes], lo[kLanes], scale[kLanes], offset[kLanes];
+    F rstd[kLanes], along[kLanes], shift[kLanes];
 
     Lanes(const Step& step, const Block& block, Index lanes, const double* sums = nullptr) {
         const Statistics& s = step.statistics;
         const Index first = block.group * step.layout.channels + block.channel;
+        const Index span = by_rows(step) ? step.layout.inner : 1, width = block.channels * span;
         const double count = s.count()[block.group];
         const double weight = count > 0 ? 1.0 / count : 0.0;
-        for (Index l = 0; l < block.channels; ++l) {
-            const Index c = first + l;
+        for (Index l = 0; l < width; ++l) {
+            const Index c = first + (span == 1 ? l : l / span);
             hi[l] = F(s.row(Statistics::mean)[c]);
             lo[l] = F((s.row(Statistics::mean)[c] - double(hi[l])) + s.row(Statistics::low)[c]);
             scale[l] = F(s.row(Statistics::scale)[c]);
@@ -139,8 +140,8 @@ struct Lanes {
             along[l] = F(-weight * s.row(Statistics::rstd)[c] * sums[s.size + c]);
             shift[l] = F(-weight * sums[c]);  // cancels the gradient of a single row to the bit (S7)
         }
-        for (Index l = block.channels; l < lanes; ++l) {
-            const Index c = l - block.channels;
+        for (Index l = width; l < lanes; ++l) {
+            const Index c = l - width;
             hi[l] = hi[c], lo[l] = lo[c], scale[l] = scale[c], offset[l] = offset[c];
             if (sums != nullptr) rstd[l] = rstd[c], along[l] = along[c], shift[l] = shift[c];
         }

@@ -33,11 +33,14 @@ BATCHNORM_INLINE void add_tiles(Index n, const double* anchor, double* first, do
 }
 
 template <class T>
-void add_lines(const T* const* lines, int n, Index lanes, const double* anchor, LaneSums& sums) {
+void add_lines(const T* const* lines, int n, Index lanes, const double* anchor, LaneSums& sums,
+               Ahead<T>& ahead) {
     Index l = 0;
     for (; l + kTile <= lanes; l += kTile) {
-        add_tiles(n, anchor + l, sums.first + l, sums.second + l,
-                  [&](Index r) { return load(lines[r] + l); });
+        add_tiles(n, anchor + l, sums.first + l, sums.second + l, [&](Index r) {
+            ahead.step();
+            return load(lines[r] + l);
+        });
     }
     if (l == lanes) return;
     add_tiles(n, anchor + l, sums.first + l, sums.second + l,
@@ -46,14 +49,16 @@ void add_lines(const T* const* lines, int n, Index lanes, const double* anchor, 
 
 template <class T>
 void rows_of_channels(const Step& s, const Block& b, double* sum, double* square) {
-    const Index joined = rows_per_line(b.channels), lanes = joined * b.channels;
+    const Index span = s.layout.inner, width = b.channels * span;
+    const Index joined = rows_per_line(width), lanes = joined * width;
     const double* means =
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
-    const LaneValues anchor(means, b.channels, joined);
+    const LaneValues anchor(means, b.channels, span, joined);
     T pad[kMaxLanes];
-    for (Index c = 0; c < b.channels; ++c) narrow(Compute<T>(means[c]), pad[c]);
+    for (Index l = 0; l < width; ++l) narrow(Compute<T>(means[l / span]), pad[l]);
     LaneSums sums(lanes);
-    Gather<T> x(s.x, b, joined);
+    Gather<T> x(s.x, b, span, joined);
+    Ahead<T> ahead(s.x, b, span);
     for_real_rows(s, b, joined, [&](const Index* rows, Index n) {
         for (Index r = 0; r < n;) {
             const T* lines[kBatch];
@@ -61,10 +66,11 @@ void rows_of_channels(const Step& s, const Block& b, double* sum, double* square
             for (; m < kBatch && r < n; ++m, r += joined) {
                 lines[m] = x.line(rows + r, n - r < joined ? n - r : joined, m, pad);
             }
-            add_lines(lines, m, lanes, anchor.at, sums);
+            ahead.begin(rows + r, joined == 1 ? (n - r < kBatch ? n - r : kBatch) : 0);
+            add_lines(lines, m, lanes, anchor.at, sums, ahead);
         }
     });
-    sums.fold(b.channels, joined, sum, square);
+    sums.fold(b.channels, span, joined, sum, square);
 }
 
 template <class T>
@@ -113,7 +119,7 @@ void channels_of_positions(const Step& s, const Block& b, double* sum, double* s
 
 template <class T>
 void moments_block(const Step& step, const Block& block, double* sum, double* square) {
-    if (step.layout.inner == 1) return rows_of_channels<T>(step, block, sum, square);
+    if (by_rows(step)) return rows_of_channels<T>(step, block, sum, square);
     channels_of_positions<T>(step, block, sum, square);
 }
 

@@ -30,18 +30,18 @@ void line(const T* x, const T* residual, T* y, Index n, const Coefficients<Compu
 
 template <class T>
 void rows_of_channels(const Step& s, const Block& b) {
-    const Index channels = s.layout.channels;
-    const bool dense = s.x.stride == channels && s.y.stride == channels &&
-                       (!s.residual || s.residual.stride == channels);
-    const Index joined = dense ? rows_per_line(channels) : 1;
-    const Lanes<Compute<T>> lanes(s, b, joined * b.channels);
+    const Index span = s.layout.inner, width = b.channels * span, first = b.channel * span;
+    const bool dense = b.channels == s.layout.channels && s.x.stride == width &&
+                       s.y.stride == width && (!s.residual || s.residual.stride == width);
+    const Index joined = dense ? rows_per_line(width) : 1;
+    const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width);
     const auto k = lanes.from();
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
         for (Index r = 0; r < n; r += joined) {
-            const Index m = (n - r < joined ? n - r : joined) * b.channels;
-            line<1>(element<const T>(s.x, o + r, b.channel),
-                    element<const T>(s.residual, o + r, b.channel),
-                    element<T>(s.y, o + r, b.channel), m, k, s.options.activation);
+            const Index m = (n - r < joined ? n - r : joined) * width;
+            line<1>(element<const T>(s.x, o + r, first),
+                    element<const T>(s.residual, o + r, first),
+                    element<T>(s.y, o + r, first), m, k, s.options.activation);
         }
         return true;
     });
@@ -49,7 +49,7 @@ void rows_of_channels(const Step& s, const Block& b) {
 
 template <class T>
 void channels_of_positions(const Step& s, const Block& b) {
-    const Lanes<Compute<T>> lanes(s, b, b.channels);
+    const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels);
     for_each_stretch(s.layout, b, [&](Index o, Index i, Index n) {
         for (Index c = 0; c < b.channels; ++c) {
             const Index offset = (b.channel + c) * s.layout.inner + i;
@@ -64,7 +64,7 @@ void channels_of_positions(const Step& s, const Block& b) {
 
 template <class T>
 void normalize_block(const Step& step, const Block& block) {
-    if (step.layout.inner == 1) return rows_of_channels<T>(step, block);
+    if (by_rows(step)) return rows_of_channels<T>(step, block);
     channels_of_positions<T>(step, block);
 }
 

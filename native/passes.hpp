@@ -7,6 +7,7 @@
 namespace batchnorm {
 
 constexpr Index kMaxLanes = 256;    // channels of a block where rows of channels are contiguous
+constexpr Index kWideLanes = 1024;  // the same for passes without sums: longer stretches of memory
 constexpr Index kMaxChannels = 32;  // channels of a block where positions are contiguous
 constexpr Index kNarrow = 32;       // up to so many channels, several rows make one line
 

@@ -56,9 +56,12 @@ struct Job {
     Job* following = nullptr;  // in the pool's list
 
     void drain() {
+        const FloatMode own = float_mode();  // the thread may be another library's
+        set_float_mode(mode);
         for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
             task(context, i);
         }
+        set_float_mode(own);
     }
     bool open() const {
         return joined < wanted && next.load(std::memory_order_relaxed) < tasks;
@@ -129,7 +132,6 @@ class Pool {
             ++job->joined;
             job->active.fetch_add(1, std::memory_order_relaxed);
             lock.unlock();
-            set_float_mode(job->mode);
             job->drain();
             lock.lock();
             if (job->active.fetch_sub(1, std::memory_order_release) == 1) done_.notify_all();
@@ -152,13 +154,16 @@ class Pool {
 // Never destroyed: workers may outlive every static object. After fork the child has none of
 // the parent's workers, and the mutex may be locked for ever; it takes a pool of its own.
 std::atomic<Pool*> the_pool{nullptr};
+std::atomic<bool> forked{false};  // another library's team does not survive it
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+    the_pool.store(nullptr, std::memory_order_relaxed);
+    forked.store(true, std::memory_order_relaxed);
+});
 
 Pool& pool() {
     Pool* found = the_pool.load(std::memory_order_acquire);
     if (found != nullptr) return *found;
-    static const int registered =
-        pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_relaxed); });
-    (void)registered;
     Pool* fresh = new Pool;
     if (the_pool.compare_exchange_strong(found, fresh, std::memory_order_acq_rel)) return *fresh;
     delete fresh;  // another thread was faster; no worker has seen this one
@@ -167,14 +172,20 @@ Pool& pool() {
 
 }  // namespace
 
-void run_tasks(std::int64_t tasks, int threads, void (*task)(void*, std::int64_t), void* context) {
-    if (threads > tasks) threads = static_cast<int>(tasks);
-    if (threads <= 1) {
+void run_tasks(std::int64_t tasks, Threads threads, void (*task)(void*, std::int64_t),
+               void* context) {
+    if (threads.count > tasks) threads.count = static_cast<int>(tasks);
+    if (threads.count <= 1) {
         for (std::int64_t i = 0; i < tasks; ++i) task(context, i);
         return;
     }
-    Job job{task, context, tasks, threads - 1, float_mode()};
-    pool().run(job);
+    Job job{task, context, tasks, threads.count - 1, float_mode()};
+    if (threads.team != nullptr && !forked.load(std::memory_order_relaxed)) {
+        threads.team([](void* data) { static_cast<Job*>(data)->drain(); }, &job,
+                     static_cast<unsigned>(threads.count), 0);
+    } else {
+        pool().run(job);
+    }
 }
 
 }  // namespace batchnorm

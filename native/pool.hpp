@@ -6,13 +6,23 @@
 
 namespace batchnorm {
 
-// Runs task(context, i) for every i below `tasks`, on up to `threads` threads, the caller being
-// one; returns when all are done. `task` must not throw. May be called from several threads at
-// once, from a task of somebody else's pool, and in a child process after fork.
-void run_tasks(std::int64_t tasks, int threads, void (*task)(void*, std::int64_t), void* context);
+// Calls f(data) on a team of threads, one of them the caller, and returns when all have returned:
+// OpenMP's GOMP_parallel.
+using Team = void (*)(void (*f)(void*), void* data, unsigned threads, unsigned flags);
+
+struct Threads {
+    int count = 1;
+    Team team = nullptr;  // whose threads; null for this library's own
+};
+
+// Runs task(context, i) for every i below `tasks`, on up to `threads.count` threads, the caller
+// being one; returns when all are done. `task` must not throw. May be called from several threads
+// at once, from a task of somebody else's pool, and in a child process after fork.
+void run_tasks(std::int64_t tasks, Threads threads, void (*task)(void*, std::int64_t),
+               void* context);
 
 template <class F>
-void run_tasks(std::int64_t tasks, int threads, F&& f) {
+void run_tasks(std::int64_t tasks, Threads threads, F&& f) {
     run_tasks(
         tasks, threads,
         [](void* context, std::int64_t i) {

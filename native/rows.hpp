@@ -14,6 +14,20 @@ struct Block {
 
 namespace {  // each file, with its own compiler flags, has its own copy
 
+constexpr Index kShortInner = 64;
+
+// Whether a step walks along rows of outer, each `width` contiguous lanes, a channel having
+// layout.inner of them. Else it walks along the positions of one channel after the other.
+BATCHNORM_INLINE bool by_rows(const Step& step) {
+    const Index inner = step.layout.inner;
+    return inner == 1 || (inner <= kShortInner && (!step.mask || step.mask.inner == 0));
+}
+
+// What is shared out: rows of outer, or positions.
+BATCHNORM_INLINE Index units(const Step& step) {
+    return by_rows(step) ? step.layout.rows() : step.layout.positions();
+}
+
 template <class M>
 inline void read_mask(const M* data, Index stride, Index n, unsigned char* keep) {
     if (stride == 1) {
@@ -84,15 +98,15 @@ inline void for_each_stretch(const Layout& layout, const Block& block, F f) {
     });
 }
 
-// Calls f(keep, n) for up to 256 mask entries at a time, at `positions` positions of a group from
-// position `first` on; stops early if f returns false.
+// Calls f(keep, n) for up to 256 mask entries at a time, at `positions` units of a group from unit
+// `first` on; stops early if f returns false.
 template <class F>
 inline void for_each_mask_piece(const Step& step, Index group, Index first, Index positions, F f) {
     constexpr Index kPiece = 256;
     const Mask& mask = step.mask;
     unsigned char keep[kPiece];
     bool more = true;
-    if (step.layout.inner == 1) {
+    if (by_rows(step)) {
         for_each_run(step.layout, group, first, positions, [&](Index o, Index n) {
             for (Index i = 0; i < n && more; i += kPiece) {
                 const Index m = n - i < kPiece ? n - i : kPiece;

@@ -26,26 +26,29 @@ const Passes& passes(const Step& step) {
 
 Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
 
-int threads_for(const Step& step, Index elements) {
-    return static_cast<int>(
-        std::min<Index>(step.options.threads, std::max<Index>(1, elements / kThreadElements)));
+Threads threads_for(const Step& step, Index elements) {
+    const Index most = std::max<Index>(1, elements / kThreadElements);
+    return {static_cast<int>(std::min<Index>(step.options.threads, most)), step.options.team};
 }
 
 // How one pass is cut: parts of the channels, times blocks of the positions of each group.
 struct Grid {
     Index parts, width;   // of channels
-    Index groups, blocks; // most blocks of any group
+    Index groups, blocks;  // most blocks of any group
+    Index span;            // lanes of a channel in a row
 
-    Grid(const Layout& layout, Index positions) : groups(layout.groups) {
-        width = layout.inner == 1 ? kMaxLanes : kMaxChannels;
+    Grid(const Step& step, Index units, Index lanes) : groups(step.layout.groups) {
+        const Layout& layout = step.layout;
+        span = by_rows(step) ? layout.inner : 1;
+        width = by_rows(step) ? lanes / std::max<Index>(span, 1) : kMaxChannels;
         parts = std::max<Index>(1, divide_up(layout.channels, width));
-        blocks = block_count(layout, positions);
+        blocks = block_count(layout, units);
     }
 
-    Index block_count(const Layout& layout, Index positions) const {
+    Index block_count(const Layout& layout, Index units) const {
         const Index most = std::clamp<Index>(2 * kMaxBlocks / parts, 1, kMaxBlocks);
-        const Index wide = std::max<Index>(1, std::min(layout.channels, width));
-        return std::clamp<Index>(positions / std::max<Index>(1, kTaskElements / wide), 1, most);
+        const Index wide = std::max<Index>(1, std::min(layout.channels, width) * span);
+        return std::clamp<Index>(units / std::max<Index>(1, kTaskElements / wide), 1, most);
     }
 
     Index tasks() const { return groups * blocks * parts; }
@@ -68,7 +71,7 @@ class MaskCounts {
   public:
     explicit MaskCounts(const Step& step)
         : step_(step),
-          scans_(std::clamp<Index>(step.layout.positions() / 1024, 1, kMaxScans)),
+          scans_(std::clamp<Index>(units(step) / 1024, 1, kMaxScans)),
           counts_(new Index[static_cast<std::size_t>(step.layout.groups * scans_)]) {
         const Layout& layout = step.layout;
         run_tasks(layout.groups * scans_, threads_for(step, layout.outer * layout.inner),
@@ -88,11 +91,11 @@ class MaskCounts {
         return sum;
     }
 
-    // The position in the group of its real position number `wanted`, which exists.
+    // The unit of the group that is its real one number `wanted`, which exists.
     Index find(Index group, Index wanted) const {
         Index scan = 0;
         while (wanted >= count(group, scan)) wanted -= count(group, scan++);
-        Index position = even_share(step_.layout.positions(), scans_, scan).first;
+        Index position = even_share(units(step_), scans_, scan).first;
         for_each_entry(group, scan, [&](const unsigned char* keep, Index n) {
             for (Index e = 0; e < n; ++e, ++position) {
                 if (keep[e] && wanted-- == 0) return false;
@@ -111,7 +114,7 @@ class MaskCounts {
 
     template <class F>
     void for_each_entry(Index group, Index scan, F f) const {
-        const Share share = even_share(step_.layout.positions(), scans_, scan);
+        const Share share = even_share(units(step_), scans_, scan);
         for_each_mask_piece(step_, group, share.first, share.rows, f);
     }
 
@@ -126,14 +129,13 @@ class SumBlocks {
     explicit SumBlocks(const Step& step)
         : step_(step),
           counts_(step.mask ? new MaskCounts(step) : nullptr),
-          by_real_rows_(step.mask && step.layout.inner == 1),
-          grid_(step.layout, most_positions()) {}
+          by_real_rows_(step.mask && by_rows(step)),
+          grid_(step, most_units(), kMaxLanes) {}
 
     const Grid& grid() const { return grid_; }
 
-    Index count(Index group) const {
-        return counts_ ? counts_->total(group) : step_.layout.positions();
-    }
+    // Real positions of a group.
+    Index count(Index group) const { return real_units(group) * (by_rows(step_) ? step_.layout.inner : 1); }
 
     Index first_real(Index group) const { return counts_ ? counts_->find(group, 0) : 0; }
 
@@ -146,8 +148,8 @@ class SumBlocks {
     }
 
     Share share(Index group, Index block) const {
-        if (!by_real_rows_) return even_share(step_.layout.positions(), grid_.blocks, block);
-        const Index real = count(group), blocks = grid_.block_count(step_.layout, real);
+        if (!by_real_rows_) return even_share(units(step_), grid_.blocks, block);
+        const Index real = real_units(group), blocks = grid_.block_count(step_.layout, real);
         if (block >= blocks) return {0, 0};
         Share share = even_share(real, blocks, block);
         if (share.rows > 0) share.first = counts_->find(group, share.first);
@@ -155,10 +157,12 @@ class SumBlocks {
     }
 
   private:
-    Index most_positions() const {
-        if (!by_real_rows_) return step_.layout.positions();
+    Index real_units(Index group) const { return counts_ ? counts_->total(group) : units(step_); }
+
+    Index most_units() const {
+        if (!by_real_rows_) return units(step_);
         Index most = 0;
-        for (Index g = 0; g < step_.layout.groups; ++g) most = std::max(most, count(g));
+        for (Index g = 0; g < step_.layout.groups; ++g) most = std::max(most, real_units(g));
         return most;
     }
 
@@ -232,9 +236,9 @@ void set_anchors(const Step& step, const SumBlocks& blocks, Index group) {
         std::fill_n(mean, layout.channels, 0.0);
         return;
     }
-    const Index position = blocks.first_real(group);
+    const Index unit = blocks.first_real(group), per_row = by_rows(step) ? 1 : layout.inner;
     Index o = 0;
-    for_each_run(layout, group, position / layout.inner, 1, [&](Index row, Index) {
+    for_each_run(layout, group, unit / per_row, 1, [&](Index row, Index) {
         o = row;
         return true;
     });
@@ -242,7 +246,7 @@ void set_anchors(const Step& step, const SumBlocks& blocks, Index group) {
         return load({step.x.data, step.type}, o * step.x.stride, layout.channels, mean);
     }
     for (Index c = 0; c < layout.channels; ++c) {
-        const Index at = o * step.x.stride + c * layout.inner + position % layout.inner;
+        const Index at = o * step.x.stride + c * layout.inner + unit % per_row;
         load({step.x.data, step.type}, at, 1, mean + c);
     }
 }
@@ -251,13 +255,13 @@ void set_anchors(const Step& step, const SumBlocks& blocks, Index group) {
 template <class F>
 void for_each_block(const Step& step, F f) {
     const Layout& layout = step.layout;
-    const Grid grid(layout, layout.positions());
+    const Grid grid(step, units(step), kWideLanes);
     const Index elements = layout.outer * layout.channels * layout.inner;
     run_tasks(grid.tasks(), threads_for(step, elements), [&](Index forward) {
         const Index i = grid.tasks() - 1 - forward;
         const Index part = i % grid.parts, first = part * grid.width;
         const Share share =
-            even_share(layout.positions(), grid.blocks, i / grid.parts % grid.blocks);
+            even_share(units(step), grid.blocks, i / grid.parts % grid.blocks);
         if (share.rows == 0) return;
         f(Block{i / grid.parts / grid.blocks, share.first, share.rows, first,
                 std::min(grid.width, layout.channels - first)});

@@ -46,11 +46,11 @@ inline void for_real_rows(const Step& s, const Block& b, Index unit, F f) {
 template <class T>
 struct Gather {
     Array array;
-    Index first, channels, joined;
+    Index first, width, joined;
     T together[kBatch * kMaxLanes];
 
-    Gather(const Array& a, const Block& b, Index rows)
-        : array(a), first(b.channel), channels(b.channels), joined(rows) {}
+    Gather(const Array& a, const Block& b, Index span, Index rows)
+        : array(a), first(b.channel * span), width(b.channels * span), joined(rows) {}
 
     // Line number `slot` of a batch. Rows that are missing at the end repeat `pad`, or are 0.
     const T* line(const Index* rows, Index n, int slot, const T* pad) {
@@ -58,18 +58,47 @@ struct Gather {
         if (joined == 1 || (n == joined && contiguous(rows))) return base + rows[0] * array.stride;
         T* line = together + slot * kMaxLanes;
         for (Index r = 0; r < joined; ++r) {
-            for (Index c = 0; c < channels; ++c) {
-                line[r * channels + c] = r < n      ? base[rows[r] * array.stride + c]
-                                         : pad != nullptr ? pad[c]
-                                                          : T{};
+            for (Index l = 0; l < width; ++l) {
+                line[r * width + l] = r < n ? base[rows[r] * array.stride + l] : pad ? pad[l] : T{};
             }
         }
         return line;
     }
 
     bool contiguous(const Index* rows) const {
-        return array.stride == channels && rows[joined - 1] - rows[0] == joined - 1;
+        return array.stride == width && rows[joined - 1] - rows[0] == joined - 1;
     }
+};
+
+// Fetches the lines of the next batch in the order of memory, a cache line at each call: sums walk
+// a batch tile by tile, across its rows, which no hardware prefetcher foresees.
+template <class T>
+class Ahead {
+  public:
+    Ahead(const Array& array, const Block& b, Index span)
+        : array_(array), first_(b.channel * span), lanes_(b.channels * span) {}
+
+    void begin(const Index* rows, Index n) {
+        rows_ = rows, left_ = n, at_ = lanes_;
+        step();
+    }
+
+    BATCHNORM_INLINE void step() {
+        if (at_ >= lanes_) {
+            if (left_ <= 0) return;
+            line_ = element<const T>(array_, *rows_++, first_);
+            --left_, at_ = 0;
+        }
+        __builtin_prefetch(line_ + at_);
+        at_ += Index(64 / sizeof(T));
+    }
+
+  private:
+    Array array_;
+    Index first_, lanes_;
+    const Index* rows_ = nullptr;
+    const T* line_ = nullptr;
+    Index left_ = 0, at_ = 0;
 };
 
 // Two sums for each lane of a block. Only lanes in use are touched: a small step is over before
@@ -83,12 +112,14 @@ struct LaneSums {
     }
 
     // Adds up lanes of the same channel.
-    void fold(Index channels, Index joined, double* sum, double* other) const {
+    void fold(Index channels, Index span, Index joined, double* sum, double* other) const {
         for (Index c = 0; c < channels; ++c) {
             double a = 0.0, b = 0.0;
             for (Index r = 0; r < joined; ++r) {
-                a += first[r * channels + c];
-                b += second[r * channels + c];
+                for (Index l = (r * channels + c) * span, end = l + span; l < end; ++l) {
+                    a += first[l];
+                    b += second[l];
+                }
             }
             sum[c] = a, other[c] = b;
         }
@@ -99,10 +130,12 @@ struct LaneSums {
 struct LaneValues {
     alignas(64) double at[kMaxLanes + kTile];
 
-    LaneValues(const double* values, Index channels, Index joined) {
+    LaneValues(const double* values, Index channels, Index span, Index joined) {
         Index l = 0;
         for (Index r = 0; r < joined; ++r) {
-            for (Index c = 0; c < channels; ++c) at[l++] = values[c];
+            for (Index c = 0; c < channels; ++c) {
+                for (Index i = 0; i < span; ++i) at[l++] = values[c];
+            }
         }
         for (Index end = l + kTile; l < end; ++l) at[l] = 0.0;
     }

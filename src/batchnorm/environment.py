@@ -23,4 +23,5 @@ def show_config() -> None:
             if name != "tensorflow-cpu":
                 print(f"{name:<11} not installed")
     status = extension_status()
-    print(f"kernels     {status.kernel or f'plain array code: {status.reason}'}")
+    kernels = status.reason if status.kernel else f"plain array code: {status.reason}"
+    print(f"kernels     {kernels}")

@@ -6,7 +6,6 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from batchnorm.core.namespace import Array, Namespace
@@ -63,7 +62,7 @@ class Layout:
     channel_axes: tuple[int, ...]
     groups: int | None = None
 
-    @cached_property
+    @property
     def channels(self) -> Shape:
         """Sizes of the channel axes, in increasing order of axis."""
         return tuple(self.shape[a] for a in self.channel_axes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from batchnorm.core.layout import Layout
@@ -141,8 +143,9 @@ def make_plan(
     activation: str | None,
     mask: MaskView | None,
     mask_width: int,
+    team: int,
 ) -> Any:
-    """The compiled side of a call; see native/bind_python.cpp."""
+    """The compiled side of a call; see native/bind_python.cpp. `team` is from `find_team`."""
     groups = 1 if layout.groups is None else layout.groups
     samples = layout.shape[0]
     run = 1 if layout.groups is None else max(geometry.outer // max(samples, 1), 1)
@@ -157,7 +160,21 @@ def make_plan(
     )
     if mask is not None:
         plan.set_mask(mask_width, *mask)
+    plan.set_team(team)
     return plan
+
+
+def find_team(library: Path) -> int:
+    """The address of OpenMP's GOMP_parallel as `library` uses it; 0 if it uses another runtime.
+
+    Its idle threads spin for milliseconds before they sleep: threads of our own would compete with
+    them for cores.
+    """
+    try:
+        found = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(found, ctypes.c_void_p).value or 0
 
 
 def _place_single_channels(order: list[int], layout: Layout) -> list[int]:

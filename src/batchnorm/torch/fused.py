@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ _NAMES = {
     torch.float64: "float64",
 }
 _CODES = {dtype: cpu.TYPES[name] for dtype, name in _NAMES.items()}
+_TEAM = cpu.find_team(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -79,8 +81,9 @@ def prepare(
     Raises:
         ValueError: shapes that do not fit.
     """
-    layout = make_layout(owner, shape, axis, virtual_batch_size)
-    mask_shape = None if mask is None else layout.mask_shape(mask[0], owner)
+    # Plain tuples: torch.Size would show in error messages.
+    layout = make_layout(owner, tuple(shape), axis, virtual_batch_size)
+    mask_shape = None if mask is None else layout.mask_shape(tuple(mask[0]), owner)
     per_channel = mask_shape is not None and any(mask_shape[a] != 1 for a in layout.channel_axes)
     choice = select_kernel("cpu", _NAMES[dtype], adjusted=adjusted, per_channel_mask=per_channel)
     if choice.kernel is None:
@@ -95,7 +98,7 @@ def prepare(
         view = cpu.view_mask(geometry, shape, mask_shape, _strides_in(mask_shape, mask))
         if view is None:
             return Prepared(layout, None, mask_shape=mask_shape)
-    plan = cpu.make_plan(layout, geometry, _NAMES[dtype], activation, view, width)
+    plan = cpu.make_plan(layout, geometry, _NAMES[dtype], activation, view, width, _TEAM)
     return Prepared(layout, None, plan, geometry, mask_shape)
 
 
@@ -488,7 +491,7 @@ def _rearrange(
             mask = dense.permute([order.index(a) for a in range(x.dim())])
             view = cpu.view_mask(geometry, layout.shape, tuple(sizes), mask.stride())
             prepared = prepared._replace(mask_shape=tuple(sizes))
-    plan = cpu.make_plan(layout, geometry, _NAMES[x.dtype], activation, view, width)
+    plan = cpu.make_plan(layout, geometry, _NAMES[x.dtype], activation, view, width, _TEAM)
     return x, mask, prepared._replace(plan=plan, geometry=geometry)
 
 
