@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench dist clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -17,20 +18,26 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
+
+# The packages, and that they install and run where there is no compiler.
+dist: $(VENV)/.installed
+	VENV=$(VENV) ./.ci/check-packages
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.png
 
 # PIP_CONSTRAINT reaches build environments too. Old pips cannot install editable wheels.
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*.?pp)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@

@@ -28,8 +28,10 @@ struct Layout {
     Index groups = 1;
     Index run = 1;  // rows of outer that one sample holds
 
-    BATCHNORM_INLINE Index rows() const { return groups > 0 ? outer / groups : 0; }  // of outer, in one group
-    BATCHNORM_INLINE Index positions() const { return rows() * inner; }              // behind one statistic
+    BATCHNORM_INLINE Index rows() const {
+        return groups > 0 ? outer / groups : 0;
+    }                                                                    // of outer, in one group
+    BATCHNORM_INLINE Index positions() const { return rows() * inner; }  // behind one statistic
     BATCHNORM_INLINE Index statistics() const { return groups * channels; }
 };
 
@@ -62,7 +64,7 @@ struct PerChannel {
 
 struct Running {
     PerChannel mean, var;
-    std::int64_t* batches = nullptr;              // num_batches_tracked
+    std::int64_t* batches = nullptr;                // num_batches_tracked
     PerChannel stddev, renorm_mean, renorm_stddev;  // renormalization only
 };
 

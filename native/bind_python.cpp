@@ -119,10 +119,10 @@ class Plan {
     }
 
     Kept* forward(Address x, Index x_stride, Address residual, Index residual_stride, Address mask,
-                 Address y, Index y_stride, Address gamma, int gamma_type, Address beta,
-                 int beta_type, Address running_mean, int running_type, Address running_var, Address batches,
-                  std::optional<nb::tuple> renorm, double eps, double decay, bool batch,
-                  bool update, bool unbiased, int threads) const {
+                  Address y, Index y_stride, Address gamma, int gamma_type, Address beta,
+                  int beta_type, Address running_mean, int running_type, Address running_var,
+                  Address batches, std::optional<nb::tuple> renorm, double eps, double decay,
+                  bool batch, bool update, bool unbiased, int threads) const {
         auto kept = std::make_unique<Kept>(step_.layout);
         Step step = begin(mask, *kept, threads);
         step.x = array("x", x, x_stride);
@@ -171,7 +171,8 @@ class Plan {
         nb::gil_scoped_release release;
         const auto size = static_cast<std::size_t>(2 * step.layout.statistics());
         std::unique_ptr<double[]> sums(new double[size]);
-        if (batch || dgamma != 0 || dbeta != 0 || dresidual != 0) batchnorm::reduce(step, sums.get());
+        if (batch || dgamma != 0 || dbeta != 0 || dresidual != 0)
+            batchnorm::reduce(step, sums.get());
         if (step.dx) batchnorm::apply(step, sums.get());
     }
 
@@ -234,11 +235,10 @@ NB_MODULE(_cpu, m) {
     nb::set_leak_warnings(false);  // plans live in caches until the interpreter ends
     m.doc() = "Compiled passes of batch normalization; batchnorm.kernels.cpu wraps them.";
     m.def("instructions", [] { return std::string(instructions_in_use()); });
-    m.def("use_instructions", [](const std::string& name) { return use_instructions(name.c_str()); },
-          nb::arg("name"));
-    nb::class_<Kept>(m, "Kept")
-        .def("row", &Kept::row, nb::arg("which"))
-        .def("count", &Kept::count);
+    m.def(
+        "use_instructions", [](const std::string& name) { return use_instructions(name.c_str()); },
+        nb::arg("name"));
+    nb::class_<Kept>(m, "Kept").def("row", &Kept::row, nb::arg("which")).def("count", &Kept::count);
     nb::class_<Plan>(m, "Plan")
         .def(nb::init<int, Index, Index, Index, Index, Index, int>(), nb::arg("type"),
              nb::arg("outer"), nb::arg("channels"), nb::arg("inner"), nb::arg("groups"),

@@ -104,8 +104,8 @@ struct Averages {
             const double* means = s.row(Statistics::mean) + g * step.layout.channels + first;
             const double* vars = s.row(Statistics::var) + g * step.layout.channels + first;
             for (Index i = 0; i < n; ++i) {
-                usable[i] = usable[i] && is_finite(step.type, means[i]) &&
-                            is_finite(step.type, vars[i]);
+                usable[i] =
+                    usable[i] && is_finite(step.type, means[i]) && is_finite(step.type, vars[i]);
                 mean[i] += means[i];
                 var[i] += vars[i];
                 unbiased[i] += vars[i] * factor;

@@ -10,8 +10,7 @@ namespace batchnorm {
 void load(const PerChannel& array, Index first, Index n, double* out);
 
 // Mean and variance from sums around an anchor, the mean so far (S2, S3).
-void finish_moments(const Statistics& statistics, Index i, double count, double sum,
-                    double square);
+void finish_moments(const Statistics& statistics, Index i, double count, double sum, double square);
 
 // rstd, scale and offset of channels [first, end) in every group, and the running update.
 // Returns whether any channel was updated (S6, S7, S9-S12).

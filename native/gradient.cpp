@@ -163,8 +163,7 @@ void add_stretch(const T* x, const G* g, Index n, double mean, double low, doubl
         [&](Index r) { return load(x + r * kTile); });
     if (rest == 0) return;
     add_tiles<kHasLow<T>>(
-        1, means, lows, first, second,
-        [&](Index) { return load_some(g + tiles * kTile, rest); },
+        1, means, lows, first, second, [&](Index) { return load_some(g + tiles * kTile, rest); },
         [&](Index) { return load_some(x + tiles * kTile, rest); });
 }
 
@@ -371,7 +370,7 @@ void apply_block(const Step& step, const Block& block, const double* sums) {
     apply_positions<T>(step, block, sums);
 }
 
-#define BATCHNORM_INSTANTIATE(T)                                              \
+#define BATCHNORM_INSTANTIATE(T)                                                \
     template void reduce_block<T>(const Step&, const Block&, double*, double*); \
     template void apply_block<T>(const Step&, const Block&, const double*);
 BATCHNORM_INSTANTIATE(Half)

@@ -13,14 +13,12 @@ void reduce_block(const Step& step, const Block& block, double* sum, double* pro
 template <class T>
 void apply_block(const Step& step, const Block& block, const double* sums);
 
-#define BATCHNORM_PASSES(T) \
-    { moments_block<T>, normalize_block<T>, reduce_block<T>, apply_block<T> }
+#define BATCHNORM_PASSES(T) {moments_block<T>, normalize_block<T>, reduce_block<T>, apply_block<T>}
 #define BATCHNORM_TEXT(name) #name
 #define BATCHNORM_NAME(name) BATCHNORM_TEXT(name)
 
-const Instructions instructions = {
-    BATCHNORM_NAME(BATCHNORM_ISA),
-    {BATCHNORM_PASSES(Half), BATCHNORM_PASSES(Bfloat), BATCHNORM_PASSES(float),
-     BATCHNORM_PASSES(double)}};
+const Instructions instructions = {BATCHNORM_NAME(BATCHNORM_ISA),
+                                   {BATCHNORM_PASSES(Half), BATCHNORM_PASSES(Bfloat),
+                                    BATCHNORM_PASSES(float), BATCHNORM_PASSES(double)}};
 
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -37,7 +37,8 @@ template <int kStep, Activation kAct, class F>
 inline void normalize_line(const F* x, const F* residual, F* __restrict y, Index n,
                            const Coefficients<F>& k) {
     if (residual) {
-        for (Index i = 0; i < n; ++i) y[i] = activate<kAct>(affine<kStep>(x[i], k, i) + residual[i]);
+        for (Index i = 0; i < n; ++i)
+            y[i] = activate<kAct>(affine<kStep>(x[i], k, i) + residual[i]);
     } else {
         for (Index i = 0; i < n; ++i) y[i] = activate<kAct>(affine<kStep>(x[i], k, i));
     }
@@ -138,7 +139,8 @@ struct Lanes {
             if (sums == nullptr) continue;
             rstd[l] = F(s.row(Statistics::rstd)[c]);
             along[l] = F(-weight * s.row(Statistics::rstd)[c] * sums[s.size + c]);
-            shift[l] = F(-weight * sums[c]);  // cancels the gradient of a single row to the bit (S7)
+            shift[l] =
+                F(-weight * sums[c]);  // cancels the gradient of a single row to the bit (S7)
         }
         for (Index l = width; l < lanes; ++l) {
             const Index c = l - width;

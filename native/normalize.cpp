@@ -39,8 +39,7 @@ void rows_of_channels(const Step& s, const Block& b) {
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
         for (Index r = 0; r < n; r += joined) {
             const Index m = (n - r < joined ? n - r : joined) * width;
-            line<1>(element<const T>(s.x, o + r, first),
-                    element<const T>(s.residual, o + r, first),
+            line<1>(element<const T>(s.x, o + r, first), element<const T>(s.residual, o + r, first),
                     element<T>(s.y, o + r, first), m, k, s.options.activation);
         }
         return true;

@@ -26,8 +26,8 @@ struct Instructions {
     Passes passes[4];  // by Type
 };
 
-#define BATCHNORM_DECLARE(isa) \
-    namespace isa {            \
+#define BATCHNORM_DECLARE(isa)              \
+    namespace isa {                         \
     extern const Instructions instructions; \
     }
 BATCHNORM_DECLARE(baseline)

@@ -50,8 +50,8 @@ struct Job {
     std::int64_t tasks;
     int wanted;  // workers beside the caller
     FloatMode mode;
-    int joined = 0;               // workers that ever took part; guarded by the pool's mutex
-    std::atomic<int> active{0};   // workers that are in it now
+    int joined = 0;              // workers that ever took part; guarded by the pool's mutex
+    std::atomic<int> active{0};  // workers that are in it now
     std::atomic<std::int64_t> next{0};
     Job* following = nullptr;  // in the pool's list
 
@@ -63,9 +63,7 @@ struct Job {
         }
         set_float_mode(own);
     }
-    bool open() const {
-        return joined < wanted && next.load(std::memory_order_relaxed) < tasks;
-    }
+    bool open() const { return joined < wanted && next.load(std::memory_order_relaxed) < tasks; }
 };
 
 // The caller drains the queue itself and waits only for workers that have begun: it never

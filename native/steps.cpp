@@ -16,9 +16,9 @@ extern std::atomic<const Instructions*> the_instructions;
 
 namespace {
 
-constexpr Index kMaxBlocks = 64;           // of rows, for one group and one part of the channels
-constexpr Index kTaskElements = 1 << 14;   // a task takes some µs at least
-constexpr Index kThreadElements = 1 << 15; // less than this for each thread: fewer threads
+constexpr Index kMaxBlocks = 64;            // of rows, for one group and one part of the channels
+constexpr Index kTaskElements = 1 << 14;    // a task takes some µs at least
+constexpr Index kThreadElements = 1 << 15;  // less than this for each thread: fewer threads
 
 const Passes& passes(const Step& step) {
     return the_instructions.load(std::memory_order_relaxed)->passes[static_cast<int>(step.type)];
@@ -33,7 +33,7 @@ Threads threads_for(const Step& step, Index elements) {
 
 // How one pass is cut: parts of the channels, times blocks of the positions of each group.
 struct Grid {
-    Index parts, width;   // of channels
+    Index parts, width;    // of channels
     Index groups, blocks;  // most blocks of any group
     Index span;            // lanes of a channel in a row
 
@@ -74,15 +74,15 @@ class MaskCounts {
           scans_(std::clamp<Index>(units(step) / 1024, 1, kMaxScans)),
           counts_(new Index[static_cast<std::size_t>(step.layout.groups * scans_)]) {
         const Layout& layout = step.layout;
-        run_tasks(layout.groups * scans_, threads_for(step, layout.outer * layout.inner),
-                  [&](Index i) {
-                      Index& found = counts_[static_cast<std::size_t>(i)];
-                      found = 0;
-                      for_each_entry(i / scans_, i % scans_, [&](const unsigned char* keep, Index n) {
-                          for (Index e = 0; e < n; ++e) found += keep[e];
-                          return true;
-                      });
-                  });
+        run_tasks(
+            layout.groups * scans_, threads_for(step, layout.outer * layout.inner), [&](Index i) {
+                Index& found = counts_[static_cast<std::size_t>(i)];
+                found = 0;
+                for_each_entry(i / scans_, i % scans_, [&](const unsigned char* keep, Index n) {
+                    for (Index e = 0; e < n; ++e) found += keep[e];
+                    return true;
+                });
+            });
     }
 
     Index total(Index group) const {
@@ -135,7 +135,9 @@ class SumBlocks {
     const Grid& grid() const { return grid_; }
 
     // Real positions of a group.
-    Index count(Index group) const { return real_units(group) * (by_rows(step_) ? step_.layout.inner : 1); }
+    Index count(Index group) const {
+        return real_units(group) * (by_rows(step_) ? step_.layout.inner : 1);
+    }
 
     Index first_real(Index group) const { return counts_ ? counts_->find(group, 0) : 0; }
 
@@ -191,8 +193,7 @@ class Reduction {
         const Index elements = step_.layout.outer * step_.layout.channels * step_.layout.inner;
         run_tasks(grid.tasks(), threads_for(step_, elements), [&](Index i) {
             const Index block = i / grid.parts % grid.blocks;
-            const Block task =
-                blocks_.block(i, blocks_.share(i / grid.parts / grid.blocks, block));
+            const Block task = blocks_.block(i, blocks_.share(i / grid.parts / grid.blocks, block));
             const Index at = task.group * step_.layout.channels + task.channel;
             double* sum = partial_.get() + 2 * block * size_ + at;
             if (task.rows > 0) return pass(step_, task, sum, sum + size_);
@@ -260,8 +261,7 @@ void for_each_block(const Step& step, F f) {
     run_tasks(grid.tasks(), threads_for(step, elements), [&](Index forward) {
         const Index i = grid.tasks() - 1 - forward;
         const Index part = i % grid.parts, first = part * grid.width;
-        const Share share =
-            even_share(units(step), grid.blocks, i / grid.parts % grid.blocks);
+        const Share share = even_share(units(step), grid.blocks, i / grid.parts % grid.blocks);
         if (share.rows == 0) return;
         f(Block{i / grid.parts / grid.blocks, share.first, share.rows, first,
                 std::min(grid.width, layout.channels - first)});
@@ -286,8 +286,8 @@ void moments(const Step& step) {
         reduction.run(passes(step).moments);
         for_channels(step, [&](Index first, Index end) {
             for (Index g = 0; g < step.layout.groups; ++g) {
-                for (Index i = g * step.layout.channels + first;
-                     i < g * step.layout.channels + end; ++i) {
+                for (Index i = g * step.layout.channels + first; i < g * step.layout.channels + end;
+                     ++i) {
                     double sum, square;
                     reduction.totals(i, sum, square);
                     finish_moments(s, i, s.count()[g], sum, square);

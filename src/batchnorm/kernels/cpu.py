@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,18 @@ _ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2}
 def missing_reason() -> str | None:
     """Why there are no compiled passes, or None."""
     return _reason if _cpu is None else None
+
+
+def warn_if_missing() -> None:
+    """Say once, when a front end is imported, that it will be slow."""
+    if _cpu is None:
+        warnings.warn(
+            f"batchnorm: {_reason}; layers use plain array code, which is several times slower. "
+            "Install a C++17 compiler and run `pip install --force-reinstall batchnorm`; "
+            "batchnorm.show_config() says what is in use.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def instructions() -> str:
@@ -118,7 +132,10 @@ def row_distance(
 
 @lru_cache(maxsize=4096)
 def view_mask(
-    geometry: Geometry, shape: tuple[int, ...], mask_shape: tuple[int, ...], strides: tuple[int, ...]
+    geometry: Geometry,
+    shape: tuple[int, ...],
+    mask_shape: tuple[int, ...],
+    strides: tuple[int, ...],
 ) -> MaskView | None:
     """How a mask of x's rank, sizes x's or 1, is read; None if it must be copied first."""
     order, (first, last) = geometry.order, geometry.split
@@ -196,7 +213,7 @@ def _collapse(axes: Sequence[tuple[int, int]]) -> int | None:
     wide = [(size, stride) for size, stride in axes if size != 1]
     if not wide:
         return 0
-    for (_, stride), (size, inner) in zip(wide, wide[1:], strict=False):
+    for (_, stride), (size, inner) in pairwise(wide):
         if stride != size * inner:
             return None
     return wide[-1][1]

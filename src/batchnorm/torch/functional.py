@@ -13,7 +13,8 @@ from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_runni
 from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
 from batchnorm.core.running import Running
 from batchnorm.kernels.select import refuse_fused
-from batchnorm.torch import checks, fused as kernels, jagged
+from batchnorm.torch import checks, jagged
+from batchnorm.torch import fused as kernels
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot
 
@@ -247,9 +248,7 @@ def _by_kernel(
     """y, or why no kernel can compute it."""
     if prepared is None:
         return "x is not a plain tensor, or a compiler or transformation of torch is at work"
-    refusal = prepared.refusal or kernels.refuse_tensors(
-        (x, mask, *parameters, residual), running
-    )
+    refusal = prepared.refusal or kernels.refuse_tensors((x, mask, *parameters, residual), running)
     if refusal is not None:
         return refusal
     again = recomputation_flag(x) is True

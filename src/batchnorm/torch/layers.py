@@ -261,14 +261,11 @@ class BatchNorm(RunningStatistics):
             self.momentum = config.check_number(owner, "momentum", momentum, 0.0, 1.0)
 
     def _options(self) -> config.Options:
+        decay = None if self.num_batches_tracked is not None else 1.0
         if self.momentum is not None:
             decay = 1.0 - self.momentum
-        else:
-            decay = None if self.num_batches_tracked is not None else 1.0
         make = config.Options if torch.compiler.is_compiling() else _cached_options
-        return make(
-            self.eps, decay, True, self.virtual_batch_size, self.renorm, self.activation
-        )
+        return make(self.eps, decay, True, self.virtual_batch_size, self.renorm, self.activation)
 
     def _ambient_mask(self, owner: str, x: Tensor) -> Tensor | None:
         if not masking.in_use() and not self._masked_by_context:

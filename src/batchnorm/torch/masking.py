@@ -168,9 +168,7 @@ def _at_resolution(
     owner: str, ambient: _Ambient, rows: Sequence[int], device: torch.device
 ) -> Tensor:
     """The ambient mask with the layer's row sizes, or a prefix of them."""
-    mask = checks.to_boolean(
-        checks.check_mask(f"{owner} in padding_mask", ambient.mask, device)
-    )
+    mask = checks.to_boolean(checks.check_mask(f"{owner} in padding_mask", ambient.mask, device))
     assert mask is not None
     sizes, wanted = tuple(mask.shape), tuple(rows)
     if len(sizes) <= len(wanted) and sizes == wanted[: len(sizes)]:

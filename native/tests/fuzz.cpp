@@ -1,0 +1,564 @@
+// Randomized test of the kernels, without Python: fuzz [cases [seed]].
+//
+// Every case is compared with a naive reference, and with itself on every instruction set and on
+// several numbers of threads, to the bit. Case number k of seed s is case 0 of seed s + k, so
+// that `fuzz 1 SEED` repeats the one that failed.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <iterator>
+#include <stdexcept>
+#include <thread>
+
+#include "cases.hpp"
+
+extern "C" {
+// There only under some sanitizer, and under the thread sanitizer.
+__attribute__((weak)) void __sanitizer_set_death_callback(void (*)());
+__attribute__((weak)) void __tsan_init();
+}
+
+namespace batchnorm::tests {
+namespace {
+
+constexpr int kThreadNumbers[] = {1, 2, 3, 8, 16};
+
+struct Failure : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// ------------------------------------------------------------------- one run
+
+struct Placed {
+    Buffer buffer;
+    Array array;
+};
+
+struct Result {
+    std::vector<double> count, batch_mean, batch_var, y;
+    std::vector<double> mean, var, stddev, renorm_mean, renorm_stddev;
+    std::vector<double> dx, dresidual, dgamma, dbeta;
+    std::int64_t batches = 0;
+};
+
+// Results by name, with what a reference holds of the same name.
+struct Field {
+    const char* name;
+    std::vector<double> Result::*values;
+    Values Reference::*expected;
+};
+
+constexpr Field kFields[] = {
+    {"count", &Result::count, &Reference::count},
+    {"batch mean", &Result::batch_mean, &Reference::batch_mean},
+    {"batch variance", &Result::batch_var, &Reference::batch_var},
+    {"y", &Result::y, &Reference::y},
+    {"running mean", &Result::mean, &Reference::mean},
+    {"running variance", &Result::var, &Reference::var},
+    {"moving stddev", &Result::stddev, &Reference::stddev},
+    {"renorm mean", &Result::renorm_mean, &Reference::renorm_mean},
+    {"renorm stddev", &Result::renorm_stddev, &Reference::renorm_stddev},
+    {"dx", &Result::dx, &Reference::dx},
+    {"dresidual", &Result::dresidual, &Reference::dresidual},
+    {"dgamma", &Result::dgamma, &Reference::dgamma},
+    {"dbeta", &Result::dbeta, &Reference::dbeta},
+};
+
+// A case's inputs in memory, used by any number of runs.
+class Inputs {
+  public:
+    explicit Inputs(const Case& c) : c(c), random_(c.seed ^ 0x5bd1e995u) {
+        const Problem& p = c.problem;
+        x = place(&p.x), dy = place(&p.dy);
+        if (!p.residual.empty()) residual = place(&p.residual);
+        gamma = place(p.gamma, p.gamma_type), beta = place(p.beta, p.beta_type);
+        before_ = fingerprint();
+    }
+
+    // An array like x, with rows somewhere of their own; NaN without values.
+    Placed place(const std::vector<double>* values) {
+        const Layout& layout = c.problem.layout;
+        const Index bytes = bytes_of(c.problem.type), row = layout.channels * layout.inner;
+        const Index stride = c.placement.huge ? row + (random_.below(3) << 31) + random_.below(9)
+                             : random_.chance(0.5) ? row
+                                                   : row + random_.below(40);
+        Placed placed;
+        placed.buffer =
+            Buffer(layout.outer, row * bytes, stride * bytes, random_.below(32) * bytes);
+        placed.array = {placed.buffer.data(), stride};
+        if (layout.outer * row == 0 && random_.chance(0.5)) placed.array.data = nullptr;
+        if (values == nullptr) return placed;
+        for (Index o = 0; o < layout.outer; ++o) {
+            for (Index i = 0; i < row; ++i)
+                write(c.problem.type, placed.array.data, o * stride + i,
+                      (*values)[static_cast<std::size_t>(o * row + i)]);
+        }
+        return placed;
+    }
+
+    // A per-channel array; no memory where there are no values.
+    Buffer place(const std::vector<double>& values, Type type) {
+        if (values.empty()) return {};
+        Buffer buffer = place(static_cast<Index>(values.size()), type);
+        for (std::size_t i = 0; i < values.size(); ++i)
+            write(type, buffer.data(), static_cast<Index>(i), values[i]);
+        return buffer;
+    }
+
+    Buffer place(Index n, Type type) {
+        const Index bytes = bytes_of(type);
+        return Buffer(1, n * bytes, n * bytes, random_.below(16) * bytes);
+    }
+
+    void check() const {
+        for (const Buffer* b : buffers()) {
+            if (!b->intact()) throw Failure("memory around an input was written");
+        }
+        if (fingerprint() != before_) throw Failure("an input was written");
+    }
+
+    const Case& c;
+    Placed x, dy, residual;
+    Buffer gamma, beta;
+
+  private:
+    std::array<const Buffer*, 6> buffers() const {
+        return {&x.buffer, &dy.buffer, &residual.buffer, &gamma, &beta, &c.mask};
+    }
+
+    std::uint64_t fingerprint() const {
+        std::uint64_t all = 0;
+        for (const Buffer* b : buffers()) all = all * 31 + b->fingerprint();
+        return all;
+    }
+
+    Random random_;
+    std::uint64_t before_;
+};
+
+// One forward and backward step on fresh outputs.
+class Run {
+  public:
+    Run(Inputs& inputs, int threads) : in(inputs), c(inputs.c), p(c.problem), threads_(threads) {
+        allocate();
+        forward();
+        backward();
+        inputs.check();
+        check_surroundings();
+    }
+
+    Result result() const {
+        Result r = moments_;
+        r.y = values(y), r.dx = values(dx), r.dresidual = values(dresidual);
+        r.dgamma = values(dgamma, p.gamma_type), r.dbeta = values(dbeta, p.beta_type);
+        r.mean = values(mean, p.running_type), r.var = values(var, p.running_type);
+        r.stddev = values(stddev, p.running_type);
+        r.renorm_mean = values(renorm_mean, p.running_type);
+        r.renorm_stddev = values(renorm_stddev, p.running_type);
+        r.batches = batches_;
+        return r;
+    }
+
+  private:
+    void allocate() {
+        const Placement& place = c.placement;
+        const Index n = p.layout.channels;
+        y = in.place(nullptr);
+        if (place.wants_dx) dx = in.place(nullptr);
+        if (place.wants_dresidual) dresidual = in.place(nullptr);
+        if (place.wants_dgamma) dgamma = in.place(n, p.gamma_type);
+        if (place.wants_dbeta) dbeta = in.place(n, p.beta_type);
+        mean = in.place(p.mean, p.running_type), var = in.place(p.var, p.running_type);
+        stddev = in.place(p.stddev, p.running_type);
+        renorm_mean = in.place(p.renorm_mean, p.running_type);
+        renorm_stddev = in.place(p.renorm_stddev, p.running_type);
+        batches_ = p.batches;
+        kept = in.place(Statistics::doubles(p.layout), Type::f64);
+        sums = in.place(2 * p.layout.statistics(), Type::f64);
+    }
+
+    Step begin() const {
+        Step step;
+        step.type = p.type, step.layout = p.layout;
+        if (c.placement.masked) {
+            step.mask = c.placement.mask;
+            step.mask.data = c.mask.data();
+        }
+        step.options.activation = p.options.activation, step.options.batch = p.options.batch;
+        step.options.threads = threads_;
+        step.x = in.x.array;
+        step.statistics = {reinterpret_cast<double*>(kept.data()), p.layout.statistics()};
+        return step;
+    }
+
+    void forward() {
+        Step step = begin();
+        step.options = p.options, step.options.threads = threads_;
+        step.y = y.array, step.residual = in.residual.array;
+        step.gamma = {in.gamma.data(), p.gamma_type}, step.beta = {in.beta.data(), p.beta_type};
+        Running& running = step.running;
+        running.mean = {mean.data(), p.running_type}, running.var = {var.data(), p.running_type};
+        if (c.placement.counts_batches) running.batches = &batches_;
+        if (p.options.renorm) {
+            running.stddev = {stddev.data(), p.running_type};
+            running.renorm_mean = {renorm_mean.data(), p.running_type};
+            running.renorm_stddev = {renorm_stddev.data(), p.running_type};
+        }
+        if (p.options.batch) {
+            moments(step);
+            keep_moments(step.statistics);
+        }
+        normalize(step);
+    }
+
+    void keep_moments(const Statistics& s) {
+        if (p.layout.channels == 0) return;
+        moments_.count.assign(s.count(), s.count() + p.layout.groups);
+        for (Index i = 0; i < s.size; ++i) {
+            moments_.batch_mean.push_back(s.row(Statistics::mean)[i] + s.row(Statistics::low)[i]);
+            moments_.batch_var.push_back(s.row(Statistics::var)[i]);
+        }
+    }
+
+    void backward() {
+        Step step = begin();
+        step.dy = in.dy.array, step.dx = dx.array, step.dresidual = dresidual.array;
+        if (p.reads_y) step.y = y.array;
+        step.dgamma = {dgamma.data(), p.gamma_type}, step.dbeta = {dbeta.data(), p.beta_type};
+        double* found = reinterpret_cast<double*>(sums.data());
+        if (p.options.batch || dgamma || dbeta || dresidual.buffer) reduce(step, found);
+        if (dx.buffer) apply(step, found);
+    }
+
+    void check_surroundings() const {
+        const Buffer* const all[] = {&y.buffer, &dx.buffer,   &dresidual.buffer, &dgamma, &dbeta,
+                                     &mean,     &var,         &stddev,           &renorm_mean,
+                                     &renorm_stddev, &kept,   &sums};
+        for (const Buffer* b : all) {
+            if (!b->intact()) throw Failure("memory around an output was written");
+        }
+    }
+
+    std::vector<double> values(const Placed& placed) const {
+        std::vector<double> found;
+        if (!placed.buffer) return found;
+        const Index row = p.layout.channels * p.layout.inner;
+        found.reserve(static_cast<std::size_t>(p.layout.outer * row));
+        for (Index o = 0; o < p.layout.outer; ++o) {
+            for (Index i = 0; i < row; ++i)
+                found.push_back(read(p.type, placed.array.data, o * placed.array.stride + i));
+        }
+        return found;
+    }
+
+    std::vector<double> values(const Buffer& buffer, Type type) const {
+        std::vector<double> found;
+        if (!buffer) return found;
+        for (Index i = 0; i < p.layout.channels; ++i) found.push_back(read(type, buffer.data(), i));
+        return found;
+    }
+
+    Inputs& in;
+    const Case& c;
+    const Problem& p;
+    int threads_;
+    Placed y, dx, dresidual;
+    Buffer dgamma, dbeta, mean, var, stddev, renorm_mean, renorm_stddev, kept, sums;
+    std::int64_t batches_ = 0;
+    Result moments_;
+};
+
+Result run(Inputs& inputs, int threads) { return Run(inputs, threads).result(); }
+
+// --------------------------------------------------------------- comparisons
+
+std::string at(const char* name, std::size_t i, double found, double expected, double error) {
+    char text[200];
+    std::snprintf(text, sizeof text, "%s[%zu] is %.17g, must be %.17g (to %.3g)", name, i, found,
+                  expected, error);
+    return text;
+}
+
+bool is_close(double found, Real expected, Real error, Real most) {
+    if (error == kAnything) return true;
+    if (std::isnan(expected)) return !std::isfinite(found);
+    if (std::isinf(expected)) return found == expected;
+    if (std::isinf(found)) return std::fabs(expected) + error >= most && (found > 0) == (expected > 0);
+    return std::fabs(found - expected) <= error;
+}
+
+Type type_of(const Problem& p, const char* name) {
+    if (std::strcmp(name, "dgamma") == 0) return p.gamma_type;
+    return std::strcmp(name, "dbeta") == 0 ? p.beta_type : p.type;
+}
+
+void compare(const Case& c, const Result& found, const Reference& reference) {
+    const Problem& p = c.problem;
+    for (const Field& field : kFields) {
+        const std::vector<double>& values = found.*field.values;
+        const Values& expected = reference.*field.expected;
+        const Real most = largest(type_of(p, field.name)) * (1 - 2 * half_ulp(p.type));
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            const Real value = expected.value[i], error = expected.error[i];
+            if (is_close(values[i], value, error, most)) continue;
+            throw Failure(at(field.name, i, values[i], double(value), double(error)));
+        }
+    }
+    const std::int64_t batches = c.placement.counts_batches ? reference.batches : p.batches;
+    if (found.batches != batches) throw Failure("the number of batches is wrong");
+}
+
+bool same_bits(double a, double b) {
+    return std::memcmp(&a, &b, sizeof a) == 0 || (std::isnan(a) && std::isnan(b));
+}
+
+void compare_bits(const char* name, const std::vector<double>& a, const std::vector<double>& b) {
+    if (a.size() != b.size()) throw Failure(std::string(name) + ": sizes differ");
+    for (std::size_t i = 0; i < a.size(); ++i) {
+        if (!same_bits(a[i], b[i])) throw Failure(at(name, i, a[i], b[i], 0));
+    }
+}
+
+void compare_bits(const Result& a, const Result& b) {
+    for (const Field& field : kFields) compare_bits(field.name, a.*field.values, b.*field.values);
+    if (a.batches != b.batches) throw Failure("the number of batches differs");
+}
+
+// The elements of an array that lie in real rows.
+std::vector<double> real_rows(const Problem& p, const std::vector<double>& values) {
+    std::vector<double> found;
+    const Index row = p.layout.channels;
+    for (Index o = 0; o < p.layout.outer && !values.empty(); ++o) {
+        if (!p.is_real(o, 0)) continue;
+        found.insert(found.end(), values.begin() + o * row, values.begin() + (o + 1) * row);
+    }
+    return found;
+}
+
+void check_packed(const Case& c, Result whole) {
+    const Case packed = pack(c);
+    Inputs inputs(packed);
+    const Result alone = run(inputs, 2);
+    for (auto member : {&Result::y, &Result::dx, &Result::dresidual})
+        whole.*member = real_rows(c.problem, whole.*member);
+    try {
+        compare_bits(whole, alone);
+    } catch (const Failure& failure) {
+        throw Failure(std::string("unlike the packed input: ") + failure.what());
+    }
+}
+
+void check_determinism(Inputs& inputs, const Result& first, const char* instructions) {
+    for (int threads : kThreadNumbers) {
+        try {
+            compare_bits(run(inputs, threads), first);
+        } catch (const Failure& failure) {
+            throw Failure(std::string(instructions) + ", " + std::to_string(threads) +
+                          " threads, unlike another run: " + failure.what());
+        }
+    }
+}
+
+// ------------------------------------------------------------------ each case
+
+std::vector<const char*> instruction_sets() {
+    const std::string best = instructions_in_use();
+    std::vector<const char*> found;
+    for (const char* name : {"baseline", "avx2", "avx512"}) {
+        if (use_instructions(name)) found.push_back(name);
+    }
+    use_instructions(best.c_str());
+    return found;
+}
+
+void check_case(const Case& c, const std::vector<const char*>& sets) {
+    const Problem& p = c.problem;
+    Inputs inputs(c);
+    use_instructions(sets.back());
+    const Result first = run(inputs, 1);
+    Reference reference(p);
+    reference.backward(first.y);
+    compare(c, first, reference);
+    if (p.layout.inner == 1 && p.layout.groups == 1) check_packed(c, first);
+    for (const char* set : sets) {
+        use_instructions(set);
+        check_determinism(inputs, first, set);
+    }
+}
+
+// ---------------------------------------------------------------- conversions
+
+// All values of a half type, times a float32 factor: exactly rounded (S16).
+void check_conversions(Type type, float factor) {
+    Case c;
+    Problem& p = c.problem;
+    p.type = type, p.options.batch = false, p.options.eps = 0;
+    p.layout = {1, 1, 65536, 1, 1};
+    for (unsigned bits = 0; bits < 65536; ++bits)
+        p.x.push_back(decode_half(static_cast<std::uint16_t>(bits), type));
+    p.dy = p.x;
+    p.gamma = {factor};
+    c.placement.wants_dgamma = c.placement.wants_dbeta = false;
+    Inputs inputs(c);
+    const Result found = run(inputs, 1);
+    for (std::size_t i = 0; i < p.x.size(); ++i) {
+        const double expected = rounded(type, static_cast<float>(p.x[i]) * factor);
+        for (double value : {found.y[i], found.dx[i]}) {
+            if (value == expected || (std::isnan(value) && std::isnan(expected))) continue;
+            throw Failure(at("conversion", i, value, expected, 0));
+        }
+    }
+}
+
+void check_conversions(const std::vector<const char*>& sets) {
+    for (const char* set : sets) {
+        use_instructions(set);
+        for (Type type : {Type::f16, Type::bf16}) {
+            for (float factor : {1.0f, 0.33333334f, 1.7f, 1e-5f, 3e4f}) check_conversions(type, factor);
+        }
+    }
+}
+
+// -------------------------------------------------------- threads and processes
+
+// A case that several threads share, whatever the seed.
+Case draw_shared_case(std::uint64_t seed) {
+    for (;; ++seed) {
+        Case c = draw_case(seed);
+        if (c.problem.x.size() > 70000 && c.problem.x.size() < 200000) return c;
+    }
+}
+
+// Steps of several threads at once, each on data of its own.
+void check_concurrency(std::uint64_t seed, int callers, int steps) {
+    std::vector<std::string> failures(static_cast<std::size_t>(callers));
+    std::vector<std::thread> threads;
+    for (int t = 0; t < callers; ++t) {
+        threads.emplace_back([&, t] {
+            try {
+                const Case c = draw_shared_case(seed + static_cast<std::uint64_t>(100 * t));
+                Inputs inputs(c);
+                const Result alone = run(inputs, 1);
+                for (int s = 0; s < steps; ++s) compare_bits(run(inputs, 2 + (s + t) % 3), alone);
+            } catch (const std::exception& failure) {
+                failures[static_cast<std::size_t>(t)] = failure.what();
+            }
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (const std::string& failure : failures) {
+        if (!failure.empty()) throw Failure("steps at the same time: " + failure);
+    }
+}
+
+// Exit status of a child that takes the same step on several threads.
+int step_in_child(Inputs& inputs, const Result& expected) {
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(60);  // a child that waits for ever for its parent's threads fails
+        try {
+            compare_bits(run(inputs, 4), expected);
+        } catch (const std::exception&) {
+            _exit(1);
+        }
+        _exit(0);
+    }
+    int status = -1;
+    if (child > 0) waitpid(child, &status, 0);
+    return status;
+}
+
+// The pool's threads stay behind in the parent. With `busy`, others are in the midst of a step.
+void check_fork(std::uint64_t seed, bool busy) {
+    const Case c = draw_shared_case(seed);
+    Inputs inputs(c);
+    const Result expected = run(inputs, 4);
+    std::atomic<bool> stop{false};
+    std::thread other([&] {
+        if (!busy) return;
+        Inputs own(c);
+        while (!stop.load()) run(own, 4);
+    });
+    int status = 0;
+    for (int i = 0; i < 5 && status == 0; ++i) status = step_in_child(inputs, expected);
+    stop.store(true);
+    other.join();
+    if (status != 0) throw Failure("a step in a child process failed");
+    compare_bits(run(inputs, 4), expected);
+}
+
+bool under_thread_sanitizer() { return __tsan_init != nullptr; }
+bool under_any_sanitizer() { return __sanitizer_set_death_callback != nullptr; }
+
+void check_processes(std::uint64_t seed) {
+    // It refuses to start threads in the child of a process that has several.
+    if (under_thread_sanitizer()) return;
+    check_fork(seed, false);
+    // A sanitizer's own locks may be held by another thread at the fork.
+    if (!under_any_sanitizer()) check_fork(seed, true);
+}
+
+// ----------------------------------------------------------------------- main
+
+char doing[2000];  // for when a signal ends the test
+
+void set_doing(const std::string& text) {
+    std::snprintf(doing, sizeof doing, "%s\n", text.c_str());
+}
+
+void tell_doing() {
+    if (::write(2, "during ", 7) < 0 || ::write(2, doing, std::strlen(doing)) < 0) return;
+}
+
+void on_signal(int signal) {
+    tell_doing();
+    std::signal(signal, SIG_DFL);
+    std::raise(signal);
+}
+
+void tell_of_crashes() {
+    if (under_any_sanitizer()) return __sanitizer_set_death_callback(tell_doing);
+    for (int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) std::signal(signal, on_signal);
+}
+
+void check_all(std::uint64_t cases, std::uint64_t seed) {
+    const std::vector<const char*> sets = instruction_sets();
+    set_doing("conversions");
+    check_conversions(sets);
+    for (std::uint64_t k = 0; k < cases; ++k) {
+        const Case c = draw_case(seed + k);
+        set_doing(describe(c));
+        check_case(c, sets);
+    }
+    use_instructions(sets.back());
+    set_doing("steps at the same time");
+    check_concurrency(seed, 4, 10);
+    set_doing("steps after fork");
+    check_processes(seed);
+    std::printf("%llu cases from seed %llu on", static_cast<unsigned long long>(cases),
+                static_cast<unsigned long long>(seed));
+    for (const char* set : sets) std::printf(" %s", set);
+    std::printf(": fine\n");
+}
+
+}  // namespace
+}  // namespace batchnorm::tests
+
+int main(int argc, char** argv) {
+    using namespace batchnorm::tests;
+    const std::uint64_t cases = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 400;
+    const std::uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+    tell_of_crashes();
+    try {
+        check_all(cases, seed);
+    } catch (const std::exception& failure) {
+        std::printf("%s%s\n", doing, failure.what());
+        return 1;
+    }
+    return 0;
+}

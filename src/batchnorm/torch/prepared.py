@@ -1,0 +1,195 @@
+"""What is decided once for calls of the same shapes, memory and options; and what is not plain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm.core.layout import Layout, make_layout
+from batchnorm.core.running import Running
+from batchnorm.kernels import cpu
+from batchnorm.kernels.select import select_kernel
+
+NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+cpu.warn_if_missing()
+_TEAM = cpu.find_team(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+
+
+class Prepared(NamedTuple):
+    """What a call's shapes, memory and options decide.
+
+    Attributes:
+        layout: of x.
+        refusal: why no kernel serves such calls, or None.
+        plan: compiled side; None where x or the mask must be copied into other memory first.
+        geometry: of x's memory; None like plan.
+        mask_shape: the mask's shape in x's rank, or None.
+    """
+
+    layout: Layout
+    refusal: str | None
+    plan: Any = None
+    geometry: cpu.Geometry | None = None
+    mask_shape: tuple[int, ...] | None = None
+
+
+@lru_cache(maxsize=4096)
+def prepare(
+    owner: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    axis: int | tuple[int, ...],
+    virtual_batch_size: int | None,
+    adjusted: bool,
+    activation: str | None,
+    mask: tuple[tuple[int, ...], tuple[int, ...], int] | None,
+) -> Prepared:
+    """Decide how calls of these shapes run; `mask` is its shape, strides and bytes an element.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    # Plain tuples: torch.Size would show in error messages.
+    layout = make_layout(owner, tuple(shape), axis, virtual_batch_size)
+    mask_shape = None if mask is None else layout.mask_shape(tuple(mask[0]), owner)
+    per_channel = mask_shape is not None and any(mask_shape[a] != 1 for a in layout.channel_axes)
+    choice = select_kernel("cpu", NAMES[dtype], adjusted=adjusted, per_channel_mask=per_channel)
+    if choice.kernel is None:
+        return Prepared(layout, choice.reason)
+    geometry = cpu.find_geometry(layout, strides)
+    if geometry is None:
+        return Prepared(layout, None, mask_shape=mask_shape)
+    view, width = None, 1
+    if mask is not None:
+        assert mask_shape is not None
+        width = mask[2]
+        view = cpu.view_mask(geometry, shape, mask_shape, _strides_in(mask_shape, mask))
+        if view is None:
+            return Prepared(layout, None, mask_shape=mask_shape)
+    plan = cpu.make_plan(layout, geometry, NAMES[dtype], activation, view, width, _TEAM)
+    return Prepared(layout, None, plan, geometry, mask_shape)
+
+
+def rearrange(
+    x: Tensor, mask: Tensor | None, prepared: Prepared, activation: str | None
+) -> tuple[Tensor, Tensor | None, Prepared]:
+    """x and the mask copied, as far as needed, into memory that the kernels can walk."""
+    layout = prepared.layout
+    geometry = cpu.find_geometry(layout, x.stride())
+    if geometry is None:
+        x = x.contiguous()
+        geometry = cpu.find_geometry(layout, x.stride())
+    if geometry is None:
+        return x, mask, prepared
+    view, width = None, 1
+    if mask is not None:
+        assert prepared.mask_shape is not None
+        mask, width = mask.reshape(prepared.mask_shape), mask.element_size()
+        view = cpu.view_mask(geometry, layout.shape, prepared.mask_shape, mask.stride())
+        if view is None:
+            sizes = [1 if a in layout.channel_axes else n for a, n in enumerate(layout.shape)]
+            rest = [a for a in range(x.dim()) if a not in geometry.order]
+            order = [*geometry.order, *rest]
+            dense = mask.expand(sizes).permute(order).contiguous()
+            mask = dense.permute([order.index(a) for a in range(x.dim())])
+            view = cpu.view_mask(geometry, layout.shape, tuple(sizes), mask.stride())
+            prepared = prepared._replace(mask_shape=tuple(sizes))
+    plan = cpu.make_plan(layout, geometry, NAMES[x.dtype], activation, view, width, _TEAM)
+    return x, mask, prepared._replace(plan=plan, geometry=geometry)
+
+
+def _strides_in(
+    wanted: tuple[int, ...], mask: tuple[tuple[int, ...], tuple[int, ...], int]
+) -> tuple[int, ...]:
+    """The strides of a mask that is viewed with axes of size 1 put in between."""
+    shape, strides, _ = mask
+    if len(shape) == len(wanted):
+        return strides
+    known = iter(zip(shape, strides, strict=True))
+    found, pending = [], next(known, None)
+    for n in wanted:
+        if pending is not None and n == pending[0]:
+            found.append(pending[1])
+            pending = next(known, None)
+        else:
+            found.append(0)
+    return tuple(found)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x, and the moment, are such that its memory may be touched directly."""
+    return (
+        type(x) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and has_memory(x)
+    )
+
+
+def has_memory(a: Tensor) -> bool:
+    """Whether its memory holds its values: no wrapper of a transformation, no lazy negation."""
+    functorch = torch._C._functorch
+    return not (
+        functorch.is_functorch_wrapped_tensor(a)
+        or functorch.is_legacy_batchedtensor(a)  # is_grads_batched=True
+        or a.is_neg()
+    )
+
+
+def refuse_tensors(tensors: Sequence[Tensor | None], running: Running | None) -> str | None:
+    """What the kernels have against these tensors, or None."""
+    for a in tensors:
+        if a is not None and not (a.is_cpu and type(a) in _PLAIN):
+            return f"there is none for a {type(a).__name__} on device {a.device}"
+    if running is None:
+        return None
+    dtype = running.mean.dtype
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        return f"it keeps float32 or float64 statistics, and got {dtype}"
+    for a in (running.mean, running.var, *running[3:]):
+        if a is not None and not (
+            a.is_cpu and type(a) in _PLAIN and a.dtype is dtype and a.is_contiguous()
+        ):
+            return "it takes contiguous running statistics of one type, on the CPU"
+    batches = running.batches
+    if batches is not None and not (batches.is_cpu and batches.dtype is torch.int64):
+        return f"it counts batches in int64 on the CPU, and got {batches.dtype}"
+    return None
+
+
+def like(a: Tensor, x: Tensor, prepared: Prepared) -> Tensor:
+    """A tensor of x's shape, copied if it does not lie in memory as x does."""
+    if a.stride() == x.stride():
+        return a
+    assert prepared.geometry is not None
+    if cpu.row_distance(prepared.geometry, prepared.layout.shape, a.stride()) is not None:
+        return a
+    return torch.empty_like(x).copy_(a)
+
+
+def row_of(a: Tensor, x: Tensor, prepared: Prepared) -> int:
+    """The distance between rows of a tensor that `like` has returned."""
+    assert prepared.geometry is not None
+    if a.stride() == x.stride():
+        return prepared.geometry.row
+    row = cpu.row_distance(prepared.geometry, prepared.layout.shape, a.stride())
+    assert row is not None
+    return row

@@ -1,0 +1,83 @@
+"""The kernels' gradient once more, in differentiable operations, for higher derivatives (S8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.core.moments import centre
+from batchnorm.core.namespace import select
+from batchnorm.core.normalize import (
+    Affine,
+    activation_gradient,
+    normalize_batch,
+    normalize_running,
+)
+from batchnorm.kernels import cpu
+from batchnorm.torch.namespace import XP
+
+
+def differentiable_backward(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    y: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The same gradients by the plain path, differentiable again in dy, x and weight (S8)."""
+    call = ctx.call
+    wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
+    layout = call.prepared.layout
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if call.options.activation is not None:
+        dy = activation_gradient(dy, y, call.options.activation, XP)
+    real = None if mask is None else mask != 0
+    inputs = [a for a, wanted in ((x, wants_x), (weight, wants_weight)) if wanted and a is not None]
+    found: list[Any] = []
+    if inputs:
+        with torch.enable_grad():
+            z = _replay(call, ctx, x.to(work), weight, real)
+            z = z.to(x.dtype)
+        again = torch.is_grad_enabled()
+        found = list(torch.autograd.grad(z, inputs, dy, create_graph=again))
+    dx = found.pop(0) if wants_x else None
+    dweight = found.pop(0) if wants_weight else None
+    dbias = None
+    if wants_bias:
+        reduced = tuple(a for a in range(x.dim()) if a not in layout.channel_axes)
+        total = XP.sum(select(real, dy.to(work), 0.0, XP), axis=reduced, keepdims=False)
+        dbias = total.to(ctx.bias_type)
+    return dx, dweight, dbias, dy if wants_residual else None, None
+
+
+def _replay(call: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
+    """What the forward step made of x and gamma, in differentiable operations."""
+    layout, options = call.prepared.layout, call.options
+
+    def row(name: str) -> Tensor:
+        values = torch.from_numpy(ctx.kept.row(cpu.STATISTICS[name]))
+        return values.to(x.dtype, copy=True).reshape(layout.statistics)
+
+    affine = Affine(gamma=layout.expand(None if weight is None else weight.to(x.dtype), XP))
+    if not call.batch:
+        return normalize_running(x, row("mean"), row("var"), mask, affine, eps=options.eps, xp=XP)
+    if ctx.renorm:
+        affine = affine._replace(r=row("r"), d=row("d"))
+    split, real = layout.split(x, XP), layout.split(mask, XP)
+    centred = centre(split, real, layout.reduced, eps=options.eps, xp=XP)
+    # Where a group is empty all its rows are padding, whose values no gradient depends on.
+    fallback = (torch.zeros_like(centred.power), torch.ones_like(centred.power))
+    z = normalize_batch(
+        split,
+        centred,
+        real,
+        affine,
+        fallback,
+        eps=options.eps,
+        correction=options.correction,
+        xp=XP,
+    )
+    return layout.merge(z, XP)
