@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
+FUZZ ?= 250
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test lint format bench dist clean
+.PHONY: demo test lint format bench dist sanitize clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -31,6 +33,18 @@ bench: $(VENV)/.installed
 # The packages, and that they install and run where there is no compiler.
 dist: $(VENV)/.installed
 	VENV=$(VENV) ./.ci/check-packages
+
+# The kernels alone, with random input, under each sanitizer: some minutes.
+sanitize: $(CMAKE)
+	for s in address undefined thread; do \
+	    $(CMAKE) -S . -B build/sanitize-$$s -DBATCHNORM_PYTHON=OFF -DBATCHNORM_FUZZ=ON \
+	        -DBATCHNORM_SANITIZE=$$s && \
+	    $(CMAKE) --build build/sanitize-$$s --parallel $(WORKERS) && \
+	    build/sanitize-$$s/fuzz $(FUZZ) || exit 1; \
+	done
+
+$(BIN)/cmake: $(VENV)/.installed
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet cmake
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.png

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from cases import Case
 from torch import Tensor
 
 import batchnorm
+from cases import Case
 
 EPS = 1e-5
 _ANCHOR = 1 << 20  # elements, about, of the small copy on which the float64 results are compared
@@ -124,7 +125,7 @@ def check_solution(case: Case) -> None:
     found = solve(problem)
     training = case.mode == "training"
     x, dy = problem.x.double().numpy(), problem.dy.double().numpy()
-    arguments = {
+    arguments: dict[str, Any] = {
         "gamma": problem.gamma.numpy(),
         "beta": problem.beta.numpy(),
         "mask": None if problem.mask is None else problem.mask.numpy(),

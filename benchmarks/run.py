@@ -1,131 +1,129 @@
-"""Training steps of this library and of torch, interleaved in one run, each checked first.
+"""Speed and accuracy of the compiled CPU kernels, against torch, checked and interleaved.
 
-    python benchmarks/run.py            # prints, and writes benchmarks/results/torch-plain.json
+    python benchmarks/run.py                      # all of it; writes benchmarks/results/
+    python benchmarks/run.py --quick --check      # a few cases, a few rounds; writes nothing
+    python benchmarks/run.py --case mask --case small --output /tmp/figures
 
-Times are medians of whole steps (forward, backward) in milliseconds; only their ratios to torch's
-in the same run mean anything. "pack" is torch's layer on x[mask], scattered back.
+Each variant's results are compared with float64 before it is timed. torch reads the variable
+that has it allocate huge pages when it starts, so that a second process measures those.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import platform
-import statistics
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from rich.console import Console
 
-import batchnorm
-from batchnorm.torch import BatchNorm
-from cases import OFFSETS, SHAPES
+from cases import Case, select_cases
+from chart import draw
+from machine import describe_machine, describe_versions
+from measure import measure, measure_accuracy
+from report import print_report, write_markdown
+from targets import HUGE, RESULTS, judge, print_targets
 
-RESULTS = Path(__file__).parent / "results" / "torch-plain.json"
-SECONDS = 4.0  # of measurement for each variant of a shape
+_VARIABLE = "THP_MEM_ALLOC_ENABLE"
+_SECONDS, _LEAST = 5.0, 9  # of taking turns for a case, and rounds at least
+_QUICK_SECONDS, _QUICK_LEAST = 0.3, 3
 
 
 def main() -> None:
     """Measure, print, write."""
-    torch.manual_seed(0)
-    record = {
-        "command": "python benchmarks/run.py",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "batchnorm": batchnorm.__version__},
-        "error of y, float32 (4096, 8), std 1": {f"{m:g}": accuracy(m) for m in OFFSETS},
-        "training step, ms": {name: speed(shape) for name, shape in SHAPES.items()},
-    }
-    print(json.dumps(record, indent=2))
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n")
+    options = _parse()
+    cases = select_cases(options.case, options.quick)
+    if options.part is not None:
+        options.part.write_text(json.dumps(_measure_all(cases, options.quick, huge=True)))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    record = _record(options, cases)
+    print_report(record, console)
+    if options.check:
+        print_targets(record["targets"])
+    output = options.output
+    if output is None and not options.quick and not options.case:
+        output = RESULTS
+    if output is None:
+        console.print("Not all cases in full: nothing is written without --output.")
+        return
+    _write(record, output)
+    console.print(f"Written: cpu.json, cpu.md and cpu.png in {output}")
 
 
-def accuracy(mean: float) -> dict[str, float]:
-    """Largest |y - float64| in training mode."""
-    x = torch.randn(4096, 8) + mean
-    expected, _ = batchnorm.batch_norm(x.numpy(), axis=1)
-    layers = {"torch": nn.BatchNorm1d(8), "plain": BatchNorm(8), "compiled": _compiled(8)}
-    return {
-        name: float(f"{(layer(x).detach().double() - torch.tensor(expected)).abs().max():.1e}")
-        for name, layer in layers.items()
-    }
-
-
-def speed(shape: tuple[int, ...]) -> dict[str, Any]:
-    """Median milliseconds of each variant, and their ratio to torch's."""
-    variants = _variants(shape)
-    steps = {name: step for name, (step, _) in variants.items()}
-    for name, (step, expected) in variants.items():
-        _check(name, step(), expected)
-    start = time.perf_counter()
-    for step in steps.values():
-        step()
-    rounds = max(5, min(200, int(SECONDS * len(steps) / (time.perf_counter() - start))))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    return {
-        name: {
-            "median": round(median, 3),
-            "quartiles": [round(q, 3) for q in statistics.quantiles(times[name])[::2]],
-            "ratio to torch": round(median / medians["torch"], 2),
-        }
-        for name, median in medians.items()
-    } | {"rounds": rounds}
-
-
-Step = Callable[[], Tensor]
-
-
-def _variants(shape: tuple[int, ...]) -> dict[str, tuple[Step, Tensor]]:
-    """Each variant's step, which returns y, and the y expected at real rows (NaN elsewhere)."""
-    channels = shape[1]
-    x, dy = torch.randn(shape).requires_grad_(), torch.randn(shape)
-    mask = torch.rand(shape[0]) < 0.5
-    plain, masked = (
-        torch.tensor(batchnorm.batch_norm(x.detach().numpy(), axis=1, mask=m)[0])
-        for m in (None, mask.numpy())
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure batchnorm against torch on the CPU.")
+    parser.add_argument("--quick", action="store_true", help="few cases, few rounds")
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only cases with NAME in their name; may be repeated",
     )
-    masked[~mask] = torch.nan
-    theirs = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(channels)
-    ours, compiled = BatchNorm(channels), _compiled(channels)
+    parser.add_argument("--check", action="store_true", help="print which targets are met")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results go")
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # the process of huge pages
+    options = parser.parse_args()
+    if not select_cases(options.case, options.quick):
+        parser.error(f"no case has a name like {options.case}; see benchmarks/cases.py")
+    return options
 
-    def step(forward: Callable[..., Tensor], *arguments: Tensor) -> Step:
-        def run() -> Tensor:
-            x.grad = None
-            y = forward(x, *arguments)
-            y.backward(dy)
-            return y.detach()
 
-        return run
-
-    def pack(x: Tensor, mask: Tensor) -> Tensor:
-        return torch.zeros_like(x).index_put((mask,), theirs(x[mask]))
-
-    return {
-        "torch": (step(theirs), plain),
-        "plain": (step(ours), plain),
-        "compiled": (step(compiled), plain),
-        "torch, pack": (step(pack, mask), masked),
-        "plain, masked": (step(ours, mask), masked),
-        "compiled, masked": (step(compiled, mask), masked),
+def _record(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
+    start = time.perf_counter()
+    record: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "cases": _measure_all(cases, options.quick, huge=False),
     }
+    for name, case in _measure_with_huge_pages(options).items():
+        record["cases"][name]["variants"] |= case["variants"]
+    record["accuracy"] = measure_accuracy()
+    record["targets"] = judge(record)
+    record["seconds"] = round(time.perf_counter() - start)
+    return record
 
 
-def _check(name: str, y: Tensor, expected: Tensor) -> None:
-    off = (y - expected).abs().nan_to_num(0.0).max().item()
-    # torch sums 262144 rows of mean 0 to 6e-5; that is its own, ours is S3's.
-    if off > (1e-3 if name.startswith("torch") else 5e-5):
-        raise RuntimeError(f"{name}: off by {off:.1e}; a wrong result has no speed")
+def _measure_all(cases: list[Case], quick: bool, *, huge: bool) -> dict[str, Any]:
+    seconds, least = (_QUICK_SECONDS, _QUICK_LEAST) if quick else (_SECONDS, _LEAST)
+    found = {}
+    for case in cases:
+        start = time.perf_counter()
+        found[case.name] = measure(
+            case,
+            seconds / 2 if huge else seconds,
+            least,
+            default_only=huge,
+            suffix=HUGE if huge else "",
+        )
+        spent = time.perf_counter() - start
+        print(f"{case.name}{HUGE if huge else ''}: {spent:.1f} s", file=sys.stderr, flush=True)
+    return found
 
 
-def _compiled(channels: int) -> Any:
-    return torch.compile(BatchNorm(channels))
+def _measure_with_huge_pages(options: argparse.Namespace) -> dict[str, Any]:
+    """The same cases in a process whose torch allocates huge pages."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "part.json"
+        command = [sys.executable, __file__, "--part", str(part)]
+        command += ["--quick"] if options.quick else []
+        command += [word for name in options.case for word in ("--case", name)]
+        subprocess.run(command, env=os.environ | {_VARIABLE: "1"}, check=True)
+        return json.loads(part.read_text())
+
+
+def _write(record: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cpu.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "cpu.md").write_text(write_markdown(record))
+    draw(record, folder / "cpu.png")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ struct Layout {
     Index groups = 1;
     Index run = 1;  // rows of outer that one sample holds
 
-    BATCHNORM_INLINE Index rows() const {
-        return groups > 0 ? outer / groups : 0;
-    }                                                                    // of outer, in one group
-    BATCHNORM_INLINE Index positions() const { return rows() * inner; }  // behind one statistic
+    // Rows of outer in one group.
+    BATCHNORM_INLINE Index rows() const { return groups > 0 ? outer / groups : 0; }
+    // What stands behind one statistic, padding included.
+    BATCHNORM_INLINE Index positions() const { return rows() * inner; }
     BATCHNORM_INLINE Index statistics() const { return groups * channels; }
 };
 
@@ -83,7 +83,8 @@ struct Options {
 };
 
 // What a forward step leaves for its backward step: kRows arrays of layout.statistics() doubles,
-// and behind them the count of each group.
+// and behind them the count of each group. r and d are there with renormalization only, var and
+// low with the batch's own statistics only.
 struct Statistics {
     enum Row { mean, low, var, rstd, scale, offset, r, d, kRows };
 

@@ -42,10 +42,12 @@ bool addressable(const Layout& layout, Index stride) {
            !__builtin_mul_overflow(all, Index(8), &bytes);
 }
 
-struct Renorm {
-    Address stddev, mean, mean_stddev;
-    double decay, rmin, rmax, dmax;
-};
+// Whether the bytes of its statistics stay within 63 bits; what is allocated for less fails.
+bool countable(const Layout& layout) {
+    Index all = 0, bytes = 0;
+    return !__builtin_mul_overflow(layout.groups, layout.channels, &all) &&
+           !__builtin_mul_overflow(all + layout.groups, Index(8 * (Statistics::kRows + 1)), &bytes);
+}
 
 // What a forward step keeps for its backward step. An object of our own: a tensor would cost as
 // much as a small step.
@@ -66,6 +68,8 @@ class Kept {
     nb::ndarray<nb::numpy, double, nb::ndim<1>> count() {
         return view(Statistics::kRows * layout_.statistics(), layout_.groups);
     }
+
+    bool renorm = false;  // whether the step renormalized
 
     bool fits(const Layout& layout) const {
         return layout.groups == layout_.groups && layout.channels == layout_.channels;
@@ -94,6 +98,7 @@ class Plan {
         check(activation >= 0 && activation <= 2, "activation", "0, 1 or 2", activation);
         step_.layout = {outer, channels, inner, groups, run};
         if (!addressable(step_.layout, 0)) refuse("kernels: x has more elements than memory.");
+        if (!countable(step_.layout)) refuse("kernels: x has more statistics than memory.");
         check(groups == 0 ? outer == 0 : outer % groups == 0 && outer / groups % run == 0, "outer",
               "a multiple of groups * run", outer);
         step_.options.activation = static_cast<Activation>(activation);
@@ -138,9 +143,10 @@ class Plan {
         step.running.batches = static_cast<std::int64_t*>(aligned("batches", batches, 8));
         Options& options = step.options;
         if (renorm) set_renorm(step, *renorm, running);
+        kept->renorm = renorm.has_value();
         options.eps = eps, options.decay = decay;
         options.batch = batch, options.update = update, options.unbiased = unbiased;
-        const bool keeps = step.running.mean && step.running.var;
+        const bool keeps = (step.running.mean && step.running.var) || step_.layout.channels == 0;
         if ((update || renorm) && !keeps) refuse("kernels: an update needs running statistics.");
         if (update && decay < 0 && batches == 0)
             refuse("kernels: the cumulative average needs the number of batches.");
@@ -166,6 +172,7 @@ class Plan {
         step.dgamma = per_channel("dgamma", dgamma, type_of(gamma_type));
         step.dbeta = per_channel("dbeta", dbeta, type_of(beta_type));
         step.options.batch = batch;
+        step.options.renorm = kept.renorm;
         if (step.dresidual && !(step.y && step.dx))
             refuse("kernels: dresidual needs y, whose sign it follows, and dx.");
         nb::gil_scoped_release release;
@@ -219,6 +226,9 @@ class Plan {
         step.running.renorm_mean = per_channel("renorm_mean", nb::cast<Address>(renorm[1]), type);
         step.running.renorm_stddev =
             per_channel("renorm_stddev", nb::cast<Address>(renorm[2]), type);
+        if (step.layout.channels > 0 &&
+            !(step.running.stddev && step.running.renorm_mean && step.running.renorm_stddev))
+            refuse("kernels: renorm needs all its statistics; got a null pointer.");
         step.options.renorm_decay = nb::cast<double>(renorm[3]);
         step.options.rmin = nb::cast<double>(renorm[4]);
         step.options.rmax = nb::cast<double>(renorm[5]);

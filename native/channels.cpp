@@ -1,25 +1,21 @@
 #include "channels.hpp"
 
-#include <cmath>
-#include <cstring>
-
-#define BATCHNORM_ISA scalar
 #include "vector.hpp"
 
-namespace batchnorm {
+namespace batchnorm::BATCHNORM_ISA {
 
 namespace {
 
 template <class T>
 void load_all(const void* data, Index first, Index n, double* out) {
     const T* in = static_cast<const T*>(data) + first;
-    for (Index i = 0; i < n; ++i) out[i] = scalar::widen(in[i]);
+    for (Index i = 0; i < n; ++i) out[i] = widen(in[i]);
 }
 
 template <class T>
 void store_all(void* data, Index first, Index n, const double* in) {
     T* out = static_cast<T*>(data) + first;
-    for (Index i = 0; i < n; ++i) scalar::narrow(scalar::Compute<T>(in[i]), out[i]);
+    for (Index i = 0; i < n; ++i) narrow(Compute<T>(in[i]), out[i]);
 }
 
 }  // namespace
@@ -27,9 +23,9 @@ void store_all(void* data, Index first, Index n, const double* in) {
 void load(const PerChannel& array, Index first, Index n, double* out) {
     switch (array.type) {
         case Type::f16:
-            return load_all<scalar::Half>(array.data, first, n, out);
+            return load_all<Half>(array.data, first, n, out);
         case Type::bf16:
-            return load_all<scalar::Bfloat>(array.data, first, n, out);
+            return load_all<Bfloat>(array.data, first, n, out);
         case Type::f32:
             return load_all<float>(array.data, first, n, out);
         case Type::f64:
@@ -42,9 +38,9 @@ namespace {
 void store(const PerChannel& array, Index first, Index n, const double* in) {
     switch (array.type) {
         case Type::f16:
-            return store_all<scalar::Half>(array.data, first, n, in);
+            return store_all<Half>(array.data, first, n, in);
         case Type::bf16:
-            return store_all<scalar::Bfloat>(array.data, first, n, in);
+            return store_all<Bfloat>(array.data, first, n, in);
         case Type::f32:
             return store_all<float>(array.data, first, n, in);
         case Type::f64:
@@ -122,7 +118,7 @@ struct Averages {
 
     // In the type that statistics of an x of this type are rounded to (S16).
     static bool is_finite(Type type, double value) {
-        return std::isfinite(type == Type::f64 ? value : static_cast<float>(value));
+        return __builtin_isfinite(type == Type::f64 ? value : static_cast<float>(value));
     }
 };
 
@@ -133,12 +129,12 @@ double clip(double value, double low, double high) {  // NaN stays NaN
 void renormalize(const Step& step, Index first, Index n, const Averages& average, double* r,
                  double* d) {
     const Options& o = step.options;
-    const double floor = std::sqrt(o.eps);
+    const double floor = __builtin_sqrt(o.eps);
     const Values stddev(step.running.renorm_stddev, first, n, 1.0);
     const Values mean(step.running.renorm_mean, first, n, 0.0);
     for (Index i = 0; i < n; ++i) {
         const double reference = stddev.at[i] < floor ? floor : stddev.at[i];
-        r[i] = clip(std::sqrt(average.var[i] + o.eps) / reference, o.rmin, o.rmax);
+        r[i] = clip(__builtin_sqrt(average.var[i] + o.eps) / reference, o.rmin, o.rmax);
         d[i] = clip((average.mean[i] - mean.at[i]) / reference, -o.dmax, o.dmax);
     }
 }
@@ -169,7 +165,7 @@ bool update_running(const Step& step, Index first, Index n, const Averages& aver
         return true;
     }
     double deviation[kPart], variance[kPart];
-    for (Index i = 0; i < n; ++i) deviation[i] = std::sqrt(average.var[i] + o.eps);
+    for (Index i = 0; i < n; ++i) deviation[i] = __builtin_sqrt(average.var[i] + o.eps);
     move(running.stddev, first, n, average.usable, decay, deviation, now);
     load(running.var, first, n, variance);
     for (Index i = 0; i < n; ++i) {
@@ -189,7 +185,6 @@ bool finish_part(const Step& step, Index first, Index n) {
     const Values running_mean(step.running.mean, first, n, 0.0);
     const Values running_var(step.running.var, first, n, 1.0);
     double r[kPart], d[kPart];
-    for (Index i = 0; i < n; ++i) r[i] = 1.0, d[i] = 0.0;
     bool updated = false;
     if (o.batch && (o.update || o.renorm)) {
         const Averages average(step, first, n);
@@ -199,20 +194,25 @@ bool finish_part(const Step& step, Index first, Index n) {
     for (Index g = 0; g < step.layout.groups; ++g) {
         const Index at = g * step.layout.channels + first;
         const bool own = o.batch && s.count()[g] > 0;
+        double* mean = s.row(Statistics::mean) + at;
+        double* rstd = s.row(Statistics::rstd) + at;
+        double* scale = s.row(Statistics::scale) + at;
+        double* offset = s.row(Statistics::offset) + at;
+        const double* var = own ? s.row(Statistics::var) + at : running_var.at;
         for (Index i = 0; i < n; ++i) {
-            double& var = s.row(Statistics::var)[at + i];
-            if (!own) {
-                s.row(Statistics::mean)[at + i] = running_mean.at[i];
-                s.row(Statistics::low)[at + i] = 0.0;
-            }
-            if (!o.batch) var = running_var.at[i];
-            const double rstd = 1.0 / std::sqrt((own ? var : running_var.at[i]) + o.eps);
-            const double scale = own ? rstd * r[i] : rstd;
-            s.row(Statistics::rstd)[at + i] = rstd;
-            s.row(Statistics::scale)[at + i] = scale * gamma.at[i];
-            s.row(Statistics::offset)[at + i] = own ? d[i] * gamma.at[i] + beta.at[i] : beta.at[i];
+            rstd[i] = 1.0 / __builtin_sqrt(var[i] + o.eps);
+            scale[i] = rstd[i] * gamma.at[i];
+            offset[i] = beta.at[i];
+        }
+        if (!own) {
+            double* low = s.row(Statistics::low) + at;
+            for (Index i = 0; i < n; ++i) mean[i] = running_mean.at[i], low[i] = 0.0;
+        }
+        if (!o.renorm) continue;
+        for (Index i = 0; i < n; ++i) {
             s.row(Statistics::r)[at + i] = own ? r[i] : 1.0;
             s.row(Statistics::d)[at + i] = own ? d[i] : 0.0;
+            if (own) scale[i] *= r[i], offset[i] += d[i] * gamma.at[i];
         }
     }
     return updated;
@@ -238,9 +238,10 @@ void finish_gradients(const Step& step, const double* sums, Index first, Index e
             const Index at = g * step.layout.channels + c;
             for (Index i = 0; i < n; ++i) {
                 const double xhat = s.row(Statistics::rstd)[at + i] * sums[s.size + at + i];
-                dgamma[i] += s.row(Statistics::r)[at + i] * xhat +
-                             s.row(Statistics::d)[at + i] * sums[at + i];
                 dbeta[i] += sums[at + i];
+                dgamma[i] += !step.options.renorm ? xhat
+                                                  : s.row(Statistics::r)[at + i] * xhat +
+                                                        s.row(Statistics::d)[at + i] * sums[at + i];
             }
         }
         if (step.dgamma) store(step.dgamma, c, n, dgamma);
@@ -248,4 +249,4 @@ void finish_gradients(const Step& step, const double* sums, Index first, Index e
     }
 }
 
-}  // namespace batchnorm
+}  // namespace batchnorm::BATCHNORM_ISA

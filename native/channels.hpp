@@ -4,7 +4,7 @@
 
 #include "batchnorm.hpp"
 
-namespace batchnorm {
+namespace batchnorm::BATCHNORM_ISA {
 
 // Elements [first, first + n) as doubles.
 void load(const PerChannel& array, Index first, Index n, double* out);
@@ -19,4 +19,4 @@ bool finish_channels(const Step& step, Index first, Index end);
 // dgamma and dbeta of channels [first, end) (S8).
 void finish_gradients(const Step& step, const double* sums, Index first, Index end);
 
-}  // namespace batchnorm
+}  // namespace batchnorm::BATCHNORM_ISA

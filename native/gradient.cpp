@@ -40,7 +40,7 @@ void gate_chunks(const T* dy, const T* x, const T* y, Compute<T>* g, Index n,
                  const Coefficients<Compute<T>>& k) {
     Access<T> from, of_x, of_y;
     for (Index i = 0; i < n; i += Access<T>::kLimit) {
-        const Index m = n - i < Access<T>::kLimit ? n - i : n;
+        const Index m = n - i < Access<T>::kLimit ? n - i : Access<T>::kLimit;
         gate_line<kStep, kAct>(from.read(dy + i, m), of_x.read(at(y ? nullptr : x, i), m),
                                of_y.read(at(y, i), m), g + i, m, kStep ? at(k, i) : k);
     }
@@ -101,7 +101,7 @@ struct RowsOfChannels {
     const LaneValues mean{means, b.channels, span, joined};
     const LaneValues low{means + (Statistics::low - Statistics::mean) * s.statistics.size,
                          b.channels, span, joined};
-    const Lanes<Compute<T>, kMaxLanes> coefficients{s, b, lanes};
+    const Lanes<Compute<T>, kMaxLanes> coefficients{s, b, gated ? lanes : 0};
     LaneSums sums{lanes};
     Gather<T> x{s.x, b, span, joined}, dy{s.dy, b, span, joined}, y{s.y, b, span, joined};
     Ahead<T> next_x{s.x, b, span}, next_dy{s.dy, b, span};
@@ -175,7 +175,7 @@ struct ChannelsOfPositions {
     const double* means =
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
     const double* lows = means + (Statistics::low - Statistics::mean) * s.statistics.size;
-    const Lanes<Compute<T>, kMaxChannels> coefficients{s, b, b.channels};
+    const Lanes<Compute<T>, kMaxChannels> coefficients{s, b, gated ? b.channels : 0};
     PositionSums sums{b.channels};
     Selection<T> real;
     Selection<Compute<T>> real_g;
@@ -303,7 +303,8 @@ template <class T>
 void apply_rows(const Step& s, const Block& b, const double* sums) {
     const Index span = s.layout.inner, width = b.channels * span, first = b.channel * span;
     const Index joined = b.channels == s.layout.channels ? rows_together<T>(s) : 1;
-    const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width, sums);
+    const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width,
+                                              s.options.batch ? sums : nullptr);
     const Source<T> from(s);
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
         unsigned char keep[kTile];
@@ -328,7 +329,7 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
 
 template <class T>
 void apply_positions(const Step& s, const Block& b, const double* sums) {
-    const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels, sums);
+    const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels, s.options.batch ? sums : nullptr);
     const Source<T> from(s);
     Selection<T> real;
     for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {

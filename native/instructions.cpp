@@ -1,4 +1,5 @@
 // The table of one build's passes.
+#include "channels.hpp"
 #include "passes.hpp"
 #include "vector.hpp"
 
@@ -19,6 +20,10 @@ void apply_block(const Step& step, const Block& block, const double* sums);
 
 const Instructions instructions = {BATCHNORM_NAME(BATCHNORM_ISA),
                                    {BATCHNORM_PASSES(Half), BATCHNORM_PASSES(Bfloat),
-                                    BATCHNORM_PASSES(float), BATCHNORM_PASSES(double)}};
+                                    BATCHNORM_PASSES(float), BATCHNORM_PASSES(double)},
+                                   load,
+                                   finish_moments,
+                                   finish_channels,
+                                   finish_gradients};
 
 }  // namespace batchnorm::BATCHNORM_ISA

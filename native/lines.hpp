@@ -130,7 +130,7 @@ struct Lanes {
         const Index span = by_rows(step) ? step.layout.inner : 1, width = block.channels * span;
         const double count = s.count()[block.group];
         const double weight = count > 0 ? 1.0 / count : 0.0;
-        for (Index l = 0; l < width; ++l) {
+        for (Index l = 0; l < width && l < lanes; ++l) {
             const Index c = first + (span == 1 ? l : l / span);
             hi[l] = F(s.row(Statistics::mean)[c]);
             lo[l] = F((s.row(Statistics::mean)[c] - double(hi[l])) + s.row(Statistics::low)[c]);

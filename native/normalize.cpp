@@ -8,7 +8,7 @@ template <int kStep, Activation kAct, class T>
 void line(const T* x, const T* residual, T* y, Index n, const Coefficients<Compute<T>>& k) {
     Access<T> from, extra, to;
     for (Index i = 0; i < n; i += Access<T>::kLimit) {
-        const Index m = n - i < Access<T>::kLimit ? n - i : n;
+        const Index m = n - i < Access<T>::kLimit ? n - i : Access<T>::kLimit;
         normalize_line<kStep, kAct>(from.read(x + i, m), extra.read(at(residual, i), m),
                                     to.target(y + i), m, kStep ? at(k, i) : k);
         to.write(y + i, m);

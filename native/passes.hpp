@@ -24,6 +24,12 @@ struct Passes {
 struct Instructions {
     const char* name;
     Passes passes[4];  // by Type
+    // From channels.hpp.
+    void (*load)(const PerChannel& array, Index first, Index n, double* out);
+    void (*finish_moments)(const Statistics& statistics, Index i, double count, double sum,
+                           double square);
+    bool (*finish_channels)(const Step& step, Index first, Index end);
+    void (*finish_gradients)(const Step& step, const double* sums, Index first, Index end);
 };
 
 #define BATCHNORM_DECLARE(isa)              \

@@ -5,7 +5,6 @@
 #include <memory>
 
 #include "batchnorm.hpp"
-#include "channels.hpp"
 #include "huge_pages.hpp"
 #include "passes.hpp"
 #include "pool.hpp"
@@ -20,8 +19,10 @@ constexpr Index kMaxBlocks = 64;            // of rows, for one group and one pa
 constexpr Index kTaskElements = 1 << 14;    // a task takes some µs at least
 constexpr Index kThreadElements = 1 << 15;  // less than this for each thread: fewer threads
 
+const Instructions& instructions() { return *the_instructions.load(std::memory_order_relaxed); }
+
 const Passes& passes(const Step& step) {
-    return the_instructions.load(std::memory_order_relaxed)->passes[static_cast<int>(step.type)];
+    return instructions().passes[static_cast<int>(step.type)];
 }
 
 Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
@@ -222,7 +223,7 @@ template <class F>
 void for_channels(const Step& step, F f) {
     constexpr Index kPart = 1024;
     const Index channels = step.layout.channels, parts = divide_up(channels, kPart);
-    const Index work = 16 * step.layout.statistics();
+    const Index work = 4 * step.layout.statistics();
     run_tasks(parts, threads_for(step, work),
               [&](Index i) { f(i * kPart, std::min(channels, (i + 1) * kPart)); });
 }
@@ -244,11 +245,12 @@ void set_anchors(const Step& step, const SumBlocks& blocks, Index group) {
         return true;
     });
     if (layout.inner == 1) {
-        return load({step.x.data, step.type}, o * step.x.stride, layout.channels, mean);
+        return instructions().load({step.x.data, step.type}, o * step.x.stride, layout.channels,
+                                   mean);
     }
     for (Index c = 0; c < layout.channels; ++c) {
         const Index at = o * step.x.stride + c * layout.inner + unit % per_row;
-        load({step.x.data, step.type}, at, 1, mean + c);
+        instructions().load({step.x.data, step.type}, at, 1, mean + c);
     }
 }
 
@@ -290,7 +292,7 @@ void moments(const Step& step) {
                      ++i) {
                     double sum, square;
                     reduction.totals(i, sum, square);
-                    finish_moments(s, i, s.count()[g], sum, square);
+                    instructions().finish_moments(s, i, s.count()[g], sum, square);
                 }
             }
         });
@@ -301,7 +303,8 @@ void normalize(const Step& step) {
     if (is_empty(step.layout)) return;
     std::atomic<bool> updated{false};
     for_channels(step, [&](Index first, Index end) {
-        if (finish_channels(step, first, end)) updated.store(true, std::memory_order_relaxed);
+        if (instructions().finish_channels(step, first, end))
+            updated.store(true, std::memory_order_relaxed);
     });
     if (updated.load(std::memory_order_relaxed) && step.running.batches != nullptr) {
         ++*step.running.batches;
@@ -323,7 +326,7 @@ void reduce(const Step& step, double* sums) {
                 reduction.totals(i, sums[i], sums[size + i]);
             }
         }
-        finish_gradients(step, sums, first, end);
+        instructions().finish_gradients(step, sums, first, end);
     });
 }
 

@@ -56,11 +56,14 @@ struct Gather {
     const T* line(const Index* rows, Index n, int slot, const T* pad) {
         const T* base = static_cast<const T*>(array.data) + first;
         if (joined == 1 || (n == joined && contiguous(rows))) return base + rows[0] * array.stride;
-        T* line = together + slot * kMaxLanes;
-        for (Index r = 0; r < joined; ++r) {
-            for (Index l = 0; l < width; ++l) {
-                line[r * width + l] = r < n ? base[rows[r] * array.stride + l] : pad ? pad[l] : T{};
-            }
+        T* const line = together + slot * kMaxLanes;
+        T* out = line;
+        for (Index r = 0; r < n; ++r) {
+            const T* row = base + rows[r] * array.stride;
+            for (Index l = 0; l < width; ++l) *out++ = row[l];
+        }
+        for (Index r = n; r < joined; ++r) {
+            for (Index l = 0; l < width; ++l) *out++ = pad != nullptr ? pad[l] : T{};
         }
         return line;
     }

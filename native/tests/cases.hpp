@@ -56,7 +56,7 @@ struct Case {
 inline Type draw_type(Random& random) { return static_cast<Type>(random.below(4)); }
 
 inline Index draw_size(Random& random) {
-    return random.pick<Index>({1,  2,  3,  5,  7,   8,   15,  16,  17,  31,  32,   33,  37,  48,
+    return random.pick<Index>({1,  2,  3,  5,  7,   8,   15,  16,  17,  31,  32,   33,   37,   48,
                                63, 64, 65, 97, 128, 255, 256, 257, 300, 513, 1025, 4099, 70001});
 }
 
@@ -72,14 +72,15 @@ inline void draw_outer(Random& random, Layout& layout, Index limit) {
     layout.run = random.pick<Index>({1, 1, 2, 3, 5, 16, 33});
     if (random.chance(0.3)) layout.groups = random.pick<Index>({2, 3, 4, 7});
     if (layout.groups * layout.run > limit) layout.groups = layout.run = 1;
-    const Index samples = draw_size(random, std::max<Index>(1, limit / (layout.groups * layout.run)));
+    const Index samples =
+        draw_size(random, std::max<Index>(1, limit / (layout.groups * layout.run)));
     layout.outer = samples * layout.groups * layout.run;
     if (layout.outer == 0 && random.chance(0.5)) layout.groups = 0;
 }
 
 inline Layout draw_layout(Random& random, bool huge) {
     const double size = random.uniform();
-    const Index limit = huge ? 2000 : size < 0.7 ? 4000 : size < 0.95 ? 120000 : 700000;
+    const Index limit = huge ? 2000 : size < 0.7 ? 4000 : size < 0.96 ? 120000 : 1200000;
     Layout layout;
     const Index outer = huge ? random.pick<Index>({2, 3, 5}) : 0;
     Index left = huge ? limit / outer : limit;
@@ -140,8 +141,7 @@ inline void draw_mask_view(Random& random, Case& c) {
 inline void fill_mask(Random& random, const Mask& mask, unsigned char* data, Index entries,
                       Index positions) {
     const double extreme = random.uniform();
-    const double density =
-        extreme < 0.05 ? 0.0 : extreme < 0.1 ? 1.0 : random.uniform(0.05, 0.95);
+    const double density = extreme < 0.05 ? 0.0 : extreme < 0.1 ? 1.0 : random.uniform(0.05, 0.95);
     const double stay = random.chance(0.5) ? 0.0 : random.uniform(0.5, 0.99);
     bool now = random.chance(density);
     for (Index e = 0; e < entries; ++e) {
@@ -149,7 +149,8 @@ inline void fill_mask(Random& random, const Mask& mask, unsigned char* data, Ind
             if (!random.chance(stay)) now = random.chance(density);
             unsigned char* at = data + (e * mask.outer + i * mask.inner) * mask.width;
             std::memset(at, 0, static_cast<std::size_t>(mask.width));
-            if (now) at[random.below(mask.width)] = static_cast<unsigned char>(1 + random.below(255));
+            if (now)
+                at[random.below(mask.width)] = static_cast<unsigned char>(1 + random.below(255));
         }
     }
 }
@@ -267,9 +268,8 @@ inline void poison(Random& random, Problem& p) {
     if (p.x.empty() || !random.chance(0.04)) return;
     const Index o = random.below(p.layout.outer), i = random.below(p.layout.inner);
     if (!p.is_real(o, i)) return;
-    p.x[static_cast<std::size_t>(p.at(o, random.below(p.layout.channels), i))] =
-        random.pick({std::numeric_limits<double>::quiet_NaN(),
-                     std::numeric_limits<double>::infinity()});
+    p.x[static_cast<std::size_t>(p.at(o, random.below(p.layout.channels), i))] = random.pick(
+        {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()});
 }
 
 inline void draw_running(Random& random, Problem& p) {

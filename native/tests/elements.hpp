@@ -12,9 +12,7 @@ namespace batchnorm::tests {
 
 using Real = long double;
 
-inline Index bytes_of(Type type) {
-    return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
-}
+inline Index bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
 
 inline const char* name_of(Type type) {
     static const char* const names[] = {"f16", "bf16", "f32", "f64"};
@@ -82,8 +80,8 @@ inline std::uint16_t encode_half(double value, Type type) {  // to nearest, ties
     if (exponent > f.bias) return static_cast<std::uint16_t>(sign | infinity);
     const double units = std::nearbyint(std::ldexp(std::fabs(value), f.digits - exponent));
     // The leading one, where there is one, raises the exponent by itself.
-    const unsigned bits = (static_cast<unsigned>(exponent + f.bias - 1) << f.digits) +
-                          static_cast<unsigned>(units);
+    const unsigned bits =
+        (static_cast<unsigned>(exponent + f.bias - 1) << f.digits) + static_cast<unsigned>(units);
     return static_cast<std::uint16_t>(sign | bits);
 }
 

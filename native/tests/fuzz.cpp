@@ -6,16 +6,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <array>
 #include <atomic>
-#include <chrono>
+#include <cfenv>
 #include <csignal>
 #include <cstdio>
-#include <iterator>
-#include <stdexcept>
 #include <thread>
 
-#include "cases.hpp"
+#include "run.hpp"
 
 extern "C" {
 // There only under some sanitizer, and under the thread sanitizer.
@@ -28,29 +25,11 @@ namespace {
 
 constexpr int kThreadNumbers[] = {1, 2, 3, 8, 16};
 
-struct Failure : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-// ------------------------------------------------------------------- one run
-
-struct Placed {
-    Buffer buffer;
-    Array array;
-};
-
-struct Result {
-    std::vector<double> count, batch_mean, batch_var, y;
-    std::vector<double> mean, var, stddev, renorm_mean, renorm_stddev;
-    std::vector<double> dx, dresidual, dgamma, dbeta;
-    std::int64_t batches = 0;
-};
-
 // Results by name, with what a reference holds of the same name.
 struct Field {
     const char* name;
-    std::vector<double> Result::*values;
-    Values Reference::*expected;
+    std::vector<double> Result::* values;
+    Values Reference::* expected;
 };
 
 constexpr Field kFields[] = {
@@ -69,214 +48,6 @@ constexpr Field kFields[] = {
     {"dbeta", &Result::dbeta, &Reference::dbeta},
 };
 
-// A case's inputs in memory, used by any number of runs.
-class Inputs {
-  public:
-    explicit Inputs(const Case& c) : c(c), random_(c.seed ^ 0x5bd1e995u) {
-        const Problem& p = c.problem;
-        x = place(&p.x), dy = place(&p.dy);
-        if (!p.residual.empty()) residual = place(&p.residual);
-        gamma = place(p.gamma, p.gamma_type), beta = place(p.beta, p.beta_type);
-        before_ = fingerprint();
-    }
-
-    // An array like x, with rows somewhere of their own; NaN without values.
-    Placed place(const std::vector<double>* values) {
-        const Layout& layout = c.problem.layout;
-        const Index bytes = bytes_of(c.problem.type), row = layout.channels * layout.inner;
-        const Index stride = c.placement.huge ? row + (random_.below(3) << 31) + random_.below(9)
-                             : random_.chance(0.5) ? row
-                                                   : row + random_.below(40);
-        Placed placed;
-        placed.buffer =
-            Buffer(layout.outer, row * bytes, stride * bytes, random_.below(32) * bytes);
-        placed.array = {placed.buffer.data(), stride};
-        if (layout.outer * row == 0 && random_.chance(0.5)) placed.array.data = nullptr;
-        if (values == nullptr) return placed;
-        for (Index o = 0; o < layout.outer; ++o) {
-            for (Index i = 0; i < row; ++i)
-                write(c.problem.type, placed.array.data, o * stride + i,
-                      (*values)[static_cast<std::size_t>(o * row + i)]);
-        }
-        return placed;
-    }
-
-    // A per-channel array; no memory where there are no values.
-    Buffer place(const std::vector<double>& values, Type type) {
-        if (values.empty()) return {};
-        Buffer buffer = place(static_cast<Index>(values.size()), type);
-        for (std::size_t i = 0; i < values.size(); ++i)
-            write(type, buffer.data(), static_cast<Index>(i), values[i]);
-        return buffer;
-    }
-
-    Buffer place(Index n, Type type) {
-        const Index bytes = bytes_of(type);
-        return Buffer(1, n * bytes, n * bytes, random_.below(16) * bytes);
-    }
-
-    void check() const {
-        for (const Buffer* b : buffers()) {
-            if (!b->intact()) throw Failure("memory around an input was written");
-        }
-        if (fingerprint() != before_) throw Failure("an input was written");
-    }
-
-    const Case& c;
-    Placed x, dy, residual;
-    Buffer gamma, beta;
-
-  private:
-    std::array<const Buffer*, 6> buffers() const {
-        return {&x.buffer, &dy.buffer, &residual.buffer, &gamma, &beta, &c.mask};
-    }
-
-    std::uint64_t fingerprint() const {
-        std::uint64_t all = 0;
-        for (const Buffer* b : buffers()) all = all * 31 + b->fingerprint();
-        return all;
-    }
-
-    Random random_;
-    std::uint64_t before_;
-};
-
-// One forward and backward step on fresh outputs.
-class Run {
-  public:
-    Run(Inputs& inputs, int threads) : in(inputs), c(inputs.c), p(c.problem), threads_(threads) {
-        allocate();
-        forward();
-        backward();
-        inputs.check();
-        check_surroundings();
-    }
-
-    Result result() const {
-        Result r = moments_;
-        r.y = values(y), r.dx = values(dx), r.dresidual = values(dresidual);
-        r.dgamma = values(dgamma, p.gamma_type), r.dbeta = values(dbeta, p.beta_type);
-        r.mean = values(mean, p.running_type), r.var = values(var, p.running_type);
-        r.stddev = values(stddev, p.running_type);
-        r.renorm_mean = values(renorm_mean, p.running_type);
-        r.renorm_stddev = values(renorm_stddev, p.running_type);
-        r.batches = batches_;
-        return r;
-    }
-
-  private:
-    void allocate() {
-        const Placement& place = c.placement;
-        const Index n = p.layout.channels;
-        y = in.place(nullptr);
-        if (place.wants_dx) dx = in.place(nullptr);
-        if (place.wants_dresidual) dresidual = in.place(nullptr);
-        if (place.wants_dgamma) dgamma = in.place(n, p.gamma_type);
-        if (place.wants_dbeta) dbeta = in.place(n, p.beta_type);
-        mean = in.place(p.mean, p.running_type), var = in.place(p.var, p.running_type);
-        stddev = in.place(p.stddev, p.running_type);
-        renorm_mean = in.place(p.renorm_mean, p.running_type);
-        renorm_stddev = in.place(p.renorm_stddev, p.running_type);
-        batches_ = p.batches;
-        kept = in.place(Statistics::doubles(p.layout), Type::f64);
-        sums = in.place(2 * p.layout.statistics(), Type::f64);
-    }
-
-    Step begin() const {
-        Step step;
-        step.type = p.type, step.layout = p.layout;
-        if (c.placement.masked) {
-            step.mask = c.placement.mask;
-            step.mask.data = c.mask.data();
-        }
-        step.options.activation = p.options.activation, step.options.batch = p.options.batch;
-        step.options.threads = threads_;
-        step.x = in.x.array;
-        step.statistics = {reinterpret_cast<double*>(kept.data()), p.layout.statistics()};
-        return step;
-    }
-
-    void forward() {
-        Step step = begin();
-        step.options = p.options, step.options.threads = threads_;
-        step.y = y.array, step.residual = in.residual.array;
-        step.gamma = {in.gamma.data(), p.gamma_type}, step.beta = {in.beta.data(), p.beta_type};
-        Running& running = step.running;
-        running.mean = {mean.data(), p.running_type}, running.var = {var.data(), p.running_type};
-        if (c.placement.counts_batches) running.batches = &batches_;
-        if (p.options.renorm) {
-            running.stddev = {stddev.data(), p.running_type};
-            running.renorm_mean = {renorm_mean.data(), p.running_type};
-            running.renorm_stddev = {renorm_stddev.data(), p.running_type};
-        }
-        if (p.options.batch) {
-            moments(step);
-            keep_moments(step.statistics);
-        }
-        normalize(step);
-    }
-
-    void keep_moments(const Statistics& s) {
-        if (p.layout.channels == 0) return;
-        moments_.count.assign(s.count(), s.count() + p.layout.groups);
-        for (Index i = 0; i < s.size; ++i) {
-            moments_.batch_mean.push_back(s.row(Statistics::mean)[i] + s.row(Statistics::low)[i]);
-            moments_.batch_var.push_back(s.row(Statistics::var)[i]);
-        }
-    }
-
-    void backward() {
-        Step step = begin();
-        step.dy = in.dy.array, step.dx = dx.array, step.dresidual = dresidual.array;
-        if (p.reads_y) step.y = y.array;
-        step.dgamma = {dgamma.data(), p.gamma_type}, step.dbeta = {dbeta.data(), p.beta_type};
-        double* found = reinterpret_cast<double*>(sums.data());
-        if (p.options.batch || dgamma || dbeta || dresidual.buffer) reduce(step, found);
-        if (dx.buffer) apply(step, found);
-    }
-
-    void check_surroundings() const {
-        const Buffer* const all[] = {&y.buffer, &dx.buffer,   &dresidual.buffer, &dgamma, &dbeta,
-                                     &mean,     &var,         &stddev,           &renorm_mean,
-                                     &renorm_stddev, &kept,   &sums};
-        for (const Buffer* b : all) {
-            if (!b->intact()) throw Failure("memory around an output was written");
-        }
-    }
-
-    std::vector<double> values(const Placed& placed) const {
-        std::vector<double> found;
-        if (!placed.buffer) return found;
-        const Index row = p.layout.channels * p.layout.inner;
-        found.reserve(static_cast<std::size_t>(p.layout.outer * row));
-        for (Index o = 0; o < p.layout.outer; ++o) {
-            for (Index i = 0; i < row; ++i)
-                found.push_back(read(p.type, placed.array.data, o * placed.array.stride + i));
-        }
-        return found;
-    }
-
-    std::vector<double> values(const Buffer& buffer, Type type) const {
-        std::vector<double> found;
-        if (!buffer) return found;
-        for (Index i = 0; i < p.layout.channels; ++i) found.push_back(read(type, buffer.data(), i));
-        return found;
-    }
-
-    Inputs& in;
-    const Case& c;
-    const Problem& p;
-    int threads_;
-    Placed y, dx, dresidual;
-    Buffer dgamma, dbeta, mean, var, stddev, renorm_mean, renorm_stddev, kept, sums;
-    std::int64_t batches_ = 0;
-    Result moments_;
-};
-
-Result run(Inputs& inputs, int threads) { return Run(inputs, threads).result(); }
-
-// --------------------------------------------------------------- comparisons
-
 std::string at(const char* name, std::size_t i, double found, double expected, double error) {
     char text[200];
     std::snprintf(text, sizeof text, "%s[%zu] is %.17g, must be %.17g (to %.3g)", name, i, found,
@@ -288,7 +59,8 @@ bool is_close(double found, Real expected, Real error, Real most) {
     if (error == kAnything) return true;
     if (std::isnan(expected)) return !std::isfinite(found);
     if (std::isinf(expected)) return found == expected;
-    if (std::isinf(found)) return std::fabs(expected) + error >= most && (found > 0) == (expected > 0);
+    if (std::isinf(found))
+        return std::fabs(expected) + error >= most && (found > 0) == (expected > 0);
     return std::fabs(found - expected) <= error;
 }
 
@@ -353,18 +125,27 @@ void check_packed(const Case& c, Result whole) {
     }
 }
 
-void check_determinism(Inputs& inputs, const Result& first, const char* instructions) {
-    for (int threads : kThreadNumbers) {
-        try {
-            compare_bits(run(inputs, threads), first);
-        } catch (const Failure& failure) {
-            throw Failure(std::string(instructions) + ", " + std::to_string(threads) +
-                          " threads, unlike another run: " + failure.what());
-        }
-    }
+// Another library's threads, as OpenMP would lend them.
+void lend_threads(void (*f)(void*), void* data, unsigned count, unsigned) {
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < count; ++i) others.emplace_back(f, data);
+    f(data);
+    for (std::thread& other : others) other.join();
 }
 
-// ------------------------------------------------------------------ each case
+void check_determinism(Inputs& inputs, const Result& first, const char* instructions) {
+    const auto check = [&](int threads, Team team) {
+        try {
+            compare_bits(run(inputs, threads, team), first);
+        } catch (const Failure& failure) {
+            throw Failure(std::string(instructions) + ", " + std::to_string(threads) +
+                          (team != nullptr ? " lent" : "") +
+                          " threads, unlike another run: " + failure.what());
+        }
+    };
+    for (int threads : kThreadNumbers) check(threads, nullptr);
+    check(4, lend_threads);
+}
 
 std::vector<const char*> instruction_sets() {
     const std::string best = instructions_in_use();
@@ -390,8 +171,6 @@ void check_case(const Case& c, const std::vector<const char*>& sets) {
         check_determinism(inputs, first, set);
     }
 }
-
-// ---------------------------------------------------------------- conversions
 
 // All values of a half type, times a float32 factor: exactly rounded (S16).
 void check_conversions(Type type, float factor) {
@@ -419,12 +198,11 @@ void check_conversions(const std::vector<const char*>& sets) {
     for (const char* set : sets) {
         use_instructions(set);
         for (Type type : {Type::f16, Type::bf16}) {
-            for (float factor : {1.0f, 0.33333334f, 1.7f, 1e-5f, 3e4f}) check_conversions(type, factor);
+            for (float factor : {1.0f, 0.33333334f, 1.7f, 1e-5f, 3e4f})
+                check_conversions(type, factor);
         }
     }
 }
-
-// -------------------------------------------------------- threads and processes
 
 // A case that several threads share, whatever the seed.
 Case draw_shared_case(std::uint64_t seed) {
@@ -456,6 +234,26 @@ void check_concurrency(std::uint64_t seed, int callers, int steps) {
     }
 }
 
+// Rounding is the caller's, whoever computes, and whoever computed before.
+void check_rounding(std::uint64_t seed) {
+    const Case c = draw_shared_case(seed);
+    Inputs inputs(c);
+    const Result usual = run(inputs, 4);
+    for (int mode : {FE_UPWARD, FE_TOWARDZERO}) {
+        std::fesetround(mode);
+        const Result alone = run(inputs, 1), shared = run(inputs, 4),
+                     lent = run(inputs, 4, lend_threads);
+        const bool kept = std::fegetround() == mode;
+        std::fesetround(FE_TONEAREST);
+        if (!kept) throw Failure("the rounding mode was changed");
+        compare_bits(shared, alone), compare_bits(lent, alone);
+        compare_bits(run(inputs, 4), usual);
+    }
+}
+
+// A team that fork left behind in the parent.
+void refuse_threads(void (*)(void*), void*, unsigned, unsigned) { _exit(2); }
+
 // Exit status of a child that takes the same step on several threads.
 int step_in_child(Inputs& inputs, const Result& expected) {
     const pid_t child = fork();
@@ -463,6 +261,7 @@ int step_in_child(Inputs& inputs, const Result& expected) {
         alarm(60);  // a child that waits for ever for its parent's threads fails
         try {
             compare_bits(run(inputs, 4), expected);
+            compare_bits(run(inputs, 4, refuse_threads), expected);
         } catch (const std::exception&) {
             _exit(1);
         }
@@ -503,8 +302,6 @@ void check_processes(std::uint64_t seed) {
     if (!under_any_sanitizer()) check_fork(seed, true);
 }
 
-// ----------------------------------------------------------------------- main
-
 char doing[2000];  // for when a signal ends the test
 
 void set_doing(const std::string& text) {
@@ -538,6 +335,8 @@ void check_all(std::uint64_t cases, std::uint64_t seed) {
     use_instructions(sets.back());
     set_doing("steps at the same time");
     check_concurrency(seed, 4, 10);
+    set_doing("rounding modes");
+    check_rounding(seed);
     set_doing("steps after fork");
     check_processes(seed);
     std::printf("%llu cases from seed %llu on", static_cast<unsigned long long>(cases),
@@ -551,7 +350,7 @@ void check_all(std::uint64_t cases, std::uint64_t seed) {
 
 int main(int argc, char** argv) {
     using namespace batchnorm::tests;
-    const std::uint64_t cases = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 400;
+    const std::uint64_t cases = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1000;
     const std::uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
     tell_of_crashes();
     try {

@@ -105,8 +105,8 @@ class Buffer {
     void map(Index extent, Index shift) {
         const Index page = sysconf(_SC_PAGESIZE);
         bytes_ = static_cast<std::size_t>(extent + 4 * page);
-        mapped_ = mmap(nullptr, bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                       -1, 0);
+        mapped_ =
+            mmap(nullptr, bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (mapped_ == MAP_FAILED) throw std::bad_alloc();
         unsigned char* base = static_cast<unsigned char*>(mapped_);
         data_ = base + page + kGuard + shift;
@@ -130,7 +130,8 @@ class Buffer {
 
     static void poison(const Range& range) {
         if (__asan_poison_memory_region != nullptr)
-            __asan_poison_memory_region(range.begin, static_cast<std::size_t>(range.end - range.begin));
+            __asan_poison_memory_region(range.begin,
+                                        static_cast<std::size_t>(range.end - range.begin));
     }
 
     static void unpoison(const Range& range) {

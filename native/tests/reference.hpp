@@ -103,9 +103,7 @@ class Reference {
     static Real get(const std::vector<double>& values, Index i, Real absent) {
         return values.empty() ? absent : Real(values[static_cast<std::size_t>(i)]);
     }
-    Real x(Index o, Index c, Index i) const {
-        return p.x[static_cast<std::size_t>(p.at(o, c, i))];
-    }
+    Real x(Index o, Index c, Index i) const { return p.x[static_cast<std::size_t>(p.at(o, c, i))]; }
 
     // What one rounding to the stored type adds.
     void round(Values& values, Index i, Type type) const {
@@ -119,7 +117,8 @@ class Reference {
         rows_.resize(static_cast<std::size_t>(p.layout.groups));
         for (Index o = 0; o < p.layout.outer; ++o) {
             for (Index i = 0; i < p.layout.inner; ++i) {
-                if (p.is_real(o, i)) rows_[static_cast<std::size_t>(p.group_of(o))].push_back({o, i});
+                if (p.is_real(o, i))
+                    rows_[static_cast<std::size_t>(p.group_of(o))].push_back({o, i});
             }
         }
     }
@@ -243,8 +242,8 @@ class Reference {
         const Real value = x(o, c, i), scale = k.rstd * k.r * gamma;
         const Real along = (value - k.mean) * scale;
         const Real before = along + k.d * gamma + beta + residual;
-        const Real terms = std::fabs(along) + std::fabs(k.d * gamma) + std::fabs(beta) +
-                           std::fabs(residual);
+        const Real terms =
+            std::fabs(along) + std::fabs(k.d * gamma) + std::fabs(beta) + std::fabs(residual);
         Real error = 8 * unit * terms + std::fabs(scale) * k.mean_error +
                      std::fabs(along) * k.var_error + std::fabs(gamma) * k.d_error +
                      4 * tiny * (1 + std::fabs(scale));
@@ -283,7 +282,8 @@ class Reference {
 
     void move(Index c, const Average& a) {
         const Options& o = p.options;
-        const Real decay = o.decay >= 0 ? Real(o.decay) : 1 - 1 / (static_cast<Real>(p.batches) + 1);
+        const Real decay =
+            o.decay >= 0 ? Real(o.decay) : 1 - 1 / (static_cast<Real>(p.batches) + 1);
         move(mean, c, decay, a.mean, a.mean_error);
         if (!o.renorm) {
             const Real value = o.unbiased ? a.unbiased : a.var;
@@ -322,7 +322,8 @@ class Reference {
         const Real before = before_.value[i], error = before_.error[i];
         const bool clear = std::fabs(before) > error + smallest(p.type);
         const bool negative = clear ? before <= 0 : actual <= 0;
-        const Real slope = p.options.activation == Activation::relu ? Real(0) : Real(kNegativeSlope);
+        const Real slope =
+            p.options.activation == Activation::relu ? Real(0) : Real(kNegativeSlope);
         const Real dy = p.dy[i], g = !negative ? dy : slope == 0 ? 0 : dy * slope;
         // Computed once more from x, the sign is that of a number that a float16 y may round to 0.
         if (p.type == Type::f16 && !clear && !p.reads_y && actual == 0) doubt_[i] = 1;
@@ -378,13 +379,13 @@ class Reference {
         const auto at = static_cast<std::size_t>(i);
         const Real xhat = (x(row.o, c, row.i) - k.mean) * k.rstd, g = dresidual.value[at];
         const Real scale = k.rstd * k.r * get(p.gamma, c, 1), size = std::fabs(scale);
-        const Real least = tiny * (1 + std::fabs(xhat)) * (1 + size) * (1 + k.rstd);
         if (doubt_[at]) return dx.set(i, 0, kAnything);
         if (!k.own) {
-            dx.set(i, g * scale, 8 * unit * std::fabs(g * scale) + k.var_error * size + least);
+            dx.set(i, g * scale, 8 * unit * std::fabs(g * scale) + 4 * tiny * (1 + size));
             return round(dx, i, p.type);
         }
         if (k.count == 1 && std::isfinite(xhat * scale)) return;  // 0, to the bit (S7)
+        const Real least = tiny * (1 + std::fabs(xhat)) * (1 + size) * (1 + k.rstd);
         const Real mean_g = s.g / k.count, along = s.gx / k.count;
         const Real terms = std::fabs(g) + std::fabs(mean_g) + std::fabs(xhat * along);
         const Real error = (14 * unit + 3 * k.var_error) * terms +

@@ -207,6 +207,12 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "one_channel": {"shape": (33, 1)},
     "many_channels": {"shape": (5, 129)},
 }
+# Longer than the pieces in which kernels work, and not a multiple of them.
+_LONG: dict[str, dict[str, Any]] = {
+    "long_signal": {"shape": (3, 2, 1301)},
+    "long_sample": {"shape": (2, 1201)},
+    "narrow_image": {"shape": (2, 5, 7, 9)},
+}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "ghost2": {"ghost": 2},
     "ghost_whole": {"ghost": 8},
@@ -267,6 +273,16 @@ def _table() -> list[Case]:
         for dtype in ("float16", "bfloat16", "float64")
         for m in ("none", "half")
         for mode in ("train", "eval")
+    ]
+    cases += [
+        Case(f"{name}-{dtype}-{m}", dtype=dtype, mask=m, **option, **kw)
+        for name, kw in _LONG.items()
+        for dtype in ("float16", "bfloat16", "float32", "float64")
+        for m, option in (
+            ("none", {}),
+            ("half", {"activation": "leaky_relu"}),
+            ("samples", {"residual": True, "activation": "relu"}),
+        )
     ]
     cases += [
         Case(f"{dtype}-residual_relu", dtype=dtype, mask="half", residual=True, activation="relu")

@@ -121,13 +121,22 @@ def row_distance(
     order, (first, _) = geometry.order, geometry.split
     if _product([shape[a] for a in order]) == 0:
         return geometry.dense
-    within = _collapse([(shape[a], strides[a]) for a in order[first:]])
-    if within is None or within not in (0, 1):
+    inside = [(shape[a], strides[a]) for a in order[first:]]
+    if _product([size for size, _ in inside]) > 1 and _collapse(inside) != 1:
         return None
     distance = _collapse([(shape[a], strides[a]) for a in order[:first]])
     if geometry.outer == 1:
         return geometry.dense
     return distance if distance is not None and distance >= geometry.dense else None
+
+
+def dense_strides(geometry: Geometry, shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of an array of x's shape whose axes lie in memory as x's do, without gaps."""
+    strides, step = [1] * len(shape), 1
+    for axis in reversed(geometry.order):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
 
 
 @lru_cache(maxsize=4096)

@@ -248,7 +248,13 @@ def _by_kernel(
     """y, or why no kernel can compute it."""
     if prepared is None:
         return "x is not a plain tensor, or a compiler or transformation of torch is at work"
-    refusal = prepared.refusal or kernels.refuse_tensors((x, mask, *parameters, residual), running)
+    refusal = (
+        prepared.refusal
+        or kernels.refuse_parameters(parameters)
+        or kernels.refuse_tensors((x, mask, *parameters, residual), running)
+    )
+    if refusal is None and residual is not None and residual.dtype is not x.dtype:
+        refusal = f"it takes a residual of x's type {x.dtype}, and got {residual.dtype}"
     if refusal is not None:
         return refusal
     again = recomputation_flag(x) is True

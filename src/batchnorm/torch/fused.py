@@ -22,11 +22,13 @@ from batchnorm.kernels import cpu
 from batchnorm.torch.prepared import (
     NAMES,
     Prepared,
+    empty_output,
     has_memory,
     is_plain,
     like,
     prepare,
     rearrange,
+    refuse_parameters,
     refuse_tensors,
     row_of,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "is_plain",
     "normalize",
     "prepare",
+    "refuse_parameters",
     "refuse_tensors",
     "run",
 ]
@@ -148,7 +151,7 @@ def normalize(
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if residual is not None:
-        residual = like(residual.to(x.dtype), x, prepared)
+        residual = like(residual, x, prepared)
     state = find_state(weight, bias, running)
     call = Call(prepared, mask, running, state, options, batch, update, residual is not None, None)
     if call.renorm:
@@ -190,6 +193,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         y, ctx.kept = _forward(call, x, residual)
         ctx.save_for_backward(x, weight, call.mask, None if call.options.activation is None else y)
+        ctx.memory = _memory(x, call.mask, y)
         ctx.renorm, ctx.bias_type = call.renorm, None if bias is None else bias.dtype
         # Running statistics have served their turn, and may move before the backward pass.
         call.running = call.mask = call.history = None
@@ -199,9 +203,23 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, mask, y = ctx.saved_tensors
-        if torch.is_grad_enabled() or type(dy) is not Tensor or not has_memory(dy):
+        if (
+            torch.is_grad_enabled()
+            or type(dy) is not Tensor
+            or not has_memory(dy)
+            # Hooks on saved tensors may bring them back in other memory.
+            or _memory(x, mask, y) != (*ctx.memory[:2], None if y is None else ctx.memory[2])
+        ):
             return differentiable_backward(ctx, dy, x, weight, mask, y)
         return _backward(ctx, dy, x, weight, mask, y)
+
+
+def _memory(x: Tensor, mask: Tensor | None, y: Tensor | None) -> tuple[Any, ...]:
+    return (
+        x.stride(),
+        None if mask is None else mask.stride(),
+        None if y is None else y.stride(),
+    )
 
 
 # Function.apply without its search for functorch's wrappers, which `is_plain` has ruled out: that
@@ -214,7 +232,7 @@ def _forward(call: Call, x: Tensor, residual: Tensor | None) -> tuple[Tensor, An
     prepared, options, running, mask = call.prepared, call.options, call.running, call.mask
     geometry = prepared.geometry
     assert geometry is not None
-    y = torch.empty_like(x)
+    y = empty_output(x, prepared)
     before, renorm = None, None
     if call.renorm:
         assert running is not None
@@ -263,9 +281,12 @@ def _backward(
     assert geometry is not None
     dense = geometry.dense
     dy = like(dy, x, prepared)
-    dx = torch.empty_like(x) if wants_x or (gated and wants_residual) else None
-    dresidual = torch.empty_like(x) if gated and wants_residual else None
-    dweight = None if weight is None or not wants_weight else torch.empty_like(weight)
+    dx = empty_output(x, prepared) if wants_x or (gated and wants_residual) else None
+    dresidual = empty_output(x, prepared) if gated and wants_residual else None
+    dweight = None
+    if wants_weight:
+        assert weight is not None
+        dweight = torch.empty(prepared.layout.channels, dtype=weight.dtype)
     dbias = torch.empty(prepared.layout.channels, dtype=ctx.bias_type) if wants_bias else None
     prepared.plan.backward(
         dy.data_ptr(),

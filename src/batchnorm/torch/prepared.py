@@ -38,6 +38,7 @@ class Prepared(NamedTuple):
         plan: compiled side; None where x or the mask must be copied into other memory first.
         geometry: of x's memory; None like plan.
         mask_shape: the mask's shape in x's rank, or None.
+        gapped: whether there are gaps between the rows of x, which outputs do not have.
     """
 
     layout: Layout
@@ -45,6 +46,7 @@ class Prepared(NamedTuple):
     plan: Any = None
     geometry: cpu.Geometry | None = None
     mask_shape: tuple[int, ...] | None = None
+    gapped: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -82,7 +84,7 @@ def prepare(
         if view is None:
             return Prepared(layout, None, mask_shape=mask_shape)
     plan = cpu.make_plan(layout, geometry, NAMES[dtype], activation, view, width, _TEAM)
-    return Prepared(layout, None, plan, geometry, mask_shape)
+    return Prepared(layout, None, plan, geometry, mask_shape, geometry.row != geometry.dense)
 
 
 def rearrange(
@@ -92,8 +94,13 @@ def rearrange(
     layout = prepared.layout
     geometry = cpu.find_geometry(layout, x.stride())
     if geometry is None:
-        x = x.contiguous()
-        geometry = cpu.find_geometry(layout, x.stride())
+        order = sorted(range(x.dim()), key=lambda a: -x.stride()[a])
+        back = [order.index(a) for a in range(x.dim())]
+        for dense in (x.permute(order).contiguous().permute(back), x.contiguous()):
+            geometry = cpu.find_geometry(layout, dense.stride())
+            if geometry is not None:
+                x = dense
+                break
     if geometry is None:
         return x, mask, prepared
     view, width = None, 1
@@ -110,7 +117,8 @@ def rearrange(
             view = cpu.view_mask(geometry, layout.shape, tuple(sizes), mask.stride())
             prepared = prepared._replace(mask_shape=tuple(sizes))
     plan = cpu.make_plan(layout, geometry, NAMES[x.dtype], activation, view, width, _TEAM)
-    return x, mask, prepared._replace(plan=plan, geometry=geometry)
+    gapped = geometry.row != geometry.dense
+    return x, mask, prepared._replace(plan=plan, geometry=geometry, gapped=gapped)
 
 
 def _strides_in(
@@ -135,6 +143,8 @@ def is_plain(x: Tensor) -> bool:
     """Whether x, and the moment, are such that its memory may be touched directly."""
     return (
         type(x) in _PLAIN
+        and x.layout is torch.strided
+        and not x.is_nested
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -154,11 +164,23 @@ def has_memory(a: Tensor) -> bool:
     )
 
 
+def refuse_parameters(parameters: Sequence[Tensor | None]) -> str | None:
+    """What the kernels have against weight and bias, or None."""
+    for a in parameters:
+        if a is not None and a.dtype not in NAMES:
+            return f"it takes floating parameters, and got {a.dtype}"
+    return None
+
+
 def refuse_tensors(tensors: Sequence[Tensor | None], running: Running | None) -> str | None:
     """What the kernels have against these tensors, or None."""
     for a in tensors:
-        if a is not None and not (a.is_cpu and type(a) in _PLAIN):
+        if a is None:
+            continue
+        if not (a.is_cpu and type(a) in _PLAIN):
             return f"there is none for a {type(a).__name__} on device {a.device}"
+        if a.is_neg():
+            return "it reads memory, where a lazily negated tensor holds other values"
     if running is None:
         return None
     dtype = running.mean.dtype
@@ -166,13 +188,26 @@ def refuse_tensors(tensors: Sequence[Tensor | None], running: Running | None) ->
         return f"it keeps float32 or float64 statistics, and got {dtype}"
     for a in (running.mean, running.var, *running[3:]):
         if a is not None and not (
-            a.is_cpu and type(a) in _PLAIN and a.dtype is dtype and a.is_contiguous()
+            a.is_cpu
+            and type(a) in _PLAIN
+            and a.dtype is dtype
+            and a.is_contiguous()
+            and not a.is_neg()
         ):
             return "it takes contiguous running statistics of one type, on the CPU"
     batches = running.batches
     if batches is not None and not (batches.is_cpu and batches.dtype is torch.int64):
         return f"it counts batches in int64 on the CPU, and got {batches.dtype}"
     return None
+
+
+def empty_output(x: Tensor, prepared: Prepared) -> Tensor:
+    """Memory for an output of x's shape and type, its axes in x's order."""
+    if not prepared.gapped:
+        return torch.empty_like(x)
+    assert prepared.geometry is not None
+    strides = cpu.dense_strides(prepared.geometry, prepared.layout.shape)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype)
 
 
 def like(a: Tensor, x: Tensor, prepared: Prepared) -> Tensor:
@@ -182,7 +217,7 @@ def like(a: Tensor, x: Tensor, prepared: Prepared) -> Tensor:
     assert prepared.geometry is not None
     if cpu.row_distance(prepared.geometry, prepared.layout.shape, a.stride()) is not None:
         return a
-    return torch.empty_like(x).copy_(a)
+    return empty_output(x, prepared).copy_(a)
 
 
 def row_of(a: Tensor, x: Tensor, prepared: Prepared) -> int:

@@ -63,7 +63,8 @@ def _replay(call: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tensor 
 
     affine = Affine(gamma=layout.expand(None if weight is None else weight.to(x.dtype), XP))
     if not call.batch:
-        return normalize_running(x, row("mean"), row("var"), mask, affine, eps=options.eps, xp=XP)
+        var = 1.0 / row("rstd") ** 2 - options.eps
+        return normalize_running(x, row("mean"), var, mask, affine, eps=options.eps, xp=XP)
     if ctx.renorm:
         affine = affine._replace(r=row("r"), d=row("d"))
     split, real = layout.split(x, XP), layout.split(mask, XP)

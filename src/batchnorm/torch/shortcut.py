@@ -51,6 +51,10 @@ def _state(layer: BatchNorm) -> tuple[Tensor | None, ...] | None:
         return None
 
 
+def _no_shortcut() -> None:
+    return None
+
+
 class Shortcut:
     """The way one call went: through the kernels, without mask, residual or renormalization."""
 
@@ -80,13 +84,15 @@ class Shortcut:
         self.settings = _settings(layer)
         self.input = (x.shape, x.stride(), x.dtype)
         # What may change about a tensor that stays the same object.
-        self.tensors = [
-            (a, None if a is None else (a.data_ptr(), a.dtype, a.numel())) for a in state
-        ]
+        self.tensors = [(a, None if a is None else (a.data_ptr(), a.dtype, a.shape)) for a in state]
         self.running = None if statistics[0] is None else Running(*statistics)
         self.addresses = fused.find_state(weight, bias, self.running)
         self.prepared, self.options = prepared, options
         self.batch, self.update = batch, update
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled layer finds its own."""
+        return _no_shortcut, ()
 
     def repeat(self, layer: BatchNorm, x: Tensor) -> Tensor | None:
         """y, or None if anything is not as it was."""
@@ -106,7 +112,9 @@ class Shortcut:
         for a, (kept, seen) in zip(state, self.tensors, strict=True):
             if a is not kept:
                 return None
-            if a is not None and (a.data_ptr(), a.dtype, a.numel()) != seen:
+            if a is not None and (
+                (a.data_ptr(), a.dtype, a.shape) != seen or not a.is_contiguous()
+            ):
                 return None
         call = fused.Call(
             self.prepared,

@@ -37,14 +37,17 @@ class RunningStatistics(_BatchNorm):
                 self.register_buffer(name, value)
 
     def _running(self) -> Running | None:
-        buffers = self._buffers  # the attributes behind it, without a search for each
-        mean = buffers["running_mean"]
+        mean, var = self._statistic("running_mean"), self._statistic("running_var")
         if mean is None:
             return None
-        var, batches = buffers["running_var"], buffers["num_batches_tracked"]
+        batches = self._statistic("num_batches_tracked")
         if self.renorm is None:
             return Running(mean, var, batches)
-        return Running(mean, var, batches, *(buffers[name] for name in _RENORM_BUFFERS))
+        return Running(mean, var, batches, *(self._statistic(name) for name in _RENORM_BUFFERS))
+
+    def _statistic(self, name: str) -> Tensor | None:
+        buffers = self._buffers  # the attribute behind it, without a search
+        return buffers[name] if name in buffers else getattr(self, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningStatistics:
         """Move and cast as torch does, but keep statistics float32 or wider, to the bit (S16)."""

@@ -1,0 +1,52 @@
+"""What the figures were measured on and with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchnorm.kernels import cpu
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, instruction set, huge pages, threads."""
+    return {
+        "processor": _processor(),
+        "architecture": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": cpu.instructions(),
+        "transparent huge pages": _huge_pages(),
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Of everything whose speed enters."""
+    packages = {name: version(name) for name in ("batchnorm", "torch", "numpy")}
+    return {"python": platform.python_version()} | packages
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    return found[1].strip() if found else platform.processor()
+
+
+def _huge_pages() -> str:
+    try:
+        found = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text())
+    except OSError:
+        return "none"
+    return found[1] if found else "unknown"

@@ -1,0 +1,464 @@
+"""What the extension refuses, and what it promises to whoever calls it directly."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from batchnorm.kernels import cpu
+
+_cpu = pytest.importorskip("batchnorm.kernels._cpu")
+
+F16, BF16, F32, F64 = range(4)
+ROWS, CHANNELS = 6, 3
+FORWARD = {
+    "x": 0,
+    "x_stride": CHANNELS,
+    "residual": 0,
+    "residual_stride": 0,
+    "mask": 0,
+    "y": 0,
+    "y_stride": CHANNELS,
+    "gamma": 0,
+    "gamma_type": F32,
+    "beta": 0,
+    "beta_type": F32,
+    "running_mean": 0,
+    "running_type": F32,
+    "running_var": 0,
+    "batches": 0,
+    "renorm": None,
+    "eps": 1e-5,
+    "decay": 0.9,
+    "batch": True,
+    "update": False,
+    "unbiased": True,
+    "threads": 1,
+}
+BACKWARD = {
+    "dy": 0,
+    "dy_stride": CHANNELS,
+    "x": 0,
+    "x_stride": CHANNELS,
+    "y": 0,
+    "y_stride": CHANNELS,
+    "mask": 0,
+    "dx": 0,
+    "dx_stride": CHANNELS,
+    "dresidual": 0,
+    "dresidual_stride": CHANNELS,
+    "dgamma": 0,
+    "dgamma_type": F32,
+    "dbeta": 0,
+    "dbeta_type": F32,
+    "kept": None,
+    "batch": True,
+    "threads": 1,
+}
+PLAN = {
+    "type": F32,
+    "outer": ROWS,
+    "channels": CHANNELS,
+    "inner": 1,
+    "groups": 1,
+    "run": 1,
+    "activation": 0,
+}
+
+
+def plan(**changes):
+    return _cpu.Plan(**PLAN | changes)
+
+
+class Arrays:
+    """Memory for every argument of a small step."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.x, self.dy = rng.normal(size=(2, ROWS, CHANNELS)).astype(np.float32)
+        self.y, self.dx, self.dresidual, self.residual = np.zeros((4, ROWS, CHANNELS), np.float32)
+        self.gamma, self.running_var = np.ones((2, CHANNELS), np.float32)
+        self.beta, self.running_mean, self.dgamma, self.dbeta = np.zeros((4, CHANNELS), np.float32)
+        self.mask = np.ones(ROWS, np.int64)
+        self.batches = np.zeros(1, np.int64)
+
+    def at(self, *names):
+        return {name: getattr(self, name).ctypes.data for name in names}
+
+    def forward(self, of=None, **changes):
+        arguments = FORWARD | self.at("x", "y") | changes
+        return (of or plan()).forward(*arguments.values())
+
+    def backward(self, kept, of=None, **changes):
+        arguments = BACKWARD | self.at("x", "dy", "dx") | {"kept": kept} | changes
+        return (of or plan()).backward(*arguments.values())
+
+
+@pytest.fixture
+def arrays():
+    return Arrays()
+
+
+# Construction
+
+REFUSED = [
+    ("type", -1),
+    ("type", 4),
+    ("outer", -1),
+    ("channels", -1),
+    ("inner", -1),
+    ("groups", -1),
+    ("run", 0),
+    ("run", -1),
+    ("activation", -1),
+    ("activation", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_plan_refuses_and_names(name, value):
+    with pytest.raises(ValueError, match=rf"^kernels: {name} must be .*; got {value}\.$"):
+        plan(**{name: value})
+
+
+INDIVISIBLE = {
+    "groups": {"outer": 6, "groups": 4},
+    "run": {"outer": 6, "groups": 2, "run": 2},
+    "no groups": {"outer": 6, "groups": 0},
+}
+
+
+@pytest.mark.parametrize("changes", INDIVISIBLE.values(), ids=INDIVISIBLE)
+def test_plan_refuses_rows_that_do_not_divide(changes):
+    with pytest.raises(ValueError, match=r"outer must be a multiple of groups \* run; got 6\."):
+        plan(**changes)
+
+
+TOO_LARGE = {
+    "rows and channels": {"outer": 2**32, "channels": 2**31},
+    "channels and inner": {"outer": 1, "channels": 2**32, "inner": 2**32},
+    "bytes": {"outer": 2**30, "channels": 2**30},
+    "all three": {"outer": 2**31, "channels": 2**31, "inner": 2**31},
+}
+
+
+@pytest.mark.parametrize("changes", TOO_LARGE.values(), ids=TOO_LARGE)
+def test_plan_refuses_more_elements_than_memory(changes):
+    with pytest.raises(ValueError, match="more elements than memory"):
+        plan(**changes)
+
+
+@pytest.mark.parametrize("name", ["outer", "channels", "inner", "groups", "run"])
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 1.5, "3", None])
+def test_plan_takes_only_64_bit_integers(name, value):
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        plan(**{name: value})
+
+
+@pytest.mark.parametrize("width", [-1, 0, 3, 5, 16])
+def test_mask_width_is_that_of_an_integer_type(width):
+    with pytest.raises(ValueError, match=rf"mask width must be 1, 2, 4 or 8; got {width}\."):
+        plan().set_mask(width, 1, 1, 0)
+
+
+@pytest.mark.parametrize("repeat", [0, -1])
+def test_mask_repeat_is_positive(repeat):
+    with pytest.raises(ValueError, match=rf"mask repeat must be at least 1; got {repeat}\."):
+        plan().set_mask(1, repeat, 1, 0)
+
+
+# Forward
+
+MISALIGNED = {
+    "x": 1,
+    "y": 2,
+    "residual": 3,
+    "gamma": 2,
+    "beta": 1,
+    "running_mean": 2,
+    "running_var": 3,
+    "batches": 4,
+}
+
+
+@pytest.mark.parametrize(("name", "offset"), MISALIGNED.items())
+def test_forward_refuses_a_misaligned(arrays, name, offset):
+    address = getattr(arrays, name).ctypes.data + offset
+    message = rf"kernels: {name} must be aligned to its element size; got {address}\."
+    with pytest.raises(ValueError, match=message):
+        arrays.forward(**{"residual_stride": CHANNELS, name: address})
+
+
+@pytest.mark.parametrize(("width", "offset"), [(2, 1), (4, 2), (8, 4)])
+def test_forward_refuses_a_mask_misaligned_for_its_width(arrays, width, offset):
+    masked = plan()
+    masked.set_mask(width, 1, 1, 0)
+    with pytest.raises(ValueError, match="mask must be aligned to its element size"):
+        arrays.forward(masked, mask=arrays.mask.ctypes.data + offset)
+
+
+def test_forward_takes_a_mask_of_bytes_at_any_address(arrays):
+    masked = plan()
+    masked.set_mask(1, 1, 1, 0)
+    mask = np.array([9, 1, 0, 1, 1, 1, 0], np.uint8)
+    kept = arrays.forward(masked, mask=mask.ctypes.data + 1)
+    assert kept.count() == [4]
+
+
+@pytest.mark.parametrize("stride", [2, 0, -3, 2**61, 2**63 - 1])
+@pytest.mark.parametrize("name", ["x", "y", "residual"])
+def test_forward_refuses_rows_that_overlap_or_leave_memory(arrays, name, stride):
+    message = rf"{name} must be dense within a row, .*; got {stride}\."
+    with pytest.raises(ValueError, match=message):
+        arrays.forward(
+            **arrays.at("residual") | {"residual_stride": CHANNELS, f"{name}_stride": stride}
+        )
+
+
+@pytest.mark.parametrize("name", ["x", "y"])
+def test_forward_refuses_a_null_pointer_for(arrays, name):
+    with pytest.raises(ValueError, match=f"{name} is missing; got a null pointer"):
+        arrays.forward(**{name: 0})
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_forward_refuses_threads(arrays, threads):
+    with pytest.raises(ValueError, match=rf"threads must be at least 1; got {threads}\."):
+        arrays.forward(threads=threads)
+
+
+@pytest.mark.parametrize("code", [-1, 4])
+@pytest.mark.parametrize("name", ["gamma_type", "beta_type", "running_type"])
+def test_forward_refuses_a_wrong_type_code(arrays, name, code):
+    with pytest.raises(ValueError, match=rf"type must be 0 \(float16\), .*; got {code}\."):
+        arrays.forward(**{name: code})
+
+
+@pytest.mark.parametrize("given", [(), ("running_mean",), ("running_var",)])
+def test_update_needs_running_statistics(arrays, given):
+    with pytest.raises(ValueError, match="an update needs running statistics"):
+        arrays.forward(**arrays.at(*given), update=True)
+
+
+def test_cumulative_average_needs_the_number_of_batches(arrays):
+    with pytest.raises(ValueError, match="needs the number of batches"):
+        arrays.forward(**arrays.at("running_mean", "running_var"), update=True, decay=-1.0)
+
+
+@pytest.mark.parametrize("size", [0, 6, 8])
+def test_renorm_has_seven_entries(arrays, size):
+    with pytest.raises(ValueError, match="renorm must have 7 entries"):
+        arrays.forward(**arrays.at("running_mean", "running_var"), renorm=(0,) * size)
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_refused_call_writes_nothing(arrays, update):
+    state = arrays.at("running_mean", "running_var", "batches")
+    with pytest.raises(ValueError, match="threads"):
+        arrays.forward(**state, update=update, threads=0)
+    assert not arrays.y.any()
+    assert not arrays.running_mean.any()
+    assert not arrays.batches.any()
+
+
+def test_empty_arrays_may_be_null(arrays):
+    kept = arrays.forward(plan(outer=0), x=0, y=0)
+    assert kept.count() == [0]
+
+
+# Backward
+
+
+@pytest.mark.parametrize("changes", [{"channels": 4}, {"groups": 2}, {"groups": 0, "outer": 0}])
+def test_backward_refuses_what_another_plan_kept(arrays, changes):
+    kept = plan(**changes | {"outer": 0}).moments(0, 0, 0, 1)
+    with pytest.raises(ValueError, match="kept must come from a step of this plan"):
+        arrays.backward(kept)
+
+
+def test_backward_refuses_to_go_without_what_forward_kept(arrays):
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        arrays.backward(None)
+
+
+@pytest.mark.parametrize("name", ["dy", "x"])
+def test_backward_refuses_a_null_pointer_for(arrays, name):
+    with pytest.raises(ValueError, match=f"{name} is missing; got a null pointer"):
+        arrays.backward(arrays.forward(), **{name: 0})
+
+
+@pytest.mark.parametrize("missing", ["y", "dx"])
+def test_gradient_of_the_residual_needs(arrays, missing):
+    given = arrays.at("y", "dx", "dresidual") | {missing: 0}
+    with pytest.raises(ValueError, match="dresidual needs y, whose sign it follows, and dx"):
+        arrays.backward(arrays.forward(), **given)
+
+
+@pytest.mark.parametrize("stride", [2, -3, 2**61])
+@pytest.mark.parametrize("name", ["dy", "x", "y", "dx", "dresidual"])
+def test_backward_refuses_rows_that_overlap_or_leave_memory(arrays, name, stride):
+    given = arrays.at("y", "dresidual") | {f"{name}_stride": stride}
+    message = rf"{name} must be dense within a row, .*; got {stride}\."
+    with pytest.raises(ValueError, match=message):
+        arrays.backward(arrays.forward(), **given)
+
+
+@pytest.mark.parametrize("name", ["dy", "x", "y", "dx", "dresidual", "dgamma", "dbeta"])
+def test_backward_refuses_a_misaligned(arrays, name):
+    given = arrays.at("y", "dresidual") | {name: getattr(arrays, name).ctypes.data + 1}
+    with pytest.raises(ValueError, match=f"{name} must be aligned to its element size"):
+        arrays.backward(arrays.forward(), **given)
+
+
+def test_backward_refuses_threads(arrays):
+    with pytest.raises(ValueError, match=r"threads must be at least 1; got 0\."):
+        arrays.backward(arrays.forward(), threads=0)
+
+
+# What must not crash; a crash would take the other tests with it
+
+
+def outcome(code):
+    """What is printed by `code`, which has `forward(plan, **changes)` and so on."""
+    header = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_binding import *\n"
+    here = __file__.rsplit("/", 1)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", header + code, here], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stderr}"
+    return done.stdout.strip()
+
+
+UNALLOCATABLE = {
+    "channels, training": ({"outer": 0, "channels": 2**55}, True),
+    "channels, evaluation": ({"outer": 0, "channels": 2**55}, False),
+    "bytes of statistics past 63 bits": ({"outer": 0, "channels": 2**58}, False),
+    "number of statistics past 63 bits": ({"outer": 0, "channels": 2**60}, False),
+    "number of statistics past 64 bits": ({"outer": 0, "channels": 2**61}, False),
+    "groups": ({"outer": 0, "groups": 2**55}, True),
+    "groups times channels past 64 bits": (
+        {"outer": 0, "groups": 2**20, "channels": 2**44},
+        True,
+    ),
+    "groups times channels past 64 bits, evaluation": (
+        {"outer": 0, "groups": 2**20, "channels": 2**44},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("sizes", "batch"), UNALLOCATABLE.values(), ids=UNALLOCATABLE)
+def test_statistics_that_no_memory_holds_are_an_error(sizes, batch):
+    code = f"""
+try:
+    Arrays().forward(plan(**{sizes}), x=0, y=0, batch={batch})
+except (MemoryError, ValueError) as error:
+    print("refused")
+"""
+    assert outcome(code) == "refused"
+
+
+def test_statistics_that_do_not_fit_are_a_memory_error():
+    with pytest.raises(MemoryError):
+        _cpu.Plan(2, 0, 2**55, 1, 1, 1, 0).forward(*(FORWARD | {"x": 0, "y": 0}).values())
+
+
+def test_moments_that_no_memory_holds_are_an_error():
+    code = """
+try:
+    plan(outer=0, groups=2**20, channels=2**44).moments(0, 0, 0, 1)
+except (MemoryError, ValueError) as error:
+    print("refused")
+"""
+    assert outcome(code) == "refused"
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_renorm_refuses_a_null_pointer_for_its_statistics(missing):
+    code = f"""
+a = Arrays()
+renorm = [a.running_var.ctypes.data] * 3 + [0.9, 0.9, 1.1, 1.0]
+renorm[{missing}] = 0
+try:
+    a.forward(**a.at("running_mean", "running_var"), renorm=tuple(renorm), update=True)
+except ValueError as error:
+    print("refused")
+"""
+    assert outcome(code) == "refused"
+
+
+# Results without any framework
+
+
+def test_moments_are_those_of_the_rows(arrays):
+    kept = plan().moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
+    x = arrays.x.astype(np.float64)
+    mean, low = kept.row(cpu.STATISTICS["mean"]), kept.row(cpu.STATISTICS["low"])
+    np.testing.assert_allclose(mean + low, x.mean(axis=0), rtol=5e-6, atol=5e-6)
+    np.testing.assert_allclose(kept.row(cpu.STATISTICS["var"]), x.var(axis=0), rtol=5e-6)
+
+
+def test_forward_normalizes_the_rows(arrays):
+    arrays.forward()
+    x = arrays.x.astype(np.float64)
+    expected = (x - x.mean(axis=0)) / np.sqrt(x.var(axis=0) + 1e-5)
+    np.testing.assert_allclose(arrays.y, expected, rtol=5e-6, atol=5e-6)
+
+
+def test_backward_gives_the_gradient_of_beta(arrays):
+    arrays.backward(arrays.forward(), **arrays.at("dbeta"))
+    np.testing.assert_allclose(arrays.dbeta, arrays.dy.sum(axis=0), rtol=5e-6, atol=5e-6)
+
+
+def test_gradient_of_x_sums_to_nothing(arrays):
+    arrays.backward(arrays.forward())
+    assert np.abs(arrays.dx).max() > 0.1
+    np.testing.assert_allclose(arrays.dx.sum(axis=0), 0, atol=5e-6 * ROWS)
+
+
+@pytest.mark.parametrize("which", [-1, 8])
+def test_statistics_have_eight_rows(arrays, which):
+    with pytest.raises(ValueError, match=rf"row must be one of the rows; got {which}\."):
+        arrays.forward().row(which)
+
+
+def test_row_of_statistics_outlives_what_was_kept(arrays):
+    expected = arrays.forward().row(cpu.STATISTICS["rstd"]).copy()
+    row = arrays.forward().row(cpu.STATISTICS["rstd"])
+    gc.collect()
+    others = [arrays.forward() for _ in range(100)]
+    assert np.array_equal(row, expected)
+    assert len(others) == 100
+
+
+# Instruction sets
+
+
+@pytest.fixture
+def restored():
+    before = cpu.instructions()
+    yield
+    cpu.use_instructions(before)
+
+
+@pytest.mark.parametrize("name", ["", "sse9", "AVX2", "avx", "baseline "])
+def test_unknown_instructions_are_refused(name):
+    with pytest.raises(ValueError, match=f"this machine cannot run {name!r} instructions"):
+        cpu.use_instructions(name)
+
+
+def test_refused_instructions_change_nothing():
+    before = cpu.instructions()
+    with pytest.raises(ValueError, match="sse9"):
+        cpu.use_instructions("sse9")
+    assert cpu.instructions() == before
+
+
+@pytest.mark.usefixtures("restored")
+def test_baseline_instructions_run_everywhere():
+    cpu.use_instructions("baseline")
+    assert cpu.instructions() == "baseline"
