@@ -173,8 +173,8 @@ class Plan {
         step.dbeta = per_channel("dbeta", dbeta, type_of(beta_type));
         step.options.batch = batch;
         step.options.renorm = kept.renorm;
-        if (step.dresidual && !(step.y && step.dx))
-            refuse("kernels: dresidual needs y, whose sign it follows, and dx.");
+        if (step.dresidual && !(step.y && step.dx && step_.options.activation != Activation::none))
+            refuse("kernels: dresidual needs an activation, y, whose sign it follows, and dx.");
         nb::gil_scoped_release release;
         const auto size = static_cast<std::size_t>(2 * step.layout.statistics());
         std::unique_ptr<double[]> sums(new double[size]);

@@ -85,6 +85,7 @@ inline void for_each_run(const Layout& layout, Index group, Index first, Index r
 // if f returns false.
 template <class F>
 inline void for_each_stretch(const Layout& layout, const Block& block, F f) {
+    if (block.rows == 0) return;  // inner may be 0
     Index within = block.first % layout.inner, left = block.rows;
     const Index rows = (within + left + layout.inner - 1) / layout.inner;
     for_each_run(layout, block.group, block.first / layout.inner, rows, [&](Index o, Index m) {

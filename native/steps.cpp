@@ -275,7 +275,10 @@ bool is_empty(const Layout& layout) { return layout.channels == 0; }
 }  // namespace
 
 void moments(const Step& step) {
-    if (is_empty(step.layout)) return;
+    if (is_empty(step.layout)) {
+        std::fill_n(step.statistics.count(), step.layout.groups, 0.0);
+        return;
+    }
     Reduction reduction(step);
     const Statistics& s = step.statistics;
     for (Index g = 0; g < step.layout.groups; ++g) {

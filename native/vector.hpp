@@ -58,7 +58,9 @@ inline Doubles load_doubles(const float* p) {
 #elif defined(__AVX__)
     return _mm256_cvtps_pd(_mm_loadu_ps(p));
 #elif defined(__SSE2__)
-    return _mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(p))));
+    double both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return _mm_cvtps_pd(_mm_castpd_ps(_mm_set_sd(both)));
 #else
     Doubles v;
     for (int i = 0; i < kDoubles; ++i) v[i] = p[i];

@@ -146,6 +146,7 @@ class Run {
             step.mask.data = c.mask.data();
         }
         step.options.activation = p.options.activation, step.options.batch = p.options.batch;
+        step.options.renorm = p.options.renorm;
         step.options.threads = threads_.count, step.options.team = threads_.team;
         step.x = in.x.array;
         step.statistics = {reinterpret_cast<double*>(kept.data()), p.layout.statistics()};

@@ -161,6 +161,7 @@ def has_memory(a: Tensor) -> bool:
         functorch.is_functorch_wrapped_tensor(a)
         or functorch.is_legacy_batchedtensor(a)  # is_grads_batched=True
         or a.is_neg()
+        or a._is_zerotensor()
     )
 
 
