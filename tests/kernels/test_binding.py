@@ -294,7 +294,7 @@ def test_backward_refuses_a_null_pointer_for(arrays, name):
 @pytest.mark.parametrize("missing", ["y", "dx"])
 def test_gradient_of_the_residual_needs(arrays, missing):
     given = arrays.at("y", "dx", "dresidual") | {missing: 0}
-    with pytest.raises(ValueError, match="dresidual needs .*y, whose sign it follows, and dx"):
+    with pytest.raises(ValueError, match=r"dresidual needs .*y, whose sign it follows, and dx"):
         arrays.backward(arrays.forward(), **given)
 
 
