@@ -195,9 +195,9 @@ bool finish_part(const Step& step, Index first, Index n) {
         const Index at = g * step.layout.channels + first;
         const bool own = o.batch && s.count()[g] > 0;
         double* mean = s.row(Statistics::mean) + at;
-        double* rstd = s.row(Statistics::rstd) + at;
-        double* scale = s.row(Statistics::scale) + at;
-        double* offset = s.row(Statistics::offset) + at;
+        double* __restrict rstd = s.row(Statistics::rstd) + at;
+        double* __restrict scale = s.row(Statistics::scale) + at;
+        double* __restrict offset = s.row(Statistics::offset) + at;
         const double* var = own ? s.row(Statistics::var) + at : running_var.at;
         for (Index i = 0; i < n; ++i) {
             rstd[i] = 1.0 / __builtin_sqrt(var[i] + o.eps);

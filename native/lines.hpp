@@ -130,23 +130,39 @@ struct Lanes {
         const Index span = by_rows(step) ? step.layout.inner : 1, width = block.channels * span;
         const double count = s.count()[block.group];
         const double weight = count > 0 ? 1.0 / count : 0.0;
-        for (Index l = 0; l < width && l < lanes; ++l) {
-            const Index c = first + (span == 1 ? l : l / span);
-            hi[l] = F(s.row(Statistics::mean)[c]);
-            lo[l] = F((s.row(Statistics::mean)[c] - double(hi[l])) + s.row(Statistics::low)[c]);
-            scale[l] = F(s.row(Statistics::scale)[c]);
-            offset[l] = F(s.row(Statistics::offset)[c]);
-            if (sums == nullptr) continue;
-            rstd[l] = F(s.row(Statistics::rstd)[c]);
-            along[l] = F(-weight * s.row(Statistics::rstd)[c] * sums[s.size + c]);
-            shift[l] =
-                F(-weight * sums[c]);  // cancels the gradient of a single row to the bit (S7)
+        if (lanes == 0) return;
+        if (span == 1) {
+            for (Index l = 0; l < width; ++l) set(s, l, first + l);
+            if (sums != nullptr) {
+                for (Index l = 0; l < width; ++l) set_sums(s, l, first + l, weight, sums);
+            }
+        } else {
+            for (Index l = 0; l < width; ++l) {
+                set(s, l, first + l / span);
+                if (sums != nullptr) set_sums(s, l, first + l / span, weight, sums);
+            }
         }
         for (Index l = width; l < lanes; ++l) {
             const Index c = l - width;
             hi[l] = hi[c], lo[l] = lo[c], scale[l] = scale[c], offset[l] = offset[c];
             if (sums != nullptr) rstd[l] = rstd[c], along[l] = along[c], shift[l] = shift[c];
         }
+    }
+
+    BATCHNORM_INLINE void set(const Statistics& s, Index l, Index c) {
+        const double mean = s.row(Statistics::mean)[c];
+        hi[l] = F(mean);
+        lo[l] = F((mean - double(hi[l])) + s.row(Statistics::low)[c]);
+        scale[l] = F(s.row(Statistics::scale)[c]);
+        offset[l] = F(s.row(Statistics::offset)[c]);
+    }
+
+    BATCHNORM_INLINE void set_sums(const Statistics& s, Index l, Index c, double weight,
+                                   const double* sums) {
+        const double factor = s.row(Statistics::rstd)[c];
+        rstd[l] = F(factor);
+        along[l] = F(-weight * factor * sums[s.size + c]);
+        shift[l] = F(-weight * sums[c]);  // cancels the gradient of a single row to the bit (S7)
     }
 
     Coefficients<F> from(Index l = 0) const {

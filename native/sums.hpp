@@ -116,6 +116,10 @@ struct LaneSums {
 
     // Adds up lanes of the same channel.
     void fold(Index channels, Index span, Index joined, double* sum, double* other) const {
+        if (span == 1 && joined == 1) {
+            for (Index c = 0; c < channels; ++c) sum[c] = first[c], other[c] = second[c];
+            return;
+        }
         for (Index c = 0; c < channels; ++c) {
             double a = 0.0, b = 0.0;
             for (Index r = 0; r < joined; ++r) {
@@ -135,9 +139,11 @@ struct LaneValues {
 
     LaneValues(const double* values, Index channels, Index span, Index joined) {
         Index l = 0;
-        for (Index r = 0; r < joined; ++r) {
-            for (Index c = 0; c < channels; ++c) {
-                for (Index i = 0; i < span; ++i) at[l++] = values[c];
+        for (Index r = 0; r < joined; ++r, l += channels * span) {
+            if (span == 1) {
+                for (Index c = 0; c < channels; ++c) at[l + c] = values[c];
+            } else {
+                for (Index i = 0; i < channels * span; ++i) at[l + i] = values[i / span];
             }
         }
         for (Index end = l + kTile; l < end; ++l) at[l] = 0.0;
