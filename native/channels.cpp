@@ -178,6 +178,17 @@ bool update_running(const Step& step, Index first, Index n, const Averages& aver
     return true;
 }
 
+// A function of its own, since only its arguments can say that none of them overlap.
+void find_affine(const double* __restrict var, const double* __restrict gamma,
+                 const double* __restrict beta, double eps, Index n, double* __restrict rstd,
+                 double* __restrict scale, double* __restrict offset) {
+    for (Index i = 0; i < n; ++i) {
+        rstd[i] = 1.0 / __builtin_sqrt(var[i] + eps);
+        scale[i] = rstd[i] * gamma[i];
+        offset[i] = beta[i];
+    }
+}
+
 bool finish_part(const Step& step, Index first, Index n) {
     const Options& o = step.options;
     const Statistics& s = step.statistics;
@@ -195,15 +206,10 @@ bool finish_part(const Step& step, Index first, Index n) {
         const Index at = g * step.layout.channels + first;
         const bool own = o.batch && s.count()[g] > 0;
         double* mean = s.row(Statistics::mean) + at;
-        double* __restrict rstd = s.row(Statistics::rstd) + at;
-        double* __restrict scale = s.row(Statistics::scale) + at;
-        double* __restrict offset = s.row(Statistics::offset) + at;
+        double* scale = s.row(Statistics::scale) + at;
+        double* offset = s.row(Statistics::offset) + at;
         const double* var = own ? s.row(Statistics::var) + at : running_var.at;
-        for (Index i = 0; i < n; ++i) {
-            rstd[i] = 1.0 / __builtin_sqrt(var[i] + o.eps);
-            scale[i] = rstd[i] * gamma.at[i];
-            offset[i] = beta.at[i];
-        }
+        find_affine(var, gamma.at, beta.at, o.eps, n, s.row(Statistics::rstd) + at, scale, offset);
         if (!own) {
             double* low = s.row(Statistics::low) + at;
             for (Index i = 0; i < n; ++i) mean[i] = running_mean.at[i], low[i] = 0.0;
@@ -236,12 +242,17 @@ void finish_gradients(const Step& step, const double* sums, Index first, Index e
         double dgamma[kPart] = {}, dbeta[kPart] = {};
         for (Index g = 0; g < step.layout.groups; ++g) {
             const Index at = g * step.layout.channels + c;
+            const double* rstd = s.row(Statistics::rstd) + at;
+            const double *sum = sums + at, *product = sums + s.size + at;
+            for (Index i = 0; i < n; ++i) dbeta[i] += sum[i];
+            if (!step.options.renorm) {
+                for (Index i = 0; i < n; ++i) dgamma[i] += rstd[i] * product[i];
+                continue;
+            }
+            const double *r = s.row(Statistics::r) + at, *d = s.row(Statistics::d) + at;
             for (Index i = 0; i < n; ++i) {
-                const double xhat = s.row(Statistics::rstd)[at + i] * sums[s.size + at + i];
-                dbeta[i] += sums[at + i];
-                dgamma[i] += !step.options.renorm ? xhat
-                                                  : s.row(Statistics::r)[at + i] * xhat +
-                                                        s.row(Statistics::d)[at + i] * sums[at + i];
+                const double xhat = rstd[i] * product[i];
+                dgamma[i] += r[i] * xhat + d[i] * sum[i];
             }
         }
         if (step.dgamma) store(step.dgamma, c, n, dgamma);
