@@ -29,6 +29,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run_jax.py
 
 # The packages, and that they install and run where there is no compiler.
 dist: $(VENV)/.installed
