@@ -10,6 +10,7 @@ from batchnorm.core.moments import Centred, Moments, centre
 from batchnorm.core.namespace import Array, Namespace
 from batchnorm.core.normalize import Affine, activate, normalize_batch, normalize_running
 from batchnorm.core.running import Running, average_groups, renorm_correction, update_running
+from batchnorm.core.synchronize import Merge, recentre
 
 
 class Inputs(NamedTuple):
@@ -49,6 +50,7 @@ def forward_batch(
     *,
     owner: str,
     xp: Namespace,
+    merge: Merge | None = None,
 ) -> Outcome:
     """Normalize by the batch's own statistics (training).
 
@@ -59,6 +61,7 @@ def forward_batch(
         options: as in Options.
         owner: whose name error messages carry.
         xp: array namespace.
+        merge: over the participants whose batches make up one (S14), or None.
 
     Returns:
         Outcome; moments are per channel, with ghost batches per group and channel.
@@ -69,11 +72,15 @@ def forward_batch(
     x = layout.split(inputs.x, xp)
     mask = layout.mask(inputs.mask, owner, xp)
     centred = centre(x, mask, layout.reduced, eps=options.eps, xp=xp)
+    if merge is not None and layout.groups is None:
+        centred = recentre(x, mask, merge.moments(centred), xp)
     average = average_groups(
         Centred(*(xp.stop_gradient(a) for a in centred)),
         None if layout.groups is None else 1,
         xp,
     )
+    if merge is not None and layout.groups is not None:
+        average = merge.average(average, options.unbiased and options.renorm is None)
     expanded, affine = None, channel_affine(inputs, layout, xp)
     fallback = (xp.zeros_like(centred.power), xp.ones_like(centred.power))
     if running is not None:
