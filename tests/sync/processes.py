@@ -61,7 +61,7 @@ class World:
         function: Callable[..., Any],
         arguments: Sequence[tuple[Any, ...]] | None = None,
         *,
-        within: float = 120.0,
+        within: float = 60.0,
     ) -> list[Answer]:
         """What `function(*arguments[rank])` gives on every rank; `within` bounds the seconds."""
         given = arguments or [()] * self.size

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +22,7 @@ from torch_world import join, make_world, stop
 TIMEOUT = 2.0  # seconds, of the groups
 SIZE = 3
 BAD = 1  # the rank that misbehaves
-LAYER = r"BatchNorm2d (#\d+|[a-z0-9.]+) \(\d+ channels, eps="
+LAYER = r"BatchNorm2d #\d+( \(\d+ channels, eps=|: cannot reach)"
 GROUP = r"process group of 3 ranks \(0, 1, 2; gloo\)"
 
 
@@ -65,7 +67,7 @@ def expect_errors(world: World, function, *arguments, ranks=range(SIZE)) -> list
         assert outcome.seconds < TIMEOUT + 1.0, rank
         assert outcome.unchanged, rank
         assert re.search(LAYER, outcome.error), outcome.error
-        assert re.search(f"{GROUP}|destroyed|not initialized", outcome.error), outcome.error
+        assert re.search(f"{GROUP}|process group is gone", outcome.error), outcome.error
     return outcomes
 
 
@@ -171,7 +173,7 @@ def skip_backward(rank: int, fused: bool | None) -> Outcome:
 
 @PATHS
 def test_a_rank_that_skips_a_backward_pass(world, fused) -> None:
-    outcomes = expect_errors(world, skip_backward, fused)
+    outcomes = expect_errors(world, skip_backward, fused, ranks=(0, 2))
     assert all("backward pass: waited for rank" in outcome.error for outcome in outcomes)
 
 
@@ -247,7 +249,9 @@ def test_a_rank_that_changes_its_mind(world, kind, fused) -> None:
 
 
 def destroy(rank: int, given: bool, fused: bool | None) -> Outcome:
-    group = dist.new_group(range(SIZE)) if given else None
+    group = None
+    if given:
+        group = dist.new_group(range(SIZE), timeout=timedelta(seconds=TIMEOUT))
     layer = make(fused=fused, process_group=group)
     layer(batch(rank))
     if rank == BAD:
@@ -286,11 +290,11 @@ def train(rank: int, fail_at: int | None, state: dict | None, steps: range) -> d
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     if state is not None:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # memory all ranks share
     saved = {}
     for step in steps:
-        saved = {"model": _copy(model.state_dict()), "optimizer": optimizer.state_dict()}
-        saved = {"step": step, **saved}
+        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        saved = {"step": step, **copy.deepcopy(parts)}
         if step == fail_at and rank == BAD:
             return saved  # its step never happens
         x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(10 * step + rank))
@@ -302,16 +306,10 @@ def train(rank: int, fail_at: int | None, state: dict | None, steps: range) -> d
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
         optimizer.step()
-    return {"model": _copy(model.state_dict()), "last": saved["step"]}
-
-
-def _copy(state: dict) -> dict:
-    return {name: value.clone() for name, value in state.items()}
+    return {"model": model.state_dict()}
 
 
 def test_training_goes_on_from_a_checkpoint(patient) -> None:
-    global _generation
-
     def run(*arguments) -> list[dict]:
         global _generation
         _generation += 1

@@ -20,7 +20,7 @@ def make_world(size: int, timeout: float = PATIENCE) -> World:
 
 
 def start(rank: int, size: int, address: int | None, timeout: float) -> int:
-    """Form the default group; the address is the port of rank 0's store."""
+    """Meet at the store of rank 0, whose port is the address; `join` then forms a group."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -34,8 +34,6 @@ def start(rank: int, size: int, address: int | None, timeout: float) -> int:
         wait_for_workers=False,
     )
     _join.update(store=store, rank=rank, size=size, timeout=wait)
-    if rank > 0:
-        join()
     return store.port
 
 

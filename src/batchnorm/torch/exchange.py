@@ -161,12 +161,12 @@ def find_peers(group: Any) -> Peers | None:
         LookupError: there is no such group, or no longer.
     """
     if not dist.is_available() or not dist.is_initialized():
-        raise LookupError("torch.distributed is not initialized")
+        raise LookupError("the default process group is gone, or was never made")
     group = dist.group.WORLD if group is None else group
     try:
         dist.get_backend(group)
     except ValueError as error:
-        raise LookupError("the process group has been destroyed") from error
+        raise LookupError("its process group is gone: it has been destroyed") from error
     peers = _known.get(group)
     if peers is None:
         peers = _known[group] = Peers(group)

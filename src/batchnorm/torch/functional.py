@@ -16,10 +16,10 @@ from batchnorm.kernels.select import refuse_fused
 from batchnorm.torch import checks, jagged
 from batchnorm.torch import fused as kernels
 from batchnorm.torch.namespace import XP
+from batchnorm.torch.rank_merge import RankMerge
 from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot
 from batchnorm.torch.synchronize import (
     Participation,
-    RankMerge,
     Synchronizer,
     find_synchronizer,
     participate,

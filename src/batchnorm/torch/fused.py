@@ -34,7 +34,7 @@ from batchnorm.torch.prepared import (
 )
 from batchnorm.torch.replay import differentiable_backward
 from batchnorm.torch.runtime import StepHistory
-from batchnorm.torch.synchronize import Participation, merge_kept, synchronizer_of
+from batchnorm.torch.synchronize import Participation, find_by_key, merge_kept
 
 __all__ = [
     "Call",
@@ -323,7 +323,7 @@ def _backward(
         plan.backward(*rows, *into, *residuals, *parameters, kept, call.batch, threads)
     else:
         sums = plan.reduce(*rows, *residuals, *parameters, kept, threads)
-        total = synchronizer_of(call.part).total(torch.from_numpy(sums), call.part.text)
+        total = find_by_key(call.part.key).total(torch.from_numpy(sums), call.part.text)
         plan.apply(*rows, *into, *residuals, total.numpy(), kept, threads)
     if wants_residual and not gated:
         dresidual = dy

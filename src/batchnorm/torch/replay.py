@@ -18,7 +18,8 @@ from batchnorm.core.normalize import (
 from batchnorm.core.synchronize import recentre
 from batchnorm.kernels import cpu
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.synchronize import RankMerge, moments_of_kernel
+from batchnorm.torch.rank_merge import RankMerge
+from batchnorm.torch.synchronize import moments_of_kernel
 
 
 def differentiable_backward(

@@ -20,8 +20,7 @@ from torch import Tensor
 from batchnorm.core import config
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
-from batchnorm.core.moments import Centred, Moments, merge_moments
-from batchnorm.core.running import BatchAverage, average_groups, unbiased_variance
+from batchnorm.core.moments import Moments, merge_moments
 from batchnorm.core.synchronize import merge_averages
 from batchnorm.kernels import cpu
 from batchnorm.torch.exchange import Peers, SynchronizationError, find_peers
@@ -30,15 +29,15 @@ from batchnorm.torch.runtime import in_backward
 
 __all__ = [
     "Participation",
-    "RankMerge",
     "Synchronizer",
     "check_group",
+    "find_by_key",
     "find_synchronizer",
     "merge_kept",
     "moments_of_kernel",
     "pack",
     "participate",
-    "synchronizer_of",
+    "unpack",
 ]
 
 
@@ -116,7 +115,7 @@ class Synchronizer:
         group = self.group
         try:
             if group is None and self._group is not None:
-                raise LookupError("the process group has been destroyed")
+                raise LookupError("its process group is gone: it has been destroyed")
             return find_peers(group)
         except LookupError as error:
             if self._group is None and not self._met:
@@ -224,67 +223,15 @@ def unpack(packed: Tensor, channels: int, shape: tuple[int, ...]) -> Moments:
     return Moments(*(a.reshape(shape) for a in (count, mean, var)))
 
 
-class RankMerge:
-    """The core's `Merge` over ranks, differentiable any number of times.
-
-    Args:
-        part: how the call takes part.
-        eps: as in rstd.
-        known: the merged moments, where they have been found already.
-    """
-
-    def __init__(self, part: Participation, eps: float, known: Tensor | None = None) -> None:
-        self._part, self._eps, self._known = part, eps, known
-
-    def moments(self, centred: Centred) -> Centred:
-        """All ranks' moments."""
-        key, text, channels, varying = self._part
-        local = pack(_widen(centred).moments, varying)
-        merged = self._known
-        if merged is None:
-            merged = _merge_ranks(local.detach(), key, text, channels, False)
-        merged = _attach(local, merged, key, text, channels)
-        found = unpack(merged, channels, tuple(centred.power.shape))
-        return self._narrow(found, centred.power.dtype)
-
-    def average(self, average: BatchAverage, unbiased: bool) -> BatchAverage:
-        """All ranks' average over their ghost groups."""
-        key, text, channels, varying = self._part
-        assert average.axis is not None
-        wide = _widen(average.centred)
-        over = average_groups(wide, average.axis, XP)
-        mean = over.of(wide.mean, XP)
-        var = over.of(unbiased_variance(wide, XP) if unbiased else wide.var, XP)
-        groups = XP.sum((wide.count > 0).to(mean.dtype), axis=(average.axis,), keepdims=True)
-        # What is not finite in x's own precision must not count on any rank (S9).
-        mean = torch.where(average.usable | (groups == 0), mean, torch.nan)
-        local = pack(Moments(groups, mean, var), varying)
-        merged = _merge_ranks(local, key, text, channels, True)
-        found = self._narrow(unpack(merged, channels, tuple(mean.shape)), average.weight.dtype)
-        usable = average_groups(found, None, XP).usable
-        one = torch.ones_like(found.power)  # the count at which no variance is corrected again
-        return BatchAverage(usable, found._replace(count=one), one, None)
-
-    def _narrow(self, moments: Moments, dtype: torch.dtype) -> Centred:
-        """Moments in the working type; the mean as a sum of two numbers (S3)."""
-        count, mean, var = moments
-        anchor = mean.detach().to(dtype)
-        scale = (torch.sqrt(var.detach()) + math.sqrt(self._eps)).to(dtype)
-        scale = torch.where(scale > 0, scale, 1.0)
-        power = (var / torch.square(scale.double())).to(dtype)
-        shift = (mean - anchor).to(dtype)
-        return Centred(count.to(dtype), anchor, shift, scale, anchor, power)
-
-
-def synchronizer_of(part: Participation) -> Synchronizer:
-    """The synchronizer that a participation stands for."""
-    return _synchronizers[part.key]
+def find_by_key(key: int) -> Synchronizer:
+    """The synchronizer of a participation."""
+    return _synchronizers[key]
 
 
 def merge_kept(kept: Any, part: Participation) -> None:
     """Merge the moments that a kernel's first pass has left with those of other ranks."""
     local = moments_of_kernel(kept)
-    merged = synchronizer_of(part).merge(local, part.text, part.channels, False)
+    merged = find_by_key(part.key).merge(local, part.text, part.channels, False)
     count, mean, var = unpack(merged, part.channels, (part.channels,))
     kept.count()[:] = count.numpy()[0]
     rows = {"mean": mean.numpy(), "low": 0.0, "var": var.numpy()}
@@ -296,10 +243,6 @@ def moments_of_kernel(kept: Any) -> Tensor:
     """The moments that a kernel keeps, as a vector."""
     count, mean, var = kept.count(), *(kept.row(cpu.STATISTICS[n]) for n in ("mean", "var"))
     return torch.cat([torch.from_numpy(a) for a in (count, mean, var)])
-
-
-def _widen(centred: Centred) -> Centred:
-    return Centred(*(a.double() for a in centred._replace(deviation=centred.count)))
 
 
 _of_functions: weakref.WeakKeyDictionary[Any, Synchronizer] = weakref.WeakKeyDictionary()
@@ -336,66 +279,3 @@ def check_group(owner: str, synchronized: bool, group: Any) -> None:
 _CALLS = 256  # steps that calls without a layer remember together
 _OUTSIDE = -100  # torch.distributed.GroupMember.NON_GROUP_MEMBER
 _of_default_group = Synchronizer(None, "", _CALLS)
-
-
-@torch.library.custom_op("batchnorm::merge_ranks", mutates_args=())
-def _merge_ranks(local: Tensor, key: int, text: str, channels: int, pooled: bool) -> Tensor:
-    return _synchronizers[key].merge(local.clone(), text, channels, pooled).clone()
-
-
-@_merge_ranks.register_fake
-def _(local: Tensor, key: int, text: str, channels: int, pooled: bool) -> Tensor:
-    return torch.empty_like(local)
-
-
-@torch.library.custom_op("batchnorm::total_over_ranks", mutates_args=())
-def _total_over_ranks(sums: Tensor, key: int, text: str) -> Tensor:
-    return _synchronizers[key].total(sums.contiguous(), text)
-
-
-@_total_over_ranks.register_fake
-def _(sums: Tensor, key: int, text: str) -> Tensor:
-    return torch.empty_like(sums)
-
-
-def _keep_total(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.key, ctx.text = inputs
-
-
-def _total_backward(ctx: Any, gradient: Tensor) -> Any:
-    # The loss is the sum of all ranks' losses, each of which has the same total in it.
-    return _total_over_ranks(gradient, ctx.key, ctx.text), None, None
-
-
-_total_over_ranks.register_autograd(_total_backward, setup_context=_keep_total)
-
-
-@torch.library.custom_op("batchnorm::attach", mutates_args=())
-def _attach(local: Tensor, merged: Tensor, key: int, text: str, channels: int) -> Tensor:
-    """`merged`, with the gradient that reaches this rank's own moments through it."""
-    return merged.clone()
-
-
-@_attach.register_fake
-def _(local: Tensor, merged: Tensor, key: int, text: str, channels: int) -> Tensor:
-    return torch.empty_like(merged)
-
-
-def _keep_attached(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    local, _, ctx.key, ctx.text, ctx.channels = inputs
-    ctx.save_for_backward(local, output)
-
-
-def _attach_backward(ctx: Any, gradient: Tensor) -> Any:
-    local, merged = ctx.saved_tensors
-    channels = ctx.channels
-    total = _total_over_ranks(gradient[-2 * channels :], ctx.key, ctx.text)
-    of_mean, of_var = total[:channels], total[channels:]
-    own, all_ranks = (unpack(a, channels, (channels,)) for a in (local, merged))
-    weight = (own.count / torch.where(all_ranks.count > 0, all_ranks.count, 1.0)).detach()
-    dmean = weight * (of_mean + 2.0 * (own.mean - all_ranks.mean) * of_var)
-    nothing = torch.zeros_like(local[: local.numel() - 2 * channels])
-    return torch.cat([nothing, dmean, weight * of_var]), None, None, None, None
-
-
-_attach.register_autograd(_attach_backward, setup_context=_keep_attached)
