@@ -22,6 +22,7 @@ def make_world(size: int, timeout: float = PATIENCE) -> World:
 def start(rank: int, size: int, address: int | None, timeout: float) -> int:
     """Meet at the store of rank 0, whose port is the address; `join` then forms a group."""
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", DeprecationWarning)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     wait = timedelta(seconds=timeout)

@@ -34,7 +34,8 @@ class RankMerge:
         merged = self._known
         if merged is None:
             merged = _merge(local.detach(), self._part, False)
-        merged = _Attach.apply(local, merged, *self._part[:3])
+        attach = _attach if torch.compiler.is_compiling() else _Attach.apply
+        merged = attach(local, merged, *self._part[:3])
         found = unpack(merged, self._part.channels, tuple(centred.power.shape))
         return self._narrow(found, centred.power.dtype)
 
@@ -84,15 +85,9 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        local, merged = ctx.saved_tensors
-        channels = ctx.channels
-        total = _Total.apply(gradient[-2 * channels :], ctx.key, ctx.text)
-        of_mean, of_var = total[:channels], total[channels:]
-        own, every = (unpack(a, channels, (channels,)) for a in (local, merged))
-        weight = (own.count / torch.where(every.count > 0, every.count, 1.0)).detach()
-        dmean = weight * (of_mean + 2.0 * (own.mean - every.mean) * of_var)
-        nothing = torch.zeros_like(local[: local.numel() - 2 * channels])
-        return torch.cat([nothing, dmean, weight * of_var]), None, None, None, None
+        wanted = gradient[-2 * ctx.channels :]
+        total = _Total.apply(wanted, ctx.key, ctx.text)
+        return _of_own_moments(total, *ctx.saved_tensors, ctx.channels), None, None, None, None
 
 
 class _Total(torch.autograd.Function):
@@ -100,8 +95,6 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(sums: Tensor, key: int, text: str) -> Tensor:
-        if torch.compiler.is_compiling():
-            return _total_over_ranks(sums, key, text)
         return find_by_key(key).total(sums.contiguous(), text)
 
     @staticmethod
@@ -112,6 +105,16 @@ class _Total(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         # The loss is the sum of all ranks' losses, each of which has the same total in it.
         return _Total.apply(gradient, ctx.key, ctx.text), None, None
+
+
+def _of_own_moments(total: Tensor, local: Tensor, merged: Tensor, channels: int) -> Tensor:
+    """What merging makes of the gradients of all ranks' mean and variance."""
+    of_mean, of_var = total[:channels], total[channels:]
+    own, every = (unpack(a, channels, (channels,)) for a in (local, merged))
+    weight = (own.count / torch.where(every.count > 0, every.count, 1.0)).detach()
+    dmean = weight * (of_mean + 2.0 * (own.mean - every.mean) * of_var)
+    nothing = torch.zeros_like(local[: local.numel() - 2 * channels])
+    return torch.cat([nothing, dmean, weight * of_var])
 
 
 def _merge(local: Tensor, part: Participation, pooled: bool) -> Tensor:
@@ -141,3 +144,21 @@ def _total_over_ranks(sums: Tensor, key: int, text: str) -> Tensor:
 @_total_over_ranks.register_fake
 def _(sums: Tensor, key: int, text: str) -> Tensor:
     return torch.empty_like(sums)
+
+
+@torch.library.custom_op("batchnorm::attach", mutates_args=())
+def _attach(local: Tensor, merged: Tensor, key: int, text: str, channels: int) -> Tensor:
+    return merged.clone()
+
+
+@_attach.register_fake
+def _(local: Tensor, merged: Tensor, key: int, text: str, channels: int) -> Tensor:
+    return torch.empty_like(merged)
+
+
+def _attach_backward(ctx: Any, gradient: Tensor) -> Any:
+    total = _total_over_ranks(gradient[-2 * ctx.channels :].clone(), ctx.key, ctx.text)
+    return _of_own_moments(total, *ctx.saved_tensors, ctx.channels), None, None, None, None
+
+
+_attach.register_autograd(_attach_backward, setup_context=_Attach.setup_context)
