@@ -50,17 +50,17 @@ class Calls:
         self._peers, self.sent = exchange.Peers, []
 
     def __enter__(self) -> Calls:
-        self._original = self._peers._gather_directly
+        self._original = self._peers.receive
 
-        def count(peers, backend, message, text, waiting):
-            self.sent.append((text.split()[1], message.dtype, message.numel()))
-            return self._original(peers, backend, message, text, waiting)
+        def count(peers, expected, message, waiting):
+            self.sent.append((waiting.split()[-2], message.dtype, message.numel()))
+            return self._original(peers, expected, message, waiting)
 
-        self._peers._gather_directly = count
+        self._peers.receive = count
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._peers._gather_directly = self._original
+        self._peers.receive = self._original
 
 
 # What travels

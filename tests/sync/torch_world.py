@@ -25,6 +25,7 @@ def start(rank: int, size: int, address: int | None, timeout: float) -> int:
     warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", DeprecationWarning)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # these processes may have no children
     wait = timedelta(seconds=timeout)
     store = dist.TCPStore(
         "127.0.0.1",

@@ -14,7 +14,7 @@ import weakref
 import zlib
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from batchnorm.torch.namespace import XP
 
-__all__ = ["Peers", "SynchronizationError", "find_peers"]
+__all__ = ["Expected", "Peers", "SynchronizationError", "find_peers"]
 
 _TEXT = 512  # bytes of a text that ranks compare; longer ones are cut
 _WORD = 2**14  # k ranks' words and their squares add up exactly in float64, up to k = 4096
@@ -36,6 +36,15 @@ class SynchronizationError(RuntimeError):
     """
 
 
+class Expected(NamedTuple):
+    """Messages that other ranks may send by now."""
+
+    parts: Tensor
+    tag: int
+    timeout: float
+    works: list[tuple[int, Any]]
+
+
 class Peers:
     """A process group of several ranks, as synchronized layers see it."""
 
@@ -46,6 +55,7 @@ class Peers:
         self.size: int = dist.get_world_size(group)
         self._ranks = dist.get_process_group_ranks(group)
         self._backend = str(dist.get_backend(group))
+        self._others = [(self.rank + i) % self.size for i in range(1, self.size)]
         self._agreed: set[str] = set()
         self._sequence = 0
 
@@ -53,46 +63,53 @@ class Peers:
         shown = ", ".join(map(str, self._ranks[:8])) + (", ..." if self.size > 8 else "")
         return f"process group of {self.size} ranks ({shown}; {self._backend})"
 
-    def gather(self, message: Tensor, text: str, waiting: str) -> Tensor:
+    def gather(
+        self, message: Tensor, text: str, waiting: str, expected: Expected | None = None
+    ) -> Tensor:
         """The messages of all ranks, one row each, in the order of ranks.
 
         Args:
             message: float64, of one axis, of the same size on every rank that means the same.
             text: what is meant; ranks whose texts differ do not meet.
             waiting: what an error says was waited for.
+            expected: from `expect`, if that was asked.
 
         Raises:
             SynchronizationError: a rank failed, or sent nothing of that meaning in time.
         """
-        text, backend = self._next(text), self._backend_for(message)
-        if backend.name() == "gloo":
-            return self._gather_directly(backend, message, text, waiting)
-        word = float(_word(text))
+        if expected is None:
+            expected = self.expect(message.numel(), text, waiting, message.device)
+        if expected is not None:
+            return self.receive(expected, message, waiting)
+        word = float(_word(self._next(text)))
         sent = torch.cat([message.new_tensor([word]), message])
         parts = sent.new_empty(self.size * sent.numel())
-        self._run(dist.all_gather_into_tensor, (parts, sent), waiting)
+        self._run(_all_gather, (parts, sent), waiting)
         parts = parts.reshape(self.size, -1)
         return torch.where((parts[:, 0] == word).all(), parts[:, 1:], torch.nan)
 
-    def total(self, message: Tensor, text: str, waiting: str) -> Tensor:
+    def total(
+        self, message: Tensor, text: str, waiting: str, expected: Expected | None = None
+    ) -> Tensor:
         """The sum of all ranks' messages, the same bits on every rank; otherwise as `gather`."""
-        tagged, backend = self._next(text), self._backend_for(message)
-        if backend.name() == "gloo":
-            parts = self._gather_directly(backend, message, tagged, waiting)
+        if expected is None:
+            expected = self.expect(message.numel(), text, waiting, message.device)
+        if expected is not None:
+            parts = self.receive(expected, message, waiting)
             return XP.sum(parts, axis=(0,), keepdims=False)
-        word = float(_word(tagged))
+        word = float(_word(self._next(text)))
         sent = torch.cat([message.new_tensor([word, word * word]), message])
         self._run(dist.all_reduce, (sent,), waiting)
         # Cauchy and Schwarz: equal only if all words are.
         same = sent[0] * sent[0] == self.size * sent[1]
         return torch.where(same, sent[2:], torch.nan)
 
-    def agree(self, text: str, waiting: str, like: Tensor) -> None:
+    def agree(self, text: str, waiting: str, device: torch.device) -> None:
         """Raise unless all ranks give the same text here; ask once for each text."""
         if text in self._agreed:
             return
         shown = bytearray(text.encode()[:_TEXT].ljust(_TEXT))
-        sent = torch.frombuffer(shown, dtype=torch.uint8).to(like.device, torch.float64)
+        sent = torch.frombuffer(shown, dtype=torch.uint8).to(device, torch.float64)
         found = self.gather(sent, "agreement", waiting).nan_to_num(63.0).to(torch.uint8).cpu()
         texts = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in found]
         if len(set(texts)) > 1:
@@ -110,39 +127,57 @@ class Peers:
         self._sequence += 1
         return f"{self._sequence} {text}"
 
-    def _backend_for(self, message: Tensor) -> Any:
+    def _backend_on(self, device: torch.device) -> Any:
         group = self._group()
         assert group is not None  # whoever holds Peers has found them by their group
-        return group._get_backend(message.device)
+        return group._get_backend(device)
 
     def _run(self, collective: Callable[..., Any], tensors: tuple[Tensor, ...], text: str) -> None:
         try:
             collective(*tensors, group=self._group())
         except (RuntimeError, ValueError) as error:
-            raise self._failure(text, "the other ranks", error) from error
+            raise self._failure(text, None, error) from error
 
-    def _gather_directly(self, backend: Any, message: Tensor, text: str, waiting: str) -> Tensor:
+    def expect(self, size: int, text: str, waiting: str, device: torch.device) -> Expected | None:
+        """Say that a `gather` of so many numbers follows, the next thing in this group.
+
+        With gloo, others then send theirs without asking whether this rank is ready. Costs
+        nothing where something is computed between the two.
+        """
+        backend = self._backend_on(device)
+        if backend.name() != "gloo":
+            return None
+        tag = zlib.crc32(self._next(text).encode()) & 0x7FFFFFFF
+        parts = torch.empty((self.size, size), dtype=torch.float64)
+        expected = Expected(parts, tag, backend.options._timeout.total_seconds(), [])
+        for peer in self._others:
+            try:
+                expected.works.append((peer, backend.recv([parts[peer]], peer, tag)))
+            except RuntimeError as error:
+                raise self._failure(waiting, peer, error) from error
+        return expected
+
+    def receive(self, expected: Expected, message: Tensor, waiting: str) -> Tensor:
+        """Send the message to all, and wait for theirs."""
         sent = message.cpu().contiguous()
-        parts = sent.new_empty((self.size, sent.numel()))
-        parts[self.rank] = sent
-        tag = zlib.crc32(text.encode()) & 0x7FFFFFFF
-        deadline = time.monotonic() + backend.options._timeout.total_seconds()
-        others = [(self.rank + i) % self.size for i in range(1, self.size)]
-        peer = others[0]
-        works = []  # the memory of tensors in use is theirs until the last one is done
+        expected.parts[self.rank] = sent
+        backend = self._backend_on(message.device)
+        deadline = time.monotonic() + expected.timeout
+        peer = self.rank
+        # The memory of tensors in use is theirs until the last one is done.
+        works = expected.works
         try:
-            for peer in others:
-                works.append((peer, backend.recv([parts[peer]], peer, tag)))
-            for peer in others:
-                works.append((peer, backend.send([sent], peer, tag)))
+            for peer in self._others:
+                works.append((peer, backend.send([sent], peer, expected.tag)))
             for other, work in works:
                 peer = other  # whom an error names
                 work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
         except RuntimeError as error:
-            raise self._failure(waiting, f"rank {self._ranks[peer]}", error) from error
-        return parts.to(message.device)
+            raise self._failure(waiting, peer, error) from error
+        return expected.parts.to(message.device)
 
-    def _failure(self, waiting: str, whom: str, error: Exception) -> SynchronizationError:
+    def _failure(self, waiting: str, peer: int | None, error: Exception) -> SynchronizationError:
+        whom = "the other ranks" if peer is None else f"rank {self._ranks[peer]}"
         return SynchronizationError(
             f"{waiting}: waited for {whom} of the {self}; rank {self._ranks[self.rank]} is this "
             "one. Either it has failed, or it did not run this layer here: all ranks run all "
@@ -151,6 +186,8 @@ class Peers:
         )
 
 
+# The older name gives a FutureWarning from torch 2.13 on.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _known: weakref.WeakKeyDictionary[Any, Peers] = weakref.WeakKeyDictionary()
 
 

@@ -34,7 +34,7 @@ from batchnorm.torch.prepared import (
 )
 from batchnorm.torch.replay import differentiable_backward
 from batchnorm.torch.runtime import StepHistory
-from batchnorm.torch.synchronize import Participation, find_by_key, merge_kept
+from batchnorm.torch.synchronize import Participation, merge_kept, total_of_kernel
 
 __all__ = [
     "Call",
@@ -322,9 +322,9 @@ def _backward(
     if call.part is None or not wants_x:
         plan.backward(*rows, *into, *residuals, *parameters, kept, call.batch, threads)
     else:
-        sums = plan.reduce(*rows, *residuals, *parameters, kept, threads)
-        total = find_by_key(call.part.key).total(torch.from_numpy(sums), call.part.text)
-        plan.apply(*rows, *into, *residuals, total.numpy(), kept, threads)
+        arguments = (*rows, *residuals, *parameters, kept, threads)
+        total = total_of_kernel(lambda: plan.reduce(*arguments), call.part)
+        plan.apply(*rows, *into, *residuals, total, kept, threads)
     if wants_residual and not gated:
         dresidual = dy
     return dx if wants_x else None, dweight, dbias, dresidual, None
@@ -341,10 +341,10 @@ def _find_kept(call: Call, x: Tensor) -> Any:
     assert prepared.geometry is not None
     mask = 0 if call.mask is None else call.mask.data_ptr()
     threads = torch.get_num_threads()
-    kept = prepared.plan.moments(x.data_ptr(), prepared.geometry.row, mask, threads)
-    if call.part is not None:
-        merge_kept(kept, call.part)
-    return kept
+    arguments = (x.data_ptr(), prepared.geometry.row, mask, threads)
+    if call.part is None:
+        return prepared.plan.moments(*arguments)
+    return merge_kept(lambda: prepared.plan.moments(*arguments), call.part)
 
 
 def _moments(call: Call, kept: Any) -> Moments:

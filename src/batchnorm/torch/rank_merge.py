@@ -87,7 +87,8 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         wanted = gradient[-2 * ctx.channels :]
         total = _Total.apply(wanted, ctx.key, ctx.text)
-        return _of_own_moments(total, *ctx.saved_tensors, ctx.channels), None, None, None, None
+        local, merged = ctx.saved_tensors
+        return _of_own_moments(total, local, merged, ctx.channels), None, None, None, None
 
 
 class _Total(torch.autograd.Function):
@@ -158,7 +159,8 @@ def _(local: Tensor, merged: Tensor, key: int, text: str, channels: int) -> Tens
 
 def _attach_backward(ctx: Any, gradient: Tensor) -> Any:
     total = _total_over_ranks(gradient[-2 * ctx.channels :].clone(), ctx.key, ctx.text)
-    return _of_own_moments(total, *ctx.saved_tensors, ctx.channels), None, None, None, None
+    local, merged = ctx.saved_tensors
+    return _of_own_moments(total, local, merged, ctx.channels), None, None, None, None
 
 
 _attach.register_autograd(_attach_backward, setup_context=_Attach.setup_context)

@@ -11,8 +11,10 @@ import itertools
 import math
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,9 +23,11 @@ from batchnorm.core import config
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Moments, merge_moments
+from batchnorm.core.namespace import Namespace
 from batchnorm.core.synchronize import merge_averages
 from batchnorm.kernels import cpu
-from batchnorm.torch.exchange import Peers, SynchronizationError, find_peers
+from batchnorm.reference import XP as NUMPY
+from batchnorm.torch.exchange import Expected, Peers, SynchronizationError, find_peers
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.runtime import in_backward
 
@@ -37,6 +41,7 @@ __all__ = [
     "moments_of_kernel",
     "pack",
     "participate",
+    "total_of_kernel",
     "unpack",
 ]
 
@@ -125,7 +130,27 @@ class Synchronizer:
                 "synchronized=False to go on with this process alone."
             ) from error
 
-    def merge(self, local: Tensor, text: str, channels: int, pooled: bool) -> Tensor:
+    def expect(self, text: str, size: int, direction: str) -> Expected | None:
+        """Say that `merge` or `total` of so many numbers follows; the result is for them."""
+        if direction == "forward" and in_backward():
+            return None
+        peers = self.find_peers(text)
+        if peers is None:
+            return None
+        waiting, cpu_device = f"{text}, {direction} pass", torch.device("cpu")
+        if direction == "forward":
+            self._met = True
+            peers.agree(text, waiting, cpu_device)
+        return peers.expect(size, f"{direction} {text}", waiting, cpu_device)
+
+    def merge(
+        self,
+        local: Tensor,
+        text: str,
+        channels: int,
+        pooled: bool,
+        expected: Expected | None = None,
+    ) -> Tensor:
         """The statistics of all ranks, laid out like this rank's `local`.
 
         A forward pass that is recomputed in a backward pass gets what it got before, and no rank
@@ -139,22 +164,19 @@ class Synchronizer:
         else:
             self._met = True
             waiting = f"{text}, forward pass"
-            peers.agree(text, waiting, local)
-            parts = peers.gather(local, f"forward {text}", waiting)
-            counts = parts[:, : local.numel() - 2 * channels].expand(peers.size, channels)
-            means, variances = parts[:, -2 * channels : -channels], parts[:, -channels:]
-            combine = merge_averages if pooled else merge_moments
-            found = combine(Moments(counts, means, variances), 0, XP)
-            merged = pack(found, local.numel() != 2 * channels + 1)
+            if expected is None:
+                peers.agree(text, waiting, local.device)
+            parts = peers.gather(local, f"forward {text}", waiting, expected)
+            merged = _merge_parts(parts, channels, pooled)
         self._steps.append((local, merged))
         return merged
 
-    def total(self, sums: Tensor, text: str) -> Tensor:
+    def total(self, sums: Tensor, text: str, expected: Expected | None = None) -> Tensor:
         """The sum over all ranks, in the same order on each."""
         peers = self.find_peers(text)
         if peers is None:
             return sums.clone()
-        return peers.total(sums, f"backward {text}", f"{text}, backward pass")
+        return peers.total(sums, f"backward {text}", f"{text}, backward pass", expected)
 
     def _recall(self, local: Tensor, text: str) -> Tensor:
         for before, merged in reversed(self._steps):
@@ -164,6 +186,22 @@ class Synchronizer:
             f"{text}: a recomputed forward pass (activation checkpointing) is none of the layer's "
             f"latest {self._steps.maxlen}; call backward sooner."
         )
+
+
+def _merge_parts(parts: Tensor, channels: int, pooled: bool) -> Tensor:
+    """The ranks' vectors, one row each, as one."""
+    if parts.is_cpu:  # a small step, in which torch's operators would take longest
+        return torch.from_numpy(_combine(parts.numpy(), channels, pooled, NUMPY, np.concatenate))
+    return _combine(parts, channels, pooled, XP, torch.cat)
+
+
+def _combine(parts: Any, channels: int, pooled: bool, xp: Namespace, concatenate: Any) -> Any:
+    first = parts.shape[1] - 2 * channels  # 1, or one count for each channel
+    means, variances = parts[:, first:-channels], parts[:, -channels:]
+    counts = parts[:, :first] + xp.zeros_like(means)
+    combine = merge_averages if pooled else merge_moments
+    found = combine(Moments(counts, means, variances), 0, xp)
+    return concatenate([found.count[:first], found.mean, found.var])
 
 
 class Participation(NamedTuple):
@@ -228,15 +266,26 @@ def find_by_key(key: int) -> Synchronizer:
     return _synchronizers[key]
 
 
-def merge_kept(kept: Any, part: Participation) -> None:
-    """Merge the moments that a kernel's first pass has left with those of other ranks."""
+def merge_kept(find: Callable[[], Any], part: Participation) -> Any:
+    """What a kernel's first pass leaves, merged with what it leaves on other ranks."""
+    synchronizer, channels = find_by_key(part.key), part.channels
+    expected = synchronizer.expect(part.text, 2 * channels + 1, "forward")
+    kept = find()
     local = moments_of_kernel(kept)
-    merged = find_by_key(part.key).merge(local, part.text, part.channels, False)
-    count, mean, var = unpack(merged, part.channels, (part.channels,))
+    merged = synchronizer.merge(local, part.text, channels, False, expected)
+    count, mean, var = unpack(merged, channels, (channels,))
     kept.count()[:] = count.numpy()[0]
     rows = {"mean": mean.numpy(), "low": 0.0, "var": var.numpy()}
     for name, value in rows.items():
         kept.row(cpu.STATISTICS[name])[:] = value
+    return kept
+
+
+def total_of_kernel(reduce: Callable[[], Any], part: Participation) -> Any:
+    """The sums of a kernel's gradient reduction, of all ranks."""
+    synchronizer = find_by_key(part.key)
+    expected = synchronizer.expect(part.text, 2 * part.channels, "backward")
+    return synchronizer.total(torch.from_numpy(reduce()), part.text, expected).numpy()
 
 
 def moments_of_kernel(kept: Any) -> Tensor:
