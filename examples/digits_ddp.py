@@ -92,13 +92,13 @@ def main() -> None:
     model = convert_batchnorm(make_model(dtype), synchronized=True)
     share = BATCH // size
     losses = train(DistributedDataParallel(model), steps, slice(rank * share, (rank + 1) * share))
-    together = torch.tensor(losses)
+    together = torch.tensor(losses, dtype=torch.float64)
     dist.all_reduce(together)
     together /= size
 
     if rank == 0:
         single = convert_batchnorm(make_model(dtype))
-        alone = torch.tensor(train(single, steps, slice(None)))
+        alone = torch.tensor(train(single, steps, slice(None)), dtype=torch.float64)
         apart = (together - alone).abs().max().item()
         states = zip(model.state_dict().values(), single.state_dict().values(), strict=True)
         state = max((a.double() - b.double()).abs().max().item() for a, b in states)

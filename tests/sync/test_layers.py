@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm.torch import BatchNorm, BatchNorm2d, batch_norm, convert_batchnorm
+from batchnorm.torch import BatchNorm, BatchNorm2d, batch_norm, convert_batchnorm, exchange
 from processes import World, results
 
 PATHS = pytest.mark.parametrize("fused", [None, False], ids=["kernels", "plain"])
@@ -45,8 +45,6 @@ class Calls:
     """Counts what is sent to one other rank."""
 
     def __init__(self) -> None:
-        from batchnorm.torch import exchange
-
         self._peers, self.sent = exchange.Peers, []
 
     def __enter__(self) -> Calls:
@@ -123,6 +121,61 @@ def test_ranks_and_reruns_agree_to_the_bit(worlds, fused):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert torch.equal(first[2], found[0][0][2])
         assert torch.equal(first[3], found[0][0][3])
+
+
+class Collectives:
+    """Makes gloo run what other backends run: its collectives, which know no tags."""
+
+    def __enter__(self) -> None:
+        self._original = exchange.Peers.expect
+        exchange.Peers.expect = lambda *arguments: None
+
+    def __exit__(self, *_: object) -> None:
+        exchange.Peers.expect = self._original
+
+
+def by_collectives(rank, size, fused):
+    layer = BatchNorm2d(4, synchronized=True, fused=fused)
+    x = rows(rank, size).requires_grad_()
+    with Collectives():
+        y = layer(x)
+        loss(y).backward()
+    reference = nn.BatchNorm2d(4)
+    whole = rows(None, size).requires_grad_()
+    loss(reference(whole)).backward()
+    first = sum(2 + 3 * r for r in range(rank))
+    return (
+        (x.grad - whole.grad[first : first + len(x)]).abs().max().item(),
+        (layer.running_var - reference.running_var).abs().max().item(),
+    )
+
+
+@PATHS
+def test_backends_that_run_collectives(worlds, fused):
+    for of_gradient, of_variance in run(worlds[3], by_collectives, fused):
+        assert of_gradient < 1e-4
+        assert of_variance < 1e-5
+
+
+def mixed_up(rank, size):
+    """Ranks that meet in a collective for different layers of one size."""
+    layers = [BatchNorm2d(4, synchronized=True) for _ in range(2)]
+    with Collectives():
+        for layer in layers:
+            layer(rows(rank, size))
+        before = [layer.running_mean.clone() for layer in layers]
+        layer = layers[rank]
+        y = layer(rows(rank, size))
+        total = exchange.find_peers(None).total(torch.ones(3).double(), f"{rank}", "test")
+    return (
+        y.isnan().all().item(),
+        torch.equal(layer.running_mean, before[rank]),
+        total.isnan().all(),
+    )
+
+
+def test_collectives_that_do_not_belong_together_give_nan(worlds):
+    assert run(worlds[2], mixed_up) == [(True, True, True)] * 2
 
 
 # Data

@@ -198,7 +198,9 @@ def _merge_parts(parts: Tensor, channels: int, pooled: bool) -> Tensor:
 def _combine(parts: Any, channels: int, pooled: bool, xp: Namespace, concatenate: Any) -> Any:
     first = parts.shape[1] - 2 * channels  # 1, or one count for each channel
     means, variances = parts[:, first:-channels], parts[:, -channels:]
-    counts = parts[:, :first] + xp.zeros_like(means)
+    # Mixed-up messages are NaN; as a count, NaN would pass for no rows, and be hidden (S6).
+    counts = xp.where(xp.isfinite(parts[:, :first]), parts[:, :first], 1.0)
+    counts = xp.where(xp.isfinite(means), counts, counts)  # one for each channel
     combine = merge_averages if pooled else merge_moments
     found = combine(Moments(counts, means, variances), 0, xp)
     return concatenate([found.count[:first], found.mean, found.var])
