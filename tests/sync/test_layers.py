@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from batchnorm.torch import BatchNorm, BatchNorm2d, batch_norm, convert_batchnorm, exchange
 from processes import World, results
+from torch_world import join, make_world
 
 PATHS = pytest.mark.parametrize("fused", [None, False], ids=["kernels", "plain"])
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -428,6 +430,24 @@ def test_second_derivatives(worlds, masked, fused):
     torch.testing.assert_close(torch.cat([part for part, _ in found]), dx, **close)
     total = sum(part for _, part in found)
     torch.testing.assert_close(total, dweight, rtol=1e-8, atol=1e-8 * dweight.abs().max())
+
+
+def transformed(rank, size, kind):
+    layer = BatchNorm2d(4, synchronized=True)
+    x = rows(rank, size)
+    layer(x)
+    before = layer.running_mean.clone()
+    call = torch.func.vmap(layer) if kind == "vmap" else lambda x: torch.func.jvp(layer, (x,), (x,))
+    with pytest.raises(RuntimeError):
+        call(torch.stack([x, x]) if kind == "vmap" else x)
+    return torch.equal(layer.running_mean, before)
+
+
+@pytest.mark.parametrize("kind", ["vmap", "jvp"])
+def test_transformations_that_cannot_be_right_raise(kind):
+    with closing(make_world(2, 5.0)) as world:
+        world.values(join)
+        assert run(world, transformed, kind) == [True, True]
 
 
 # torch's own wrappers

@@ -199,8 +199,7 @@ def _combine(parts: Any, channels: int, pooled: bool, xp: Namespace, concatenate
     first = parts.shape[1] - 2 * channels  # 1, or one count for each channel
     means, variances = parts[:, first:-channels], parts[:, -channels:]
     # Mixed-up messages are NaN; as a count, NaN would pass for no rows, and be hidden (S6).
-    counts = xp.where(xp.isfinite(parts[:, :first]), parts[:, :first], 1.0)
-    counts = xp.where(xp.isfinite(means), counts, counts)  # one for each channel
+    counts = xp.where(xp.isfinite(parts[:, :first]), parts[:, :first], 1.0) + xp.zeros_like(means)
     combine = merge_averages if pooled else merge_moments
     found = combine(Moments(counts, means, variances), 0, xp)
     return concatenate([found.count[:first], found.mean, found.var])
