@@ -85,6 +85,9 @@ class Kept {
     Layout layout_;
 };
 
+using Sums = nb::ndarray<nb::numpy, double, nb::ndim<1>>;
+using GivenSums = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
 // The geometry of a call, checked once, for any number of calls.
 class Plan {
   public:
@@ -124,12 +127,18 @@ class Plan {
         return kept.release();
     }
 
+    // Returns what it keeps. Given one that `moments` has filled, and that the caller may have
+    // merged with those of others, normalizes by its moments, completes it and returns none.
     Kept* forward(Address x, Index x_stride, Address residual, Index residual_stride, Address mask,
                   Address y, Index y_stride, Address gamma, int gamma_type, Address beta,
                   int beta_type, Address running_mean, int running_type, Address running_var,
                   Address batches, std::optional<nb::tuple> renorm, double eps, double decay,
-                  bool batch, bool update, bool unbiased, int threads) const {
-        auto kept = std::make_unique<Kept>(step_.layout);
+                  bool batch, bool update, bool unbiased, int threads, Kept* given) const {
+        std::unique_ptr<Kept> own;
+        if (given == nullptr) own = std::make_unique<Kept>(step_.layout);
+        Kept* const kept = given == nullptr ? own.get() : given;
+        if (!kept->fits(step_.layout)) refuse("kernels: kept must come from a step of this plan.");
+        if (given != nullptr && !batch) refuse("kernels: kept moments need batch=True.");
         Step step = begin(mask, *kept, threads);
         step.x = array("x", x, x_stride);
         require("x", step.x);
@@ -152,36 +161,61 @@ class Plan {
         if (update && decay < 0 && batches == 0)
             refuse("kernels: the cumulative average needs the number of batches.");
         nb::gil_scoped_release release;
-        if (batch) batchnorm::moments(step);
+        if (batch && given == nullptr) batchnorm::moments(step);
         batchnorm::normalize(step);
-        return kept.release();
+        return own.release();
     }
 
     void backward(Address dy, Index dy_stride, Address x, Index x_stride, Address y, Index y_stride,
                   Address mask, Address dx, Index dx_stride, Address dresidual,
                   Index dresidual_stride, Address dgamma, int gamma_type, Address dbeta,
                   int beta_type, const Kept& kept, bool batch, int threads) const {
-        if (!kept.fits(step_.layout)) refuse("kernels: kept must come from a step of this plan.");
-        Step step = begin(mask, kept, threads);
-        step.dy = array("dy", dy, dy_stride);
-        require("dy", step.dy);
-        step.x = array("x", x, x_stride);
-        require("x", step.x);
-        step.y = array("y", y, y_stride);
+        Step step = begin_gradient(dy, dy_stride, x, x_stride, y, y_stride, mask, kept, threads);
         step.dx = array("dx", dx, dx_stride);
         step.dresidual = array("dresidual", dresidual, dresidual_stride);
         step.dgamma = per_channel("dgamma", dgamma, type_of(gamma_type));
         step.dbeta = per_channel("dbeta", dbeta, type_of(beta_type));
         step.options.batch = batch;
-        step.options.renorm = kept.renorm;
-        if (step.dresidual && !(step.y && step.dx && step_.options.activation != Activation::none))
-            refuse("kernels: dresidual needs an activation, y, whose sign it follows, and dx.");
+        check_gate(step, static_cast<bool>(step.dx));
         nb::gil_scoped_release release;
-        const auto size = static_cast<std::size_t>(2 * step.layout.statistics());
-        std::unique_ptr<double[]> sums(new double[size]);
+        std::unique_ptr<double[]> sums(new double[sum_count()]);
         if (batch || dgamma != 0 || dbeta != 0 || dresidual != 0)
             batchnorm::reduce(step, sums.get());
         if (step.dx) batchnorm::apply(step, sums.get());
+    }
+
+    // The first half of a backward step by the batch's own statistics: sums of g, then of
+    // g (x - mean), which the caller may add to those of others.
+    Sums reduce(Address dy, Index dy_stride, Address x, Index x_stride, Address y, Index y_stride,
+                Address mask, Address dresidual, Index dresidual_stride, Address dgamma,
+                int gamma_type, Address dbeta, int beta_type, const Kept& kept, int threads) const {
+        Step step = begin_gradient(dy, dy_stride, x, x_stride, y, y_stride, mask, kept, threads);
+        step.dresidual = array("dresidual", dresidual, dresidual_stride);
+        step.dgamma = per_channel("dgamma", dgamma, type_of(gamma_type));
+        step.dbeta = per_channel("dbeta", dbeta, type_of(beta_type));
+        check_gate(step, true);
+        std::unique_ptr<double[]> sums(new double[sum_count()]());
+        {
+            nb::gil_scoped_release release;
+            batchnorm::reduce(step, sums.get());
+        }
+        nb::capsule owner(sums.get(), [](void* p) noexcept { delete[] static_cast<double*>(p); });
+        return {sums.release(), {sum_count()}, owner};
+    }
+
+    // The second half: dx from sums like those of `reduce`, and dresidual at padded rows.
+    void apply(Address dy, Index dy_stride, Address x, Index x_stride, Address y, Index y_stride,
+               Address mask, Address dx, Index dx_stride, Address dresidual, Index dresidual_stride,
+               const GivenSums& sums, const Kept& kept, int threads) const {
+        Step step = begin_gradient(dy, dy_stride, x, x_stride, y, y_stride, mask, kept, threads);
+        step.dx = array("dx", dx, dx_stride);
+        require("dx", step.dx);
+        step.dresidual = array("dresidual", dresidual, dresidual_stride);
+        check_gate(step, true);
+        check(sums.shape(0) == sum_count(), "sums", "two for each statistic",
+              static_cast<Index>(sums.shape(0)));
+        nb::gil_scoped_release release;
+        batchnorm::apply(step, sums.data());
     }
 
   private:
@@ -192,6 +226,29 @@ class Plan {
         check(threads >= 1, "threads", "at least 1", threads);
         step.options.threads = {threads, team_, nullptr};
         return step;
+    }
+
+    Step begin_gradient(Address dy, Index dy_stride, Address x, Index x_stride, Address y,
+                        Index y_stride, Address mask, const Kept& kept, int threads) const {
+        if (!kept.fits(step_.layout)) refuse("kernels: kept must come from a step of this plan.");
+        Step step = begin(mask, kept, threads);
+        step.dy = array("dy", dy, dy_stride);
+        require("dy", step.dy);
+        step.x = array("x", x, x_stride);
+        require("x", step.x);
+        step.y = array("y", y, y_stride);
+        step.options.renorm = kept.renorm;
+        return step;
+    }
+
+    void check_gate(const Step& step, bool has_dx) const {
+        const bool gated = step_.options.activation != Activation::none;
+        if (step.dresidual && !(step.y && has_dx && gated))
+            refuse("kernels: dresidual needs an activation, y, whose sign it follows, and dx.");
+    }
+
+    std::size_t sum_count() const {
+        return static_cast<std::size_t>(2 * step_.layout.statistics());
     }
 
     static void* aligned(const char* name, Address address, Index bytes) {
@@ -263,6 +320,15 @@ NB_MODULE(_cpu, m) {
              nb::arg("inner"))
         .def("set_team", &Plan::set_team, nb::arg("team"))
         .def("moments", &Plan::moments, nb::rv_policy::take_ownership)
-        .def("forward", &Plan::forward, nb::rv_policy::take_ownership)
-        .def("backward", &Plan::backward);
+        .def("forward", &Plan::forward, nb::rv_policy::take_ownership, nb::arg("x"),
+             nb::arg("x_stride"), nb::arg("residual"), nb::arg("residual_stride"), nb::arg("mask"),
+             nb::arg("y"), nb::arg("y_stride"), nb::arg("gamma"), nb::arg("gamma_type"),
+             nb::arg("beta"), nb::arg("beta_type"), nb::arg("running_mean"),
+             nb::arg("running_type"), nb::arg("running_var"), nb::arg("batches"),
+             nb::arg("renorm").none(), nb::arg("eps"), nb::arg("decay"), nb::arg("batch"),
+             nb::arg("update"), nb::arg("unbiased"), nb::arg("threads"),
+             nb::arg("kept").none() = nb::none())
+        .def("backward", &Plan::backward)
+        .def("reduce", &Plan::reduce)
+        .def("apply", &Plan::apply);
 }

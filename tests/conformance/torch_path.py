@@ -20,10 +20,16 @@ _BUFFERS = {
 
 
 def run(
-    case: Case, data: Data, *, compiled: str | None = None, fused: bool | None = None
+    case: Case,
+    data: Data,
+    *,
+    compiled: str | None = None,
+    fused: bool | None = None,
+    synchronized: bool = False,
 ) -> Result:
     """Run a case through `BatchNorm`; `compiled` names a torch.compile backend."""
     layer = _layer(case, data, fused)
+    layer.synchronized = synchronized
     dtype = getattr(torch, case.dtype)
     x = torch.tensor(data.x, dtype=dtype, requires_grad=True)
     residual = None

@@ -97,6 +97,19 @@ class Arrays:
         arguments = BACKWARD | self.at("x", "dy", "dx") | {"kept": kept} | changes
         return (of or plan()).backward(*arguments.values())
 
+    def reduce(self, kept, of=None, **changes):
+        return (of or plan()).reduce(*self._half(kept, ("dx", "batch"), changes).values())
+
+    def apply(self, kept, sums, of=None, **changes):
+        arguments = self._half(kept, ("dgamma", "dbeta", "gamma", "batch"), self.at("dx") | changes)
+        threads, kept = arguments.pop("threads"), arguments.pop("kept")
+        return (of or plan()).apply(*arguments.values(), sums, kept, threads)
+
+    def _half(self, kept, without, changes):
+        """The arguments of `backward`, in its order, without some."""
+        arguments = BACKWARD | self.at("x", "dy") | {"kept": kept} | changes
+        return {n: a for n, a in arguments.items() if not n.startswith(without)}
+
 
 @pytest.fixture
 def arrays():
@@ -462,3 +475,108 @@ def test_refused_instructions_change_nothing():
 def test_baseline_instructions_run_everywhere():
     cpu.use_instructions("baseline")
     assert cpu.instructions() == "baseline"
+
+
+# Steps in halves, between which other processes' share is added
+
+
+class TestHalves:
+    def test_forward_step_in_halves_is_the_whole_step_to_the_bit(self, arrays):
+        whole = arrays.forward(update=True, **arrays.at("gamma", "running_mean", "running_var"))
+        y, mean, var = arrays.y.copy(), arrays.running_mean.copy(), arrays.running_var.copy()
+        fresh = Arrays()
+        kept = plan().moments(fresh.x.ctypes.data, CHANNELS, 0, 1)
+        given = {"update": True, "kept": kept}
+        state = fresh.at("gamma", "running_mean", "running_var")
+        assert fresh.forward(**state, **given) is None
+        np.testing.assert_array_equal(fresh.y, y)
+        np.testing.assert_array_equal(fresh.running_mean, mean)
+        np.testing.assert_array_equal(fresh.running_var, var)
+        for row in cpu.STATISTICS.values():
+            if row < cpu.STATISTICS["r"]:
+                np.testing.assert_array_equal(kept.row(row), whole.row(row))
+
+    def test_forward_step_normalizes_by_the_moments_that_it_is_given(self, arrays):
+        kept = plan().moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
+        mean, var = np.array([1.0, -2.0, 3.0]), np.array([4.0, 0.25, 1.0])
+        kept.count()[:] = 100.0
+        kept.row(cpu.STATISTICS["mean"])[:] = mean
+        kept.row(cpu.STATISTICS["low"])[:] = 0.0
+        kept.row(cpu.STATISTICS["var"])[:] = var
+        arrays.forward(
+            kept=kept, update=True, decay=0.0, eps=0.0, **arrays.at("running_mean", "running_var")
+        )
+        np.testing.assert_allclose(arrays.y, (arrays.x - mean) / np.sqrt(var), rtol=1e-6)
+        np.testing.assert_allclose(arrays.running_mean, mean, rtol=1e-7)
+        np.testing.assert_allclose(arrays.running_var, var * 100 / 99, rtol=1e-7)
+
+    def test_given_moments_without_rows_hand_over_to_the_running_ones(self, arrays):
+        kept = plan().moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
+        kept.count()[:] = 0.0
+        arrays.running_mean[:] = 5.0
+        arrays.forward(kept=kept, update=True, eps=0.0, **arrays.at("running_mean", "running_var"))
+        np.testing.assert_allclose(arrays.y, arrays.x - 5.0, rtol=1e-6)
+        np.testing.assert_array_equal(arrays.running_mean, [5.0] * CHANNELS)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_backward_step_in_halves_is_the_whole_step_to_the_bit(self, arrays, masked):
+        of = plan()
+        mask = {}
+        if masked:
+            arrays.mask[2:4] = 0
+            of.set_mask(8, 1, 1, 0)
+            mask = arrays.at("mask")
+        kept = arrays.forward(of, **mask)
+        arrays.backward(kept, of, **mask, **arrays.at("dgamma", "dbeta"))
+        dx, dgamma, dbeta = arrays.dx.copy(), arrays.dgamma.copy(), arrays.dbeta.copy()
+        sums = arrays.reduce(kept, of, **mask, **arrays.at("dgamma", "dbeta"))
+        arrays.dx[:] = np.nan
+        arrays.apply(kept, sums, of, **mask)
+        np.testing.assert_array_equal(arrays.dx, dx)
+        np.testing.assert_array_equal(arrays.dgamma, dgamma)
+        np.testing.assert_array_equal(arrays.dbeta, dbeta)
+
+    def test_sums_are_of_the_gradient_and_of_its_product_with_the_deviation(self, arrays):
+        sums = arrays.reduce(arrays.forward())
+        centred = arrays.x - arrays.x.mean(0, dtype=np.float64)
+        assert sums.dtype == np.float64
+        assert sums.shape == (2 * CHANNELS,)
+        np.testing.assert_allclose(sums[:CHANNELS], arrays.dy.sum(0, np.float64), atol=1e-6)
+        np.testing.assert_allclose(sums[CHANNELS:], (arrays.dy * centred).sum(0), atol=1e-6)
+
+    def test_sums_outlive_the_plan_and_what_it_kept(self, arrays):
+        sums = arrays.reduce(arrays.forward())
+        expected = sums.copy()
+        gc.collect()
+        np.testing.assert_array_equal(sums, expected)
+
+    def test_application_uses_the_sums_that_it_is_given(self, arrays):
+        kept = arrays.forward(eps=0.0)
+        sums = arrays.reduce(kept)
+        arrays.apply(kept, np.zeros_like(sums))
+        rstd = kept.row(cpu.STATISTICS["rstd"])
+        np.testing.assert_allclose(arrays.dx, arrays.dy * rstd, rtol=1e-5)
+
+    @pytest.mark.parametrize("size", [0, CHANNELS, 2 * CHANNELS + 1])
+    def test_sums_of_another_size_are_refused(self, arrays, size):
+        with pytest.raises(ValueError, match="sums must be two for each statistic"):
+            arrays.apply(arrays.forward(), np.zeros(size))
+
+    def test_moments_of_another_plan_are_refused(self, arrays):
+        other = plan(channels=2).moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
+        with pytest.raises(ValueError, match="kept must come from a step of this plan"):
+            arrays.forward(kept=other)
+        with pytest.raises(ValueError, match="kept must come from a step of this plan"):
+            arrays.reduce(other)
+
+    def test_given_moments_and_running_statistics_exclude_each_other(self, arrays):
+        kept = plan().moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
+        with pytest.raises(ValueError, match="kept moments need batch=True"):
+            arrays.forward(kept=kept, batch=False)
+
+    def test_residual_gradient_needs_an_activation(self, arrays):
+        kept = arrays.forward()
+        with pytest.raises(ValueError, match="dresidual needs an activation"):
+            arrays.reduce(kept, **arrays.at("dresidual"))
+        with pytest.raises(ValueError, match="dresidual needs an activation"):
+            arrays.apply(kept, np.zeros(2 * CHANNELS), **arrays.at("dresidual"))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from resnet import ResNet
 from torch import Tensor, nn
 
@@ -27,7 +29,6 @@ LAZY = {
 }
 kinds = pytest.mark.parametrize(("theirs", "ours", "shape"), KINDS.values(), ids=KINDS.keys())
 lazies = pytest.mark.parametrize(("lazy", "ours", "shape"), LAZY.values(), ids=LAZY.keys())
-SYNCHRONIZED = pytest.mark.filterwarnings("ignore:convert_batchnorm. these were SyncBatchNorm")
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,16 @@ def identities(model: nn.Module) -> list[tuple[str, int, type, tuple]]:
     ]
 
 
+@contextmanager
+def one_rank():
+    """A default process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
 class TestWhichLayers:
     @kinds
     def test_layer_itself_becomes_its_counterpart(self, theirs, ours, shape):
@@ -76,13 +87,30 @@ class TestWhichLayers:
         expected = copy.deepcopy(layer)(x)
         close(convert_batchnorm(layer)(x), expected, x.numel())
 
-    def test_sync_becomes_the_layer_for_any_rank_with_a_warning_that_names_it(self):
-        model = nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3))
-        with pytest.warns(UserWarning, match=r"SyncBatchNorm.*own statistics: 1\."):
-            convert_batchnorm(model)
+    def test_sync_becomes_the_layer_for_any_rank_and_stays_synchronized(self):
+        model = convert_batchnorm(nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3)))
         assert type(model[1]) is bt.BatchNorm
+        assert model[1].synchronized
+        assert model[1].process_group is None
 
-    @SYNCHRONIZED
+    def test_sync_is_no_longer_synchronized_if_the_options_say_so(self):
+        layer = convert_batchnorm(nn.SyncBatchNorm(3), synchronized=False)
+        assert not layer.synchronized
+        assert type(revert_batchnorm(layer)) is nn.SyncBatchNorm
+
+    def test_layers_of_this_library_are_synchronized_if_the_options_say_so(self):
+        model = nn.Sequential(bt.BatchNorm2d(3, activation="relu"), nn.BatchNorm2d(3))
+        convert_batchnorm(model, synchronized=True)
+        assert all(layer.synchronized for layer in model)
+        assert model[0].activation == "relu"
+        convert_batchnorm(model)
+        assert all(layer.synchronized for layer in model)
+
+    def test_ranks_tell_layers_apart_by_their_path(self):
+        model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3)), bt.BatchNorm2d(3))
+        convert_batchnorm(model, synchronized=True)
+        assert [m._synchronizer.name for m in (model[0][0], model[1])] == ["0.0", "1"]
+
     @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (6, 3, 4, 5), (6, 3, 2, 3, 4)])
     def test_converted_sync_layer_evaluates_like_the_original_at_any_rank(self, shape):
         layer = randomize(nn.SyncBatchNorm(3)).eval()
@@ -312,7 +340,6 @@ class TestState:
             optimizer.step()
         close(model[1].weight, reference[1].weight)
 
-    @SYNCHRONIZED
     @pytest.mark.parametrize(
         "cls", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm]
     )
@@ -510,15 +537,18 @@ class TestRevert:
     def test_round_trip_gives_torchs_class(self, theirs, ours, shape):
         assert type(revert_batchnorm(convert_batchnorm(theirs(3)))) is theirs
 
-    @SYNCHRONIZED
     def test_round_trip_of_a_sync_layer_gives_a_sync_layer(self):
         assert type(revert_batchnorm(convert_batchnorm(nn.SyncBatchNorm(3)))) is nn.SyncBatchNorm
 
-    @SYNCHRONIZED
     def test_round_trip_of_a_sync_layer_keeps_its_process_group(self):
-        group = object()
-        layer = revert_batchnorm(convert_batchnorm(nn.SyncBatchNorm(3, process_group=group)))
-        assert layer.process_group is group
+        with one_rank() as group:
+            layer = convert_batchnorm(nn.SyncBatchNorm(3, process_group=group))
+            assert layer.process_group is group
+            assert revert_batchnorm(layer).process_group is group
+
+    def test_synchronized_layer_becomes_a_sync_layer(self):
+        layer = convert_batchnorm(nn.BatchNorm2d(3), synchronized=True)
+        assert type(revert_batchnorm(layer)) is nn.SyncBatchNorm
 
     @kinds
     def test_round_trip_keeps_state_to_the_bit(self, theirs, ours, shape):

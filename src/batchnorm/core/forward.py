@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
-from batchnorm.core.moments import (
-    Centred,
-    Moments,
-    Parts,
-    centre,
-    join_groups,
-    merge_centred,
-)
+from batchnorm.core.moments import Centred, Moments, centre
 from batchnorm.core.namespace import Array, Namespace
 from batchnorm.core.normalize import Affine, activate, normalize_batch, normalize_running
 from batchnorm.core.running import Running, average_groups, renorm_correction, update_running
-
-Gather = Callable[[Parts], Parts]
-"""Stacks the parts of all participants on a new first axis, in the same order everywhere (S14)."""
+from batchnorm.core.synchronize import Merge, recentre
 
 
 class Inputs(NamedTuple):
@@ -58,7 +48,7 @@ def forward_batch(
     layout: Layout,
     options: Options,
     *,
-    gather: Gather | None = None,
+    merge: Merge | None = None,
     update: bool = True,
     owner: str,
     xp: Namespace,
@@ -70,7 +60,8 @@ def forward_batch(
         running: per channel; serves empty channels (S6) and is what the update starts from.
         layout: of inputs.x.
         options: as in Options.
-        gather: synchronizes the step; ghost groups stay local but for their average (S14).
+        merge: over the participants whose batches make up one, or None; ghost groups stay
+            local but for their average (S14).
         update: move the running statistics.
         owner: whose name error messages carry.
         xp: array namespace.
@@ -85,18 +76,15 @@ def forward_batch(
     x = layout.split(inputs.x, xp)
     mask = layout.mask(inputs.mask, owner, xp)
     centred = centre(x, mask, layout.reduced, eps=options.eps, xp=xp)
-    counted = centred
-    if gather is not None:
-        parts = gather(Parts.of(centred))
-        if layout.groups is None:
-            counted = centred = merge_centred(centred, parts, mask, xp)
-        else:
-            counted = join_groups(parts, 1, xp)
+    if merge is not None and layout.groups is None:
+        centred = recentre(x, mask, merge.moments(centred), xp)
     average = average_groups(
-        Centred(*(xp.stop_gradient(a) for a in counted)),
+        Centred(*(xp.stop_gradient(a) for a in centred)),
         None if layout.groups is None else 1,
         xp,
     )
+    if merge is not None and layout.groups is not None:
+        average = merge.average(average, options.unbiased and options.renorm is None)
     expanded, affine = None, channel_affine(inputs, layout, xp)
     fallback = (xp.zeros_like(centred.power), xp.ones_like(centred.power))
     if running is not None:
@@ -113,7 +101,7 @@ def forward_batch(
         running = update_running(expanded, average, options, axes, xp)
         running = _reshape_running(running, layout.channels, xp)
     y = activate(layout.merge(y, xp), inputs.residual, options.activation, xp)
-    moments = _returned(counted, layout, xp)
+    moments = _returned(centred if layout.groups is None else average.centred, layout, xp)
     return Outcome(y, moments, running, centred, affine)
 
 

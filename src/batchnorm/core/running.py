@@ -94,7 +94,7 @@ def update_running(
 
     if options.renorm is None:
         if options.unbiased:
-            var = average.of(_unbiased(centred, xp), xp)
+            var = average.of(unbiased_variance(centred, xp), xp)
         return running._replace(
             mean=move(running.mean, mean), var=move(running.var, var), batches=batches
         )
@@ -130,7 +130,7 @@ def _decay(decay: float | None, batches: Array | None, dtype: Any, xp: Namespace
     return 1.0 - 1.0 / xp.where(steps > 0, steps, 1.0)
 
 
-def _unbiased(centred: Centred, xp: Namespace) -> Array:
+def unbiased_variance(centred: Centred, xp: Namespace) -> Array:
     """The unbiased variance of each group; biased at count 1 (S10)."""
     count = centred.count
     factor = xp.where(count > 1, count / xp.where(count > 1, count - 1.0, 1.0), 1.0)

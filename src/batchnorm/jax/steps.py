@@ -18,7 +18,7 @@ from batchnorm.jax.checks import check_channels, check_input, check_mask, workin
 from batchnorm.jax.namespace import XP
 from batchnorm.jax.plain import Operands
 from batchnorm.jax.primitives import Call, run_step
-from batchnorm.jax.synchronize import Groups, make_gather
+from batchnorm.jax.synchronize import Groups, make_merge
 from batchnorm.kernels import cpu
 from batchnorm.kernels.select import refuse_fused
 
@@ -58,12 +58,12 @@ def normalize_batch(
     """
     given = _prepare(owner, x, mask, scale, bias, running, axis, options.virtual_batch_size)
     x, layout, operands = given
-    gather = make_gather(owner, axis_name, axis_index_groups)
+    merge = make_merge(owner, axis_name, axis_index_groups)
     if fused is not False:
         reason = _refuse(given, owner)
         if s is not None or t is not None:
             reason = "none takes an adjustment"
-        if gather is not None:
+        if merge is not None:
             reason = "none synchronizes over a named axis"
         if reason is None:
             return _by_kernel(given, running, options, update, fused is True, owner)
@@ -75,7 +75,7 @@ def normalize_batch(
         _before(running, work),
         layout,
         options,
-        gather=gather,
+        merge=merge,
         update=update,
         owner=owner,
         xp=XP,

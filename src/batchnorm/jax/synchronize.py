@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from batchnorm.core.forward import Gather
-from batchnorm.core.moments import Parts
+from batchnorm.core.synchronize import GatherMerge, Merge, Parts
+from batchnorm.jax.namespace import XP
 
 Groups = Sequence[Sequence[int]] | None
 
 
-def make_gather(owner: str, axis_name: Any, axis_index_groups: Groups) -> Gather | None:
-    """How this device's parts meet those of the others along `axis_name`; None without one.
+def make_merge(owner: str, axis_name: Any, axis_index_groups: Groups) -> Merge | None:
+    """How this device's statistics meet those of the others along `axis_name`; None without one.
 
     Raises:
         NameError: no transformation around this call binds `axis_name`.
@@ -51,7 +51,7 @@ def make_gather(owner: str, axis_name: Any, axis_index_groups: Groups) -> Gather
         shape = (size,) + (1,) * (found.count.ndim - 1)
         return found._replace(count=jnp.where(mine.reshape(shape), found.count, 0.0))
 
-    return gather
+    return GatherMerge(gather, XP)
 
 
 def varying_axes(a: jax.Array) -> frozenset[Any]:

@@ -9,6 +9,7 @@ except ImportError as error:
     ) from error
 
 from batchnorm.torch.convert import convert_batchnorm, revert_batchnorm
+from batchnorm.torch.exchange import SynchronizationError
 from batchnorm.torch.functional import RenormStatistics, batch_norm
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.torch.masking import padding_mask
@@ -19,6 +20,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "RenormStatistics",
+    "SynchronizationError",
     "batch_norm",
     "convert_batchnorm",
     "padding_mask",

@@ -23,7 +23,15 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items() if ours is not BatchNorm}
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _OPTIONS = ("virtual_batch_size", "renorm", "adjustment", "activation")
-_ACCEPTED = ("eps", "momentum", *_OPTIONS, "renorm_clipping", "renorm_momentum", "fused")
+_ACCEPTED = (
+    *("eps", "momentum", *_OPTIONS, "renorm_clipping", "renorm_momentum", "fused"),
+    *("synchronized", "process_group"),
+)
+
+_OURS_ALONE = (
+    *("axis", *_OPTIONS, "fused", "frozen", "synchronized"),
+    *("_synchronizer", "_masked_by_context", "_converted_from", "_shortcut"),
+)
 
 
 def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
@@ -32,11 +40,15 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
     Args:
         module: any model, or a single batch norm.
         **options: options of `BatchNorm` for all of them: eps, momentum, virtual_batch_size,
-            renorm, renorm_clipping, renorm_momentum, adjustment, activation, fused.
+            renorm, renorm_clipping, renorm_momentum, adjustment, activation, fused,
+            synchronized, process_group.
 
     Parameters and buffers stay the very same objects (half-precision statistics become float32,
     S16), so optimizers go on working; so do the training flag and all hooks. A layer used in
-    several places stays one layer. Masks reach the layers through `padding_mask`.
+    several places stays one layer. Masks reach the layers through `padding_mask`. A SyncBatchNorm
+    stays synchronized over its own process group, unless the options say otherwise. Layers that
+    are this library's already keep their options, except `synchronized` and `process_group`, if
+    given; all get their path in the model as the name by which ranks tell them apart.
 
     Returns:
         `module`, or its replacement if it is a batch norm itself.
@@ -47,8 +59,7 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
             is unchanged then.
 
     Warns:
-        UserWarning: a SyncBatchNorm was replaced, since the new layer does not synchronize; a
-            subclass with behaviour of its own was left alone.
+        UserWarning: a subclass with behaviour of its own was left alone.
 
     >>> model = convert_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
     >>> type(model[0]).__module__
@@ -58,7 +69,6 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
     _check_module(owner, module)
     _check_options(owner, options)
     left: list[str] = []
-    unsynchronized: list[str] = []
 
     def replace(name: str, layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, _BatchNorm) or isinstance(layer, BatchNorm):
@@ -72,8 +82,6 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
         if ours is None:
             left.append(name)
             return None
-        if ours is BatchNorm:
-            unsynchronized.append(name)
         return _convert(layer, ours, options)
 
     module = _exchange(module, replace)
@@ -83,19 +91,20 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
             f"{', '.join(left)}.",
             stacklevel=2,
         )
-    if unsynchronized:
-        warnings.warn(
-            f"{owner}: these were SyncBatchNorm and now take each process's own statistics: "
-            f"{', '.join(unsynchronized)}.",
-            stacklevel=2,
-        )
+    for name, layer in module.named_modules():
+        if isinstance(layer, BatchNorm):
+            if "synchronized" in options:
+                layer.synchronized = options["synchronized"]
+                layer.process_group = options.get("process_group")
+            layer.name_for_ranks(name)
     return module
 
 
 def revert_batchnorm(module: nn.Module) -> nn.Module:
     """Replace every batch norm of this library inside `module` by torch's, in place.
 
-    Parameters and buffers stay the same objects; running statistics take the type of half
+    Synchronized layers become SyncBatchNorm, which needs a GPU in training. Parameters and buffers
+    stay the same objects; running statistics take the type of half
     precision weights, which torch's layer demands.
 
     Returns:
@@ -104,7 +113,7 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
     Raises:
         TypeError: not a module.
         ValueError: a layer with an option that torch's lacks, a frozen one, or one for any rank
-            that was not a SyncBatchNorm before. The model is unchanged then.
+            that is not synchronized. The model is unchanged then.
 
     >>> type(revert_batchnorm(BatchNorm1d(3)))
     <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
@@ -116,6 +125,8 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
         if not isinstance(layer, BatchNorm):
             return None
         theirs = layer.__dict__.get("_converted_from") or _THEIRS.get(type(layer))
+        if layer.synchronized:
+            theirs = nn.SyncBatchNorm
         if theirs is None:
             raise ValueError(
                 f"{owner}: layer {name!r} is a {type(layer).__name__}, for which torch has no "
@@ -131,6 +142,10 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
 def _convert(layer: nn.Module, ours: type[BatchNorm], options: dict[str, Any]) -> BatchNorm:
     new = _adopt(layer, ours)
     extra = dict(options)
+    if isinstance(layer, nn.SyncBatchNorm):
+        new.__dict__.pop("process_group", None)
+        if extra.setdefault("synchronized", True):
+            extra.setdefault("process_group", layer.process_group)
     for name in ("eps", "momentum"):
         if name in extra:
             setattr(new, name, extra.pop(name))
@@ -141,9 +156,10 @@ def _convert(layer: nn.Module, ours: type[BatchNorm], options: dict[str, Any]) -
 
 def _revert(layer: BatchNorm, theirs: type[nn.Module]) -> nn.Module:
     new = _adopt(layer, theirs)
-    ours = ("axis", *_OPTIONS, "fused", "frozen", "_masked_by_context", "_converted_from")
-    for name in ours:
+    for name in _OURS_ALONE:
         new.__dict__.pop(name, None)
+    if theirs is nn.SyncBatchNorm:
+        new.process_group = layer.process_group
     for name in ("running_mean", "running_var"):
         buffer = new._buffers.get(name)
         if buffer is not None and layer.weight is not None and layer.weight.dtype != buffer.dtype:

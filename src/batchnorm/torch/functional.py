@@ -16,7 +16,14 @@ from batchnorm.kernels.select import refuse_fused
 from batchnorm.torch import checks, jagged
 from batchnorm.torch import fused as kernels
 from batchnorm.torch.namespace import XP
+from batchnorm.torch.rank_merge import RankMerge
 from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot
+from batchnorm.torch.synchronize import (
+    Participation,
+    Synchronizer,
+    find_synchronizer,
+    participate,
+)
 
 __all__ = ["RenormStatistics", "batch_norm"]
 
@@ -52,6 +59,8 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
     fused: bool | None = None,
+    synchronized: bool = False,
+    process_group: Any = None,
 ) -> Tensor:
     """Normalize x over every axis that is not a channel axis, over real rows only.
 
@@ -81,6 +90,9 @@ def batch_norm(
         residual: added before the activation, of x's shape (S18).
         activation: None, "relu" or "leaky_relu" (slope 0.01) (S18).
         fused: None takes the fastest path, True demands a kernel, False plain array code.
+        synchronized: in training, normalize by the statistics of all ranks' batches together
+            (S14); every rank must make the same calls in the same order.
+        process_group: the ranks that take part; None for the default group.
 
     Returns:
         y, of x's shape, type and memory format; every row, padded ones too, is normalized.
@@ -89,8 +101,9 @@ def batch_norm(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or options that do not fit; a single value per channel in training.
             Nothing is updated then.
+        SynchronizationError: another rank failed or did something else. Nothing is updated then.
 
-    Source: S1-S13, S16, S18; Ioffe and Szegedy 2015, algorithm 1. Unlike torch's it is accurate
+    Source: S1-S14, S16, S18; Ioffe and Szegedy 2015, algorithm 1. Unlike torch's it is accurate
     at any offset (S3), and no empty or overflowing batch spoils the running statistics (S6, S9).
 
     >>> x = torch.tensor([[1.0], [3.0], [99.0]])
@@ -136,6 +149,7 @@ def batch_norm(
         fused=config.check_fused(owner, fused),
         mode=Mode(own_statistics=training or running is None, training=training, update=training),
         owner=owner,
+        synchronizer=find_synchronizer(owner, synchronized, process_group),
     )
 
 
@@ -171,6 +185,7 @@ def normalize(
     fused: bool | None,
     mode: Mode,
     owner: str,
+    synchronizer: Synchronizer | None = None,
 ) -> Tensor:
     """`batch_norm` with options already validated, for the layers too."""
     if x.layout is torch.jagged:
@@ -187,6 +202,7 @@ def normalize(
             fused=fused,
             mode=mode,
             owner=owner,
+            synchronizer=synchronizer,
         )
     mask = checks.check_mask(owner, mask, x.device)
     size = options.virtual_batch_size if mode.training else None
@@ -207,9 +223,12 @@ def normalize(
         layout = prepared.layout
     else:
         layout = make_layout(owner, tuple(x.shape), axis, size)
-    _check_shapes(owner, x, mask, parameters, residual, running, layout, mode)
+    _check_shapes(owner, x, mask, parameters, residual, running, layout, mode, synchronizer)
+    part = None
+    if synchronizer is not None and mode.training:
+        part = participate(synchronizer, owner, layout, options, mask)
     if fused is not False:
-        y = _by_kernel(x, mask, parameters, residual, running, prepared, options, mode, owner)
+        y = _by_kernel(x, mask, parameters, residual, running, prepared, options, mode, owner, part)
         if not isinstance(y, str):
             return y
         if fused:
@@ -226,7 +245,7 @@ def normalize(
         t=checks.check_adjusted(owner, "bias", t, x, work),
     )
     if mode.own_statistics or running is None:
-        y = _by_batch(inputs, running, layout, options, mode, owner)
+        y = _by_batch(inputs, running, layout, options, mode, owner, part)
     else:
         if not torch.is_grad_enabled():
             inputs = inputs._replace(mask=None)  # it matters to gradients only
@@ -244,6 +263,7 @@ def _by_kernel(
     options: config.Options,
     mode: Mode,
     owner: str,
+    part: Participation | None,
 ) -> Tensor | str:
     """y, or why no kernel can compute it."""
     if prepared is None:
@@ -253,6 +273,8 @@ def _by_kernel(
         or kernels.refuse_parameters(parameters)
         or kernels.refuse_tensors((x, mask, *parameters, residual), running)
     )
+    if refusal is None and part is not None and prepared.layout.groups is not None:
+        refusal = "none merges the averages of ghost batches over ranks"
     if refusal is None and residual is not None and residual.dtype is not x.dtype:
         refusal = f"it takes a residual of x's type {x.dtype}, and got {residual.dtype}"
     if refusal is not None:
@@ -271,6 +293,7 @@ def _by_kernel(
         history=_history,
         again=again,
         owner=owner,
+        part=part,
     )
 
 
@@ -281,9 +304,12 @@ def _by_batch(
     options: config.Options,
     mode: Mode,
     owner: str,
+    part: Participation | None,
 ) -> Tensor:
+    merge = None if part is None else RankMerge(part, options.eps)
+
     def forward(statistics: Running | None) -> Outcome:
-        return forward_batch(inputs, statistics, layout, options, owner=owner, xp=XP)
+        return forward_batch(inputs, statistics, layout, options, owner=owner, xp=XP, merge=merge)
 
     if running is None:
         return forward(None).y
@@ -345,6 +371,7 @@ def _check_shapes(
     running: Running | None,
     layout: Layout,
     mode: Mode,
+    synchronizer: Synchronizer | None,
 ) -> None:
     channels = layout.channels
     for name, a in (("weight", parameters.weight), ("bias", parameters.bias)):
@@ -358,7 +385,13 @@ def _check_shapes(
                 checks.check_statistic(owner, name, a)
     if residual is not None:
         checks.check_residual(owner, residual, x)
-    if mode.own_statistics and mask is None and layout.groups is None and count_values(layout) == 1:
+    if (
+        mode.own_statistics
+        and mask is None
+        and layout.groups is None
+        and (synchronizer is None or not mode.training)
+        and count_values(layout) == 1
+    ):
         raise ValueError(
             f"{owner}: training needs more than 1 value per channel; got an input of shape "
             f"{tuple(x.shape)} with channel axes {layout.channel_axes}. Use a larger batch, "

@@ -34,6 +34,7 @@ from batchnorm.torch.prepared import (
 )
 from batchnorm.torch.replay import differentiable_backward
 from batchnorm.torch.runtime import StepHistory
+from batchnorm.torch.synchronize import Participation, merge_kept, total_of_kernel
 
 __all__ = [
     "Call",
@@ -58,6 +59,7 @@ class Call:
         "history",
         "mask",
         "options",
+        "part",
         "prepared",
         "residual",
         "running",
@@ -76,6 +78,7 @@ class Call:
         update: bool,
         residual: bool,
         history: StepHistory | None,
+        part: Participation | None = None,
     ) -> None:
         self.prepared = prepared
         self.mask = mask
@@ -86,6 +89,7 @@ class Call:
         self.update = update  # move the running ones
         self.residual = residual  # one is added before the activation
         self.history = history  # where a step with renormalization is remembered, or None
+        self.part = part  # of a call whose statistics are merged with other ranks'
 
     @property
     def renorm(self) -> bool:
@@ -124,6 +128,7 @@ def normalize(
     history: StepHistory,
     again: bool,
     owner: str,
+    part: Participation | None = None,
 ) -> Tensor | str:
     """Normalize by the kernels; the reason where x's memory does not suit them.
 
@@ -137,6 +142,7 @@ def normalize(
         history: of steps with renormalization, for when one is recomputed.
         again: whether this one is a recomputation (S9).
         owner: whose name error messages carry.
+        part: how the call takes part in synchronization, or None (S14).
     """
     if prepared.plan is None:
         x, mask, prepared = rearrange(x, mask, prepared, options.activation)
@@ -153,7 +159,8 @@ def normalize(
     if residual is not None:
         residual = like(residual, x, prepared)
     state = find_state(weight, bias, running)
-    call = Call(prepared, mask, running, state, options, batch, update, residual is not None, None)
+    residuals = residual is not None
+    call = Call(prepared, mask, running, state, options, batch, update, residuals, None, part)
     if call.renorm:
         assert running is not None
         if again:  # the statistics have moved since the step that is recomputed
@@ -239,6 +246,7 @@ def _forward(call: Call, x: Tensor, residual: Tensor | None) -> tuple[Tensor, An
         renorm = _renorm(options.renorm, running)
         if call.history is not None:
             before = Running(*(None if a is None else a.clone() for a in running))
+    merged = None if call.part is None else _find_kept(call, x)
     kept = prepared.plan.forward(
         x.data_ptr(),
         geometry.row,
@@ -255,7 +263,10 @@ def _forward(call: Call, x: Tensor, residual: Tensor | None) -> tuple[Tensor, An
         call.update,
         options.unbiased,
         torch.get_num_threads(),
+        merged,
     )
+    if kept is None:
+        kept = merged
     if call.update:
         assert running is not None
         increment_version([a for a in running if a is not None])
@@ -288,27 +299,32 @@ def _backward(
         assert weight is not None
         dweight = torch.empty(prepared.layout.channels, dtype=weight.dtype)
     dbias = torch.empty(prepared.layout.channels, dtype=ctx.bias_type) if wants_bias else None
-    prepared.plan.backward(
+    threads = torch.get_num_threads()
+    # y decides where the activation's input was not x's doing alone.
+    rows = (
         dy.data_ptr(),
         row_of(dy, x, prepared),
         x.data_ptr(),
         geometry.row,
-        # y decides where the activation's input was not x's doing alone.
         0 if y is None or not call.residual else y.data_ptr(),
         dense,
         0 if mask is None else mask.data_ptr(),
-        0 if dx is None else dx.data_ptr(),
-        dense,
-        0 if dresidual is None else dresidual.data_ptr(),
-        dense,
+    )
+    into = (0 if dx is None else dx.data_ptr(), dense)
+    residuals = (0 if dresidual is None else dresidual.data_ptr(), dense)
+    parameters = (
         0 if dweight is None else dweight.data_ptr(),
         2 if dweight is None else _CODES[dweight.dtype],
         0 if dbias is None else dbias.data_ptr(),
         2 if dbias is None else _CODES[dbias.dtype],
-        ctx.kept,
-        call.batch,
-        torch.get_num_threads(),
     )
+    plan, kept = prepared.plan, ctx.kept
+    if call.part is None or not wants_x:
+        plan.backward(*rows, *into, *residuals, *parameters, kept, call.batch, threads)
+    else:
+        arguments = (*rows, *residuals, *parameters, kept, threads)
+        total = total_of_kernel(lambda: plan.reduce(*arguments), call.part)
+        plan.apply(*rows, *into, *residuals, total, kept, threads)
     if wants_residual and not gated:
         dresidual = dy
     return dx if wants_x else None, dweight, dbias, dresidual, None
@@ -316,11 +332,19 @@ def _backward(
 
 def find_moments(call: Call, x: Tensor) -> Moments:
     """The moments that a forward step would find."""
+    return _moments(call, _find_kept(call, x))
+
+
+def _find_kept(call: Call, x: Tensor) -> Any:
+    """What the first pass of a forward step keeps, merged with what it keeps on other ranks."""
     prepared = call.prepared
     assert prepared.geometry is not None
     mask = 0 if call.mask is None else call.mask.data_ptr()
     threads = torch.get_num_threads()
-    return _moments(call, prepared.plan.moments(x.data_ptr(), prepared.geometry.row, mask, threads))
+    arguments = (x.data_ptr(), prepared.geometry.row, mask, threads)
+    if call.part is None:
+        return prepared.plan.moments(*arguments)
+    return merge_kept(lambda: prepared.plan.moments(*arguments), call.part)
 
 
 def _moments(call: Call, kept: Any) -> Moments:

@@ -19,6 +19,7 @@ from batchnorm.torch.masking import ambient_mask
 from batchnorm.torch.runtime import recomputation_flag
 from batchnorm.torch.shortcut import Shortcut, find_shortcut
 from batchnorm.torch.statistics import RunningStatistics
+from batchnorm.torch.synchronize import Synchronizer, check_group
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -50,6 +51,11 @@ class BatchNorm(RunningStatistics):
             against the input, applied before weight and bias in training (S13).
         activation: None, "relu" or "leaky_relu" (slope 0.01), applied last (S18).
         fused: None takes the fastest path, True demands a kernel, False plain array code.
+        synchronized: normalize in training by the statistics of all ranks' batches together,
+            whatever their sizes and masks (S14). All ranks must run the layer, forward and
+            backward; one without data passes an empty batch. Without torch.distributed, or with
+            one rank, an ordinary layer.
+        process_group: the ranks that take part; None for the default group.
 
     Raises:
         TypeError: an option of the wrong type.
@@ -86,6 +92,8 @@ class BatchNorm(RunningStatistics):
         adjustment: config.Adjustment | None = None,
         activation: str | None = None,
         fused: bool | None = None,
+        synchronized: bool = False,
+        process_group: Any = None,
     ) -> None:
         owner = type(self).__name__
         sizes = _check_features(owner, num_features, check_axis(owner, axis))
@@ -113,6 +121,8 @@ class BatchNorm(RunningStatistics):
             adjustment=adjustment,
             activation=activation,
             fused=fused,
+            synchronized=synchronized,
+            process_group=process_group,
         )
         self.reset_running_stats()
 
@@ -127,6 +137,8 @@ class BatchNorm(RunningStatistics):
         adjustment: config.Adjustment | None = None,
         activation: str | None = None,
         fused: bool | None = None,
+        synchronized: bool = False,
+        process_group: Any = None,
     ) -> None:
         """Set and check every option that torch's layers lack; arguments as the constructor's."""
         owner = type(self).__name__
@@ -138,6 +150,11 @@ class BatchNorm(RunningStatistics):
         self.adjustment = config.check_adjustment(owner, adjustment, self.virtual_batch_size)
         self.activation = config.check_activation(owner, activation)
         self.fused = config.check_fused(owner, fused)
+        check_group(owner, config.check_flag(owner, "synchronized", synchronized), process_group)
+        self.synchronized = synchronized
+        self._synchronizer = Synchronizer(process_group)
+        if synchronized:
+            self._synchronizer.enlist()
         self.frozen = False
         self._masked_by_context = False
         if self.renorm is not None and self.running_mean is None:
@@ -204,10 +221,25 @@ class BatchNorm(RunningStatistics):
             fused=self.fused,
             mode=Mode(own_statistics, training, training and self.track_running_stats),
             owner=owner,
+            synchronizer=self._synchronizer if self.synchronized else None,
         )
         if alone and mask is None:
             self.__dict__["_shortcut"] = find_shortcut(self, x, options)
         return y
+
+    @property
+    def process_group(self) -> Any:
+        """The ranks that a synchronized layer merges statistics with; None: the default group."""
+        return self._synchronizer.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        check_group(type(self).__name__, self.synchronized, group)
+        self._synchronizer.group = group
+
+    def name_for_ranks(self, name: str) -> None:
+        """Set the name by which ranks tell synchronized layers apart: the same on all of them."""
+        self._synchronizer.name = name
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is found anew."""
@@ -229,8 +261,8 @@ class BatchNorm(RunningStatistics):
     def extra_repr(self) -> str:
         """torch's description, and every option that differs from its default."""
         shown = [super().extra_repr()]
-        defaults = {"axis": 1, "frozen": False}
-        for name in ("axis", "virtual_batch_size", "renorm", "adjustment", "activation", "fused"):
+        defaults = {"axis": 1, "synchronized": False}
+        for name in ("axis", *_SHOWN):
             if getattr(self, name) != defaults.get(name):
                 shown.append(f"{name}={getattr(self, name)}")
         return ", ".join([*shown, *(["frozen=True"] if self.frozen else [])])
@@ -283,6 +315,7 @@ class BatchNorm(RunningStatistics):
         return mask
 
 
+_SHOWN = ("virtual_batch_size", "renorm", "adjustment", "activation", "fused", "synchronized")
 _cached_options = lru_cache(maxsize=1024)(config.Options)
 
 

@@ -15,8 +15,11 @@ from batchnorm.core.normalize import (
     normalize_batch,
     normalize_running,
 )
+from batchnorm.core.synchronize import recentre
 from batchnorm.kernels import cpu
 from batchnorm.torch.namespace import XP
+from batchnorm.torch.rank_merge import RankMerge
+from batchnorm.torch.synchronize import moments_of_kernel
 
 
 def differentiable_backward(
@@ -69,6 +72,9 @@ def _replay(call: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tensor 
         affine = affine._replace(r=row("r"), d=row("d"))
     split, real = layout.split(x, XP), layout.split(mask, XP)
     centred = centre(split, real, layout.reduced, eps=options.eps, xp=XP)
+    if call.part is not None:
+        merge = RankMerge(call.part, options.eps, moments_of_kernel(ctx.kept))
+        centred = recentre(split, real, merge.moments(centred), XP)
     # Where a group is empty all its rows are padding, whose values no gradient depends on.
     fallback = (torch.zeros_like(centred.power), torch.ones_like(centred.power))
     z = normalize_batch(

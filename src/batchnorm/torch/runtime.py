@@ -23,10 +23,15 @@ def recomputation_flag(x: Tensor) -> Tensor | bool | None:
     Source: S9; pytorch#96136.
     """
     if not torch.compiler.is_compiling():
-        return True if _in_backward() else None
+        return True if in_backward() else None
     if torch.compiler.is_exporting():
         return None
     return _is_recomputation(x.detach())
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def snapshot(statistics: list[Tensor], *, repeatable: bool) -> list[Tensor]:
@@ -75,13 +80,9 @@ class StepHistory:
         )
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 @torch.library.custom_op("batchnorm::snapshot", mutates_args=())
 def _snapshot(statistics: list[Tensor], repeatable: bool) -> list[Tensor]:
-    if not repeatable and _in_backward():
+    if not repeatable and in_backward():
         raise RuntimeError(
             "BatchNorm: a compiled layer with renormalization cannot be recomputed (activation "
             "checkpointing), since its statistics have moved; leave it out of the checkpoint, or "
@@ -97,7 +98,7 @@ def _(statistics: list[Tensor], repeatable: bool) -> list[Tensor]:
 
 @torch.library.custom_op("batchnorm::is_recomputation", mutates_args=())
 def _is_recomputation(x: Tensor) -> Tensor:
-    return torch.full((), _in_backward(), dtype=torch.bool, device=x.device)
+    return torch.full((), in_backward(), dtype=torch.bool, device=x.device)
 
 
 @_is_recomputation.register_fake

@@ -33,6 +33,7 @@ def _settings(layer: BatchNorm) -> tuple[Any, ...]:
         layer.adjustment,
         layer.activation,
         layer.fused,
+        layer.synchronized,
     )
 
 
@@ -138,6 +139,8 @@ def find_shortcut(layer: BatchNorm, x: Tensor, options: config.Options) -> Short
     if not fused.is_plain(x) or not x.is_cpu:
         return None
     training = layer.training and not layer.frozen
+    if training and layer.synchronized:
+        return None
     prepared = fused.prepare(
         type(layer).__name__,
         x.shape,

@@ -1,0 +1,110 @@
+"""Statistics of several participants as those of one (S14)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from batchnorm.core.moments import Centred, Moments
+from batchnorm.core.namespace import Array, Namespace, select
+from batchnorm.core.running import BatchAverage, average_groups
+
+
+class Merge(Protocol):
+    """How a front end merges statistics over its participants, in a type that carries S3."""
+
+    def moments(self, centred: Centred) -> Centred:
+        """All participants' moments; `deviation` is not looked at."""
+        ...
+
+    def average(self, average: BatchAverage, unbiased: bool) -> BatchAverage:
+        """All participants' average over their ghost groups, of the unbiased variance or not."""
+        ...
+
+
+def recentre(x: Array, mask: Array | None, merged: Centred, xp: Namespace) -> Centred:
+    """`merged`, the moments of x and of other participants, with x's own deviations from it."""
+    deviation = select(mask, x - merged.anchor, 0.0, xp)
+    shift = xp.broadcast_like(merged.shift, x)
+    deviation = select(mask, deviation - shift, 0.0, xp)
+    return merged._replace(deviation=deviation * (1.0 / merged.scale))
+
+
+def merge_averages(parts: Moments, axis: int, xp: Namespace) -> Moments:
+    """Averages over ghost groups, stacked along `axis`, averaged again; the axis is dropped.
+
+    The counts are of groups that are not empty. Groups are normalized each by its own moments,
+    so that what is averaged is their variance, without the spread of their means (S12, S14).
+    """
+    count = xp.sum(parts.count, axis=(axis,), keepdims=True)
+    weight = parts.count / xp.where(count > 0, count, 1.0)
+    shape = tuple(n for a, n in enumerate(count.shape) if a != axis % len(count.shape))
+    averages = (xp.sum(weight * a, axis=(axis,), keepdims=True) for a in parts[1:])
+    return Moments(*(xp.reshape(a, shape) for a in (count, *averages)))
+
+
+class Parts(NamedTuple):
+    """What participants tell each other where their type is float32, stacked on a new first axis.
+
+    The mean travels as two numbers and the power with its scale, so that they carry S3. A
+    participant that does not belong to the group of another has count 0 in what that one sees.
+    """
+
+    count: Array
+    anchor: Array
+    shift: Array
+    scale: Array
+    power: Array
+
+    @classmethod
+    def of(cls, centred: Centred) -> Parts:
+        """One participant's own, not yet stacked."""
+        return cls(centred.count, centred.anchor, centred.shift, centred.scale, centred.power)
+
+
+Gather = Callable[[Parts], Parts]
+"""Stacks the parts of all participants on a new first axis, in the same order everywhere."""
+
+
+class GatherMerge:
+    """A `Merge` for front ends whose collectives hand out every participant's parts."""
+
+    def __init__(self, gather: Gather, xp: Namespace) -> None:
+        self._gather, self._xp = gather, xp
+
+    def moments(self, centred: Centred) -> Centred:
+        """All participants' moments."""
+        return merge_parts(self._gather(Parts.of(centred)), self._xp)
+
+    def average(self, average: BatchAverage, unbiased: bool) -> BatchAverage:
+        """The average over all participants' ghost groups, which follow each other."""
+        xp = self._xp
+
+        def joined(a: Array) -> Array:
+            return xp.reshape(a, (a.shape[1], a.shape[0] * a.shape[2], *a.shape[3:]))
+
+        parts = Parts(*(joined(a) for a in self._gather(Parts.of(average.centred))))
+        count, anchor, shift, scale, power = parts
+        every = Centred(count, anchor, shift, scale, xp.zeros_like(power), power)
+        return average_groups(every, 1, xp)
+
+
+def merge_parts(parts: Parts, xp: Namespace) -> Centred:
+    """The moments of all participants, as if their rows were in one array; no deviations.
+
+    Source: S14; Chan, Golub and LeVeque 1983, equation 2.1b.
+    """
+    real = parts.count > 0
+    count = xp.sum(parts.count, axis=(0,), keepdims=False)
+    weight = parts.count / xp.where(count > 0, count, 1.0)
+    # Maxima, because they round nothing: every loop that subtracts them sees the same numbers.
+    anchor = xp.stop_gradient(xp.max(xp.where(real, parts.anchor, -math.inf), axis=0))
+    anchor = xp.where(count > 0, anchor, 0.0)
+    scale = xp.stop_gradient(xp.max(xp.where(real, parts.scale, 0.0), axis=0))
+    scale = xp.where(scale > 0, scale, 1.0)
+    shifts = xp.where(real, ((parts.anchor - anchor) + parts.shift) / scale, 0.0)
+    shift = xp.sum(weight * shifts, axis=(0,), keepdims=False)
+    powers = parts.power * xp.square(parts.scale / scale) + xp.square(shifts - shift)
+    power = xp.sum(weight * xp.where(real, powers, 0.0), axis=(0,), keepdims=False)
+    return Centred(count, anchor, shift * scale, scale, xp.zeros_like(power), power)

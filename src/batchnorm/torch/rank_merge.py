@@ -1,0 +1,166 @@
+"""Merging over ranks as the plain path does it: differentiable, traceable by compilers (S14)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.core.moments import Centred, Moments
+from batchnorm.core.running import BatchAverage, average_groups, unbiased_variance
+from batchnorm.torch.namespace import XP
+from batchnorm.torch.synchronize import Participation, find_by_key, pack, unpack
+
+__all__ = ["RankMerge"]
+
+
+class RankMerge:
+    """The core's `Merge` over ranks, differentiable any number of times.
+
+    Args:
+        part: how the call takes part.
+        eps: as in rstd.
+        known: the merged moments, where they have been found already.
+    """
+
+    def __init__(self, part: Participation, eps: float, known: Tensor | None = None) -> None:
+        self._part, self._eps, self._known = part, eps, known
+
+    def moments(self, centred: Centred) -> Centred:
+        """All ranks' moments."""
+        local = pack(_widen(centred).moments, self._part.varying)
+        merged = self._known
+        if merged is None:
+            merged = _merge(local.detach(), self._part, False)
+        attach = _attach if torch.compiler.is_compiling() else _Attach.apply
+        merged = attach(local, merged, *self._part[:3])
+        found = unpack(merged, self._part.channels, tuple(centred.power.shape))
+        return self._narrow(found, centred.power.dtype)
+
+    def average(self, average: BatchAverage, unbiased: bool) -> BatchAverage:
+        """All ranks' average over their ghost groups."""
+        assert average.axis is not None
+        wide = _widen(average.centred)
+        over = average_groups(wide, average.axis, XP)
+        mean = over.of(wide.mean, XP)
+        var = over.of(unbiased_variance(wide, XP) if unbiased else wide.var, XP)
+        groups = XP.sum((wide.count > 0).to(mean.dtype), axis=(average.axis,), keepdims=True)
+        # What is not finite in x's own precision must not count on any rank (S9).
+        mean = torch.where(average.usable | (groups == 0), mean, torch.nan)
+        local = pack(Moments(groups, mean, var), self._part.varying)
+        merged = unpack(_merge(local, self._part, True), self._part.channels, tuple(mean.shape))
+        found = self._narrow(merged, average.weight.dtype)
+        usable = average_groups(found, None, XP).usable
+        one = torch.ones_like(found.power)  # the count at which no variance is corrected again
+        return BatchAverage(usable, found._replace(count=one), one, None)
+
+    def _narrow(self, moments: Moments, dtype: torch.dtype) -> Centred:
+        """Moments in the working type; the mean as a sum of two numbers (S3)."""
+        count, mean, var = moments
+        anchor = mean.detach().to(dtype)
+        scale = (torch.sqrt(var.detach()) + math.sqrt(self._eps)).to(dtype)
+        scale = torch.where(scale > 0, scale, 1.0)
+        power = (var / torch.square(scale.double())).to(dtype)
+        shift = (mean - anchor).to(dtype)
+        return Centred(count.to(dtype), anchor, shift, scale, anchor, power)
+
+
+def _widen(centred: Centred) -> Centred:
+    return Centred(*(a.double() for a in centred._replace(deviation=centred.count)))
+
+
+class _Attach(torch.autograd.Function):
+    """`merged`, with the gradient that reaches this rank's own moments through it."""
+
+    @staticmethod
+    def forward(local: Tensor, merged: Tensor, key: int, text: str, channels: int) -> Tensor:
+        return merged.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        local, _, ctx.key, ctx.text, ctx.channels = inputs
+        ctx.save_for_backward(local, output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        wanted = gradient[-2 * ctx.channels :]
+        total = _Total.apply(wanted, ctx.key, ctx.text)
+        local, merged = ctx.saved_tensors
+        return _of_own_moments(total, local, merged, ctx.channels), None, None, None, None
+
+
+class _Total(torch.autograd.Function):
+    """The sum over all ranks."""
+
+    @staticmethod
+    def forward(sums: Tensor, key: int, text: str) -> Tensor:
+        return find_by_key(key).total(sums.contiguous(), text)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.key, ctx.text = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        # The loss is the sum of all ranks' losses, each of which has the same total in it.
+        return _Total.apply(gradient, ctx.key, ctx.text), None, None
+
+
+def _of_own_moments(total: Tensor, local: Tensor, merged: Tensor, channels: int) -> Tensor:
+    """What merging makes of the gradients of all ranks' mean and variance."""
+    of_mean, of_var = total[:channels], total[channels:]
+    own, every = (unpack(a, channels, (channels,)) for a in (local, merged))
+    weight = (own.count / torch.where(every.count > 0, every.count, 1.0)).detach()
+    dmean = weight * (of_mean + 2.0 * (own.mean - every.mean) * of_var)
+    nothing = torch.zeros_like(local[: local.numel() - 2 * channels])
+    return torch.cat([nothing, dmean, weight * of_var])
+
+
+def _merge(local: Tensor, part: Participation, pooled: bool) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _merge_ranks(local, *part[:3], pooled)
+    return find_by_key(part.key).merge(local, part.text, part.channels, pooled)
+
+
+# Opaque to compilers, which would move, repeat or drop what they could see into.
+
+
+@torch.library.custom_op("batchnorm::merge_ranks", mutates_args=())
+def _merge_ranks(local: Tensor, key: int, text: str, channels: int, pooled: bool) -> Tensor:
+    return find_by_key(key).merge(local.clone(), text, channels, pooled).clone()
+
+
+@_merge_ranks.register_fake
+def _(local: Tensor, key: int, text: str, channels: int, pooled: bool) -> Tensor:
+    return torch.empty_like(local)
+
+
+@torch.library.custom_op("batchnorm::total_over_ranks", mutates_args=())
+def _total_over_ranks(sums: Tensor, key: int, text: str) -> Tensor:
+    return find_by_key(key).total(sums.contiguous(), text)
+
+
+@_total_over_ranks.register_fake
+def _(sums: Tensor, key: int, text: str) -> Tensor:
+    return torch.empty_like(sums)
+
+
+@torch.library.custom_op("batchnorm::attach", mutates_args=())
+def _attach(local: Tensor, merged: Tensor, key: int, text: str, channels: int) -> Tensor:
+    return merged.clone()
+
+
+@_attach.register_fake
+def _(local: Tensor, merged: Tensor, key: int, text: str, channels: int) -> Tensor:
+    return torch.empty_like(merged)
+
+
+def _attach_backward(ctx: Any, gradient: Tensor) -> Any:
+    total = _total_over_ranks(gradient[-2 * ctx.channels :].clone(), ctx.key, ctx.text)
+    local, merged = ctx.saved_tensors
+    return _of_own_moments(total, local, merged, ctx.channels), None, None, None, None
+
+
+_attach.register_autograd(_attach_backward, setup_context=_Attach.setup_context)

@@ -1,0 +1,331 @@
+"""Statistics of all ranks as those of one (S14): what a synchronized layer knows and asks.
+
+Statistics travel as one float64 vector: the count of real rows (one for each channel where the
+mask varies along channels), the means, the biased variances. Every rank merges the same vectors
+in the same order, and gets the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from batchnorm.core import config
+from batchnorm.core.config import Options
+from batchnorm.core.layout import Layout
+from batchnorm.core.moments import Moments, merge_moments
+from batchnorm.core.namespace import Namespace
+from batchnorm.core.synchronize import merge_averages
+from batchnorm.kernels import cpu
+from batchnorm.reference import XP as NUMPY
+from batchnorm.torch.exchange import Expected, Peers, SynchronizationError, find_peers
+from batchnorm.torch.namespace import XP
+from batchnorm.torch.runtime import in_backward
+
+__all__ = [
+    "Participation",
+    "Synchronizer",
+    "check_group",
+    "find_by_key",
+    "find_synchronizer",
+    "merge_kept",
+    "moments_of_kernel",
+    "pack",
+    "participate",
+    "total_of_kernel",
+    "unpack",
+]
+
+
+_keys = itertools.count()
+_numbers = itertools.count(1)
+_synchronizers: weakref.WeakValueDictionary[int, Synchronizer] = weakref.WeakValueDictionary()
+
+
+class Synchronizer:
+    """One layer's side of the exchange with other ranks.
+
+    Attributes:
+        key: what compiled code finds this object by.
+    """
+
+    _STEPS = 16  # forward passes of one layer between a step and its recomputation
+
+    def __init__(self, group: Any = None, name: str | None = None, steps: int = _STEPS) -> None:
+        self.group = group
+        self.key = next(_keys)
+        self._name = name
+        self._met = False  # whether other ranks have ever been asked
+        self._steps: deque[tuple[Tensor, Tensor]] = deque(maxlen=steps)
+        _synchronizers[self.key] = self
+
+    @property
+    def group(self) -> Any:
+        """The ProcessGroup, or None for the default one, or for one that is gone."""
+        return None if self._group is None else self._group()
+
+    @group.setter
+    def group(self, group: Any) -> None:
+        # Weakly: a destroyed group closes its connections, which tells the others.
+        self._group = None if group is None else weakref.ref(group)
+
+    def __deepcopy__(self, memo: Any) -> Synchronizer:
+        """A copy's own; groups are shared, and copies on all ranks keep the name."""
+        return Synchronizer(self.group, self._name)
+
+    def __reduce__(self) -> Any:
+        """What a pickle holds; process groups do not outlive their process."""
+        if self.group is not None:
+            raise TypeError(
+                "BatchNorm: a layer with a process_group cannot be pickled; set process_group "
+                "to None first, or save the state_dict."
+            )
+        return Synchronizer, (None, self._name)
+
+    @property
+    def name(self) -> str:
+        """What tells the layer apart from others: the same on all ranks."""
+        if self._name is None:
+            self.enlist()
+            assert self._name is not None
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._name = name
+
+    def has_peers(self, text: str) -> bool:
+        """Whether there are other ranks; raises as `find_peers`."""
+        return self.find_peers(text) is not None
+
+    def enlist(self) -> None:
+        """Take the next number for a name: ranks make the same layers in the same order."""
+        self._name = f"#{next(_numbers)}"
+
+    def find_peers(self, text: str) -> Peers | None:
+        """The other ranks, None if there are none.
+
+        Raises:
+            SynchronizationError: there were some, and the group is gone.
+        """
+        group = self.group
+        try:
+            if group is None and self._group is not None:
+                raise LookupError("its process group is gone: it has been destroyed")
+            return find_peers(group)
+        except LookupError as error:
+            if self._group is None and not self._met:
+                return None  # one process without torch.distributed
+            raise SynchronizationError(
+                f"{text}: cannot reach the other ranks, since {error}. Make a new group, or set "
+                "synchronized=False to go on with this process alone."
+            ) from error
+
+    def expect(self, text: str, size: int, direction: str) -> Expected | None:
+        """Say that `merge` or `total` of so many numbers follows; the result is for them."""
+        if direction == "forward" and in_backward():
+            return None
+        peers = self.find_peers(text)
+        if peers is None:
+            return None
+        waiting, cpu_device = f"{text}, {direction} pass", torch.device("cpu")
+        if direction == "forward":
+            self._met = True
+            peers.agree(text, waiting, cpu_device)
+        return peers.expect(size, f"{direction} {text}", waiting, cpu_device)
+
+    def merge(
+        self,
+        local: Tensor,
+        text: str,
+        channels: int,
+        pooled: bool,
+        expected: Expected | None = None,
+    ) -> Tensor:
+        """The statistics of all ranks, laid out like this rank's `local`.
+
+        A forward pass that is recomputed in a backward pass gets what it got before, and no rank
+        is asked. `pooled`: averages over ghost groups instead of moments (S12).
+        """
+        if in_backward():
+            return self._recall(local, text)
+        peers = self.find_peers(text)
+        if peers is None:
+            merged = local.clone()
+        else:
+            self._met = True
+            waiting = f"{text}, forward pass"
+            if expected is None:
+                peers.agree(text, waiting, local.device)
+            parts = peers.gather(local, f"forward {text}", waiting, expected)
+            merged = _merge_parts(parts, channels, pooled)
+        self._steps.append((local, merged))
+        return merged
+
+    def total(self, sums: Tensor, text: str, expected: Expected | None = None) -> Tensor:
+        """The sum over all ranks, in the same order on each."""
+        peers = self.find_peers(text)
+        if peers is None:
+            return sums.clone()
+        return peers.total(sums, f"backward {text}", f"{text}, backward pass", expected)
+
+    def _recall(self, local: Tensor, text: str) -> Tensor:
+        for before, merged in reversed(self._steps):
+            if before.shape == local.shape and torch.equal(before, local):
+                return merged
+        raise SynchronizationError(
+            f"{text}: a recomputed forward pass (activation checkpointing) is none of the layer's "
+            f"latest {self._steps.maxlen}; call backward sooner."
+        )
+
+
+def _merge_parts(parts: Tensor, channels: int, pooled: bool) -> Tensor:
+    """The ranks' vectors, one row each, as one."""
+    if parts.is_cpu:  # a small step, in which torch's operators would take longest
+        return torch.from_numpy(_combine(parts.numpy(), channels, pooled, NUMPY, np.concatenate))
+    return _combine(parts, channels, pooled, XP, torch.cat)
+
+
+def _combine(parts: Any, channels: int, pooled: bool, xp: Namespace, concatenate: Any) -> Any:
+    first = parts.shape[1] - 2 * channels  # 1, or one count for each channel
+    means, variances = parts[:, first:-channels], parts[:, -channels:]
+    # Mixed-up messages are NaN; as a count, NaN would pass for no rows, and be hidden (S6).
+    counts = xp.where(xp.isfinite(parts[:, :first]), parts[:, :first], 1.0) + xp.zeros_like(means)
+    combine = merge_averages if pooled else merge_moments
+    found = combine(Moments(counts, means, variances), 0, xp)
+    return concatenate([found.count[:first], found.mean, found.var])
+
+
+class Participation(NamedTuple):
+    """How a call takes part: the layer's key, what all ranks must agree on, its channels.
+
+    `varying`: whether the mask varies along channels, and counts differ therefore.
+    """
+
+    key: int
+    text: str
+    channels: int
+    varying: bool
+
+
+def participate(
+    synchronizer: Synchronizer, owner: str, layout: Layout, options: Options, mask: Tensor | None
+) -> Participation | None:
+    """How a training call takes part; None where there is nobody to merge with."""
+    channels = math.prod(list(layout.channels))
+    # Compiled code asks when it runs: it may be traced before there is a group.
+    if channels == 0 or not (
+        torch.compiler.is_compiling() or synchronizer.has_peers(f"{owner} {synchronizer.name}")
+    ):
+        return None
+    varying = False
+    if mask is not None:
+        sizes = layout.mask_shape(tuple(mask.shape), owner)
+        varying = any(sizes[a] != 1 for a in layout.channel_axes)
+    text = _describe(owner, synchronizer.name, channels, options, varying)
+    return Participation(synchronizer.key, text, channels, varying)
+
+
+def _describe(owner: str, name: str, channels: int, options: Options, varying: bool) -> str:
+    """What all ranks must agree on, for people to read."""
+    shown = f"{owner} {name}" if name else owner
+    shown = f"{shown} ({channels} channels, eps={options.eps}, decay={options.decay}"
+    if options.virtual_batch_size is not None:
+        shown = f"{shown}, virtual_batch_size={options.virtual_batch_size}"
+    if options.renorm is not None:
+        r = options.renorm
+        shown = f"{shown}, renorm={r.decay}/{r.rmin}/{r.rmax}/{r.dmax}"
+    if options.activation is not None:
+        shown = f"{shown}, activation={options.activation}"
+    return f"{shown}, mask varies along channels)" if varying else f"{shown})"
+
+
+def pack(moments: Moments, varying: bool) -> Tensor:
+    """Per-channel float64 moments as one vector; one count for all, unless they vary."""
+    count, mean, var = (a.reshape(-1) for a in moments)
+    return torch.cat([count if varying else count[:1], mean, var])
+
+
+def unpack(packed: Tensor, channels: int, shape: tuple[int, ...]) -> Moments:
+    """The moments in a vector, each of the given shape of as many values as channels."""
+    count = packed[: packed.numel() - 2 * channels].expand(channels)
+    mean, var = packed[-2 * channels : -channels], packed[-channels:]
+    return Moments(*(a.reshape(shape) for a in (count, mean, var)))
+
+
+def find_by_key(key: int) -> Synchronizer:
+    """The synchronizer of a participation."""
+    return _synchronizers[key]
+
+
+def merge_kept(find: Callable[[], Any], part: Participation) -> Any:
+    """What a kernel's first pass leaves, merged with what it leaves on other ranks."""
+    synchronizer, channels = find_by_key(part.key), part.channels
+    expected = synchronizer.expect(part.text, 2 * channels + 1, "forward")
+    kept = find()
+    local = moments_of_kernel(kept)
+    merged = synchronizer.merge(local, part.text, channels, False, expected)
+    count, mean, var = unpack(merged, channels, (channels,))
+    kept.count()[:] = count.numpy()[0]
+    rows = {"mean": mean.numpy(), "low": 0.0, "var": var.numpy()}
+    for name, value in rows.items():
+        kept.row(cpu.STATISTICS[name])[:] = value
+    return kept
+
+
+def total_of_kernel(reduce: Callable[[], Any], part: Participation) -> Any:
+    """The sums of a kernel's gradient reduction, of all ranks."""
+    synchronizer = find_by_key(part.key)
+    expected = synchronizer.expect(part.text, 2 * part.channels, "backward")
+    return synchronizer.total(torch.from_numpy(reduce()), part.text, expected).numpy()
+
+
+def moments_of_kernel(kept: Any) -> Tensor:
+    """The moments that a kernel keeps, as a vector."""
+    count, mean, var = kept.count(), *(kept.row(cpu.STATISTICS[n]) for n in ("mean", "var"))
+    return torch.cat([torch.from_numpy(a) for a in (count, mean, var)])
+
+
+_of_functions: weakref.WeakKeyDictionary[Any, Synchronizer] = weakref.WeakKeyDictionary()
+
+
+def find_synchronizer(owner: str, synchronized: Any, group: Any) -> Synchronizer | None:
+    """The one that calls without a layer share, or None; checks both arguments."""
+    check_group(owner, config.check_flag(owner, "synchronized", synchronized), group)
+    if not synchronized:
+        return None
+    if group is None:
+        return _of_default_group
+    if group not in _of_functions:
+        _of_functions[group] = Synchronizer(group, "", _CALLS)
+    return _of_functions[group]
+
+
+def check_group(owner: str, synchronized: bool, group: Any) -> None:
+    """Raise unless `group` can be the process group of a layer or call."""
+    if group is None:
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        outside = "" if group != _OUTSIDE else ", which means that this rank is not in the group"
+        raise TypeError(
+            f"{owner}: process_group must be a torch.distributed.ProcessGroup that this rank "
+            f"belongs to, or None for the default group; got {group!r}{outside}."
+        )
+    if not synchronized:
+        raise ValueError(
+            f"{owner}: process_group needs synchronized=True; got synchronized=False and {group}."
+        )
+
+
+_CALLS = 256  # steps that calls without a layer remember together
+_OUTSIDE = -100  # torch.distributed.GroupMember.NON_GROUP_MEMBER
+_of_default_group = Synchronizer(None, "", _CALLS)

@@ -1,0 +1,52 @@
+"""k processes on a split batch give what one gives on the whole of it (S14)."""
+
+from __future__ import annotations
+
+import zlib
+from functools import partial
+
+import numpy as np
+import pytest
+
+import tolerances
+import torch_path
+from cases import CASES, Case, Data, Result
+from processes import World, results
+from splitting import random_split
+from test_conformance import Path, check
+
+TRAINING = [case for case in CASES if case.mode == "train" and case.ghost is None]
+# The mean of float64 data travels rounded to float64, which S3 does not speak of.
+EXACT = [case for case in TRAINING if (case.dtype, case.data[:6]) != ("float64", "offset")]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
+def test_split_batches_are_one_batch(worlds, case: Case, size: int) -> None:
+    run = partial(run_split, world=worlds[size], seed=0)
+    check(Path(run, unbiased=True, float32=tolerances.FLOAT32), case)
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
+def test_split_batches_are_one_batch_in_array_code(worlds, case: Case) -> None:
+    run = partial(run_split, world=worlds[3], seed=1, fused=False)
+    check(Path(run, unbiased=True, float32=tolerances.FLOAT32), case)
+
+
+@pytest.mark.parametrize("case", EXACT[::7], ids=lambda case: case.name)
+def test_one_process_is_no_other_than_before(worlds, case: Case) -> None:
+    run = partial(run_split, world=worlds[1], seed=0)
+    check(Path(run, unbiased=True, float32=tolerances.FLOAT32), case)
+
+
+def run_split(
+    case: Case, data: Data, *, world: World, seed: int, fused: bool | None = None
+) -> Result:
+    rng = np.random.default_rng([zlib.crc32(case.name.encode()), world.size, seed])
+    split = random_split(case, world.size, rng)
+    found = world.run(_run, [(*part, fused) for part in split.cut(data)])
+    return split.join(results(found))
+
+
+def _run(case: Case, data: Data, fused: bool | None) -> Result:
+    return torch_path.run(case, data, fused=fused, synchronized=True)

@@ -1,0 +1,29 @@
+"""The example, by its own command."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "digits_ddp.py"
+
+
+@pytest.mark.parametrize(("options", "bound"), [([], 5e-2), (["--double"], 1e-9)])
+def test_two_processes_train_like_one(options: list[str], bound: float) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(EXAMPLE), *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, last = re.search(r"2 processes: loss (\S+) to (\S+) in 50 steps", done.stdout).groups()
+    assert float(last) < 0.3 * float(first)  # it learns
+    apart = re.search(r"loss (\S+), parameters and statistics (\S+)", done.stdout)
+    assert float(apart[1]) < bound
+    assert float(apart[2]) < bound
