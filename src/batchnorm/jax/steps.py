@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +75,7 @@ def normalize_batch(
         operands.inputs(s=_cast(s, work), t=_cast(t, work)),
         _before(running, work),
         layout,
-        options,
+        _with_decay_in(work, options),
         gather=gather,
         update=update,
         owner=owner,
@@ -225,6 +226,7 @@ def move_statistics(
     before = _before(running, moments.mean.dtype)
     assert before is not None
     axes = tuple(range(moments.mean.ndim))
+    options = _with_decay_in(moments.mean.dtype, options)
     return _in_type_of(running, update_running(before, average, options, axes, XP))
 
 
@@ -234,6 +236,13 @@ def _constant(a: Array | None) -> Array | None:
 
 def _cast(a: Any, dtype: Any) -> Array | None:
     return None if a is None else jnp.asarray(a).astype(dtype)
+
+
+def _with_decay_in(dtype: Any, options: Options) -> Options:
+    """The options, with a decay that is an array in the working type."""
+    if not isinstance(options.decay, jax.Array):
+        return options
+    return replace(options, decay=options.decay.astype(dtype))
 
 
 def _before(running: Running | None, dtype: Any) -> Running | None:
