@@ -49,4 +49,9 @@ def check_channels(owner: str, name: str, value: Any, layout: Layout, dtype: Any
 
 def working_type(x: Array) -> Any:
     """The type of statistics and arithmetic for x (S16)."""
-    return x.dtype if x.dtype == jnp.float64 else jnp.dtype(jnp.float32)
+    return wide_type(x.dtype)
+
+
+def wide_type(*dtypes: Any) -> Any:
+    """float64 if one of them is, else float32; jax's own promotion may be set to refuse."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, export
 
 from batchnorm.core import config
 from batchnorm.core.config import Options
@@ -42,6 +42,13 @@ class RunningStatistics(NamedTuple):
     stddev: Array | None = None
     renorm_mean: Array | None = None
     renorm_stddev: Array | None = None
+
+
+for _fields in (Moments, RenormStatistics, RunningStatistics):
+    # Exported programs may take and return them.
+    export.register_namedtuple_serialization(
+        _fields, serialized_name=f"batchnorm.{_fields.__name__}"
+    )
 
 
 def batch_norm(

@@ -15,7 +15,7 @@ from batchnorm.core import config
 from batchnorm.core.config import Options
 from batchnorm.core.layout import check_axis, normalize_axis
 from batchnorm.core.running import Running
-from batchnorm.jax.checks import FLOATING, check_input
+from batchnorm.jax.checks import FLOATING, check_input, wide_type
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
 
@@ -168,7 +168,7 @@ class BatchNorm(nnx.Module):
             found = tuple(jnp.shape(x)[a] for a in axes)
             sizes = found if len(found) > 1 else found[0]
         shape = sizes if isinstance(sizes, tuple) else (sizes,)
-        wide = jnp.promote_types(self.param_dtype, jnp.float32)
+        wide = wide_type(self.param_dtype)
         self.num_features = sizes
         self.mean = nnx.BatchStat(jnp.zeros(shape, wide))
         self.var = nnx.BatchStat(jnp.ones(shape, wide))
@@ -224,8 +224,8 @@ class BatchNorm(nnx.Module):
         if self.promote_dtype is not None:
             x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
             dtype = x.dtype
-        elif self.dtype is not None:
-            x = x.astype(jnp.promote_types(x.dtype, self.dtype))
+        elif dtype != x.dtype:
+            x = x.astype(wide_type(x.dtype, dtype))
         running = Running(mean, var)
         if use_running_average:
             options = Options(eps=self.epsilon)

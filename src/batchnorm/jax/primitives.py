@@ -89,7 +89,11 @@ def _make_primitive(name: str) -> Primitive:
     def compiled(call: Call, **params: Any) -> Callable[..., Any]:
         return jax.jit(partial(primitive.bind, call=call, **params))
 
-    primitive.def_impl(lambda *arrays, **params: compiled(**params)(*arrays))
+    @primitive.def_impl
+    def run(*arrays: Array, **params: Any) -> Any:
+        with jax.disable_jit(False):  # where jit is off, it would come back here for ever
+            return compiled(**params)(*arrays)
+
     return primitive
 
 
@@ -255,11 +259,13 @@ def _lower(
 def _register(
     primitive: Primitive, by_arrays: Callable[..., Any], by_kernel: Callable[..., Any] | None
 ) -> None:
+    where = "for this device" if by_kernel is not None else "for forward-mode derivatives"
+
     def elsewhere(
         context: mlir.LoweringRuleContext, *arrays: Any, call: Call, **params: Any
     ) -> Any:
         if call.demanded:
-            raise refuse_fused(call.owner, "there is none for this device")
+            raise refuse_fused(call.owner, f"there is none {where}")
         return mlir.lower_fun(by_arrays, multiple_results=True)(
             context, *arrays, call=call, **params
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from batchnorm.core.config import Options
@@ -74,7 +77,7 @@ def normalize_batch(
         operands.inputs(s=_cast(s, work), t=_cast(t, work)),
         _before(running, work),
         layout,
-        options,
+        _with_decay_in(work, options),
         merge=merge,
         update=update,
         owner=owner,
@@ -135,6 +138,7 @@ def _prepare(
 ) -> _Given:
     x = check_input(owner, x)
     layout = make_layout(owner, tuple(x.shape), axis, size)
+    _check_groups(owner, x, layout)
     work = working_type(x)
     mask = check_mask(owner, mask)
     if mask is not None:
@@ -157,11 +161,31 @@ def _prepare(
     return _Given(x, layout, operands)
 
 
+def _explicit_sharding(x: Array) -> tuple[Any, ...]:
+    """For each axis of x the mesh axes it is split over, where types tell; else nothing."""
+    return tuple(getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()))
+
+
+def _check_groups(owner: str, x: Array, layout: Layout) -> None:
+    """Raise where jax could not split an explicitly sharded axis 0 into (v, groups) (S12)."""
+    names = (*_explicit_sharding(x), None)[0]
+    if layout.groups is None or names is None:
+        return
+    mesh = jax.typeof(x).sharding.mesh
+    parts = math.prod(mesh.shape[name] for name in np.atleast_1d(names).tolist())
+    size = layout.working[0]
+    if size % parts != 0:
+        raise ValueError(
+            f"{owner}: virtual_batch_size must be a multiple of the {parts} parts in which axis 0 "
+            f"of x is sharded explicitly over {names!r}; got {size}. Call this inside "
+            "jax.sharding.auto_axes, or inside jax.shard_map for groups that are local."
+        )
+
+
 def _refuse(given: _Given, owner: str) -> str | None:
     """Why no kernel serves these arrays, or None."""
     x, layout, operands = given
-    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
-    if any(axis is not None for axis in spec):  # explicit sharding: the type says so
+    if any(axis is not None for axis in _explicit_sharding(x)):
         return "x is sharded over devices"
     mask = operands.mask
     shape = None if mask is None else layout.mask_shape(tuple(mask.shape), owner)
@@ -225,6 +249,7 @@ def move_statistics(
     before = _before(running, moments.mean.dtype)
     assert before is not None
     axes = tuple(range(moments.mean.ndim))
+    options = _with_decay_in(moments.mean.dtype, options)
     return _in_type_of(running, update_running(before, average, options, axes, XP))
 
 
@@ -234,6 +259,13 @@ def _constant(a: Array | None) -> Array | None:
 
 def _cast(a: Any, dtype: Any) -> Array | None:
     return None if a is None else jnp.asarray(a).astype(dtype)
+
+
+def _with_decay_in(dtype: Any, options: Options) -> Options:
+    """The options, with a decay that is an array in the working type."""
+    if not isinstance(options.decay, jax.Array):
+        return options
+    return replace(options, decay=options.decay.astype(dtype))
 
 
 def _before(running: Running | None, dtype: Any) -> Running | None:

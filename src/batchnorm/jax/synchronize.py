@@ -62,8 +62,11 @@ def varying_axes(a: jax.Array) -> frozenset[Any]:
 def _all_gather(a: jax.Array, axis_name: Any) -> jax.Array:
     """Known to be equal everywhere if jax keeps track, so that shard_map may return it as one."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    tracked = varying_axes(a).issuperset(names)
-    return jax.lax.all_gather(a, axis_name, to="invarying" if tracked else "varying")
+    found = a
+    for name in reversed(names):  # one by one: vmap cannot gather along several at once
+        to = "invarying" if name in varying_axes(a) else "varying"
+        found = jax.lax.all_gather(found, name, to=to)
+    return found.reshape((-1, *a.shape))
 
 
 def _group_of(owner: str, groups: Sequence[Sequence[int]], size: int) -> np.ndarray:
