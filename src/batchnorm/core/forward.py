@@ -101,7 +101,9 @@ def forward_batch(
         running = update_running(expanded, average, options, axes, xp)
         running = _reshape_running(running, layout.channels, xp)
     y = activate(layout.merge(y, xp), inputs.residual, options.activation, xp)
-    moments = _returned(centred if layout.groups is None else average.centred, layout, xp)
+    # Groups of other participants have moments, but no gradient comes back to them.
+    foreign = merge is not None and layout.groups is not None
+    moments = _returned(average.centred if foreign else centred, layout, xp)
     return Outcome(y, moments, running, centred, affine)
 
 

@@ -97,7 +97,8 @@ def batch_norm(
     Returns:
         y: x's shape and type; padded rows are normalized too, as constants to differentiation.
         Moments: count, mean and biased variance, each `(C,)`, float32 (float64 for a float64
-            x); with ghost batches each has a leading axis of groups. `update_running` takes them.
+            x); with ghost batches each has a leading axis of groups, those of all devices of a
+            named axis (which are constants to differentiation). `update_running` takes them.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
