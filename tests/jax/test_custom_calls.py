@@ -28,8 +28,8 @@ import jax, jax.numpy as jnp, numpy as np
 from batchnorm.jax import batch_norm
 
 rng = np.random.default_rng(0)
-xs = rng.normal(size=(12, 4099, 5)).astype(np.float32)
-mask = rng.random(4099) < 0.5
+xs = rng.normal(size=(6, 16411, 8)).astype(np.float32)
+mask = rng.random(16411) < 0.5  # large enough for several threads
 
 @jax.jit
 def step(xs):
