@@ -78,7 +78,7 @@ def test_outputs_and_state_equal_those_of_nnx(axis: Any, masked: bool) -> None:
         {"dtype": jnp.float32},
         {"momentum": 0.0},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options) or "none",
 )
 def test_options_mean_what_they_mean_in_flax(options: Any) -> None:
     ours, flaxs = pair(**options)
