@@ -11,7 +11,6 @@ import itertools
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Moments, merge_moments
 from batchnorm.core.synchronize import merge_averages
-from batchnorm.kernels import cpu
 from batchnorm.torch.exchange import Expected, Peers, SynchronizationError, find_peers
 from batchnorm.torch.namespace import OVER_RANKS
 from batchnorm.torch.runtime import in_backward
@@ -34,12 +32,9 @@ __all__ = [
     "check_group",
     "find_by_key",
     "find_synchronizer",
-    "merge_kept",
     "merge_parts",
-    "moments_of_kernel",
     "pack",
     "participate",
-    "total_of_kernel",
     "unpack",
 ]
 
@@ -257,34 +252,6 @@ def unpack(packed: Tensor, channels: int, shape: tuple[int, ...]) -> Moments:
 def find_by_key(key: int) -> Synchronizer:
     """The synchronizer of a participation."""
     return _synchronizers[key]
-
-
-def merge_kept(find: Callable[[], Any], part: Participation) -> Any:
-    """What a kernel's first pass leaves, merged with what it leaves on other ranks."""
-    synchronizer, channels = find_by_key(part.key), part.channels
-    expected = synchronizer.expect(part.text, 2 * channels + 1, "forward")
-    kept = find()
-    local = moments_of_kernel(kept)
-    merged = synchronizer.merge(local, part.text, channels, False, expected)
-    count, mean, var = unpack(merged, channels, (channels,))
-    kept.count()[:] = count.numpy()[0]
-    rows = {"mean": mean.numpy(), "low": 0.0, "var": var.numpy()}
-    for name, value in rows.items():
-        kept.row(cpu.STATISTICS[name])[:] = value
-    return kept
-
-
-def total_of_kernel(reduce: Callable[[], Any], part: Participation) -> Any:
-    """The sums of a kernel's gradient reduction, of all ranks."""
-    synchronizer = find_by_key(part.key)
-    expected = synchronizer.expect(part.text, 2 * part.channels, "backward")
-    return synchronizer.total(torch.from_numpy(reduce()), part.text, expected).numpy()
-
-
-def moments_of_kernel(kept: Any) -> Tensor:
-    """The moments that a kernel keeps, as a vector."""
-    count, mean, var = kept.count(), *(kept.row(cpu.STATISTICS[n]) for n in ("mean", "var"))
-    return torch.cat([torch.from_numpy(a) for a in (count, mean, var)])
 
 
 _of_functions: weakref.WeakKeyDictionary[Any, Synchronizer] = weakref.WeakKeyDictionary()
