@@ -8,7 +8,7 @@ import torch
 
 from batchnorm.core.moments import Moments, merge_moments
 from batchnorm.reference import XP
-from batchnorm.torch.synchronize import _merge_parts
+from batchnorm.torch.synchronize import merge_parts
 
 TOLERANCE = 5e-6  # S3, relative to the standard deviation, for mean and (relative) variance
 CHANNELS = 8
@@ -48,7 +48,7 @@ def exact(ranks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def merge(ranks: list[np.ndarray]) -> np.ndarray:
     parts = torch.from_numpy(np.stack([message(rows) for rows in ranks]))
-    return _merge_parts(parts, CHANNELS, False).numpy()
+    return merge_parts(parts, CHANNELS, False).numpy()
 
 
 def errors(ranks: list[np.ndarray]) -> tuple[float, float]:
@@ -81,23 +81,27 @@ def test_float32_messages_would_not() -> None:
     ranks = make_ranks(4096, "alike", 1e6)
     true_mean, true_var = exact(ranks)
     parts = np.stack([message(rows) for rows in ranks]).astype(np.float32).astype(np.float64)
-    found = _merge_parts(torch.from_numpy(parts), CHANNELS, False).numpy()
+    found = merge_parts(torch.from_numpy(parts), CHANNELS, False).numpy()
     off = np.abs(found[1 : 1 + CHANNELS] - true_mean) / np.sqrt(true_var)
     assert off.max() > TOLERANCE
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_order_is_that_of_ranks(size: int) -> None:
-    """The same parts give the same bits; sums run from rank 0 on, one rank after another."""
+@pytest.mark.parametrize("size", [*SIZES, 3, 1023])
+def test_order_is_a_fixed_tree_over_ranks(size: int) -> None:
+    """The same bits as a loop that adds two numbers at a time, on any machine and thread count."""
     ranks = make_ranks(size, "alike", 1e6)
-    merged = merge(ranks)
-    assert np.array_equal(merged, merge(ranks))
     parts = np.stack([message(rows) for rows in ranks])
-    weights = parts[:, :1] / parts[:, 0].sum()
-    one_by_one = np.zeros(CHANNELS)
-    for weight, part in zip(weights, parts, strict=True):
-        one_by_one = one_by_one + weight * part[1 : 1 + CHANNELS]
-    assert np.array_equal(merged[1 : 1 + CHANNELS], one_by_one)
+    weighted = parts[:, :1] / parts[:, 0].sum() * parts[:, 1 : 1 + CHANNELS]
+    terms = list(weighted)
+    while len(terms) > 1:
+        half = len(terms) // 2
+        rest = terms[2 * half :]
+        terms = [terms[i] + terms[half + i] for i in range(half)] + rest
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert np.array_equal(merge(ranks)[1 : 1 + CHANNELS], terms[0])
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("size", [16, 4096])

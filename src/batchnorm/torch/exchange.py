@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchnorm.torch.namespace import XP
+from batchnorm.torch.namespace import OVER_RANKS
 
 __all__ = ["Expected", "Peers", "SynchronizationError", "find_peers"]
 
@@ -96,7 +96,7 @@ class Peers:
             expected = self.expect(message.numel(), text, waiting, message.device)
         if expected is not None:
             parts = self.receive(expected, message, waiting)
-            return XP.sum(parts, axis=(0,), keepdims=False)
+            return OVER_RANKS.sum(parts, axis=(0,), keepdims=False)
         word = float(_word(self._next(text)))
         sent = torch.cat([message.new_tensor([word, word * word]), message])
         self._run(dist.all_reduce, (sent,), waiting)

@@ -19,6 +19,7 @@ from batchnorm.core import config
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
+from batchnorm.torch.kernel_merge import merge_kept, total_of_kernel
 from batchnorm.torch.prepared import (
     NAMES,
     Prepared,
@@ -34,7 +35,7 @@ from batchnorm.torch.prepared import (
 )
 from batchnorm.torch.replay import differentiable_backward
 from batchnorm.torch.runtime import StepHistory
-from batchnorm.torch.synchronize import Participation, merge_kept, total_of_kernel
+from batchnorm.torch.synchronize import Participation
 
 __all__ = [
     "Call",

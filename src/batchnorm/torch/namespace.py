@@ -50,4 +50,15 @@ class _TorchNamespace:
         return a.detach()
 
 
+class _OverRanks(_TorchNamespace):
+    """The same for arrays whose axis 0 is of ranks, and the only one that is summed over."""
+
+    @staticmethod
+    def sum(a: Tensor, *, axis: Sequence[int], keepdims: bool) -> Tensor:
+        assert tuple(axis) == (0,)
+        total = reduction.sum_pairwise(a)
+        return total if keepdims else total[0]
+
+
 XP = cast(Namespace, _TorchNamespace)
+OVER_RANKS = cast(Namespace, _OverRanks)

@@ -23,6 +23,18 @@ def sum_axes(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return _Sum.apply(x, axes)
 
 
+def sum_pairwise(x: Tensor) -> Tensor:
+    """The sum of x over axis 0, which is kept with size 1: a tree of elementwise additions.
+
+    Every machine gets the same bits, whatever its instructions and threads.
+    """
+    while len(x) > 1:
+        half = len(x) // 2
+        total = x[:half] + x[half : 2 * half]
+        x = torch.cat([total, x[2 * half :]]) if len(x) % 2 else total
+    return x
+
+
 def broadcast_like(a: Tensor, x: Tensor) -> Tensor:
     """`a` broadcast to the shape of x."""
     if a.shape == x.shape or not a.requires_grad or _is_serial(x):

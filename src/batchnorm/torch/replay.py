@@ -17,9 +17,9 @@ from batchnorm.core.normalize import (
 )
 from batchnorm.core.synchronize import recentre
 from batchnorm.kernels import cpu
+from batchnorm.torch.kernel_merge import moments_of_kernel
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.rank_merge import RankMerge
-from batchnorm.torch.synchronize import moments_of_kernel
 
 
 def differentiable_backward(

@@ -2,7 +2,7 @@
 
 Statistics travel as one float64 vector: the count of real rows (one for each channel where the
 mask varies along channels), the means, the biased variances. Every rank merges the same vectors
-in the same order, and gets the same bits.
+in the same order (`reduction.sum_pairwise`), and gets the same bits.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import itertools
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,12 +21,9 @@ from batchnorm.core import config
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Moments, merge_moments
-from batchnorm.core.namespace import Namespace
 from batchnorm.core.synchronize import merge_averages
-from batchnorm.kernels import cpu
-from batchnorm.reference import XP as NUMPY
 from batchnorm.torch.exchange import Expected, Peers, SynchronizationError, find_peers
-from batchnorm.torch.namespace import XP
+from batchnorm.torch.namespace import OVER_RANKS
 from batchnorm.torch.runtime import in_backward
 
 __all__ = [
@@ -37,11 +32,9 @@ __all__ = [
     "check_group",
     "find_by_key",
     "find_synchronizer",
-    "merge_kept",
-    "moments_of_kernel",
+    "merge_parts",
     "pack",
     "participate",
-    "total_of_kernel",
     "unpack",
 ]
 
@@ -167,7 +160,7 @@ class Synchronizer:
             if expected is None:
                 peers.agree(text, waiting, local.device)
             parts = peers.gather(local, f"forward {text}", waiting, expected)
-            merged = _merge_parts(parts, channels, pooled)
+            merged = merge_parts(parts, channels, pooled)
         self._steps.append((local, merged))
         return merged
 
@@ -188,21 +181,15 @@ class Synchronizer:
         )
 
 
-def _merge_parts(parts: Tensor, channels: int, pooled: bool) -> Tensor:
-    """The ranks' vectors, one row each, as one."""
-    if parts.is_cpu:  # a small step, in which torch's operators would take longest
-        return torch.from_numpy(_combine(parts.numpy(), channels, pooled, NUMPY, np.concatenate))
-    return _combine(parts, channels, pooled, XP, torch.cat)
-
-
-def _combine(parts: Any, channels: int, pooled: bool, xp: Namespace, concatenate: Any) -> Any:
+def merge_parts(parts: Tensor, channels: int, pooled: bool) -> Tensor:
+    """The ranks' vectors, one row each, as one; `pooled` as in `Synchronizer.merge`."""
     first = parts.shape[1] - 2 * channels  # 1, or one count for each channel
     means, variances = parts[:, first:-channels], parts[:, -channels:]
     # Mixed-up messages are NaN; as a count, NaN would pass for no rows, and be hidden (S6).
-    counts = xp.where(xp.isfinite(parts[:, :first]), parts[:, :first], 1.0) + xp.zeros_like(means)
+    counts = torch.where(torch.isfinite(parts[:, :first]), parts[:, :first], 1.0)
     combine = merge_averages if pooled else merge_moments
-    found = combine(Moments(counts, means, variances), 0, xp)
-    return concatenate([found.count[:first], found.mean, found.var])
+    found = combine(Moments(counts.expand_as(means), means, variances), 0, OVER_RANKS)
+    return pack(found, first > 1)
 
 
 class Participation(NamedTuple):
@@ -265,34 +252,6 @@ def unpack(packed: Tensor, channels: int, shape: tuple[int, ...]) -> Moments:
 def find_by_key(key: int) -> Synchronizer:
     """The synchronizer of a participation."""
     return _synchronizers[key]
-
-
-def merge_kept(find: Callable[[], Any], part: Participation) -> Any:
-    """What a kernel's first pass leaves, merged with what it leaves on other ranks."""
-    synchronizer, channels = find_by_key(part.key), part.channels
-    expected = synchronizer.expect(part.text, 2 * channels + 1, "forward")
-    kept = find()
-    local = moments_of_kernel(kept)
-    merged = synchronizer.merge(local, part.text, channels, False, expected)
-    count, mean, var = unpack(merged, channels, (channels,))
-    kept.count()[:] = count.numpy()[0]
-    rows = {"mean": mean.numpy(), "low": 0.0, "var": var.numpy()}
-    for name, value in rows.items():
-        kept.row(cpu.STATISTICS[name])[:] = value
-    return kept
-
-
-def total_of_kernel(reduce: Callable[[], Any], part: Participation) -> Any:
-    """The sums of a kernel's gradient reduction, of all ranks."""
-    synchronizer = find_by_key(part.key)
-    expected = synchronizer.expect(part.text, 2 * part.channels, "backward")
-    return synchronizer.total(torch.from_numpy(reduce()), part.text, expected).numpy()
-
-
-def moments_of_kernel(kept: Any) -> Tensor:
-    """The moments that a kernel keeps, as a vector."""
-    count, mean, var = kept.count(), *(kept.row(cpu.STATISTICS[n]) for n in ("mean", "var"))
-    return torch.cat([torch.from_numpy(a) for a in (count, mean, var)])
 
 
 _of_functions: weakref.WeakKeyDictionary[Any, Synchronizer] = weakref.WeakKeyDictionary()
