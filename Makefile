@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/batchnorm demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python tests/run.py -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -67,6 +68,11 @@ class Kept {
 
     nb::ndarray<nb::numpy, double, nb::ndim<1>> count() {
         return view(Statistics::kRows * layout_.statistics(), layout_.groups);
+    }
+
+    // All of it as one array: for an autograd that keeps arrays only.
+    nb::ndarray<nb::numpy, double, nb::ndim<1>> all() {
+        return view(0, Statistics::doubles(layout_));
     }
 
     bool renorm = false;  // whether the step renormalized
@@ -153,6 +159,17 @@ class Plan {
         nb::gil_scoped_release release;
         if (batch) batchnorm::moments(step);
         batchnorm::normalize(step);
+        return kept.release();
+    }
+
+    // What a step of this plan kept, from the array that `Kept.all` gave.
+    Kept* restore(Address data, Index size, bool renorm) const {
+        const Index wanted = Statistics::doubles(step_.layout);
+        check(size == wanted, "the size of kept", std::to_string(wanted).c_str(), size);
+        const auto* first = static_cast<const double*>(aligned("kept", data, 8));
+        auto kept = std::make_unique<Kept>(step_.layout);
+        std::copy_n(first, size, kept->statistics().data);
+        kept->renorm = renorm;
         return kept.release();
     }
 
@@ -248,7 +265,10 @@ NB_MODULE(_cpu, m) {
     m.def(
         "use_instructions", [](const std::string& name) { return use_instructions(name.c_str()); },
         nb::arg("name"));
-    nb::class_<Kept>(m, "Kept").def("row", &Kept::row, nb::arg("which")).def("count", &Kept::count);
+    nb::class_<Kept>(m, "Kept")
+        .def("row", &Kept::row, nb::arg("which"))
+        .def("count", &Kept::count)
+        .def("all", &Kept::all);
     nb::class_<Plan>(m, "Plan")
         .def(nb::init<int, Index, Index, Index, Index, Index, int>(), nb::arg("type"),
              nb::arg("outer"), nb::arg("channels"), nb::arg("inner"), nb::arg("groups"),
@@ -258,5 +278,6 @@ NB_MODULE(_cpu, m) {
         .def("set_team", &Plan::set_team, nb::arg("team"))
         .def("moments", &Plan::moments, nb::rv_policy::take_ownership)
         .def("forward", &Plan::forward, nb::rv_policy::take_ownership)
+        .def("restore", &Plan::restore, nb::rv_policy::take_ownership)
         .def("backward", &Plan::backward);
 }

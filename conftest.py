@@ -1,0 +1,14 @@
+"""Which tests a process collects: Keras has one backend a process, chosen before it is imported."""
+
+from __future__ import annotations
+
+import os
+
+_BACKENDS = ("tensorflow", "jax", "torch")
+_ACTIVE = os.environ.get("KERAS_BACKEND")
+
+if _ACTIVE is None:  # `tests/run.py` starts a process for each backend
+    collect_ignore_glob = ["tests/keras/*", "src/batchnorm/keras/*"]
+else:
+    others = [name for name in _BACKENDS if name != _ACTIVE]
+    collect_ignore_glob = [f"src/batchnorm/keras/backends/{name}*" for name in others]

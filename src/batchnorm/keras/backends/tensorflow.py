@@ -1,0 +1,173 @@
+"""Normalizing on the TensorFlow backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from batchnorm.core import config
+from batchnorm.core.forward import Inputs, forward_batch, forward_running
+from batchnorm.core.running import Running
+from batchnorm.keras.backends import tensorflow_kernels as kernels
+from batchnorm.keras.backends.tensorflow_arrays import (
+    XP,
+    DynamicLayout,
+    across_replicas,
+    check_divisible,
+    fill_mask,
+    fit_mask,
+    needs_mask,
+    sizes_of,
+)
+from batchnorm.keras.call import Call
+from batchnorm.kernels.select import refuse_fused
+
+refuse_kernel = kernels.refuse_options
+
+
+def resolve_training(training: Any) -> Any:
+    """A bool where `training` has a value now, rather than when the graph runs."""
+    value = tf.get_static_value(training) if tf.is_tensor(training) else training
+    return training if value is None else bool(value)
+
+
+def normalize(
+    x: tf.Tensor, mask: Any, gamma: Any, beta: Any, running: Running, call: Call
+) -> tuple[tf.Tensor, Running | None]:
+    """As `batchnorm.keras.functional.Backend` says."""
+    mask = None if mask is None else fit_mask(call.owner, tf.convert_to_tensor(mask), x, call.axes)
+    gamma, beta = (None if a is None else tf.convert_to_tensor(a) for a in (gamma, beta))
+    running = Running(*(None if a is None else tf.convert_to_tensor(a) for a in running))
+
+    def train() -> tuple[tf.Tensor, Running]:
+        return _by_batch(x, mask, gamma, beta, running, call)
+
+    def evaluate() -> tuple[tf.Tensor, Running]:
+        return _by_running(x, mask, gamma, beta, running, call), running
+
+    if tf.is_tensor(call.training):
+        return tf.cond(tf.cast(call.training, tf.bool), train, evaluate)
+    return train() if call.training else (evaluate()[0], None)
+
+
+def _by_batch(
+    x: tf.Tensor, mask: Any, gamma: Any, beta: Any, running: Running, call: Call
+) -> tuple[tf.Tensor, Running]:
+    check_divisible(call.owner, x, call.options.virtual_batch_size)
+    plain = _plain_step(mask, running, call)
+    refusal = None if call.fused is False else kernels.refuse(x, mask, call)
+    if call.fused and refusal is not None:
+        raise refuse_fused(call.owner, refusal)
+    if call.fused is False or refusal is not None:
+        return plain(x, gamma, beta)
+
+    def differentiable(x: Any, gamma: Any, beta: Any) -> tf.Tensor:
+        return plain(x, gamma, beta)[0]
+
+    return kernels.step(x, mask, gamma, beta, running, call, differentiable)
+
+
+def _plain_step(
+    mask: Any, running: Running, call: Call
+) -> Callable[[Any, Any, Any], tuple[tf.Tensor, Running]]:
+    """The training step in differentiable operations, as a function of x, gamma and beta."""
+
+    def step(x: Any, gamma: Any, beta: Any) -> tuple[tf.Tensor, Running]:
+        work = _working_type(x)
+        layout = DynamicLayout.of(x, call.axes, call.options.virtual_batch_size)
+        shape = sizes_of(x) if x.shape.is_fully_defined() else tf.shape(x)
+        s, t = config.call_adjustment(call.owner, call.adjustment, shape)
+        xp = across_replicas(layout) if call.synchronized else XP
+        real = None if mask is None else tf.cast(mask, tf.bool)
+        if xp is not XP or needs_mask(x, layout):
+            real = fill_mask(real, x, call.axes)
+        inputs = Inputs(
+            tf.cast(x, work),
+            real,
+            gamma=_cast(gamma, work),
+            beta=_cast(beta, work),
+            s=_adjusted(call.owner, "scale", s, x, work),
+            t=_adjusted(call.owner, "bias", t, x, work),
+        )
+        found = forward_batch(
+            inputs, _in(running, work), layout, call.options, owner=call.owner, xp=xp
+        )
+        new = Running(
+            *(
+                None if old is None else tf.cast(tf.stop_gradient(a), old.dtype)
+                for a, old in zip(found.running, running, strict=True)
+            )
+        )
+        y = tf.cast(found.y, x.dtype)
+        y.set_shape(x.shape)
+        return y, new
+
+    return step
+
+
+def _by_running(
+    x: tf.Tensor, mask: Any, gamma: Any, beta: Any, running: Running, call: Call
+) -> tf.Tensor:
+    work = _working_type(x)
+    layout = DynamicLayout.of(x, call.axes, None)
+
+    def evaluate(x: Any, gamma: Any, beta: Any, real: Any = None) -> tf.Tensor:
+        inputs = Inputs(tf.cast(x, work), real, _cast(gamma, work), _cast(beta, work))
+        statistics = _in(running, work)
+        y = forward_running(inputs, statistics, layout, call.options, owner=call.owner, xp=XP)
+        return tf.cast(y, x.dtype)
+
+    if mask is None:
+        return evaluate(x, gamma, beta)
+    real = tf.cast(mask, tf.bool)  # it matters to gradients only (S8)
+    given = [a for a in (x, gamma, beta) if a is not None]
+
+    @tf.custom_gradient
+    def masked(*given: tf.Tensor) -> Any:
+        def gradient(dy: tf.Tensor) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch(given)
+                y = evaluate(*_place(given, gamma, beta), real)
+            return tape.gradient(y, given, dy)
+
+        return evaluate(*_place(given, gamma, beta)), gradient
+
+    return masked(*given)
+
+
+def _place(given: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
+    """x, gamma and beta out of those that there are."""
+    rest = iter(given)
+    return next(rest), None if gamma is None else next(rest), None if beta is None else next(rest)
+
+
+def _working_type(x: tf.Tensor) -> tf.DType:
+    return tf.float64 if x.dtype == tf.float64 else tf.float32
+
+
+def _cast(a: Any, dtype: tf.DType) -> Any:
+    return None if a is None else tf.cast(a, dtype)
+
+
+def _in(running: Running, dtype: tf.DType) -> Running:
+    return Running(*(_cast(a, dtype) for a in running))
+
+
+def _adjusted(owner: str, name: str, a: Any, x: tf.Tensor, dtype: tf.DType) -> Any:
+    """A tensor of the adjustment that broadcasts against x, of x's rank, or None (S13)."""
+    if a is None:
+        return None
+    tensor = tf.cast(tf.convert_to_tensor(a), dtype)
+    missing = x.shape.rank - (x.shape.rank + 1 if tensor.shape.rank is None else tensor.shape.rank)
+    sizes = [1] * max(missing, 0) + tensor.shape.as_list()
+    if missing < 0 or any(
+        None not in (m, n) and m not in (1, n)
+        for m, n in zip(sizes, x.shape.as_list(), strict=True)
+    ):
+        raise ValueError(
+            f"{owner}: the adjustment's {name} must broadcast against x of shape "
+            f"{tuple(x.shape)}; got shape {tuple(tensor.shape)}."
+        )
+    return tf.reshape(tensor, [1] * missing + sizes_of(tensor))

@@ -1,0 +1,78 @@
+"""What tests need of the active Keras backend: tensors, gradients, compiled functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+NAME = keras.backend.backend()
+Found = tuple[Any, Any, list[Any]]
+
+
+def tensor(a: Any, dtype: str) -> Any:
+    """An array on the backend, in exactly that type."""
+    return keras.ops.cast(keras.ops.convert_to_tensor(a, dtype="float64"), dtype)
+
+
+def numpy(a: Any) -> np.ndarray:
+    """A float64 array."""
+    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(a, "float64")))
+
+
+def differentiate(
+    call: Callable[[Any], Any],
+    x: Any,
+    dy: Any,
+    weights: list[Any],
+    compiled: str | None = None,
+) -> Found:
+    """y, and the gradients of Σ dy·y with respect to x and to Keras variables.
+
+    Args:
+        call: of x; its updates of variables take effect.
+        x: input.
+        dy: cotangent of y.
+        weights: trainable Keras variables.
+        compiled: None for eager code, "graph" or "xla".
+    """
+    return _DIFFERENTIATE[NAME](call, x, dy, weights, compiled)
+
+
+def _tensorflow(call: Any, x: Any, dy: Any, weights: list[Any], compiled: str | None) -> Found:
+    import tensorflow as tf
+
+    def step(x: Any, dy: Any) -> Found:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = call(x)
+        values = [w.value for w in weights]
+        dx, *rest = tape.gradient(y, [x, *values], dy, unconnected_gradients="zero")
+        return y, dx, rest
+
+    if compiled is not None:
+        step = tf.function(step, jit_compile=compiled == "xla")
+    return step(x, dy)
+
+
+_DIFFERENTIATE = {"tensorflow": _tensorflow}
+
+
+def has_float64() -> bool:
+    """Whether float64 stays float64."""
+    return keras.backend.standardize_dtype(tensor([0.0], "float64").dtype) == "float64"
+
+
+def trace(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as the backend compiles it; torch runs it as it is."""
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function)
+    if NAME == "jax":
+        import jax
+
+        return jax.jit(function)
+    return function
