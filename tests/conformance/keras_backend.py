@@ -57,7 +57,19 @@ def _tensorflow(call: Any, x: Any, dy: Any, weights: list[Any], compiled: str | 
     return step(x, dy)
 
 
-_DIFFERENTIATE = {"tensorflow": _tensorflow}
+def _torch(call: Any, x: Any, dy: Any, weights: list[Any], compiled: str | None) -> Found:
+    assert compiled is None, "torch runs eagerly under Keras"
+    x = x.detach().requires_grad_()
+    values = [w.value for w in weights]
+    for a in values:
+        a.grad = None
+        a.requires_grad_()  # Keras does so in `fit`
+    y = call(x)
+    y.backward(dy)
+    return y.detach(), x.grad, [a.grad for a in values]
+
+
+_DIFFERENTIATE = {"tensorflow": _tensorflow, "torch": _torch}
 
 
 def has_float64() -> bool:

@@ -41,18 +41,23 @@ def is_pair_of_shapes(shape: Any) -> bool:
     )
 
 
-def fit_shape(owner: str, shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
-    """The shape, of x's rank, that a mask of this shape means.
+def find_axes(owner: str, shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """The axes of x that those of a mask of this shape lie along.
 
-    Beyond S1, Keras lets a mask of one dimension less than x have sizes of 1.
+    Beyond S1, a mask of one dimension less than x may have sizes of 1, and those that Keras
+    propagates have x's shape but for the last axis, whichever are the channels.
+
+    Raises:
+        ValueError: the shape is none of these.
     """
-    rows = [a for a in range(len(layout.shape)) if a not in layout.channel_axes]
-    if len(shape) == len(rows) and all(
-        m in (1, layout.shape[a]) for m, a in zip(shape, rows, strict=True)
-    ):
-        sizes = dict(zip(rows, shape, strict=True))
-        return tuple(sizes.get(a, 1) for a in range(len(layout.shape)))
-    return layout.mask_shape(tuple(shape), owner)
+    x = layout.shape
+    rows = tuple(a for a in range(len(x)) if a not in layout.channel_axes)
+    if len(shape) == len(rows) and all(m in (1, x[a]) for m, a in zip(shape, rows, strict=True)):
+        return rows
+    if tuple(shape) == x[:-1]:
+        return tuple(range(len(x) - 1))
+    layout.mask_shape(tuple(shape), owner)
+    return tuple(range(len(x))) if len(shape) == len(x) else rows[: len(shape)]
 
 
 def propagate_mask(mask: Any, x: Any, axes: tuple[int, ...]) -> Any:

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from batchnorm.core.layout import Layout
 from batchnorm.core.namespace import Namespace
-from batchnorm.keras.masks import fit_shape
+from batchnorm.keras.masks import find_axes
 
 
 class _TensorFlowNamespace:
@@ -120,10 +120,10 @@ def fit_mask(owner: str, mask: tf.Tensor, x: tf.Tensor, axes: tuple[int, ...]) -
             found[i] = -1 if shape[a] is None else shape[a]
         if shape[a] is None:
             shape[a] = found[i]
-    fit_shape(owner, tuple(found), Layout(tuple(shape), axes))
+    places = find_axes(owner, tuple(found), Layout(tuple(shape), axes))
     if len(found) == len(shape):
         return mask
-    sizes = dict(zip(rows, sizes_of(mask), strict=False))
+    sizes = dict(zip(places, sizes_of(mask), strict=True))
     return tf.reshape(mask, [sizes.get(a, 1) for a in range(len(shape))])
 
 
