@@ -88,3 +88,38 @@ def trace(function: Callable[..., Any]) -> Callable[..., Any]:
 
         return jax.jit(function)
     return function
+
+
+def second_gradient(layer: Any, x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The gradient with respect to x of Σ c·dx², dx being that of Σ dy·y in training."""
+    rng = np.random.default_rng(0)
+    dy, weight = (rng.normal(size=x.shape).astype("float32") for _ in range(2))
+    layer.build(x.shape)
+    return np.asarray(_SECOND[NAME](layer, x, mask, dy, weight))
+
+
+def _second_tensorflow(layer: Any, x: Any, mask: Any, dy: Any, weight: Any) -> Any:
+    import tensorflow as tf
+
+    x = tf.constant(x)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            y = layer(x, mask=mask, training=True)
+        dx = inner.gradient(y, x, dy)
+        total = tf.reduce_sum(weight * tf.square(dx))
+    return outer.gradient(total, x)
+
+
+def _second_torch(layer: Any, x: Any, mask: Any, dy: Any, weight: Any) -> Any:
+    import torch
+
+    x, dy, weight = (torch.tensor(a) for a in (x, dy, weight))
+    x.requires_grad_()
+    y = layer(x, mask=mask, training=True)
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    return torch.autograd.grad((weight * dx**2).sum(), x)[0]
+
+
+_SECOND = {"tensorflow": _second_tensorflow, "torch": _second_torch}

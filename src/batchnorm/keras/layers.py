@@ -15,7 +15,7 @@ from batchnorm.keras.call import Call
 from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.loading import fit_weights
 from batchnorm.keras.masks import is_pair_of_shapes, propagate_mask, split_pair
-from batchnorm.keras.options import check_options
+from batchnorm.keras.options import check_ghost_axes, check_options
 from batchnorm.keras.variables import add_statistic, clone, square_root_of
 from batchnorm.kernels.select import refuse_fused
 
@@ -169,6 +169,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 f"{owner}: channel sizes must be known when the layer is built; got shape {shape} "
                 f"with axis={self._plain_axis()!r}. Give the input a static size there."
             )
+        check_ghost_axes(owner, self.virtual_batch_size, axes, self._plain_axis())
         self._channel_axes, self._channels = axes, tuple(shape[a] for a in axes)
         self._check_kernel(rank=len(shape))
         kept = self._weight_shape(len(shape))

@@ -42,11 +42,7 @@ def check_options(
     """
     axes = check_axis(owner, axis)
     size = config.check_virtual_batch_size(owner, virtual_batch_size)
-    if size is not None and 0 in axes:
-        raise ValueError(
-            f"{owner}: virtual_batch_size splits axis 0, which must not be a channel axis; got "
-            f"axis={axis!r}."
-        )
+    check_ghost_axes(owner, size, axes, axis)
     options = config.Options(
         eps=config.check_number(owner, "epsilon", epsilon, 0.0),
         decay=config.check_number(owner, "momentum", momentum, 0.0, 1.0),
@@ -70,6 +66,15 @@ def check_options(
         config.check_adjustment(owner, adjustment, size),
         config.check_fused(owner, fused),
     )
+
+
+def check_ghost_axes(owner: str, size: int | None, axes: tuple[int, ...], axis: Any) -> None:
+    """Raise if ghost batches would split a channel axis; `axes` may be negative still."""
+    if size is not None and 0 in axes:
+        raise ValueError(
+            f"{owner}: virtual_batch_size splits axis 0, which must not be a channel axis; got "
+            f"axis={axis!r}."
+        )
 
 
 def _check_participants(owner: str, synchronized: bool, axis_name: Any, process_group: Any) -> None:
