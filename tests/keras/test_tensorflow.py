@@ -182,6 +182,6 @@ def test_exported_model_gives_the_same_numbers(masked: bool, tmp_path: Path) -> 
     given = [x, mask] if masked else x
     model(given, training=True)
     model.export(tmp_path / "saved", verbose=False)
-    served = tf.saved_model.load(str(tmp_path / "saved")).serve
-    found = served(tuple(given) if masked else given)
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    found = loaded.serve(tuple(given) if masked else given)
     np.testing.assert_allclose(found, model(given), rtol=1e-6, atol=1e-6)

@@ -143,17 +143,19 @@ def fill_mask(mask: Any, x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     return tf.broadcast_to(mask, [own[a] if a in axes else n for a, n in enumerate(sizes)])
 
 
-def check_divisible(owner: str, x: tf.Tensor, virtual_batch_size: int | None) -> None:
-    """Raise, now or when the graph runs, unless ghost batches fill the batch (S12)."""
+def check_divisible(owner: str, x: tf.Tensor, virtual_batch_size: int | None) -> tf.Tensor:
+    """x, if ghost batches fill the batch (S12); else an error, now or when the graph runs."""
     if virtual_batch_size is None:
-        return
+        return x
     remedy = "Drop the last batch (drop_remainder=True) or choose a divisor."
     rule = f"{owner}: virtual_batch_size={virtual_batch_size} must divide the batch size"
     samples = x.shape[0]
     if samples is not None:
         if samples % virtual_batch_size:
             raise ValueError(f"{rule} in training; got a batch of {samples}. {remedy}")
-        return
+        return x
     samples = tf.shape(x)[0]
     fine = tf.equal(samples % virtual_batch_size, 0)
-    tf.debugging.Assert(fine, [f"{rule} in training; got a batch of", samples, remedy])
+    check = tf.debugging.Assert(fine, [f"{rule} in training; got a batch of", samples, remedy])
+    with tf.control_dependencies([check]):
+        return tf.identity(x)
