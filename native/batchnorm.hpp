@@ -78,8 +78,7 @@ struct Options {
     bool renorm = false;
     double renorm_decay = 0.99;
     double rmin = 0.0, rmax = 0.0, dmax = 0.0;
-    int threads = 1;
-    Team team = nullptr;  // whose threads; null for this library's own
+    Threads threads;
 };
 
 // What a forward step leaves for its backward step: kRows arrays of layout.statistics() doubles,

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "batchnorm.hpp"
+#include "bind_xla.hpp"
 
 namespace nb = nanobind;
 using namespace batchnorm;
@@ -206,8 +207,7 @@ class Plan {
         step.mask.data = aligned("mask", mask, step.mask.width);
         step.statistics = kept.statistics();
         check(threads >= 1, "threads", "at least 1", threads);
-        step.options.threads = threads;
-        step.options.team = team_;
+        step.options.threads = {threads, team_, nullptr};
         return step;
     }
 
@@ -265,6 +265,12 @@ NB_MODULE(_cpu, m) {
     m.def(
         "use_instructions", [](const std::string& name) { return use_instructions(name.c_str()); },
         nb::arg("name"));
+    m.def("xla_handlers", [] {
+        nb::dict handlers;
+        handlers["batchnorm_forward"] = nb::capsule(kXlaForward);
+        handlers["batchnorm_backward"] = nb::capsule(kXlaBackward);
+        return handlers;
+    });
     nb::class_<Kept>(m, "Kept")
         .def("row", &Kept::row, nb::arg("which"))
         .def("count", &Kept::count)

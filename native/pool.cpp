@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -149,6 +150,62 @@ class Pool {
     int workers_ = 0;
 };
 
+// A job lent to another pool. A worker that comes after the caller has left finds nothing to do,
+// so that the caller waits for no thread to be scheduled and may be a worker of that pool.
+class Lent {
+  public:
+    explicit Lent(Job& job) : job_(&job) {}
+
+    static void work(void* data) {
+        const std::unique_ptr<std::shared_ptr<Lent>> own(static_cast<std::shared_ptr<Lent>*>(data));
+        Lent& lent = **own;
+        Job* job;
+        {
+            std::lock_guard<std::mutex> lock(lent.mutex_);
+            job = lent.job_;
+            if (job == nullptr || !job->open()) return;
+            ++job->joined;
+            job->active.fetch_add(1, std::memory_order_relaxed);
+        }
+        job->drain();
+        std::lock_guard<std::mutex> lock(lent.mutex_);
+        if (job->active.fetch_sub(1, std::memory_order_release) == 1) lent.done_.notify_all();
+    }
+
+    // Ends the loan; returns when no worker holds the job.
+    void call_in() {
+        Job& job = *job_;
+        for (int i = 0; i < kSpins; ++i) {
+            if (job.active.load(std::memory_order_acquire) == 0) break;
+            pause();
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        job_ = nullptr;
+        done_.wait(lock, [&] { return job.active.load(std::memory_order_relaxed) == 0; });
+    }
+
+  private:
+    std::mutex mutex_;
+    std::condition_variable done_;
+    Job* job_;
+};
+
+void run_lent(Job& job, const Scheduler& scheduler) {
+    std::shared_ptr<Lent> lent;
+    try {
+        lent = std::make_shared<Lent>(job);
+        for (int i = 0; i < job.wanted; ++i) {
+            auto own = std::make_unique<std::shared_ptr<Lent>>(lent);
+            scheduler.schedule(scheduler, Lent::work, own.get());
+            own.release();
+        }
+    } catch (const std::bad_alloc&) {
+        // Fewer workers then: the caller does what is left.
+    }
+    job.drain();
+    if (lent) lent->call_in();
+}
+
 // Never destroyed: workers may outlive every static object. After fork the child has none of
 // the parent's workers, and the mutex may be locked for ever; it takes a pool of its own.
 std::atomic<Pool*> the_pool{nullptr};
@@ -181,6 +238,8 @@ void run_tasks(std::int64_t tasks, Threads threads, void (*task)(void*, std::int
     if (threads.team != nullptr && !forked.load(std::memory_order_relaxed)) {
         threads.team([](void* data) { static_cast<Job*>(data)->drain(); }, &job,
                      static_cast<unsigned>(threads.count), 0);
+    } else if (threads.scheduler != nullptr) {
+        run_lent(job, *threads.scheduler);
     } else {
         pool().run(job);
     }

@@ -10,9 +10,17 @@ namespace batchnorm {
 // OpenMP's GOMP_parallel.
 using Team = void (*)(void (*f)(void*), void* data, unsigned threads, unsigned flags);
 
+// Another library's pool: `schedule` has it run task(data) some time, perhaps only after the call
+// that asked for it has returned.
+struct Scheduler {
+    void (*schedule)(const Scheduler& self, void (*task)(void* data), void* data);
+};
+
+// Whose threads, and how many; this library's own where neither is given.
 struct Threads {
     int count = 1;
-    Team team = nullptr;  // whose threads; null for this library's own
+    Team team = nullptr;
+    const Scheduler* scheduler = nullptr;
 };
 
 // Runs task(context, i) for every i below `tasks`, on up to `threads.count` threads, the caller

@@ -29,7 +29,9 @@ Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
 
 Threads threads_for(const Step& step, Index elements) {
     const Index most = std::max<Index>(1, elements / kThreadElements);
-    return {static_cast<int>(std::min<Index>(step.options.threads, most)), step.options.team};
+    Threads threads = step.options.threads;
+    threads.count = static_cast<int>(std::min<Index>(threads.count, most));
+    return threads;
 }
 
 // How one pass is cut: parts of the channels, times blocks of the positions of each group.

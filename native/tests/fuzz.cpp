@@ -115,7 +115,7 @@ std::vector<double> real_rows(const Problem& p, const std::vector<double>& value
 void check_packed(const Case& c, Result whole) {
     const Case packed = pack(c);
     Inputs inputs(packed);
-    const Result alone = run(inputs, 2);
+    const Result alone = run(inputs, {2});
     for (auto member : {&Result::y, &Result::dx, &Result::dresidual})
         whole.*member = real_rows(c.problem, whole.*member);
     try {
@@ -133,18 +133,47 @@ void lend_threads(void (*f)(void*), void* data, unsigned count, unsigned) {
     for (std::thread& other : others) other.join();
 }
 
+// Another library's pool. Its threads begin when they like; if it has none to spare, only after
+// the call is over, when there must be nothing left to do.
+class OtherPool : public Scheduler {
+  public:
+    explicit OtherPool(bool busy) : Scheduler{&OtherPool::schedule_on}, busy_(busy) {}
+
+    ~OtherPool() {
+        for (const auto& [task, data] : late_) task(data);
+        for (std::thread& thread : threads_) thread.join();
+    }
+
+  private:
+    static void schedule_on(const Scheduler& self, void (*task)(void*), void* data) {
+        auto& pool = const_cast<OtherPool&>(static_cast<const OtherPool&>(self));
+        if (pool.busy_) return pool.late_.emplace_back(task, data), void();
+        pool.threads_.emplace_back([task, data] {
+            std::this_thread::yield();
+            task(data);
+        });
+    }
+
+    bool busy_;
+    std::vector<std::thread> threads_;
+    std::vector<std::pair<void (*)(void*), void*>> late_;
+};
+
 void check_determinism(Inputs& inputs, const Result& first, const char* instructions) {
-    const auto check = [&](int threads, Team team) {
+    const auto check = [&](const std::string& name, Threads threads) {
         try {
-            compare_bits(run(inputs, threads, team), first);
+            compare_bits(run(inputs, threads), first);
         } catch (const Failure& failure) {
-            throw Failure(std::string(instructions) + ", " + std::to_string(threads) +
-                          (team != nullptr ? " lent" : "") +
+            throw Failure(std::string(instructions) + ", " + std::to_string(threads.count) + name +
                           " threads, unlike another run: " + failure.what());
         }
     };
-    for (int threads : kThreadNumbers) check(threads, nullptr);
-    check(4, lend_threads);
+    for (int threads : kThreadNumbers) check("", {threads});
+    check(" lent", {4, lend_threads});
+    for (bool busy : {false, true}) {
+        const OtherPool pool(busy);
+        check(busy ? " busy" : " scheduled", {4, nullptr, &pool});
+    }
 }
 
 std::vector<const char*> instruction_sets() {
@@ -161,7 +190,7 @@ void check_case(const Case& c, const std::vector<const char*>& sets) {
     const Problem& p = c.problem;
     Inputs inputs(c);
     use_instructions(sets.back());
-    const Result first = run(inputs, 1);
+    const Result first = run(inputs, {1});
     Reference reference(p);
     reference.backward(first.y);
     compare(c, first, reference);
@@ -184,7 +213,7 @@ void check_conversions(Type type, float factor) {
     p.gamma = {factor};
     c.placement.wants_dgamma = c.placement.wants_dbeta = false;
     Inputs inputs(c);
-    const Result found = run(inputs, 1);
+    const Result found = run(inputs, {1});
     for (std::size_t i = 0; i < p.x.size(); ++i) {
         const double expected = rounded(type, static_cast<float>(p.x[i]) * factor);
         for (double value : {found.y[i], found.dx[i]}) {
@@ -221,8 +250,8 @@ void check_concurrency(std::uint64_t seed, int callers, int steps) {
             try {
                 const Case c = draw_shared_case(seed + static_cast<std::uint64_t>(100 * t));
                 Inputs inputs(c);
-                const Result alone = run(inputs, 1);
-                for (int s = 0; s < steps; ++s) compare_bits(run(inputs, 2 + (s + t) % 3), alone);
+                const Result alone = run(inputs, {1});
+                for (int s = 0; s < steps; ++s) compare_bits(run(inputs, {2 + (s + t) % 3}), alone);
             } catch (const std::exception& failure) {
                 failures[static_cast<std::size_t>(t)] = failure.what();
             }
@@ -238,16 +267,16 @@ void check_concurrency(std::uint64_t seed, int callers, int steps) {
 void check_rounding(std::uint64_t seed) {
     const Case c = draw_shared_case(seed);
     Inputs inputs(c);
-    const Result usual = run(inputs, 4);
+    const Result usual = run(inputs, {4});
     for (int mode : {FE_UPWARD, FE_TOWARDZERO}) {
         std::fesetround(mode);
-        const Result alone = run(inputs, 1), shared = run(inputs, 4),
-                     lent = run(inputs, 4, lend_threads);
+        const Result alone = run(inputs, {1}), shared = run(inputs, {4}),
+                     lent = run(inputs, {4, lend_threads});
         const bool kept = std::fegetround() == mode;
         std::fesetround(FE_TONEAREST);
         if (!kept) throw Failure("the rounding mode was changed");
         compare_bits(shared, alone), compare_bits(lent, alone);
-        compare_bits(run(inputs, 4), usual);
+        compare_bits(run(inputs, {4}), usual);
     }
 }
 
@@ -260,8 +289,8 @@ int step_in_child(Inputs& inputs, const Result& expected) {
     if (child == 0) {
         alarm(60);  // a child that waits for ever for its parent's threads fails
         try {
-            compare_bits(run(inputs, 4), expected);
-            compare_bits(run(inputs, 4, refuse_threads), expected);
+            compare_bits(run(inputs, {4}), expected);
+            compare_bits(run(inputs, {4, refuse_threads}), expected);
         } catch (const std::exception&) {
             _exit(1);
         }
@@ -276,19 +305,19 @@ int step_in_child(Inputs& inputs, const Result& expected) {
 void check_fork(std::uint64_t seed, bool busy) {
     const Case c = draw_shared_case(seed);
     Inputs inputs(c);
-    const Result expected = run(inputs, 4);
+    const Result expected = run(inputs, {4});
     std::atomic<bool> stop{false};
     std::thread other([&] {
         if (!busy) return;
         Inputs own(c);
-        while (!stop.load()) run(own, 4);
+        while (!stop.load()) run(own, {4});
     });
     int status = 0;
     for (int i = 0; i < 5 && status == 0; ++i) status = step_in_child(inputs, expected);
     stop.store(true);
     other.join();
     if (status != 0) throw Failure("a step in a child process failed");
-    compare_bits(run(inputs, 4), expected);
+    compare_bits(run(inputs, {4}), expected);
 }
 
 bool under_thread_sanitizer() { return __tsan_init != nullptr; }

@@ -147,7 +147,7 @@ class Run {
         }
         step.options.activation = p.options.activation, step.options.batch = p.options.batch;
         step.options.renorm = p.options.renorm;
-        step.options.threads = threads_.count, step.options.team = threads_.team;
+        step.options.threads = threads_;
         step.x = in.x.array;
         step.statistics = {reinterpret_cast<double*>(kept.data()), p.layout.statistics()};
         return step;
@@ -156,7 +156,7 @@ class Run {
     void forward() {
         Step step = begin();
         step.options = p.options;
-        step.options.threads = threads_.count, step.options.team = threads_.team;
+        step.options.threads = threads_;
         step.y = y.array, step.residual = in.residual.array;
         step.gamma = {in.gamma.data(), p.gamma_type}, step.beta = {in.beta.data(), p.beta_type};
         Running& running = step.running;
@@ -231,8 +231,6 @@ class Run {
     Result moments_;
 };
 
-inline Result run(Inputs& inputs, int threads, Team team = nullptr) {
-    return Run(inputs, {threads, team}).result();
-}
+inline Result run(Inputs& inputs, Threads threads) { return Run(inputs, threads).result(); }
 
 }  // namespace batchnorm::tests

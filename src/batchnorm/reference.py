@@ -22,6 +22,7 @@ class _NumpyNamespace:
 
     sum = staticmethod(np.sum)
     abs = staticmethod(np.abs)
+    max = staticmethod(np.max)
     sqrt = staticmethod(np.sqrt)
     square = staticmethod(np.square)
     isfinite = staticmethod(np.isfinite)

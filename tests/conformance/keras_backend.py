@@ -23,6 +23,7 @@ def numpy(a: Any) -> np.ndarray:
 
 
 def differentiate(
+    layer: Any,
     call: Callable[[Any], Any],
     x: Any,
     dy: Any,
@@ -32,16 +33,19 @@ def differentiate(
     """y, and the gradients of Σ dy·y with respect to x and to Keras variables.
 
     Args:
-        call: of x; its updates of variables take effect.
+        layer: whose call it is; updates of its variables take effect.
+        call: of x.
         x: input.
         dy: cotangent of y.
         weights: trainable Keras variables.
         compiled: None for eager code, "graph" or "xla".
     """
-    return _DIFFERENTIATE[NAME](call, x, dy, weights, compiled)
+    return _DIFFERENTIATE[NAME](layer, call, x, dy, weights, compiled)
 
 
-def _tensorflow(call: Any, x: Any, dy: Any, weights: list[Any], compiled: str | None) -> Found:
+def _tensorflow(
+    layer: Any, call: Any, x: Any, dy: Any, weights: list[Any], compiled: str | None
+) -> Found:
     import tensorflow as tf
 
     def step(x: Any, dy: Any) -> Found:
@@ -57,7 +61,9 @@ def _tensorflow(call: Any, x: Any, dy: Any, weights: list[Any], compiled: str | 
     return step(x, dy)
 
 
-def _torch(call: Any, x: Any, dy: Any, weights: list[Any], compiled: str | None) -> Found:
+def _torch(
+    layer: Any, call: Any, x: Any, dy: Any, weights: list[Any], compiled: str | None
+) -> Found:
     assert compiled is None, "torch runs eagerly under Keras"
     x = x.detach().requires_grad_()
     values = [w.value for w in weights]
@@ -69,7 +75,33 @@ def _torch(call: Any, x: Any, dy: Any, weights: list[Any], compiled: str | None)
     return y.detach(), x.grad, [a.grad for a in values]
 
 
-_DIFFERENTIATE = {"tensorflow": _tensorflow, "torch": _torch}
+def _jax(layer: Any, call: Any, x: Any, dy: Any, weights: list[Any], compiled: str | None) -> Found:
+    import jax
+
+    layer_weights = [w for w in layer.variables if all(w is not v for v in weights)]
+
+    def step(values: list[Any], kept: list[Any], x: Any, dy: Any) -> Any:
+        def forward(values: list[Any], x: Any) -> Any:
+            mapping = [*zip(weights, values, strict=True), *zip(layer_weights, kept, strict=True)]
+            with keras.StatelessScope(state_mapping=mapping) as scope:
+                y = call(x)
+            return y, [scope.get_current_value(w) for w in layer_weights]
+
+        y, pull, moved = jax.vjp(forward, values, x, has_aux=True)
+        gradients, dx = pull(dy)
+        return y, dx, gradients, moved
+
+    if compiled is not None:
+        step = jax.jit(step)
+    y, dx, gradients, moved = step(
+        [w.value for w in weights], [w.value for w in layer_weights], x, dy
+    )
+    for w, value in zip(layer_weights, moved, strict=True):
+        w.assign(value)
+    return y, dx, gradients
+
+
+_DIFFERENTIATE = {"tensorflow": _tensorflow, "torch": _torch, "jax": _jax}
 
 
 def has_float64() -> bool:
@@ -122,4 +154,18 @@ def _second_torch(layer: Any, x: Any, mask: Any, dy: Any, weight: Any) -> Any:
     return torch.autograd.grad((weight * dx**2).sum(), x)[0]
 
 
-_SECOND = {"tensorflow": _second_tensorflow, "torch": _second_torch}
+def _second_jax(layer: Any, x: Any, mask: Any, dy: Any, weight: Any) -> Any:
+    import jax
+
+    values = [[w.value for w in a] for a in (layer.trainable_weights, layer.non_trainable_weights)]
+
+    def forward(x: Any) -> Any:
+        return layer.stateless_call(*values, x, mask=mask, training=True)[0]
+
+    def total(x: Any) -> Any:
+        return (weight * jax.vjp(forward, x)[1](dy)[0] ** 2).sum()
+
+    return jax.grad(total)(x)
+
+
+_SECOND = {"tensorflow": _second_tensorflow, "torch": _second_torch, "jax": _second_jax}

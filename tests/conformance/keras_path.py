@@ -36,6 +36,7 @@ def run(
         return layer(x, training=case.mode != "eval", mask=mask)
 
     y, dx, gradients = keras_backend.differentiate(
+        layer,
         call,
         keras_backend.tensor(data.x, case.dtype),
         keras_backend.tensor(data.dy, case.dtype),

@@ -10,9 +10,11 @@ import keras_backend
 import keras_path
 import tolerances
 from cases import CASES, Case
-from test_conformance import Path, check
+from comparison import Path, check
 
-_MODES = {"tensorflow": (None, "graph"), "jax": (None,), "torch": (None,)}[keras_backend.NAME]
+_MODES = {"tensorflow": (None, "graph"), "jax": (None, "graph"), "torch": (None,)}[
+    keras_backend.NAME
+]
 _FUSED = {"fused": None, "plain": False}
 CHOSEN = [
     case

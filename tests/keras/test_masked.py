@@ -205,6 +205,7 @@ def test_gradients_come_from_real_rows_only() -> None:
     dy = np.random.default_rng(5).normal(size=x.shape).astype("float32")
     x[~mask] = np.nan  # and no gradient may show it
     _, dx, (dgamma, dbeta) = keras_backend.differentiate(
+        layer,
         lambda a: layer((a, ops.convert_to_tensor(mask)), training=True),
         keras_backend.tensor(x, "float32"),
         keras_backend.tensor(dy, "float32"),

@@ -31,7 +31,8 @@ class Options:
 
     Attributes:
         eps: added to the variance, at least 0.
-        decay: weight of the old running value; None for the cumulative average (S9).
+        decay: weight of the old running value, a number or a scalar array; None for the
+            cumulative average (S9).
         unbiased: store the unbiased variance (S10).
         virtual_batch_size: samples of one ghost batch (S12).
         renorm: batch renormalization, or None (S11).
@@ -40,7 +41,7 @@ class Options:
     """
 
     eps: float = 1e-5
-    decay: float | None = 0.9
+    decay: Any = 0.9
     unbiased: bool = False
     virtual_batch_size: int | None = None
     renorm: Renorm | None = None

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
-from batchnorm.core.moments import Centred, Moments, centre
+from batchnorm.core.moments import (
+    Centred,
+    Moments,
+    Parts,
+    centre,
+    join_groups,
+    merge_centred,
+)
 from batchnorm.core.namespace import Array, Namespace
 from batchnorm.core.normalize import Affine, activate, normalize_batch, normalize_running
 from batchnorm.core.running import Running, average_groups, renorm_correction, update_running
+
+Gather = Callable[[Parts], Parts]
+"""Stacks the parts of all participants on a new first axis, in the same order everywhere (S14)."""
 
 
 class Inputs(NamedTuple):
@@ -47,6 +58,8 @@ def forward_batch(
     layout: Layout,
     options: Options,
     *,
+    gather: Gather | None = None,
+    update: bool = True,
     owner: str,
     xp: Namespace,
 ) -> Outcome:
@@ -57,11 +70,14 @@ def forward_batch(
         running: per channel; serves empty channels (S6) and is what the update starts from.
         layout: of inputs.x.
         options: as in Options.
+        gather: synchronizes the step; ghost groups stay local but for their average (S14).
+        update: move the running statistics.
         owner: whose name error messages carry.
         xp: array namespace.
 
     Returns:
-        Outcome; moments are per channel, with ghost batches per group and channel.
+        Outcome; moments are per channel, with ghost batches per group (of all participants)
+        and channel.
 
     Raises:
         ValueError: the mask's shape is none of S1.
@@ -69,8 +85,15 @@ def forward_batch(
     x = layout.split(inputs.x, xp)
     mask = layout.mask(inputs.mask, owner, xp)
     centred = centre(x, mask, layout.reduced, eps=options.eps, xp=xp)
+    counted = centred
+    if gather is not None:
+        parts = gather(Parts.of(centred))
+        if layout.groups is None:
+            counted = centred = merge_centred(centred, parts, mask, xp)
+        else:
+            counted = join_groups(parts, 1, xp)
     average = average_groups(
-        Centred(*(xp.stop_gradient(a) for a in centred)),
+        Centred(*(xp.stop_gradient(a) for a in counted)),
         None if layout.groups is None else 1,
         xp,
     )
@@ -85,12 +108,12 @@ def forward_batch(
     y = normalize_batch(
         x, centred, mask, affine, fallback, eps=options.eps, correction=options.correction, xp=xp
     )
-    if expanded is not None:
+    if expanded is not None and update:
         axes = tuple(range(len(layout.working)))
         running = update_running(expanded, average, options, axes, xp)
         running = _reshape_running(running, layout.channels, xp)
     y = activate(layout.merge(y, xp), inputs.residual, options.activation, xp)
-    moments = Moments(*(xp.reshape(a, layout.moments) for a in centred.moments))
+    moments = _returned(counted, layout, xp)
     return Outcome(y, moments, running, centred, affine)
 
 
@@ -136,3 +159,10 @@ def _reshape_running(running: Running, shape: tuple[int, ...], xp: Namespace) ->
     per_channel = running._replace(batches=None)
     shaped = (None if a is None else xp.reshape(a, shape) for a in per_channel)
     return Running(*shaped)._replace(batches=running.batches)
+
+
+def _returned(centred: Centred, layout: Layout, xp: Namespace) -> Moments:
+    """Moments as callers see them: the groups, of all participants, come first."""
+    groups = () if layout.groups is None else (centred.power.shape[1],)
+    shape = (*groups, *layout.channels)
+    return Moments(*(xp.reshape(a, shape) for a in centred.moments))

@@ -104,5 +104,72 @@ def merge_moments(parts: Moments, axis: int, xp: Namespace) -> Moments:
     return Moments(*(xp.reshape(a, shape) for a in (count, mean, var)))
 
 
+class Parts(NamedTuple):
+    """What participants of a synchronized step tell each other, stacked on a new first axis.
+
+    The mean travels as two numbers and the power with its scale, so that float32 carries S3.
+    A participant of another group has count 0.
+    """
+
+    count: Array
+    anchor: Array
+    shift: Array
+    scale: Array
+    power: Array
+
+    @classmethod
+    def of(cls, centred: Centred) -> Parts:
+        """One participant's own, not yet stacked."""
+        return cls(centred.count, centred.anchor, centred.shift, centred.scale, centred.power)
+
+
+def merge_centred(own: Centred, parts: Parts, mask: Array | None, xp: Namespace) -> Centred:
+    """`own` around the mean of all participants, as if their rows were in one array.
+
+    Args:
+        own: of this participant.
+        parts: of all of them, in the same order everywhere: every one finds the same bits.
+        mask: this participant's, broadcastable to x, or None.
+        xp: array namespace.
+
+    Source: S14; Chan, Golub and LeVeque 1983, equation 2.1b.
+    """
+    real = parts.count > 0
+    count = xp.sum(parts.count, axis=(0,), keepdims=False)
+    weight = parts.count / xp.where(count > 0, count, 1.0)
+    # Maxima, because they round nothing: every loop that subtracts them sees the same numbers.
+    anchor = xp.stop_gradient(xp.max(xp.where(real, parts.anchor, -math.inf), axis=0))
+    anchor = xp.where(count > 0, anchor, 0.0)
+    scale = xp.stop_gradient(xp.max(xp.where(real, parts.scale, 0.0), axis=0))
+    scale = xp.where(scale > 0, scale, 1.0)
+    shifts = xp.where(real, ((parts.anchor - anchor) + parts.shift) / scale, 0.0)
+    shift = xp.sum(weight * shifts, axis=(0,), keepdims=False)
+    powers = parts.power * xp.square(parts.scale / scale) + xp.square(shifts - shift)
+    power = xp.sum(weight * xp.where(real, powers, 0.0), axis=(0,), keepdims=False)
+    moved = ((own.anchor - anchor) + own.shift) / scale - shift
+    deviation = own.deviation * (own.scale / scale) + xp.broadcast_like(moved, own.deviation)
+    deviation = select(mask, deviation, 0.0, xp)
+    return Centred(count, anchor, shift * scale, scale, deviation, power)
+
+
+def join_groups(parts: Parts, axis: int, xp: Namespace) -> Centred:
+    """The groups of all participants along `axis`, for their average (S12, S14)."""
+
+    def joined(a: Array) -> Array:
+        sizes = list(a.shape[1:])
+        sizes[axis] *= a.shape[0]
+        return xp.reshape(a, sizes)
+
+    assert axis == 1
+    return Centred(
+        joined(parts.count),
+        joined(parts.anchor),
+        joined(parts.shift),
+        joined(parts.scale),
+        xp.zeros_like(joined(parts.power)),
+        joined(parts.power),
+    )
+
+
 def _sum(a: Array, axes: Sequence[int], xp: Namespace) -> Array:
     return xp.sum(a, axis=axes, keepdims=True)

@@ -172,22 +172,34 @@ def make_plan(
     team: int,
 ) -> Any:
     """The compiled side of a call; see native/bind_python.cpp. `team` is from `find_team`."""
-    groups = 1 if layout.groups is None else layout.groups
-    samples = layout.shape[0]
-    run = 1 if layout.groups is None else max(geometry.outer // max(samples, 1), 1)
-    plan = _cpu.Plan(
-        TYPES[dtype],
-        geometry.outer,
-        geometry.channels,
-        geometry.inner,
-        groups,
-        run,
-        _ACTIVATIONS[activation],
-    )
+    plan = _cpu.Plan(TYPES[dtype], *sizes_of(layout, geometry), _ACTIVATIONS[activation])
     if mask is not None:
         plan.set_mask(mask_width, *mask)
     plan.set_team(team)
     return plan
+
+
+class Sizes(NamedTuple):
+    """native/batchnorm.hpp's Layout."""
+
+    outer: int
+    channels: int
+    inner: int
+    groups: int
+    run: int
+
+
+def sizes_of(layout: Layout, geometry: Geometry) -> Sizes:
+    """What the kernels know of x's shape."""
+    groups = 1 if layout.groups is None else layout.groups
+    samples = layout.shape[0]
+    run = 1 if layout.groups is None else max(geometry.outer // max(samples, 1), 1)
+    return Sizes(geometry.outer, geometry.channels, geometry.inner, groups, run)
+
+
+def xla_handlers() -> dict[str, Any]:
+    """XLA custom calls by name; see native/bind_xla.cpp."""
+    return dict(_cpu.xla_handlers())
 
 
 def find_team(library: Path) -> int:

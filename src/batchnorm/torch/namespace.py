@@ -34,6 +34,10 @@ class _TorchNamespace:
         )
 
     @staticmethod
+    def max(a: Tensor, *, axis: int) -> Tensor:
+        return torch.amax(a, dim=axis)
+
+    @staticmethod
     def broadcast_like(a: Tensor, x: Tensor) -> Tensor:
         return reduction.broadcast_like(a, x)
 

@@ -10,14 +10,15 @@ import tensorflow as tf
 from batchnorm.core import config
 from batchnorm.core.forward import Inputs, forward_batch, forward_running
 from batchnorm.core.running import Running
+from batchnorm.keras.adjustment import missing_axes
 from batchnorm.keras.backends import tensorflow_kernels as kernels
 from batchnorm.keras.backends.tensorflow_arrays import (
     XP,
     DynamicLayout,
-    across_replicas,
     check_divisible,
     fill_mask,
     fit_mask,
+    make_gather,
     needs_mask,
     sizes_of,
 )
@@ -79,9 +80,8 @@ def _plain_step(
         layout = DynamicLayout.of(x, call.axes, call.options.virtual_batch_size)
         shape = sizes_of(x) if x.shape.is_fully_defined() else tf.shape(x)
         s, t = config.call_adjustment(call.owner, call.adjustment, shape)
-        xp = across_replicas(layout) if call.synchronized else XP
         real = None if mask is None else tf.cast(mask, tf.bool)
-        if xp is not XP or needs_mask(x, layout):
+        if needs_mask(layout):
             real = fill_mask(real, x, call.axes)
         inputs = Inputs(
             tf.cast(x, work),
@@ -92,7 +92,13 @@ def _plain_step(
             t=_adjusted(call.owner, "bias", t, x, work),
         )
         found = forward_batch(
-            inputs, _in(running, work), layout, call.options, owner=call.owner, xp=xp
+            inputs,
+            _in(running, work),
+            layout,
+            call.options,
+            gather=make_gather() if call.synchronized else None,
+            owner=call.owner,
+            xp=XP,
         )
         new = Running(
             *(
@@ -160,14 +166,5 @@ def _adjusted(owner: str, name: str, a: Any, x: tf.Tensor, dtype: tf.DType) -> A
     if a is None:
         return None
     tensor = tf.cast(tf.convert_to_tensor(a), dtype)
-    missing = x.shape.rank - (x.shape.rank + 1 if tensor.shape.rank is None else tensor.shape.rank)
-    sizes = [1] * max(missing, 0) + tensor.shape.as_list()
-    if missing < 0 or any(
-        None not in (m, n) and m not in (1, n)
-        for m, n in zip(sizes, x.shape.as_list(), strict=True)
-    ):
-        raise ValueError(
-            f"{owner}: the adjustment's {name} must broadcast against x of shape "
-            f"{tuple(x.shape)}; got shape {tuple(tensor.shape)}."
-        )
+    missing = missing_axes(owner, name, tensor.shape.as_list(), x.shape.as_list())
     return tf.reshape(tensor, [1] * missing + sizes_of(tensor))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import tensorflow as tf
 
 from batchnorm.core.layout import Layout
+from batchnorm.core.moments import Parts
 from batchnorm.core.namespace import Namespace
 from batchnorm.keras.masks import find_axes
 
@@ -21,7 +22,6 @@ class _TensorFlowNamespace:
     square = staticmethod(tf.square)
     isfinite = staticmethod(tf.math.is_finite)
     where = staticmethod(tf.where)
-    reshape = staticmethod(tf.reshape)
     zeros_like = staticmethod(tf.zeros_like)
     ones_like = staticmethod(tf.ones_like)
     cast = staticmethod(tf.cast)
@@ -32,6 +32,14 @@ class _TensorFlowNamespace:
         return tf.reduce_sum(a, axis=list(axis), keepdims=keepdims)
 
     @staticmethod
+    def max(a: tf.Tensor, *, axis: int) -> tf.Tensor:
+        return tf.reduce_max(a, axis=axis)
+
+    @staticmethod
+    def reshape(a: tf.Tensor, shape: Sequence[Any]) -> tf.Tensor:
+        return tf.reshape(a, [-1 if n is None else n for n in shape])
+
+    @staticmethod
     def broadcast_like(a: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         return a  # operators broadcast, and sum in their gradients
 
@@ -39,24 +47,22 @@ class _TensorFlowNamespace:
 XP = cast(Namespace, _TensorFlowNamespace)
 
 
-def across_replicas(layout: Layout) -> Namespace:
-    """`xp` whose sums are those of all replicas; XP itself where there is one replica.
-
-    Ghost groups are local (S14): then only sums over groups, axis 1, are shared.
-    """
+def make_gather() -> Callable[[Parts], Parts] | None:
+    """What stacks the parts of all replicas (S14); None where there is one replica."""
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
-        return XP
+        return None
+    replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
 
-    class _AcrossReplicas(_TensorFlowNamespace):
-        @staticmethod
-        def sum(a: tf.Tensor, *, axis: Sequence[int], keepdims: bool) -> tf.Tensor:
-            total = XP.sum(a, axis=axis, keepdims=keepdims)
-            if layout.groups is not None and tuple(axis) != (1,):
-                return total
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, total)
+    def gather(own: Parts) -> Parts:
+        # A sum of arrays that are zero but at each replica's own place: differentiable, and one
+        # collective operation for all five.
+        stacked = tf.stack(list(own))
+        here = tf.reshape(tf.range(replicas) == replica, [replicas] + [1] * stacked.shape.rank)
+        placed = tf.where(here, stacked, tf.zeros_like(stacked))
+        return Parts(*tf.unstack(context.all_reduce(tf.distribute.ReduceOp.SUM, placed), axis=1))
 
-    return cast(Namespace, _AcrossReplicas)
+    return gather
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ def fit_mask(owner: str, mask: tf.Tensor, x: tf.Tensor, axes: tuple[int, ...]) -
     return tf.reshape(mask, [sizes.get(a, 1) for a in range(len(shape))])
 
 
-def needs_mask(x: tf.Tensor, layout: DynamicLayout) -> bool:
+def needs_mask(layout: DynamicLayout) -> bool:
     """Whether rows can be counted only when the graph runs."""
     working = layout.working
     return any(not isinstance(working[a], int) for a in layout.reduced)

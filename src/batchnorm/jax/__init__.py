@@ -1,0 +1,50 @@
+"""Batch normalization for JAX: pure functions for any library, and a flax nnx layer.
+
+Importing this module imports jax; `BatchNorm`, `Momentum` and `load_state` import flax when they
+are first used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from batchnorm.core.moments import Moments
+from batchnorm.jax.functional import (
+    RenormStatistics,
+    RunningStatistics,
+    batch_norm,
+    batch_norm_inference,
+    init_running,
+    update_running,
+)
+
+__all__ = [
+    "BatchNorm",
+    "Moments",
+    "Momentum",
+    "RenormStatistics",
+    "RunningStatistics",
+    "batch_norm",
+    "batch_norm_inference",
+    "init_running",
+    "load_state",
+    "update_running",
+]
+
+_LAYERS = ("BatchNorm", "Momentum", "load_state")
+
+
+def __getattr__(name: str) -> Any:
+    """The layer's names, for those who have flax."""
+    if name not in _LAYERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from batchnorm.jax import layers
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("flax"):
+            raise
+        raise ImportError(
+            f"batchnorm.jax.{name} is a flax module; install it with "
+            "`pip install batchnorm[jax]`. The functions need jax only."
+        ) from error
+    return getattr(layers, name)

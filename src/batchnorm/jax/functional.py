@@ -1,0 +1,243 @@
+"""Batch normalization as pure functions of arrays, for any JAX library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from batchnorm.core import config
+from batchnorm.core.config import Options
+from batchnorm.core.layout import make_layout
+from batchnorm.core.moments import Moments
+from batchnorm.core.running import Running
+from batchnorm.jax.steps import move_statistics, normalize_batch, normalize_running
+from batchnorm.jax.synchronize import Groups
+
+__all__ = [
+    "RenormStatistics",
+    "RunningStatistics",
+    "batch_norm",
+    "batch_norm_inference",
+    "init_running",
+    "update_running",
+]
+
+
+class RenormStatistics(NamedTuple):
+    """What batch renormalization compares with, each per channel (S11)."""
+
+    mean: Array
+    stddev: Array
+
+
+class RunningStatistics(NamedTuple):
+    """What a layer keeps, each per channel; the last three with renormalization only (S9, S11)."""
+
+    mean: Array
+    var: Array
+    stddev: Array | None = None
+    renorm_mean: Array | None = None
+    renorm_stddev: Array | None = None
+
+
+def batch_norm(
+    x: Any,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    mask: Any = None,
+    axis: int | tuple[int, ...] = -1,
+    epsilon: float = 1e-5,
+    axis_name: Any = None,
+    axis_index_groups: Groups = None,
+    virtual_batch_size: int | None = None,
+    running_mean: Any = None,
+    running_var: Any = None,
+    renorm: RenormStatistics | None = None,
+    renorm_clipping: Mapping[str, float] | None = None,
+    fused: bool | None = None,
+) -> tuple[Array, Moments]:
+    """Normalize x by its own statistics, those of real rows only (training).
+
+    Args:
+        x: float16, bfloat16, float32 or float64, of any shape with `axis`; `(N, ..., C)` by
+            default.
+        scale: gamma, `(C,)` (several axes: their sizes in increasing order of axis, like
+            `(A, B)`), or None for 1.
+        bias: beta, like scale, or None for 0.
+        mask: boolean or integer, non-zero marks real rows, the rest is padding: x's shape
+            without its channel axes, a prefix of that such as `(N,)`, or x's rank with sizes of
+            x or 1, such as `(N, L, 1)` (S1).
+        axis: channel axis or axes, in any order.
+        epsilon: added to the variance, at least 0.
+        axis_name: named axis (of shard_map, pmap or vmap), or tuple of them, over whose devices
+            statistics are merged by count (S14). Under plain jit with sharded arrays statistics
+            are global without it.
+        axis_index_groups: lists of indices along `axis_name`, each index in one of them;
+            statistics stay within a group.
+        virtual_batch_size: samples of one ghost batch, which must divide N (S12).
+        running_mean: `(C,)`; serves channels without real rows only (S6). None: 0.
+        running_var: the same; None: 1.
+        renorm: statistics that renormalization compares with; asks for it (S11).
+        renorm_clipping: any of "rmin", "rmax", "dmax".
+        fused: None takes the compiled kernels where they apply (one CPU device, no vmap, no
+            named axis, no forward mode), True demands them, False is plain array code.
+
+    Returns:
+        y: x's shape and type; padded rows are normalized too, as constants to differentiation.
+        Moments: count, mean and biased variance, each `(C,)`, float32 (float64 for a float64
+            x); with ghost batches each has a leading axis of groups. `update_running` takes them.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or options that do not fit, fused=True where no kernel serves.
+        NameError: `axis_name` is not bound.
+
+    Source: S1-S8, S11, S12, S14, S16; Ioffe and Szegedy 2015, algorithm 1.
+
+    >>> x = jnp.array([[1.0], [3.0], [99.0]])
+    >>> y, moments = batch_norm(x, mask=jnp.array([True, True, False]), epsilon=0.0)
+    >>> y.ravel().tolist(), moments.mean.tolist()
+    ([-1.0, 1.0, 97.0], [2.0])
+    """
+    owner = "batch_norm"
+    options = Options(
+        eps=config.check_number(owner, "epsilon", epsilon, 0.0),
+        virtual_batch_size=config.check_virtual_batch_size(owner, virtual_batch_size),
+        renorm=config.check_renorm(owner, renorm is not None, renorm_clipping, 1.0),
+    )
+    running = None
+    if running_mean is not None or running_var is not None or renorm is not None:
+        running = _running_of(owner, x, axis, running_mean, running_var, renorm)
+    y, moments, _ = normalize_batch(
+        x,
+        mask,
+        scale,
+        bias,
+        running,
+        axis=axis,
+        options=options,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        update=False,
+        fused=config.check_fused(owner, fused),
+        owner=owner,
+    )
+    return y, moments
+
+
+def batch_norm_inference(
+    x: Any,
+    mean: Any,
+    var: Any,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    mask: Any = None,
+    axis: int | tuple[int, ...] = -1,
+    epsilon: float = 1e-5,
+) -> Array:
+    """Normalize x by given statistics (evaluation).
+
+    Array code always: XLA fuses it with its neighbours.
+
+    Args:
+        x: as in `batch_norm`.
+        mean: `(C,)`.
+        var: `(C,)`.
+        scale: gamma, `(C,)`, or None for 1.
+        bias: beta, `(C,)`, or None for 0.
+        mask: as in `batch_norm`; it matters to gradients only.
+        axis: channel axis or axes.
+        epsilon: added to the variance, at least 0.
+
+    Returns:
+        y, of x's shape and type.
+
+    Raises:
+        TypeError, ValueError: as `batch_norm`.
+
+    Source: S3, S4, S8, S15.
+    """
+    owner = "batch_norm_inference"
+    options = Options(eps=config.check_number(owner, "epsilon", epsilon, 0.0))
+    running = Running(jnp.asarray(mean), jnp.asarray(var))
+    return normalize_running(x, mask, scale, bias, running, axis=axis, options=options, owner=owner)
+
+
+def init_running(
+    shape: int | tuple[int, ...], *, dtype: Any = jnp.float32, renorm: bool = False
+) -> RunningStatistics:
+    """Running statistics before the first step: mean 0, variance and deviations 1.
+
+    Args:
+        shape: C, or the sizes of several channel axes.
+        dtype: float32 or float64 (S16).
+        renorm: whether to keep renormalization's three as well.
+    """
+    zeros, ones = jnp.zeros(shape, dtype), jnp.ones(shape, dtype)
+    found = RunningStatistics(zeros, ones)
+    if not renorm:
+        return found
+    return found._replace(stddev=ones, renorm_mean=zeros, renorm_stddev=ones)
+
+
+def update_running(
+    running: RunningStatistics,
+    moments: Moments,
+    *,
+    momentum: Any = 0.99,
+    epsilon: float = 1e-5,
+    renorm_momentum: float = 0.99,
+) -> RunningStatistics:
+    """Running statistics after a training step.
+
+    Args:
+        running: before it. With the last three fields it moves renormalization's too, and keeps
+            the variance through a moving standard deviation (S11).
+        moments: what `batch_norm` returned; of groups, their average counts (S12).
+        momentum: weight of the *old* value, between 0 and 1, a number or an array.
+        epsilon: that of the step; renormalization only.
+        renorm_momentum: weight of the old value in renorm_mean and renorm_stddev.
+
+    Returns:
+        RunningStatistics. Channels without real rows, or with moments that are not finite, keep
+        their values (S9); gradients do not flow through.
+
+    Source: S9-S12. The biased variance is kept, as everywhere in JAX (S10).
+    """
+    owner = "update_running"
+    if not isinstance(momentum, jax.Array):
+        momentum = config.check_number(owner, "momentum", momentum, 0.0, 1.0)
+    renorm = None
+    if running.stddev is not None:
+        weight = config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0)
+        renorm = config.Renorm(weight)
+    options = Options(
+        eps=config.check_number(owner, "epsilon", epsilon, 0.0), decay=momentum, renorm=renorm
+    )
+    before = Running(running.mean, running.var, None, *running[2:])
+    found = move_statistics(before, moments, options)
+    return RunningStatistics(found.mean, found.var, *found[3:])
+
+
+def _running_of(
+    owner: str, x: Any, axis: Any, mean: Any, var: Any, renorm: RenormStatistics | None
+) -> Running:
+    layout = make_layout(owner, jnp.shape(x), axis)
+    mean = jnp.zeros(layout.channels, jnp.float32) if mean is None else jnp.asarray(mean)
+    var = jnp.ones(layout.channels, jnp.float32) if var is None else jnp.asarray(var)
+    if renorm is None:
+        return Running(mean, var)
+    return Running(
+        mean,
+        var,
+        None,
+        jnp.asarray(renorm.stddev),
+        jnp.asarray(renorm.mean),
+        jnp.asarray(renorm.stddev),
+    )

@@ -1,0 +1,403 @@
+"""The flax nnx layer: state around the pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from batchnorm.core import config
+from batchnorm.core.config import Options
+from batchnorm.core.layout import check_axis, normalize_axis
+from batchnorm.core.running import Running
+from batchnorm.jax.checks import FLOATING, check_input
+from batchnorm.jax.steps import normalize_batch, normalize_running
+from batchnorm.jax.synchronize import Groups
+
+__all__ = ["BatchNorm", "Momentum", "load_state"]
+
+_RENORM = ("stddev", "renorm_mean", "renorm_stddev")
+_STATISTICS = ("mean", "var", *_RENORM)
+
+
+class Momentum(nnx.Variable):
+    """The weight of the old running value: an array, so that changing it compiles nothing anew."""
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization over every axis but the channel axes, for inputs of any rank.
+
+    Takes the place of `flax.nnx.BatchNorm`: same arguments, same state (and `momentum`, which
+    is an array here), same results where flax's are right.
+
+    Args:
+        num_features: C; with several axes their sizes in increasing order of axis, like
+            `(A, B)`. None learns it from the first input; see `init`.
+        axis: channel axis or axes.
+        momentum: weight of the *old* value in the running statistics, between 0 and 1.
+        epsilon: added to the variance, at least 0.
+        dtype: of the output; None for the input's. Arithmetic is float32 or wider (S16).
+        param_dtype: of scale and bias. Running statistics are float32 or wider.
+        use_bias: learn beta.
+        use_scale: learn gamma.
+        bias_init: initializer `(key, shape, dtype) -> array` of beta.
+        scale_init: the same of gamma.
+        axis_name: named axis, or axes, over whose devices statistics are merged by count (S14).
+        axis_index_groups: lists of indices along it; statistics stay within a group.
+        virtual_batch_size: samples of one ghost batch, which must divide the batch in training
+            (S12).
+        renorm: batch renormalization (S11).
+        renorm_clipping: any of "rmin", "rmax", "dmax"; missing ones are 0, ∞, ∞.
+        renorm_momentum: weight of the old value in renormalization's statistics.
+        fused: None takes the compiled kernels where they apply, True demands them, False is
+            plain array code.
+        rngs: `nnx.Rngs`, a key or an int. With `num_features` it initializes the layer at once.
+        use_running_average: start in evaluation mode.
+        use_fast_variance: without effect; the variance is always exact (S3).
+        promote_dtype: function of `((x, mean, var, scale, bias), dtype=...)` that casts what
+            it is given; running statistics are used as stored whatever it does. None: S16.
+        bias_metadata: of beta's `nnx.Param`.
+        scale_metadata: of gamma's.
+        features_in: an alias of `num_features`.
+
+    Attributes:
+        training, frozen, initialized: independent static flags. The running average is used
+            where `not training or frozen`; `frozen` survives `eval()` and `train()`.
+        mean, var: `nnx.BatchStat`; scale, bias: `nnx.Param` or None; momentum: `Momentum`.
+            With renorm also stddev, renorm_mean, renorm_stddev.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range, or options that exclude each other.
+
+    Source: S1-S16; Ioffe and Szegedy 2015 (arXiv 1502.03167); Ioffe 2017 (arXiv 1702.03275).
+    Unlike flax's it takes masks of any shape of S1, keeps its digits at large offsets (S3),
+    merges devices by count (S14), survives empty and overflowing batches (S6, S9), and stays
+    frozen when told so (S15).
+
+    >>> layer = BatchNorm(3, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((8, 5, 3)), mask=jnp.ones((8, 5), bool)).shape
+    (8, 5, 3)
+    """
+
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...] | None = None,
+        *,
+        axis: int | tuple[int, ...] = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Callable[..., Any] = jax.nn.initializers.zeros,
+        scale_init: Callable[..., Any] = jax.nn.initializers.ones,
+        axis_name: Any = None,
+        axis_index_groups: Groups = None,
+        virtual_batch_size: int | None = None,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, float] | None = None,
+        renorm_momentum: float = 0.99,
+        fused: bool | None = None,
+        rngs: Any = None,
+        use_running_average: bool | None = False,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] | None = None,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        features_in: int | tuple[int, ...] | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        del use_fast_variance
+        self.axis = axis if isinstance(axis, int) else check_axis(owner, axis)
+        self.num_features = _features(owner, num_features, features_in, check_axis(owner, axis))
+        config.check_number(owner, "momentum", momentum, 0.0, 1.0)
+        self.epsilon = config.check_number(owner, "epsilon", epsilon, 0.0)
+        self.dtype, self.param_dtype = (
+            _dtype(owner, "dtype", dtype),
+            _dtype(owner, "param_dtype", param_dtype),
+        )
+        self.use_bias = config.check_flag(owner, "use_bias", use_bias)
+        self.use_scale = config.check_flag(owner, "use_scale", use_scale)
+        self.bias_init, self.scale_init = bias_init, scale_init
+        self.bias_metadata, self.scale_metadata = dict(bias_metadata), dict(scale_metadata)
+        self.axis_name, self.axis_index_groups = axis_name, _frozen_groups(axis_index_groups)
+        self.virtual_batch_size = config.check_virtual_batch_size(owner, virtual_batch_size)
+        weight = config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0)
+        self.renorm = config.check_renorm(owner, renorm, renorm_clipping, weight)
+        self.fused = config.check_fused(owner, fused)
+        self.promote_dtype = promote_dtype
+        self.training = not use_running_average
+        self.frozen = False
+        self.initialized = False
+        self._momentum = float(momentum)
+        if self.num_features is not None and rngs is not None:
+            self.init(rngs)
+
+    def init(self, rngs: Any = 0, x: Any = None, use_running_average: bool = True) -> BatchNorm:
+        """Make parameters and statistics, in place.
+
+        Args:
+            rngs: `nnx.Rngs`, a key or an int, for the initializers.
+            x: an input, needed if the number of features is unknown.
+            use_running_average: False runs a training step on x as well, for its statistics.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: neither x nor a number of features.
+        """
+        owner = type(self).__name__
+        sizes = self.num_features
+        if sizes is None:
+            if x is None:
+                raise ValueError(
+                    f"{owner}: init needs x to learn the number of features; got None. Pass x, or "
+                    "num_features to the constructor."
+                )
+            axes = normalize_axis(owner, self.axis, jnp.ndim(x))
+            found = tuple(jnp.shape(x)[a] for a in axes)
+            sizes = found if len(found) > 1 else found[0]
+        shape = sizes if isinstance(sizes, tuple) else (sizes,)
+        wide = jnp.promote_types(self.param_dtype, jnp.float32)
+        self.num_features = sizes
+        self.mean = nnx.BatchStat(jnp.zeros(shape, wide))
+        self.var = nnx.BatchStat(jnp.ones(shape, wide))
+        keys = _keys(rngs)
+        self.scale = self.bias = nnx.data(None)
+        if self.use_scale:
+            value = self.scale_init(keys(), shape, self.param_dtype)
+            self.scale = nnx.Param(value, **self.scale_metadata)
+        if self.use_bias:
+            value = self.bias_init(keys(), shape, self.param_dtype)
+            self.bias = nnx.Param(value, **self.bias_metadata)
+        self.momentum = Momentum(jnp.asarray(self._momentum, jnp.float32))
+        if self.renorm is not None:
+            self.stddev = nnx.BatchStat(jnp.ones(shape, wide))
+            self.renorm_mean = nnx.BatchStat(jnp.zeros(shape, wide))
+            self.renorm_stddev = nnx.BatchStat(jnp.ones(shape, wide))
+        self.initialized = True
+        if not use_running_average:
+            self(x, use_running_average=False)
+        return self
+
+    def __call__(
+        self, x: Any, use_running_average: bool | None = None, *, mask: Any = None
+    ) -> Array:
+        """Normalize x, and in training move the running statistics.
+
+        Args:
+            x: floating, of a rank that has the channel axes, `(N, ..., C)` by default.
+            use_running_average: wins over the flags (S15); None: `not training or frozen`.
+            mask: boolean or integer, non-zero marks real rows: x's shape without its channel
+                axes, a prefix of that, or x's rank with sizes of x or 1 (S1).
+
+        Returns:
+            y, of x's shape, and its type or `dtype`.
+
+        Raises:
+            TypeError: an array of the wrong dtype.
+            ValueError: shapes that do not fit; an uninitialized layer in evaluation or under a
+                trace. State is unchanged then.
+            NameError: `axis_name` is not bound.
+        """
+        owner = type(self).__name__
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        x = check_input(owner, x)
+        if not self.initialized:
+            self._initialize_from(owner, x, use_running_average)
+        self._check_channels(owner, x)
+        mean, var = self.mean[...], self.var[...]
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        dtype = x.dtype if self.dtype is None else self.dtype
+        if self.promote_dtype is not None:
+            x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
+            dtype = x.dtype
+        elif self.dtype is not None:
+            x = x.astype(jnp.promote_types(x.dtype, self.dtype))
+        running = Running(mean, var)
+        if use_running_average:
+            options = Options(eps=self.epsilon)
+            y = normalize_running(
+                x,
+                mask,
+                scale,
+                bias,
+                running,
+                axis=self.axis,
+                options=options,
+                fused=self.fused,
+                owner=owner,
+            )
+            return y.astype(dtype)
+        if self.renorm is not None:
+            running = Running(mean, var, None, *(getattr(self, name)[...] for name in _RENORM))
+        y, _, after = normalize_batch(
+            x,
+            mask,
+            scale,
+            bias,
+            running,
+            axis=self.axis,
+            options=Options(
+                eps=self.epsilon,
+                decay=self.momentum[...],
+                virtual_batch_size=self.virtual_batch_size,
+                renorm=self.renorm,
+            ),
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            fused=self.fused,
+            owner=owner,
+        )
+        for name in _STATISTICS if self.renorm is not None else _STATISTICS[:2]:
+            getattr(self, name)[...] = getattr(after, name)
+        return y.astype(dtype)
+
+    @property
+    def use_running_average(self) -> bool:
+        """Whether a call without that argument uses the running statistics.
+
+        Assigning it, as flax's `train()`, `eval()` and `view` do for whole models, sets
+        `training`; a frozen layer stays frozen.
+        """
+        return not self.training or self.frozen
+
+    @use_running_average.setter
+    def use_running_average(self, value: bool) -> None:
+        self.training = not value
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """Used by `nnx.view`; an argument as in `__call__`."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def train(self, mode: bool = True, **attributes: Any) -> BatchNorm:
+        """Training mode, or with `mode=False` evaluation; in place. Returns the layer."""
+        self.training = bool(mode)
+        if attributes:
+            self.set_attributes(**attributes, raise_if_not_found=False)
+        return self
+
+    def eval(self, **attributes: Any) -> BatchNorm:
+        """Evaluation mode, in place. Returns the layer."""
+        return self.train(False, **attributes)
+
+    def freeze(self) -> BatchNorm:
+        """Normalize by the running statistics, and leave them alone, in training too (S15).
+
+        In place; survives `train()` and `eval()`, and leaves gradients alone. Returns the layer.
+        """
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> BatchNorm:
+        """Undo `freeze`, in place. Returns the layer."""
+        self.frozen = False
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assigning a number to `momentum` changes the array."""
+        current = self.__dict__.get(name) if name == "momentum" else None
+        if current is not None and not isinstance(value, nnx.Variable):
+            current[...] = jnp.asarray(value, current[...].dtype)
+        else:
+            super().__setattr__(name, value)
+
+    def _initialize_from(self, owner: str, x: Array, use_running_average: bool) -> None:
+        if use_running_average or isinstance(x, jax.core.Tracer):
+            where = "evaluation" if use_running_average else "a trace"
+            raise ValueError(
+                f"{owner}: the layer is not initialized, which {where} cannot do; call "
+                "layer.init(key, x) first, or pass num_features and rngs to the constructor."
+            )
+        self.init(0, x)
+
+    def _check_channels(self, owner: str, x: Array) -> None:
+        axes = normalize_axis(owner, self.axis, x.ndim)
+        found = tuple(x.shape[a] for a in axes)
+        expected = self.mean[...].shape
+        if found != expected:
+            raise ValueError(
+                f"{owner}: x must have num_features={self.num_features} along axis {self.axis}; "
+                f"got {found if len(found) > 1 else found[0]} in shape {tuple(x.shape)}."
+            )
+
+
+def load_state(module: nnx.Module, state: Any) -> None:
+    """Take over a state, flax's own too, in place.
+
+    Args:
+        module: a `BatchNorm`, or a model that holds some.
+        state: an `nnx.State` or nested dict of variables or arrays. What it lacks, such as the
+            momentum, keeps its value; renormalization's statistics are derived from mean and
+            variance where it lacks them (S11).
+    """
+    state = state if isinstance(state, nnx.State) else nnx.State(state)
+    nnx.update(module, state)
+    given = {tuple(map(str, path)) for path, _ in nnx.to_flat_state(state)}
+    for path, layer in nnx.iter_modules(module):
+        if not isinstance(layer, BatchNorm) or layer.renorm is None or not layer.initialized:
+            continue
+        at = tuple(map(str, path))
+        if (*at, "var") in given and (*at, "stddev") not in given:
+            layer.stddev[...] = layer.renorm_stddev[...] = jnp.sqrt(layer.var[...] + layer.epsilon)
+            layer.renorm_mean[...] = layer.mean[...]
+
+
+def _features(
+    owner: str, num_features: Any, features_in: Any, axes: Sequence[int]
+) -> int | tuple[int, ...] | None:
+    if num_features is not None and features_in is not None:
+        raise ValueError(
+            f"{owner}: features_in is an alias of num_features; got {num_features!r} and "
+            f"{features_in!r}. Give one of them."
+        )
+    value = features_in if num_features is None else num_features
+    if value is None:
+        return None
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in sizes):
+        raise TypeError(
+            f"{owner}: num_features must be an int of at least 0, or a tuple of them with several "
+            f"axes; got {value!r}."
+        )
+    if len(sizes) != len(axes):
+        raise ValueError(
+            f"{owner}: num_features must have one size for each channel axis; got {value!r} for "
+            f"axis {tuple(axes) if len(axes) > 1 else axes[0]}."
+        )
+    return sizes if len(sizes) > 1 else sizes[0]
+
+
+def _dtype(owner: str, name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    dtype = jnp.dtype(value)
+    if dtype.name not in FLOATING:
+        raise TypeError(
+            f"{owner}: {name} must be float16, bfloat16, float32 or float64; got {value!r}."
+        )
+    return dtype
+
+
+def _frozen_groups(groups: Groups) -> tuple[tuple[int, ...], ...] | None:
+    return None if groups is None else tuple(tuple(int(i) for i in group) for group in groups)
+
+
+def _keys(rngs: Any) -> Callable[[], Any]:
+    """A source of keys: flax's stream of parameters, or splits of a key or seed."""
+    if isinstance(rngs, nnx.Rngs):
+        return rngs.params
+    if isinstance(rngs, int):
+        rngs = jax.random.key(rngs)
+    return nnx.Rngs(rngs).params

@@ -1,0 +1,211 @@
+"""A step over one array in array code: what the primitives are where no kernel serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from batchnorm.core.config import Options
+from batchnorm.core.forward import (
+    Inputs,
+    Outcome,
+    channel_affine,
+    expand_running,
+    forward_batch,
+    forward_running,
+)
+from batchnorm.core.gradient import gradient
+from batchnorm.core.moments import centre
+from batchnorm.core.normalize import Affine, rstd_of_deviation
+from batchnorm.core.running import Running
+from batchnorm.jax.checks import working_type
+from batchnorm.jax.namespace import XP
+from batchnorm.kernels import cpu
+
+if TYPE_CHECKING:
+    from batchnorm.jax.primitives import Call
+
+
+class Operands(NamedTuple):
+    """Arrays of a step, each but x may be None; per-channel ones in the working type.
+
+    The running statistics serve empty channels (S6) or, if the call is not by batch statistics,
+    all of them.
+    """
+
+    x: Array
+    mask: Array | None = None
+    gamma: Array | None = None
+    beta: Array | None = None
+    mean: Array | None = None
+    var: Array | None = None
+    renorm_mean: Array | None = None
+    renorm_stddev: Array | None = None
+
+    def inputs(self, s: Array | None = None, t: Array | None = None) -> Inputs:
+        """What the core normalizes; s and t are the adjustment's (S13)."""
+        real = None if self.mask is None else self.mask.astype(bool)
+        x = self.x.astype(working_type(self.x))
+        return Inputs(x, real, gamma=self.gamma, beta=self.beta, s=s, t=t)
+
+
+def step(operands: Operands, call: Call) -> tuple[Array, Array, Array]:
+    """y, rows of statistics as in `cpu.STATISTICS`, count of each group."""
+    layout = call.layout
+    if not call.batch:
+        y = _forward_running(operands, call)
+        return y.astype(operands.x.dtype), *_running_statistics(operands, call)
+    outcome = _forward(operands, call)
+    centred = outcome.centred
+    real = centred.count > 0
+    running = expand_running(_running(operands, call), layout, XP)
+    factor = rstd_of_deviation(centred, eps=call.eps, correction=0, xp=XP)
+    affine = outcome.affine
+    rows = _rows(
+        call,
+        mean=jnp.where(real, centred.anchor, running.mean),
+        low=jnp.where(real, centred.shift, 0.0),
+        var=centred.var,
+        rstd=jnp.where(real, factor / centred.scale, 1.0 / jnp.sqrt(running.var + call.eps)),
+        affine=affine._replace(
+            r=1.0 if affine.r is None else jnp.where(real, affine.r, 1.0),
+            d=0.0 if affine.d is None else jnp.where(real, affine.d, 0.0),
+        ),
+    )
+    groups = (1 if layout.groups is None else layout.groups,)
+    # The kernels' masks do not vary along channels: all of a group's counts are alike.
+    counts = jnp.reshape(centred.count, (*groups, -1))
+    count = counts[:, 0] if counts.shape[1] else jnp.zeros(groups, counts.dtype)
+    return outcome.y.astype(operands.x.dtype), rows, count
+
+
+def gradients(
+    dy: Array, statistics: Array, count: Array, operands: Operands, call: Call
+) -> tuple[Array, Array | None, Array | None]:
+    """dx, dgamma and dbeta in closed form, from what `step` returned (S8)."""
+    layout = call.layout
+    work = working_type(operands.x)
+    named: dict[str, Array] = {
+        name: jnp.reshape(statistics[row], layout.statistics)
+        for name, row in cpu.STATISTICS.items()
+    }
+    kept = layout.kept if layout.groups is None else layout.kept[1:]
+    shape = tuple(
+        n if layout.groups is not None and a == 1 else 1 for a, n in enumerate(layout.working)
+    )
+    x: Any = layout.split(operands.inputs().x, XP)
+    mask = layout.mask(operands.inputs().mask, call.owner, XP)
+    found = gradient(
+        layout.split(dy.astype(work), XP),
+        ((x - named["mean"]) - named["low"]) * named["rstd"],
+        named["rstd"],
+        jnp.reshape(count, shape) if call.batch else None,
+        mask,
+        Affine(gamma=layout.expand(operands.gamma, XP), r=named["r"], d=named["d"]),
+        layout.reduced,
+        tuple(a for a in range(len(layout.working)) if a not in kept),
+        correction=0,
+        xp=XP,
+    )
+    return (
+        layout.merge(found.dx, XP).astype(operands.x.dtype),
+        jnp.reshape(found.dgamma, layout.channels),
+        jnp.reshape(found.dbeta, layout.channels),
+    )
+
+
+def as_function(
+    operands: Operands, call: Call, names: Sequence[str]
+) -> Callable[..., tuple[Array, Array, Array]]:
+    """y, mean and var as a differentiable function of some operands."""
+
+    def function(*arrays: Array) -> tuple[Array, Array, Array]:
+        given = operands._replace(**dict(zip(names, arrays, strict=True)))
+        work = working_type(given.x)
+        if not call.batch:
+            y = _forward_running(given, call)
+            nothing = jnp.zeros(call.layout.moments, work)
+            return y.astype(given.x.dtype), nothing, nothing
+        outcome = _forward(given, call)
+        return outcome.y.astype(given.x.dtype), outcome.moments.mean, outcome.moments.var
+
+    return function
+
+
+def moment_gradient(operands: Operands, call: Call, dmean: Array, dvar: Array) -> Array:
+    """What a gradient with respect to the moments adds to dx."""
+    layout = call.layout
+    if not call.batch:
+        return jnp.zeros_like(operands.x)
+
+    def moments(x: Array) -> tuple[Array, Array]:
+        split = layout.split(x.astype(working_type(x)), XP)
+        mask = layout.mask(operands.inputs().mask, call.owner, XP)
+        centred = centre(split, mask, layout.reduced, eps=call.eps, xp=XP)
+        return jnp.reshape(centred.mean, layout.moments), jnp.reshape(centred.var, layout.moments)
+
+    _, transpose = jax.vjp(moments, operands.x)
+    return transpose((dmean, dvar))[0]
+
+
+def _forward(operands: Operands, call: Call) -> Outcome:
+    options = Options(eps=call.eps, renorm=call.renorm)
+    running = _running(operands, call)
+    return forward_batch(
+        operands.inputs(), running, call.layout, options, update=False, owner=call.owner, xp=XP
+    )
+
+
+def _forward_running(operands: Operands, call: Call) -> Array:
+    running, options = _running(operands, call), Options(eps=call.eps)
+    return forward_running(
+        operands.inputs(), running, call.layout, options, owner=call.owner, xp=XP
+    )
+
+
+def _running(operands: Operands, call: Call) -> Running:
+    work = working_type(operands.x)
+    mean = jnp.zeros(call.layout.channels, work) if operands.mean is None else operands.mean
+    var = jnp.ones(call.layout.channels, work) if operands.var is None else operands.var
+    return Running(
+        mean, var, renorm_mean=operands.renorm_mean, renorm_stddev=operands.renorm_stddev
+    )
+
+
+def _running_statistics(operands: Operands, call: Call) -> tuple[Array, Array]:
+    layout = call.layout
+    running = expand_running(_running(operands, call), layout, XP)
+    rows = _rows(
+        call,
+        mean=running.mean,
+        low=jnp.zeros_like(running.mean),
+        var=jnp.zeros_like(running.mean),
+        rstd=1.0 / jnp.sqrt(running.var + call.eps),
+        affine=channel_affine(operands.inputs(), layout, XP)._replace(r=1.0, d=0.0),
+    )
+    return rows, jnp.zeros((1,), rows.dtype)
+
+
+def _rows(call: Call, *, mean: Any, low: Any, var: Any, rstd: Any, affine: Affine) -> Array:
+    r, d = affine.r, affine.d
+    gamma = 1.0 if affine.gamma is None else affine.gamma
+    beta = 0.0 if affine.beta is None else affine.beta
+    assert r is not None
+    assert d is not None
+    named = {
+        "mean": mean,
+        "low": low,
+        "var": var,
+        "rstd": rstd,
+        "scale": rstd * gamma * r,
+        "offset": beta + d * gamma,
+        "r": r,
+        "d": d,
+    }
+    shape = call.layout.statistics
+    rows = [jnp.broadcast_to(jnp.asarray(named[n], mean.dtype), shape) for n in cpu.STATISTICS]
+    return jnp.stack([jnp.reshape(row, call.layout.moments) for row in rows])

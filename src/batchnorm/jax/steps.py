@@ -1,0 +1,251 @@
+"""A step with everything around it: checks, the choice of a path, running statistics."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from batchnorm.core.config import Options
+from batchnorm.core.forward import forward_batch, forward_running
+from batchnorm.core.layout import Layout, make_layout
+from batchnorm.core.moments import Centred, Moments
+from batchnorm.core.running import Running, average_groups, update_running
+from batchnorm.jax import custom_calls
+from batchnorm.jax.checks import check_channels, check_input, check_mask, working_type
+from batchnorm.jax.namespace import XP
+from batchnorm.jax.plain import Operands
+from batchnorm.jax.primitives import Call, run_step
+from batchnorm.jax.synchronize import Groups, make_gather
+from batchnorm.kernels import cpu
+from batchnorm.kernels.select import refuse_fused
+
+
+class Step(NamedTuple):
+    """y, the batch's moments, and running statistics after the step if any came in."""
+
+    y: Array
+    moments: Moments
+    running: Running | None
+
+
+def normalize_batch(
+    x: Any,
+    mask: Any,
+    scale: Any,
+    bias: Any,
+    running: Running | None,
+    *,
+    axis: int | tuple[int, ...],
+    options: Options,
+    s: Any = None,
+    t: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Groups = None,
+    update: bool = True,
+    fused: bool | None = None,
+    owner: str,
+) -> Step:
+    """`batch_norm` with options already validated, for the layers.
+
+    Args:
+        running: serves empty channels and renormalization, and is what `Step.running` starts
+            from.
+        s, t: the adjustment's scale and bias, broadcastable against x, or None (S13).
+        update: compute `Step.running`.
+    """
+    given = _prepare(owner, x, mask, scale, bias, running, axis, options.virtual_batch_size)
+    x, layout, operands = given
+    gather = make_gather(owner, axis_name, axis_index_groups)
+    if fused is not False:
+        reason = _refuse(given, owner)
+        if s is not None or t is not None:
+            reason = "none takes an adjustment"
+        if gather is not None:
+            reason = "none synchronizes over a named axis"
+        if reason is None:
+            return _by_kernel(given, running, options, update, fused is True, owner)
+        if fused:
+            raise refuse_fused(owner, reason)
+    work = working_type(x)
+    outcome = forward_batch(
+        operands.inputs(s=_cast(s, work), t=_cast(t, work)),
+        _before(running, work),
+        layout,
+        options,
+        gather=gather,
+        update=update,
+        owner=owner,
+        xp=XP,
+    )
+    after = running
+    if update and running is not None and outcome.running is not None:
+        after = _in_type_of(running, outcome.running)
+    return Step(outcome.y.astype(x.dtype), outcome.moments, after)
+
+
+def normalize_running(
+    x: Any,
+    mask: Any,
+    scale: Any,
+    bias: Any,
+    running: Running,
+    *,
+    axis: int | tuple[int, ...],
+    options: Options,
+    fused: bool | None = None,
+    owner: str,
+) -> Array:
+    """`batch_norm_inference` with options already validated, for the layers.
+
+    XLA fuses array code with what is around it, so that kernels are used on demand only.
+    """
+    given = _prepare(owner, x, mask, scale, bias, running, axis, None)
+    x, layout, operands = given
+    if fused:
+        reason = _refuse(given, owner)
+        if reason is not None:
+            raise refuse_fused(owner, reason)
+        call = Call(layout, options.eps, False, None, True, owner, ())
+        return run_step(_for_kernel(given, owner), call).y
+    statistics = Running(operands.mean, operands.var)
+    y = forward_running(operands.inputs(), statistics, layout, options, owner=owner, xp=XP)
+    return y.astype(x.dtype)
+
+
+class _Given(NamedTuple):
+    """What came in, checked; per-channel arrays are in the working type."""
+
+    x: Array
+    layout: Layout
+    operands: Operands
+
+
+def _prepare(
+    owner: str,
+    x: Any,
+    mask: Any,
+    scale: Any,
+    bias: Any,
+    running: Running | None,
+    axis: int | tuple[int, ...],
+    size: int | None,
+) -> _Given:
+    x = check_input(owner, x)
+    layout = make_layout(owner, tuple(x.shape), axis, size)
+    work = working_type(x)
+    mask = check_mask(owner, mask)
+    if mask is not None:
+        layout.mask_shape(tuple(mask.shape), owner)
+
+    def channels(name: str, value: Any) -> Array | None:
+        return check_channels(owner, name, value, layout, work)
+
+    kept = running or Running(None, None)
+    operands = Operands(
+        x,
+        mask,
+        gamma=channels("scale", scale),
+        beta=channels("bias", bias),
+        mean=channels("running_mean", kept.mean),
+        var=channels("running_var", kept.var),
+        renorm_mean=channels("renorm_mean", kept.renorm_mean),
+        renorm_stddev=channels("renorm_stddev", kept.renorm_stddev),
+    )
+    return _Given(x, layout, operands)
+
+
+def _refuse(given: _Given, owner: str) -> str | None:
+    """Why no kernel serves these arrays, or None."""
+    x, layout, operands = given
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+    if any(axis is not None for axis in spec):  # explicit sharding: the type says so
+        return "x is sharded over devices"
+    mask = operands.mask
+    shape = None if mask is None else layout.mask_shape(tuple(mask.shape), owner)
+    return custom_calls.refuse(layout, x.dtype, shape)
+
+
+def _for_kernel(given: _Given, owner: str) -> Operands:
+    """Operands whose masks the kernels can walk, with constant statistics."""
+    _, layout, operands = given
+    return operands._replace(
+        mask=custom_calls.readable_mask(layout, operands.mask, owner),
+        mean=_constant(operands.mean),
+        var=_constant(operands.var),
+        renorm_mean=_constant(operands.renorm_mean),
+        renorm_stddev=_constant(operands.renorm_stddev),
+    )
+
+
+def _by_kernel(
+    given: _Given,
+    running: Running | None,
+    options: Options,
+    update: bool,
+    demanded: bool,
+    owner: str,
+) -> Step:
+    layout = given.layout
+    operands = _for_kernel(given, owner)
+    if options.renorm is None:
+        operands = operands._replace(renorm_mean=None, renorm_stddev=None)
+    call = Call(layout, options.eps, True, options.renorm, demanded, owner, ())
+    y, rows, counts = run_step(operands, call)
+    high, low, var = (rows[cpu.STATISTICS[name]] for name in ("mean", "low", "var"))
+    groups = () if layout.groups is None else (layout.groups,)
+    counts = counts.reshape((*groups, *(1,) * len(layout.channels)))
+    # Empty groups were normalized by other statistics, which are not their moments (S6).
+    high, low = (jnp.where(counts > 0, a, 0.0) for a in (high, low))
+    moments = Moments(jnp.broadcast_to(counts, layout.moments), high + low, var)
+    after = running
+    if update and running is not None:
+        after = move_statistics(running, moments, options, mean=(high, low))
+    return Step(y, moments, after)
+
+
+def move_statistics(
+    running: Running,
+    moments: Moments,
+    options: Options,
+    mean: tuple[Array, Array] | None = None,
+) -> Running:
+    """Running statistics after a step with these moments (S9-S12).
+
+    `mean` is their mean as a sum of two, which holds more digits.
+    """
+    grouped = moments.mean.ndim > running.mean.ndim
+    nothing = jnp.zeros_like(moments.mean)
+    high, low = (moments.mean, nothing) if mean is None else mean
+    centred = Centred(moments.count, high, low, jnp.ones_like(moments.var), nothing, moments.var)
+    constant = Centred(*(jax.lax.stop_gradient(a) for a in centred))
+    average = average_groups(constant, 0 if grouped else None, XP)
+    before = _before(running, moments.mean.dtype)
+    assert before is not None
+    axes = tuple(range(moments.mean.ndim))
+    return _in_type_of(running, update_running(before, average, options, axes, XP))
+
+
+def _constant(a: Array | None) -> Array | None:
+    return None if a is None else jax.lax.stop_gradient(a)
+
+
+def _cast(a: Any, dtype: Any) -> Array | None:
+    return None if a is None else jnp.asarray(a).astype(dtype)
+
+
+def _before(running: Running | None, dtype: Any) -> Running | None:
+    """The statistics in the working type, constant to differentiation."""
+    if running is None:
+        return None
+    cast = (_constant(_cast(a, dtype)) for a in running._replace(batches=None))
+    return Running(*cast)._replace(batches=running.batches)
+
+
+def _in_type_of(old: Running, new: Running) -> Running:
+    """`new` as it is stored."""
+    pairs = zip(old, new, strict=True)
+    found = (None if a is None else b.astype(a.dtype).reshape(a.shape) for a, b in pairs)
+    return Running(*found)

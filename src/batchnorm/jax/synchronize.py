@@ -1,0 +1,80 @@
+"""Statistics over a named axis of devices (S14)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from batchnorm.core.forward import Gather
+from batchnorm.core.moments import Parts
+
+Groups = Sequence[Sequence[int]] | None
+
+
+def make_gather(owner: str, axis_name: Any, axis_index_groups: Groups) -> Gather | None:
+    """How this device's parts meet those of the others along `axis_name`; None without one.
+
+    Raises:
+        NameError: no transformation around this call binds `axis_name`.
+        ValueError: groups that are not a partition of the axis.
+    """
+    if axis_name is None:
+        if axis_index_groups is not None:
+            raise ValueError(
+                f"{owner}: axis_index_groups needs axis_name; got axis_name=None and "
+                f"{axis_index_groups!r}."
+            )
+        return None
+    try:
+        size = jax.lax.axis_size(axis_name)
+    except NameError as error:
+        raise NameError(
+            f"{owner}: axis_name={axis_name!r} is not bound here; call this inside jax.shard_map, "
+            f"jax.pmap or jax.vmap(axis_name={axis_name!r}), or pass axis_name=None. Under plain "
+            "jit with sharded arrays statistics are global without it."
+        ) from error
+    members = None if axis_index_groups is None else _group_of(owner, axis_index_groups, size)
+
+    def gather(parts: Parts) -> Parts:
+        # One collective for all five; every device merges them in the order of the axis.
+        one = jnp.stack([jnp.broadcast_to(a, parts.power.shape) for a in parts])
+        stacked = _all_gather(one, axis_name)  # (participants, 5, ...)
+        found = Parts(*(stacked[:, i] for i in range(len(parts))))
+        if members is None:
+            return found
+        group = jnp.asarray(members)
+        mine = group == group[jax.lax.axis_index(axis_name)]
+        shape = (size,) + (1,) * (found.count.ndim - 1)
+        return found._replace(count=jnp.where(mine.reshape(shape), found.count, 0.0))
+
+    return gather
+
+
+def varying_axes(a: jax.Array) -> frozenset[Any]:
+    """The manual axes along which jax knows `a` to vary: those of shard_map, if it checks them."""
+    return frozenset(getattr(getattr(jax.typeof(a), "mat", None), "varying", ()))
+
+
+def _all_gather(a: jax.Array, axis_name: Any) -> jax.Array:
+    """Known to be equal everywhere if jax keeps track, so that shard_map may return it as one."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    tracked = varying_axes(a).issuperset(names)
+    return jax.lax.all_gather(a, axis_name, to="invarying" if tracked else "varying")
+
+
+def _group_of(owner: str, groups: Sequence[Sequence[int]], size: int) -> np.ndarray:
+    """The number of the group of each index of the axis."""
+    flat = [int(i) for group in groups for i in group]
+    if sorted(flat) != list(range(size)):
+        raise ValueError(
+            f"{owner}: axis_index_groups must hold each of the {size} indices of the axis once; "
+            f"got {groups!r}."
+        )
+    found = np.zeros(size, np.int32)
+    for number, group in enumerate(groups):
+        found[np.asarray(group, int)] = number
+    return found

@@ -1,0 +1,111 @@
+"""Comparing what a path computes with the oracle, within bounds derived from the case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+import oracle
+import tolerances
+from cases import Case, Data, Result, make_data
+
+
+class Path(NamedTuple):
+    """A way through the code, and the error it may make where x is float32."""
+
+    run: Callable[[Case, Data], Result]
+    unbiased: bool  # the variance it stores (S10)
+    float32: float
+
+
+def check(path: Path, case: Case) -> None:
+    data = make_data(case)
+    expected = oracle.expect(case, data, unbiased=path.unbiased)
+    found = path.run(case, data)
+    tol = path.float32
+    if tol == tolerances.NAIVE:
+        tol = tolerances.naive(data.x[data.real], case.eps)
+    elif case.dtype == "float64":
+        tol = tolerances.FLOAT64
+    bounds = _bounds(case, data, expected, tol)
+    for name in ("y", "dx", "dgamma", "dbeta", "dresidual"):
+        _compare(name, getattr(found, name), getattr(expected, name), getattr(bounds, name))
+    for name, bound in bounds.state._asdict().items():
+        if name == "batches" and found.state.batches is None:
+            continue  # a front end without the cumulative average does not count
+        _compare(name, getattr(found.state, name), getattr(expected.state, name), bound)
+
+
+def _bounds(case: Case, data: Data, expected: Result, tol: float) -> Result:
+    """What each result may be off by: `tol` relative to the terms it is made of."""
+    gamma, beta, rstd, std = _scales(case, data)
+    weight = _along(case, gamma)
+    with np.errstate(invalid="ignore"):
+        size = 1.0 + np.abs(expected.y) + np.abs(_along(case, beta))
+    if case.adjusted:
+        size = size + np.abs(data.s) * (1 + weight) + np.abs(data.t) * (1 + weight)
+    half = partial(tolerances.output_rounding, case.dtype)
+    dy = np.nan_to_num(np.abs(data.dy)) * data.real
+    if case.adjusted and case.mode == "train":
+        dy = dy * (1.0 + np.abs(data.s))
+    largest = dy.max(initial=0.0)
+    rows = tuple(a for a in range(len(case.shape)) if a not in case.axes)
+    z = np.nan_to_num(np.abs(size / np.maximum(weight, 0.1)))
+    renormed = 1.0 if case.renorm is None else 4.0  # r, of the size of stddev ratios
+    dx = tol * renormed * _along(case, rstd * gamma) * largest * (1.0 + z)
+    mean = tol * std + 4 * tolerances.HALF_ULP["float32"] * np.abs(data.state.mean)
+    mean = mean + 4 * tolerances.HALF_ULP["float32"] * np.abs(expected.state.mean)
+    if tol <= tolerances.FLOAT64:  # state is float64 there
+        mean = tol * (std + np.abs(data.state.mean) + np.abs(expected.state.mean))
+    relative = {
+        f: None if v is None else 2 * tol * (np.abs(v) + np.abs(getattr(data.state, f)))
+        for f, v in expected.state._asdict().items()
+    }
+    renorm_mean = None if case.renorm is None else mean
+    return Result(
+        tol * size + half(expected.y),
+        dx + half(expected.dx),
+        tol * renormed * (dy * z).sum(axis=rows) + tol * largest,
+        tol * dy.sum(axis=rows) + tol * largest,
+        expected.state._replace(**relative)._replace(mean=mean, batches=0, renorm_mean=renorm_mean),
+        None if expected.dresidual is None else half(expected.dresidual),
+    )
+
+
+def _scales(case: Case, data: Data) -> tuple[np.ndarray, ...]:
+    """|gamma|, |beta|, the largest rstd in play and the standard deviation, per channel."""
+    rows = tuple(a for a in range(len(case.shape)) if a not in case.axes)
+    gamma = np.ones(case.channels) if data.gamma is None else np.abs(data.gamma)
+    beta = np.zeros(case.channels) if data.beta is None else np.abs(data.beta)
+    x = np.where(data.real, data.x, np.nan)
+    count = np.maximum(data.real.sum(axis=rows), 1)
+    mean = np.nansum(x, axis=rows) / count
+    std = np.sqrt(np.nansum((x - _along(case, mean)) ** 2, axis=rows) / count)
+    own = 1 / np.sqrt(std**2 + case.eps) if case.ghost is None else case.eps**-0.5
+    kept = 1 / np.sqrt(data.state.var + case.eps)
+    return gamma, beta, own if case.mode == "train" else kept, std
+
+
+def _along(case: Case, per_channel: np.ndarray) -> np.ndarray:
+    shape = [n if a in case.axes else 1 for a, n in enumerate(case.shape)]
+    return np.reshape(per_channel, shape)
+
+
+def _compare(name: str, found: object, expected: object, bound: object) -> None:
+    assert (found is None) == (expected is None), name
+    if expected is None:
+        return
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape, name
+    bound = np.broadcast_to(np.asarray(bound, float), expected.shape)
+    same = np.isnan(found) & np.isnan(expected)
+    with np.errstate(invalid="ignore"):
+        off = ~same & ~(np.abs(found - expected) <= bound)
+        worst = np.nanmax(np.abs(found - expected) / np.maximum(bound, 1e-300), initial=0.0)
+    assert not off.any(), (
+        f"{name}: {off.sum()} of {off.size} off by up to {worst:.3g} times the bound; first at "
+        f"{tuple(np.argwhere(off)[0])}: {found[off][0]!r}, expected {expected[off][0]!r}"
+    )
