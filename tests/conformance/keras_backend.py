@@ -14,12 +14,15 @@ Found = tuple[Any, Any, list[Any]]
 
 def tensor(a: Any, dtype: str) -> Any:
     """An array on the backend, in exactly that type."""
-    return keras.ops.cast(keras.ops.convert_to_tensor(a, dtype="float64"), dtype)
+    wide = "float64" if dtype == "float64" else "float32"
+    return keras.ops.cast(keras.ops.convert_to_tensor(np.asarray(a).astype(wide)), dtype)
 
 
 def numpy(a: Any) -> np.ndarray:
     """A float64 array."""
-    return np.asarray(keras.ops.convert_to_numpy(keras.ops.cast(a, "float64")))
+    if keras.backend.standardize_dtype(a.dtype) == "bfloat16":
+        a = keras.ops.cast(a, "float32")
+    return np.asarray(keras.ops.convert_to_numpy(a)).astype(np.float64)
 
 
 def differentiate(
@@ -106,7 +109,11 @@ _DIFFERENTIATE = {"tensorflow": _tensorflow, "torch": _torch, "jax": _jax}
 
 def has_float64() -> bool:
     """Whether float64 stays float64."""
-    return keras.backend.standardize_dtype(tensor([0.0], "float64").dtype) == "float64"
+    if NAME != "jax":
+        return True
+    import jax
+
+    return bool(jax.config.jax_enable_x64)
 
 
 def trace(function: Callable[..., Any]) -> Callable[..., Any]:

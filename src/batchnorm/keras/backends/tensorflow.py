@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
@@ -20,6 +21,7 @@ from batchnorm.keras.backends.tensorflow_arrays import (
     fit_mask,
     make_gather,
     needs_mask,
+    place_given,
     sizes_of,
 )
 from batchnorm.keras.call import Call
@@ -125,28 +127,55 @@ def _by_running(
         y = forward_running(inputs, statistics, layout, call.options, owner=call.owner, xp=XP)
         return tf.cast(y, x.dtype)
 
-    if mask is None:
+    one_pass = call.fused is not False and _serves_one_pass(x, call)
+    if mask is None and not one_pass:
         return evaluate(x, gamma, beta)
-    real = tf.cast(mask, tf.bool)  # it matters to gradients only (S8)
+    real = None if mask is None else tf.cast(mask, tf.bool)  # matters to gradients only (S8)
     given = [a for a in (x, gamma, beta) if a is not None]
+    place = partial(place_given, scaled=gamma is not None, centred=beta is not None)
 
     @tf.custom_gradient
-    def masked(*given: tf.Tensor) -> Any:
+    def forward(*given: tf.Tensor) -> Any:
         def gradient(dy: tf.Tensor) -> Any:
             with tf.GradientTape() as tape:
                 tape.watch(given)
-                y = evaluate(*_place(given, gamma, beta), real)
+                y = evaluate(*place(given), real)
             return tape.gradient(y, given, dy)
 
-        return evaluate(*_place(given, gamma, beta)), gradient
+        if one_pass:
+            return _evaluate_in_one_pass(*place(given), running, call), gradient
+        return evaluate(*place(given)), gradient
 
-    return masked(*given)
+    return forward(*given)
 
 
-def _place(given: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
-    """x, gamma and beta out of those that there are."""
-    rest = iter(given)
-    return next(rest), None if gamma is None else next(rest), None if beta is None else next(rest)
+def _serves_one_pass(x: tf.Tensor, call: Call) -> bool:
+    """Whether TensorFlow's own fused operation, given the statistics, computes the same."""
+    return (
+        x.dtype in (tf.float32, tf.float16, tf.bfloat16)
+        and call.axes == (x.shape.rank - 1,)
+        and x.shape[-1] > 0
+        and not kernels.find_accelerator()
+    )
+
+
+def _evaluate_in_one_pass(
+    x: tf.Tensor, gamma: Any, beta: Any, running: Running, call: Call
+) -> tf.Tensor:
+    """(x - mean)·scale + offset over the last axis, in one pass over x."""
+    channels = x.shape[-1]
+    mean, var = (tf.cast(a, tf.float32) for a in running[:2])
+    scale = 1.0 / tf.sqrt(var + call.options.eps)
+    found = tf.raw_ops.FusedBatchNormV3(
+        x=tf.reshape(x, (1, 1, -1, channels)),
+        scale=scale if gamma is None else scale * tf.cast(gamma, tf.float32),
+        offset=tf.zeros(channels) if beta is None else tf.cast(beta, tf.float32),
+        mean=mean,
+        variance=tf.ones(channels),  # `scale` has divided already
+        epsilon=0.0,
+        is_training=False,
+    )
+    return tf.reshape(found.y, sizes_of(x))
 
 
 def _working_type(x: tf.Tensor) -> tf.DType:

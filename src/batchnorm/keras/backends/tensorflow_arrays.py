@@ -165,3 +165,9 @@ def check_divisible(owner: str, x: tf.Tensor, virtual_batch_size: int | None) ->
     check = tf.debugging.Assert(fine, [f"{rule} in training; got a batch of", samples, remedy])
     with tf.control_dependencies([check]):
         return tf.identity(x)
+
+
+def place_given(given: Sequence[Any], *, scaled: bool, centred: bool) -> tuple[Any, Any, Any]:
+    """x, gamma and beta out of those that there are; None for the others."""
+    rest = iter(given)
+    return next(rest), next(rest) if scaled else None, next(rest) if centred else None

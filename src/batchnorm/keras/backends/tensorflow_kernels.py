@@ -19,6 +19,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
+from batchnorm.keras.backends.tensorflow_arrays import place_given
 from batchnorm.keras.call import Call
 from batchnorm.kernels import cpu
 from batchnorm.kernels.select import extension_status, select_kernel
@@ -49,12 +50,17 @@ def refuse(x: tf.Tensor, mask: tf.Tensor | None, call: Call) -> str | None:
         return reason
     if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         return "XLA cannot call it (jit_compile=True)"
-    devices = [d.device_type for d in tf.config.list_logical_devices() if d.device_type != "CPU"]
-    if devices:
-        return f"there is none for device {devices[0]}"
+    if accelerator := find_accelerator():
+        return f"there is none for device {accelerator}"
     per_channel = mask is not None and any(mask.shape[a] != 1 for a in call.axes)
     choice = select_kernel("cpu", x.dtype.name, adjusted=False, per_channel_mask=per_channel)
     return None if choice.kernel else choice.reason
+
+
+def find_accelerator() -> str | None:
+    """The type of a device beside the CPU, on which TensorFlow may place a tensor."""
+    kinds = (device.device_type for device in tf.config.list_logical_devices())
+    return next((kind for kind in kinds if kind != "CPU"), None)
 
 
 def step(
@@ -123,7 +129,7 @@ def step(
                 outer.watch([dy, *given])
                 with tf.GradientTape() as inner:
                     inner.watch(given)
-                    y = plain(*_place(given, gamma, beta))
+                    y = plain(*place_given(given, scaled=passes.scaled, centred=passes.centred))
                 first = inner.gradient(y, given, dy)
             second = outer.gradient(first, [dy, *given], cotangents)
             return second[0], None, *second[1:]
@@ -133,12 +139,6 @@ def step(
     y, _, *moved = forward(*given)
     values = iter(moved)
     return y, Running(*(None if a is None else next(values) for a in running))
-
-
-def _place(given: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
-    """x, gamma and beta out of those that there are."""
-    rest = iter(given)
-    return next(rest), None if gamma is None else next(rest), None if beta is None else next(rest)
 
 
 class _Passes(NamedTuple):
