@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+FRAMEWORK ?= torch
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 FUZZ ?= 250
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
@@ -11,7 +12,7 @@ NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
-	$(BIN)/batchnorm demo
+	$(BIN)/batchnorm demo --framework $(FRAMEWORK)
 
 test: $(VENV)/.installed
 	$(BIN)/python tests/run.py -n $(WORKERS) --dist worksteal
@@ -29,6 +30,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run_jax.py
 
 # The packages, and that they install and run where there is no compiler.
 dist: $(VENV)/.installed

@@ -9,29 +9,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from batchnorm.kernels import cpu
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(threads: int) -> dict[str, Any]:
     """Processor, cores, instruction set, huge pages, threads."""
     return {
         "processor": _processor(),
         "architecture": platform.machine(),
         "system": platform.system(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "instructions": cpu.instructions(),
         "transparent huge pages": _huge_pages(),
     }
 
 
-def describe_versions() -> dict[str, str]:
+def describe_versions(*names: str) -> dict[str, str]:
     """Of everything whose speed enters."""
-    packages = {name: version(name) for name in ("batchnorm", "torch", "numpy")}
+    packages = {name: version(name) for name in ("batchnorm", "numpy", *names)}
     return {"python": platform.python_version()} | packages
 
 

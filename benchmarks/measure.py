@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +14,9 @@ import batchnorm
 from batchnorm.torch import BatchNorm
 from cases import OFFSETS, Case, count_bytes
 from problem import Expected, Problem, check_solution, make_problem, solve
+from timing import summarize, take_turns
 from variants import Variant, make_default_variants, make_unmasked, make_variants
 
-_BLOCK = 0.02  # seconds; shorter steps are repeated, or the clock would be what is measured
 _ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8}  # of y and dx to their type, relative
 _OURS, _THEIRS = 5e-6, 1e-3  # torch sums 262144 rows of mean 0 to 6e-5
 
@@ -49,11 +47,11 @@ def measure(
         variants[name] = variant
     del expected
     gc.collect()
-    times = _take_turns({name: v.step for name, v in variants.items()}, seconds, least)
+    times = take_turns({name: v.step for name, v in variants.items()}, seconds, least)
     size = count_bytes(case, problem.mask)
     return _describe(case, size) | {
         "variants": {
-            name + suffix: _summarize(seen, _bytes_of(name, case, size))
+            name + suffix: summarize(seen, _bytes_of(name, case, size))
             | {"error": float(f"{errors[name]:.1e}")}
             for name, seen in times.items()
         }
@@ -141,58 +139,3 @@ def _error(found: Tensor, expected: Tensor, inert: Tensor | None) -> float:
             return math.nan
         worst = max(worst, largest)
     return worst
-
-
-def _take_turns(
-    steps: dict[str, Callable[[], Tensor]], seconds: float, least: int
-) -> dict[str, list[float]]:
-    """Seconds a call, one figure for each round; every round starts with another variant."""
-    calls = {name: _warm_up(step) for name, step in steps.items()}
-    start = time.perf_counter()
-    for name, step in steps.items():
-        _time(step, calls[name])
-    rounds = max(least, min(200, int(seconds / (time.perf_counter() - start))))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    gc.collect()
-    gc.disable()
-    try:
-        for turn in range(rounds):
-            first = turn % len(names)
-            for name in (*names[first:], *names[:first]):
-                times[name].append(_time(steps[name], calls[name]))
-    finally:
-        gc.enable()
-    return times
-
-
-def _warm_up(step: Callable[[], Tensor]) -> int:
-    """Run the step until it is warm; how often it fits into a block."""
-    fastest, start = math.inf, time.perf_counter()
-    for _ in range(1000):
-        fastest = min(fastest, _time(step, 1))
-        if time.perf_counter() - start > 2 * _BLOCK:
-            break
-    step()
-    return max(1, round(_BLOCK / fastest))
-
-
-def _time(step: Callable[[], Tensor], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    return (time.perf_counter() - start) / calls
-
-
-def _summarize(seen: list[float], size: int) -> dict[str, Any]:
-    low, median, high = statistics.quantiles(seen, n=4, method="inclusive")
-    return {
-        "ms": _round(1e3 * median),
-        "quartiles": [_round(1e3 * low), _round(1e3 * high)],
-        "GB/s": _round(size / median / 1e9, 3),
-        "rounds": len(seen),
-    }
-
-
-def _round(value: float, digits: int = 4) -> float:
-    return float(f"{value:.{digits}g}")

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from cases import Case, select_cases
@@ -79,8 +80,8 @@ def _record(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
     start = time.perf_counter()
     record: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
-        "machine": describe_machine(),
-        "versions": describe_versions(),
+        "machine": describe_machine(torch.get_num_threads()),
+        "versions": describe_versions("torch"),
         "cases": _measure_all(cases, options.quick, huge=False),
     }
     for name, case in _measure_with_huge_pages(options).items():

@@ -299,6 +299,41 @@ Index rows_together(const Step& s) {
     return rows_per_line(width);
 }
 
+constexpr Index kLinesAhead = 16;  // of a row; hardware follows longer stretches by itself
+
+template <class T>
+void fetch_row(const Step& s, const Source<T>& from, Index o, Index offset, Index n) {
+    const Index step = Index(64 / sizeof(T)), end = n < kLinesAhead * step ? n : kLinesAhead * step;
+    for (Index i = 0; i < end; i += step) {
+        __builtin_prefetch(element<const T>(from.g, o, offset + i));
+        __builtin_prefetch(element<const T>(s.x, o, offset + i));
+    }
+}
+
+// Rows [o, o + n) one by one. Left out rows break the streams that hardware follows, so that the
+// real ones of the next few are fetched ahead.
+template <class T>
+void apply_masked_rows(const Step& s, const Source<T>& from, Index o, Index n, Index offset,
+                       Index width, const Coefficients<Compute<T>>& k) {
+    constexpr Index kAhead = 8;
+    unsigned char keep[2][kAhead];
+    read_rows(s.mask, o, n < kAhead ? n : kAhead, keep[0]);
+    for (Index r = 0; r < n; r += kAhead) {
+        const unsigned char* now = keep[r / kAhead % 2];
+        unsigned char* next = keep[(r / kAhead + 1) % 2];
+        const Index left = n - r - kAhead, ahead = left < 0 ? 0 : left < kAhead ? left : kAhead;
+        read_rows(s.mask, o + r + kAhead, ahead, next);
+        for (Index i = 0; i < kAhead && r + i < n; ++i) {
+            if (i < ahead && next[i]) fetch_row<T>(s, from, o + r + kAhead + i, offset, width);
+            if (now[i]) {
+                apply_row<T>(s, from, o + r + i, offset, width, k);
+            } else {
+                apply_padded_row<T>(s, o + r + i, offset, width);
+            }
+        }
+    }
+}
+
 template <class T>
 void apply_rows(const Step& s, const Block& b, const double* sums) {
     const Index span = s.layout.inner, width = b.channels * span, first = b.channel * span;
@@ -307,6 +342,10 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
                                               s.options.batch ? sums : nullptr);
     const Source<T> from(s);
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
+        if (s.mask && joined == 1) {
+            apply_masked_rows<T>(s, from, o, n, first, width, lanes.from());
+            return true;
+        }
         unsigned char keep[kTile];
         for (Index r = 0; r < n; r += joined) {
             const Index m = n - r < joined ? n - r : joined;

@@ -20,6 +20,7 @@ ALLOWED = {
     "core": set(),
     "kernels": {"core"},
     "torch": {"core", "kernels", "torch"},
+    "jax": {"core", "kernels", "jax", "flax", "numpy"},
 }
 
 
@@ -53,6 +54,13 @@ def test_torch_front_end_imports_no_other_framework() -> None:
     assert not loaded & {"jax", "flax", "keras", "tensorflow", "rich", "typer", "matplotlib"}
 
 
+def test_jax_front_end_imports_flax_for_its_layer_only() -> None:
+    loaded = loaded_after("import batchnorm.jax")
+    assert "jax" in loaded
+    assert not loaded & {"flax", "torch", "keras", "tensorflow", "rich", "typer", "matplotlib"}
+    assert "flax" in loaded_after("from batchnorm.jax import BatchNorm")
+
+
 @pytest.mark.parametrize("part", ALLOWED)
 def test_source_imports_only_what_its_part_may(part: str) -> None:
     for path in (ROOT / part).rglob("*.py"):
@@ -80,10 +88,19 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
-def test_missing_torch_says_which_extra_to_install() -> None:
-    code = "import sys; sys.modules['torch'] = None\nimport batchnorm.torch"
+@pytest.mark.parametrize(
+    ("missing", "statement"),
+    [
+        ("torch", "import batchnorm.torch"),
+        ("jax", "import batchnorm.jax"),
+        ("flax", "from batchnorm.jax import BatchNorm"),
+    ],
+)
+def test_missing_framework_says_which_extra_to_install(missing: str, statement: str) -> None:
+    extra = "torch" if missing == "torch" else "jax"
+    code = f"import sys; sys.modules[{missing!r}] = None\n{statement}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install 'batchnorm[torch]'" in done.stderr
+    assert f"pip install 'batchnorm[{extra}]'" in done.stderr
 
 
 def test_show_config_reports_versions_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:

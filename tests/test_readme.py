@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+@pytest.mark.parametrize(("number", "shape"), [(0, (8, 64, 100)), (1, (8, 100, 64))])
+def test_example_runs(number: int, shape: tuple[int, ...]) -> None:
+    example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[number]
     names: dict[str, object] = {}
     exec(example, names)
-    assert names["y"].shape == (8, 64, 100)  # type: ignore[attr-defined]
+    assert names["y"].shape == shape  # type: ignore[attr-defined]
 
 
 def test_commands_are_targets_of_the_makefile() -> None:

@@ -47,6 +47,9 @@ def config() -> None:
 
 @app.command()
 def demo(
+    framework: Annotated[
+        str, typer.Option(help="torch or jax: whose batch norm this one is compared with.")
+    ] = "torch",
     seeds: Annotated[int, typer.Option(min=1, help="Pairs of networks to train.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 20,
     out: Annotated[Path, typer.Option(help="Where the picture goes, a .png.")] = Path("demo.png"),
@@ -54,15 +57,21 @@ def demo(
         bool, typer.Option("--quick", help="One seed, two epochs, less data.")
     ] = False,
 ) -> None:
-    """Train two networks on padded batches of real data: torch's batch norm, and this one."""
+    """Train two networks on padded batches of real data: the framework's norm, and this one."""
     try:
         from rich.console import Console
         from rich.progress import Progress
 
         from batchnorm.demo import experiment, report
+
+        if framework not in experiment.FRAMEWORKS:
+            names = " or ".join(experiment.FRAMEWORKS)
+            raise _failure(f"--framework must be {names}; got {framework}")
+        chosen = experiment.load_framework(framework)
     except ImportError as error:
         missing = (error.name or str(error)).partition(".")[0]
-        raise _failure(f"the demo needs {missing}; install it with: {_INSTALL}") from error
+        install = _INSTALL.replace("torch", "jax") if framework == "jax" else _INSTALL
+        raise _failure(f"the demo needs {missing}; install it with: {install}") from error
     _check_writable(out)
     if quick:
         seeds, epochs = 1, 2
@@ -70,7 +79,7 @@ def demo(
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=seeds * epochs)
         results = experiment.run(
-            seeds, epochs, lambda: progress.advance(task), limit=320 if quick else None
+            chosen, seeds, epochs, lambda: progress.advance(task), limit=320 if quick else None
         )
     report.draw(results, out)
     console.print(report.make_table(results))

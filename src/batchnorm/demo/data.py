@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from sklearn.datasets import load_digits
-from torch import Tensor
 
 FEATURES = 3
 CLASSES = 10
@@ -18,16 +16,16 @@ _TEST_SIZE = 497
 class Sample(NamedTuple):
     """One digit: its ink points (x, y, intensity), each about -1 to 1, and its class."""
 
-    points: Tensor  # (n, 3) float32
+    points: np.ndarray  # (n, 3) float32
     label: int
 
 
 class Batch(NamedTuple):
     """Digits padded with zeros to one length."""
 
-    points: Tensor  # (N, L, 3)
-    mask: Tensor  # (N, L), True at ink points
-    labels: Tensor  # (N,)
+    points: np.ndarray  # (N, L, 3) float32
+    mask: np.ndarray  # (N, L), True at ink points
+    labels: np.ndarray  # (N,)
 
 
 def load_samples() -> tuple[list[Sample], list[Sample]]:
@@ -42,18 +40,20 @@ def load_samples() -> tuple[list[Sample], list[Sample]]:
     return shuffled[_TEST_SIZE:], shuffled[:_TEST_SIZE]
 
 
-def pad(samples: list[Sample], extra: int = 0) -> Batch:
-    """A batch as long as its longest sample and `extra` points more."""
-    lengths = torch.tensor([len(s.points) for s in samples])
-    longest = int(lengths.max()) + extra
-    points = torch.zeros(len(samples), longest, FEATURES)
+def pad(samples: list[Sample], extra: int = 0, multiple: int = 1) -> Batch:
+    """A batch as long as its longest sample and `extra` points more, rounded up to a multiple."""
+    lengths = np.array([len(s.points) for s in samples])
+    longest = -(-(int(lengths.max()) + extra) // multiple) * multiple
+    points = np.zeros((len(samples), longest, FEATURES), np.float32)
     for row, sample in zip(points, samples, strict=True):
         row[: len(sample.points)] = sample.points
-    mask = torch.arange(longest) < lengths[:, None]
-    return Batch(points, mask, torch.tensor([s.label for s in samples]))
+    mask = np.arange(longest) < lengths[:, None]
+    return Batch(points, mask, np.array([s.label for s in samples]))
 
 
-def batches(samples: list[Sample], size: int, seed: int, most_extra: int) -> Iterator[Batch]:
+def batches(
+    samples: list[Sample], size: int, seed: int, most_extra: int, multiple: int = 1
+) -> Iterator[Batch]:
     """Shuffled batches whose padding varies.
 
     In a long-tailed data set the longest sample of a batch sets its length. Digits are all of
@@ -63,10 +63,10 @@ def batches(samples: list[Sample], size: int, seed: int, most_extra: int) -> Ite
     order = rng.permutation(len(samples))
     for start in range(0, len(order) - size + 1, size):
         chosen = [samples[i] for i in order[start : start + size]]
-        yield pad(chosen, int(rng.integers(0, most_extra + 1)))
+        yield pad(chosen, int(rng.integers(0, most_extra + 1)), multiple)
 
 
-def _points(image: np.ndarray) -> Tensor:
+def _points(image: np.ndarray) -> np.ndarray:
     rows, columns = np.nonzero(image)
     values = [columns / 3.5 - 1.0, rows / 3.5 - 1.0, image[rows, columns] / 8.0 - 1.0]
-    return torch.tensor(np.stack(values, axis=1), dtype=torch.float32)
+    return np.stack(values, axis=1).astype(np.float32)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
 from batchnorm.demo import data
-from batchnorm.demo.models import NORMS, PointNetwork
+from batchnorm.demo.network import Framework, Network
 
 BATCH_SIZE = 64
 MOST_EXTRA = 96
@@ -30,12 +29,27 @@ class Measured:
     seconds: list[float] = field(default_factory=list)  # of training, the median epoch
 
 
+FRAMEWORKS = ("torch", "jax")
+
+
+def load_framework(name: str) -> Framework:
+    """One of `FRAMEWORKS`; imports it."""
+    found: Framework = import_module(f"batchnorm.demo.{name}_network").FRAMEWORK
+    return found
+
+
 def run(
-    seeds: int, epochs: int, advance: Callable[[], None], *, limit: int | None = None
+    framework: Framework,
+    seeds: int,
+    epochs: int,
+    advance: Callable[[], None],
+    *,
+    limit: int | None = None,
 ) -> dict[str, Measured]:
     """Train and measure both kinds of network.
 
     Args:
+        framework: whose.
         seeds: how many pairs of networks.
         epochs: passes over the training digits.
         advance: called after each epoch of a pair.
@@ -43,21 +57,25 @@ def run(
     """
     training, testing = data.load_samples()
     training = training[:limit]
-    results = {name: Measured() for name in NORMS}
+    results = {name: Measured() for name in framework.names}
     for seed in range(seeds):
-        models = _pair(seed)
-        _train_pair(models, training, testing, seed, epochs, results, advance)
-        for name, model in models.items():
-            mean_error, var_error = _statistics_error(model, training, seed)
+        networks = dict(zip(framework.names, framework.make_pair(seed), strict=True))
+
+        def batches(number: int) -> Iterator[data.Batch]:
+            return data.batches(training, BATCH_SIZE, number, MOST_EXTRA, framework.multiple)
+
+        _train_pair(networks, batches, testing, seed, epochs, results, advance)
+        for name, network in networks.items():
+            mean_error, var_error = _statistics_error(network, training, batches(seed))
             results[name].mean_error.append(mean_error)
             results[name].var_error.append(var_error)
-            results[name].moved.append(_moved(model, testing[:32]))
+            results[name].moved.append(_moved(network, testing[:32]))
     return results
 
 
 def _train_pair(
-    models: dict[str, PointNetwork],
-    training: list[data.Sample],
+    networks: dict[str, Network],
+    batches: Callable[[int], Iterator[data.Batch]],
     testing: list[data.Sample],
     seed: int,
     epochs: int,
@@ -65,83 +83,46 @@ def _train_pair(
     advance: Callable[[], None],
 ) -> None:
     """Epoch by epoch in turn, so that both meet the same load on the machine."""
-    optimizers = {n: torch.optim.Adam(m.parameters(), lr=3e-3) for n, m in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    everything = data.pad(testing)
     for result in results.values():
         result.accuracy.append([])
     for epoch in range(epochs):
-        for name, model in models.items():
+        for name, network in networks.items():
             start = time.perf_counter()
-            _train(model, optimizers[name], training, seed=1000 * seed + epoch)
+            for batch in batches(1000 * seed + epoch):
+                network.train(batch)
             seconds[name].append(time.perf_counter() - start)
-            results[name].accuracy[-1].append(_accuracy(model, testing))
+            right = network.logits(everything, training=False).argmax(axis=1) == everything.labels
+            results[name].accuracy[-1].append(float(right.mean()))
         advance()
     for name, times in seconds.items():
         results[name].seconds.append(statistics.median(times))
 
 
-def _pair(seed: int) -> dict[str, PointNetwork]:
-    """One network of each kind, with the same initial weights."""
-    torch.manual_seed(seed)
-    models = {name: PointNetwork(norm) for name, norm in NORMS.items()}
-    first = next(iter(models.values()))
-    for model in models.values():
-        model.load_state_dict(first.state_dict())
-    return models
-
-
-def _train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, samples: list[data.Sample], seed: int
-) -> None:
-    model.train()
-    for batch in data.batches(samples, BATCH_SIZE, seed, MOST_EXTRA):
-        optimizer.zero_grad()
-        logits = model(batch.points, batch.mask)
-        nn.functional.cross_entropy(logits, batch.labels).backward()
-        optimizer.step()
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, samples: list[data.Sample]) -> float:
-    model.eval()
-    batch = data.pad(samples)
-    found = model(batch.points, batch.mask).argmax(dim=1)
-    return (found == batch.labels).double().mean().item()
-
-
-@torch.no_grad()
 def _statistics_error(
-    model: PointNetwork, samples: list[data.Sample], seed: int
+    network: Network, samples: list[data.Sample], batches: Iterator[data.Batch]
 ) -> tuple[float, float]:
     """How far the first norm's statistics are from those of the real points.
 
-    With the weights held still, so that there is a truth: the statistics start anew and average
-    over one pass of padded batches (momentum=None); the truth is taken over every real point of
-    the training set, in float64.
+    With the weights held still, so that there is a truth: the statistics of padded batches are
+    averaged over one pass; the truth is taken over every real point of the training set, in
+    float64.
     """
-    norm: Any = model.norm1
-    norm.reset_running_stats()
-    norm.momentum = None
-    model.train()
-    for batch in data.batches(samples, BATCH_SIZE, seed, MOST_EXTRA):
-        model(batch.points, batch.mask)
-    norm.momentum = 0.1
-    points = torch.cat([s.points for s in samples]).double()
-    x = points @ model.first.weight.double().T + model.first.bias.double()
-    mean, var = x.mean(dim=0), x.var(dim=0)
-    mean_error = ((norm.running_mean - mean).abs() / var.sqrt()).max()
-    var_error = ((norm.running_var - var).abs() / var).max()
-    return mean_error.item(), var_error.item()
+    found = [network.batch_statistics(batch) for batch in batches]
+    found_mean, found_var = (np.mean(a, axis=0) for a in zip(*found, strict=True))
+    weight, bias = (a.astype(np.float64) for a in network.first_layer())
+    x = np.concatenate([s.points for s in samples]).astype(np.float64) @ weight + bias
+    mean, var = x.mean(axis=0), x.var(axis=0)
+    mean_error = np.abs(found_mean - mean) / np.sqrt(var)
+    return float(mean_error.max()), float((np.abs(found_var - var) / var).max())
 
 
-@torch.no_grad()
-def _moved(model: nn.Module, samples: list[data.Sample]) -> list[float]:
+def _moved(network: Network, samples: list[data.Sample]) -> list[float]:
     """Largest change of one sample's training-mode logits as padding is added to its batch."""
-    model.train()
 
-    def logits(extra: int) -> Tensor:
-        batch = data.pad(samples, extra)
-        return model(batch.points, batch.mask)[0]
+    def logits(extra: int) -> np.ndarray:
+        return network.logits(data.pad(samples, extra), training=True)[0]
 
     still = logits(0)
-    return [(logits(extra) - still).abs().max().item() for extra in EXTRAS]
+    return [float(np.abs(logits(extra) - still).max()) for extra in EXTRAS]

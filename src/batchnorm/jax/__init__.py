@@ -9,6 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from batchnorm.core.moments import Moments
+
+try:
+    import jax  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "batchnorm.jax needs JAX; install it with: pip install 'batchnorm[jax]'"
+    ) from error
+
 from batchnorm.jax.functional import (
     RenormStatistics,
     RunningStatistics,
@@ -45,6 +53,6 @@ def __getattr__(name: str) -> Any:
             raise
         raise ImportError(
             f"batchnorm.jax.{name} is a flax module; install it with "
-            "`pip install batchnorm[jax]`. The functions need jax only."
+            "pip install 'batchnorm[jax]'. The functions need jax only."
         ) from error
     return getattr(layers, name)

@@ -126,7 +126,9 @@ class BatchNorm(nnx.Module):
         self.use_bias = config.check_flag(owner, "use_bias", use_bias)
         self.use_scale = config.check_flag(owner, "use_scale", use_scale)
         self.bias_init, self.scale_init = bias_init, scale_init
-        self.bias_metadata, self.scale_metadata = dict(bias_metadata), dict(scale_metadata)
+        # Static attributes must be hashable.
+        self.bias_metadata = tuple(bias_metadata.items())
+        self.scale_metadata = tuple(scale_metadata.items())
         self.axis_name, self.axis_index_groups = axis_name, _frozen_groups(axis_index_groups)
         self.virtual_batch_size = config.check_virtual_batch_size(owner, virtual_batch_size)
         weight = config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0)
@@ -174,10 +176,10 @@ class BatchNorm(nnx.Module):
         self.scale = self.bias = nnx.data(None)
         if self.use_scale:
             value = self.scale_init(keys(), shape, self.param_dtype)
-            self.scale = nnx.Param(value, **self.scale_metadata)
+            self.scale = nnx.Param(value, **dict(self.scale_metadata))
         if self.use_bias:
             value = self.bias_init(keys(), shape, self.param_dtype)
-            self.bias = nnx.Param(value, **self.bias_metadata)
+            self.bias = nnx.Param(value, **dict(self.bias_metadata))
         self.momentum = Momentum(jnp.asarray(self._momentum, jnp.float32))
         if self.renorm is not None:
             self.stddev = nnx.BatchStat(jnp.ones(shape, wide))
