@@ -170,7 +170,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 f"with axis={self._plain_axis()!r}. Give the input a static size there."
             )
         check_ghost_axes(owner, self.virtual_batch_size, axes, self._plain_axis())
-        self._channel_axes, self._channels = axes, tuple(shape[a] for a in axes)
+        self._channel_axes = axes
+        self._channels = tuple(n for n in (shape[a] for a in axes) if n is not None)
         self._check_kernel(rank=len(shape))
         kept = self._weight_shape(len(shape))
         for name, wanted in (("gamma", self.scale), ("beta", self.center)):
@@ -258,7 +259,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         super().set_weights(fit_weights(self, weights))
 
     def _start_statistics(self) -> None:
-        self.moving_mean = self.moving_variance = None
+        self.moving_mean: Any = None
+        self.moving_variance: Any = None
 
     def _make_statistics(self, shape: tuple[int, ...]) -> None:
         """Add the weights that training moves."""

@@ -97,12 +97,12 @@ class MaskedBatchNormalization(BatchNormalization):
         super().build(input_shape)
 
     @property
-    def moving_mean(self) -> Row | None:
+    def moving_mean(self) -> Any:
         """The moving mean, row 0 of `moving_stats`; assigning to it writes through."""
         return None if self.moving_stats is None else Row(self.moving_stats, 0, "moving_mean")
 
     @property
-    def moving_variance(self) -> Row | None:
+    def moving_variance(self) -> Any:
         """The moving variance, row 1 of `moving_stats`; assigning to it writes through."""
         return None if self.moving_stats is None else Row(self.moving_stats, 1, "moving_variance")
 
@@ -118,7 +118,7 @@ class MaskedBatchNormalization(BatchNormalization):
         return config
 
     def _start_statistics(self) -> None:
-        self.moving_stats = None
+        self.moving_stats: Any = None
 
     def _make_statistics(self, shape: tuple[int, ...]) -> None:
         initializer = stack_rows(self.moving_mean_initializer, self.moving_variance_initializer)

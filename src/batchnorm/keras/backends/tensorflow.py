@@ -80,7 +80,7 @@ def _plain_step(
     def step(x: Any, gamma: Any, beta: Any) -> tuple[tf.Tensor, Running]:
         work = _working_type(x)
         layout = DynamicLayout.of(x, call.axes, call.options.virtual_batch_size)
-        shape = sizes_of(x) if x.shape.is_fully_defined() else tf.shape(x)
+        shape: Any = tuple(x.shape) if x.shape.is_fully_defined() else tf.shape(x)
         s, t = config.call_adjustment(call.owner, call.adjustment, shape)
         real = None if mask is None else tf.cast(mask, tf.bool)
         if needs_mask(layout):
@@ -102,6 +102,7 @@ def _plain_step(
             owner=call.owner,
             xp=XP,
         )
+        assert found.running is not None
         new = Running(
             *(
                 None if old is None else tf.cast(tf.stop_gradient(a), old.dtype)

@@ -45,6 +45,7 @@ def normalize(
     A repeated forward pass (activation checkpointing) is recognized by the tensors it updates, so
     that they are the variables' own wherever Keras lets go of them.
     """
+    _refuse_participants(call)
     training = bool(call.training)
     pure = training and in_stateless_scope()
     if pure:
@@ -64,6 +65,19 @@ def normalize(
         owner=call.owner,
     )
     return y, running if pure else None
+
+
+def _refuse_participants(call: Call) -> None:
+    """Raise rather than take one rank's statistics where all of them were asked for."""
+    if not call.synchronized or not torch.distributed.is_available():
+        return
+    if torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size(call.process_group)
+        if ranks > 1:
+            raise ValueError(
+                f"{call.owner}: synchronized=True does not reach torch.distributed ranks in this "
+                f"version; got {ranks} of them. Use synchronized=False for local statistics."
+            )
 
 
 def _fit_mask(owner: str, mask: Any, x: Tensor, layout: Layout, training: bool) -> Tensor | None:
