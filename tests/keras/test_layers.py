@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -491,3 +492,11 @@ def test_overflowing_batch_does_not_poison_the_statistics() -> None:
     y = array(layer(x, training=True))
     assert np.isnan(y[:, 0]).any()
     np.testing.assert_allclose(array(layer.moving_mean), [0.0, 0.5 * x[:, 1].mean()], rtol=1e-5)
+
+
+def test_example_of_the_readme_runs() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    examples = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(next(e for e in examples if "batchnorm.keras" in e), names)
+    assert names["model"].output_shape == (None, None, 3)
