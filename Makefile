@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/batchnorm demo --framework $(FRAMEWORK)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python tests/run.py -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -68,6 +69,11 @@ class Kept {
 
     nb::ndarray<nb::numpy, double, nb::ndim<1>> count() {
         return view(Statistics::kRows * layout_.statistics(), layout_.groups);
+    }
+
+    // All of it as one array: for an autograd that keeps arrays only.
+    nb::ndarray<nb::numpy, double, nb::ndim<1>> all() {
+        return view(0, Statistics::doubles(layout_));
     }
 
     bool renorm = false;  // whether the step renormalized
@@ -164,6 +170,17 @@ class Plan {
         if (batch && given == nullptr) batchnorm::moments(step);
         batchnorm::normalize(step);
         return own.release();
+    }
+
+    // What a step of this plan kept, from the array that `Kept.all` gave.
+    Kept* restore(Address data, Index size, bool renorm) const {
+        const Index wanted = Statistics::doubles(step_.layout);
+        check(size == wanted, "the size of kept", std::to_string(wanted).c_str(), size);
+        const auto* first = static_cast<const double*>(aligned("kept", data, 8));
+        auto kept = std::make_unique<Kept>(step_.layout);
+        std::copy_n(first, size, kept->statistics().data);
+        kept->renorm = renorm;
+        return kept.release();
     }
 
     void backward(Address dy, Index dy_stride, Address x, Index x_stride, Address y, Index y_stride,
@@ -311,7 +328,10 @@ NB_MODULE(_cpu, m) {
         handlers["batchnorm_backward"] = nb::capsule(kXlaBackward);
         return handlers;
     });
-    nb::class_<Kept>(m, "Kept").def("row", &Kept::row, nb::arg("which")).def("count", &Kept::count);
+    nb::class_<Kept>(m, "Kept")
+        .def("row", &Kept::row, nb::arg("which"))
+        .def("count", &Kept::count)
+        .def("all", &Kept::all);
     nb::class_<Plan>(m, "Plan")
         .def(nb::init<int, Index, Index, Index, Index, Index, int>(), nb::arg("type"),
              nb::arg("outer"), nb::arg("channels"), nb::arg("inner"), nb::arg("groups"),
@@ -328,6 +348,7 @@ NB_MODULE(_cpu, m) {
              nb::arg("renorm").none(), nb::arg("eps"), nb::arg("decay"), nb::arg("batch"),
              nb::arg("update"), nb::arg("unbiased"), nb::arg("threads"),
              nb::arg("kept").none() = nb::none())
+        .def("restore", &Plan::restore, nb::rv_policy::take_ownership)
         .def("backward", &Plan::backward)
         .def("reduce", &Plan::reduce)
         .def("apply", &Plan::apply);

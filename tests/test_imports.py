@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ ALLOWED = {
     "kernels": {"core"},
     "torch": {"core", "kernels", "torch"},
     "jax": {"core", "kernels", "jax", "flax", "numpy"},
+    # Each backend's module imports that backend's functional, and only when Keras runs on it.
+    "keras": {"core", "kernels", "jax", "torch", "keras", "tensorflow", "numpy"},
 }
 
 
@@ -59,6 +62,23 @@ def test_jax_front_end_imports_flax_for_its_layer_only() -> None:
     assert "jax" in loaded
     assert not loaded & {"flax", "torch", "keras", "tensorflow", "rich", "typer", "matplotlib"}
     assert "flax" in loaded_after("from batchnorm.jax import BatchNorm")
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_keras_front_end_imports_its_active_backend_only(backend: str) -> None:
+    code = "import batchnorm.keras, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {name for name in done.stdout.split() if name.startswith("batchnorm.")}
+    others = {"jax", "torch"} - {backend}
+    assert f"batchnorm.keras.backends.{backend}" in loaded
+    assert not {name for name in loaded if name.split(".")[1] in others}
+    assert not loaded & {f"batchnorm.keras.backends.{other}" for other in others}
 
 
 @pytest.mark.parametrize("part", ALLOWED)

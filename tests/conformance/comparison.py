@@ -34,6 +34,8 @@ def check(path: Path, case: Case) -> None:
     for name in ("y", "dx", "dgamma", "dbeta", "dresidual"):
         _compare(name, getattr(found, name), getattr(expected, name), getattr(bounds, name))
     for name, bound in bounds.state._asdict().items():
+        if name == "batches" and found.state.batches is None:
+            continue  # a front end without the cumulative average does not count
         _compare(name, getattr(found.state, name), getattr(expected.state, name), bound)
 
 

@@ -82,7 +82,9 @@ class GatherMerge:
         xp = self._xp
 
         def joined(a: Array) -> Array:
-            return xp.reshape(a, (a.shape[1], a.shape[0] * a.shape[2], *a.shape[3:]))
+            every, one, groups, *rest = a.shape
+            # A graph may learn the number of groups when it runs.
+            return xp.reshape(a, (one, -1 if groups is None else every * groups, *rest))
 
         parts = Parts(*(joined(a) for a in self._gather(Parts.of(average.centred))))
         count, anchor, shift, scale, power = parts

@@ -1,0 +1,14 @@
+"""Batch normalization for Keras 3: layers with masks, on the TensorFlow, JAX and torch backends."""
+
+try:
+    import keras  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"batchnorm.keras needs Keras 3 and its backend, but {error.name or error} is missing; "
+        "install it with: pip install 'batchnorm[keras]', and one of tensorflow, jax and torch"
+    ) from error
+
+from batchnorm.keras.layers import BatchNormalization, SyncBatchNormalization
+from batchnorm.keras.masked import MaskedBatchNormalization
+
+__all__ = ["BatchNormalization", "MaskedBatchNormalization", "SyncBatchNormalization"]

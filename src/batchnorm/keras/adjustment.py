@@ -1,0 +1,26 @@
+"""What an adjustment returns (S13)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def missing_axes(owner: str, name: str, shape: Sequence[Any], x: Sequence[Any]) -> int:
+    """How many axes of size 1 an array of this shape needs in front to have x's rank.
+
+    Sizes may be None where they are unknown.
+
+    Raises:
+        ValueError: the shape does not broadcast against x's.
+    """
+    missing = len(x) - len(shape)
+    sizes = (*(1,) * missing, *shape)
+    if missing < 0 or any(
+        None not in (m, n) and m not in (1, n) for m, n in zip(sizes, x, strict=True)
+    ):
+        raise ValueError(
+            f"{owner}: the adjustment's {name} must broadcast against x of shape {tuple(x)}; got "
+            f"shape {tuple(shape)}."
+        )
+    return missing

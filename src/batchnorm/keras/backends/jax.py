@@ -1,0 +1,87 @@
+"""Normalizing on the JAX backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from batchnorm.core import config
+from batchnorm.core.layout import Layout
+from batchnorm.core.running import Running
+from batchnorm.jax.steps import normalize_batch, normalize_running
+from batchnorm.keras.adjustment import missing_axes
+from batchnorm.keras.call import Call
+from batchnorm.keras.masks import find_axes
+from batchnorm.kernels.select import extension_status
+
+
+def resolve_training(training: Any) -> Any:
+    """A bool where `training` has a value now, rather than when a compiled function runs."""
+    return training if isinstance(training, jax.core.Tracer) else bool(training)
+
+
+def refuse_kernel(call: Call, rank: int | None) -> str | None:
+    """Why no kernel serves calls like this one, as far as options and axes decide it."""
+    status = extension_status()
+    if status.kernel is None:
+        return status.reason
+    if call.adjustment is not None:
+        return "none takes an adjustment"
+    if rank is not None and call.axes[-1] - call.axes[0] != len(call.axes) - 1:
+        return f"channel axes {call.axes} are apart in memory"
+    return None
+
+
+def normalize(
+    x: Array, mask: Any, gamma: Any, beta: Any, running: Running, call: Call
+) -> tuple[Array, Running | None]:
+    """As `batchnorm.keras.functional.Backend` says."""
+    mask = None if mask is None else _fit_mask(call.owner, jnp.asarray(mask), x, call.axes)
+    settings: dict[str, Any] = {
+        "axis": call.axes,
+        "options": call.options,
+        "fused": call.fused,
+        "owner": call.owner,
+    }
+
+    def train() -> tuple[Array, Running]:
+        s, t = config.call_adjustment(call.owner, call.adjustment, tuple(x.shape))
+        found = normalize_batch(
+            x,
+            mask,
+            gamma,
+            beta,
+            running,
+            s=_adjusted(call.owner, "scale", s, x),
+            t=_adjusted(call.owner, "bias", t, x),
+            axis_name=call.axis_name,
+            **settings,
+        )
+        assert found.running is not None
+        return found.y, found.running
+
+    def evaluate() -> tuple[Array, Running]:
+        return normalize_running(x, mask, gamma, beta, running, **settings), running
+
+    if isinstance(call.training, jax.core.Tracer):
+        return jax.lax.cond(call.training.astype(bool), train, evaluate)
+    return train() if call.training else (evaluate()[0], None)
+
+
+def _fit_mask(owner: str, mask: Array, x: Array, axes: tuple[int, ...]) -> Array:
+    """A boolean or integer mask of x's rank (S1); a floating one means != 0."""
+    if jnp.issubdtype(mask.dtype, jnp.floating):
+        mask = mask != 0
+    places = find_axes(owner, tuple(mask.shape), Layout(tuple(x.shape), axes))
+    sizes = dict(zip(places, mask.shape, strict=True))
+    return mask.reshape([sizes.get(a, 1) for a in range(x.ndim)])
+
+
+def _adjusted(owner: str, name: str, a: Any, x: Array) -> Array | None:
+    if a is None:
+        return None
+    array = jnp.asarray(a)
+    return array.reshape((*(1,) * missing_axes(owner, name, array.shape, x.shape), *array.shape))

@@ -1,0 +1,283 @@
+"""The compiled kernels as TensorFlow operations.
+
+They run in Python functions that the graph calls, on the memory of its tensors: a custom
+operation would tie this library to one version of TensorFlow. XLA cannot call Python, nor can a
+saved model, so that graphs for those take the plain path; evaluation always does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from batchnorm.core.config import Options
+from batchnorm.core.layout import Layout, make_layout
+from batchnorm.core.running import Running
+from batchnorm.keras.backends.tensorflow_arrays import place_given
+from batchnorm.keras.call import Call
+from batchnorm.kernels import cpu
+from batchnorm.kernels.select import extension_status, select_kernel
+
+_ALIGNMENT = 64  # bytes; TensorFlow copies arrays that start elsewhere
+
+cpu.warn_if_missing()
+
+
+def refuse_options(call: Call, rank: int | None) -> str | None:
+    """Why no kernel serves calls like this one, as far as options and axes decide it."""
+    status = extension_status()
+    if status.kernel is None:
+        return status.reason
+    if call.adjustment is not None:
+        return "none takes an adjustment"
+    if call.synchronized:
+        return "there is none for synchronized statistics with TensorFlow"
+    if rank is not None and call.axes[-1] - call.axes[0] != len(call.axes) - 1:
+        return f"channel axes {call.axes} are apart in memory"
+    return None
+
+
+def refuse(x: tf.Tensor, mask: tf.Tensor | None, call: Call) -> str | None:
+    """Why no kernel serves this call, or None."""
+    reason = refuse_options(call, x.shape.rank)
+    if reason is not None:
+        return reason
+    if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        return "XLA cannot call it (jit_compile=True)"
+    if accelerator := find_accelerator():
+        return f"there is none for device {accelerator}"
+    per_channel = mask is not None and any(mask.shape[a] != 1 for a in call.axes)
+    choice = select_kernel("cpu", x.dtype.name, adjusted=False, per_channel_mask=per_channel)
+    return None if choice.kernel else choice.reason
+
+
+def find_accelerator() -> str | None:
+    """The type of a device beside the CPU, on which TensorFlow may place a tensor."""
+    kinds = (device.device_type for device in tf.config.list_logical_devices())
+    return next((kind for kind in kinds if kind != "CPU"), None)
+
+
+def step(
+    x: tf.Tensor,
+    mask: tf.Tensor | None,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    running: Running,
+    call: Call,
+    plain: Callable[[Any, Any, Any], tf.Tensor],
+) -> tuple[tf.Tensor, Running]:
+    """A training step by the kernels.
+
+    Args:
+        x: of a type and layout that `refuse` has nothing against.
+        mask: of x's rank, or None.
+        gamma: per channel, or None.
+        beta: per channel, or None.
+        running: before the step.
+        call: everything else.
+        plain: y of x, gamma and beta in differentiable operations, for higher derivatives.
+
+    Returns:
+        y, and the statistics after the step.
+    """
+    passes = _Passes(
+        call.owner, call.axes, call.options, mask is not None, gamma is not None, beta is not None
+    )
+    statistics = [a for a in running if a is not None]
+    masks = [] if mask is None else [mask]
+    given = [a for a in (x, gamma, beta) if a is not None]
+
+    @tf.custom_gradient
+    def forward(*given: tf.Tensor) -> Any:
+        outputs = tf.numpy_function(
+            partial(_forward, passes),
+            [*given, *masks, *statistics],
+            [x.dtype, tf.float64, *(a.dtype for a in statistics)],
+            stateful=False,
+        )
+        for found, like in zip(outputs, (x, None, *statistics), strict=True):
+            if like is not None:
+                found.set_shape(like.shape)
+        kept = outputs[1]
+
+        def gradient(dy: tf.Tensor, *_: Any) -> Any:
+            return backward(dy, kept, *given)
+
+        return tuple(outputs), gradient
+
+    @tf.custom_gradient
+    def backward(dy: tf.Tensor, kept: tf.Tensor, *given: tf.Tensor) -> Any:
+        found = tf.numpy_function(
+            partial(_backward, passes),
+            [dy, kept, *given, *masks],
+            [a.dtype for a in given],
+            stateful=False,
+        )
+        if tf.is_tensor(found):  # what an eager call makes of a list of one
+            found = [found]
+        for one, like in zip(found, given, strict=True):
+            one.set_shape(like.shape)
+
+        def again(*cotangents: tf.Tensor) -> Any:
+            with tf.GradientTape() as outer:
+                outer.watch([dy, *given])
+                with tf.GradientTape() as inner:
+                    inner.watch(given)
+                    y = plain(*place_given(given, scaled=passes.scaled, centred=passes.centred))
+                first = inner.gradient(y, given, dy)
+            second = outer.gradient(first, [dy, *given], cotangents)
+            return second[0], None, *second[1:]
+
+        return tuple(found), again
+
+    y, _, *moved = forward(*given)
+    values = iter(moved)
+    return y, Running(*(None if a is None else next(values) for a in running))
+
+
+class _Passes(NamedTuple):
+    """What the Python functions of a call know besides their arrays."""
+
+    owner: str
+    axes: tuple[int, ...]
+    options: Options
+    masked: bool
+    scaled: bool
+    centred: bool
+
+
+class _Prepared(NamedTuple):
+    """What the shapes of a call decide."""
+
+    plan: Any
+    row: int  # distance between rows of x
+
+
+def _forward(passes: _Passes, x: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
+    """y, what the backward pass needs, and the moved statistics."""
+    rest = iter(arrays)
+    gamma = next(rest) if passes.scaled else None
+    beta = next(rest) if passes.centred else None
+    mask = next(rest) if passes.masked else None
+    statistics = [_aligned(a.shape, a.dtype, a) for a in rest]
+    prepared, mask = _prepare(passes, x, mask)
+    y, options = _aligned(x.shape, x.dtype), passes.options
+    mean, var, *renorm = statistics
+    kept = prepared.plan.forward(
+        *(x.ctypes.data, prepared.row, 0, 0, _address(mask), y.ctypes.data, prepared.row),
+        *(_address(gamma), _type(gamma), _address(beta), _type(beta)),
+        *(mean.ctypes.data, _type(mean), var.ctypes.data, 0),
+        _renorm(options, renorm),
+        *(options.eps, options.decay, True, True, options.unbiased, _threads()),
+    )
+    return [y, kept.all().copy(), *statistics]
+
+
+def _backward(
+    passes: _Passes, dy: np.ndarray, kept: np.ndarray, x: np.ndarray, *arrays: np.ndarray
+) -> list[np.ndarray]:
+    """dx, and dgamma and dbeta where they are wanted."""
+    rest = iter(arrays)
+    gamma = next(rest) if passes.scaled else None
+    beta = next(rest) if passes.centred else None
+    prepared, mask = _prepare(passes, x, next(rest) if passes.masked else None)
+    dx = _aligned(x.shape, x.dtype)
+    dgamma, dbeta = (None if a is None else np.empty_like(a) for a in (gamma, beta))
+    plan, row = prepared.plan, prepared.row
+    renormalized = passes.options.renorm is not None
+    plan.backward(
+        *(dy.ctypes.data, row, x.ctypes.data, row, 0, row, _address(mask)),
+        *(dx.ctypes.data, row, 0, row),
+        *(_address(dgamma), _type(dgamma), _address(dbeta), _type(dbeta)),
+        *(plan.restore(kept.ctypes.data, kept.size, renormalized), True, _threads()),
+    )
+    return [a for a in (dx, dgamma, dbeta) if a is not None]
+
+
+def _prepare(
+    passes: _Passes, x: np.ndarray, mask: np.ndarray | None
+) -> tuple[_Prepared, np.ndarray | None]:
+    """What the shapes decide, and the mask in memory that the kernels can walk."""
+    settings = (passes.owner, passes.axes, passes.options.virtual_batch_size, x.shape, str(x.dtype))
+    if mask is None:
+        found = _plan(*settings, None, 1)
+    else:
+        found = _plan(*settings, mask.shape, mask.itemsize)
+        if found is None:
+            sizes = [1 if a in passes.axes else n for a, n in enumerate(x.shape)]
+            mask = np.ascontiguousarray(np.broadcast_to(mask, sizes))
+            found = _plan(*settings, mask.shape, mask.itemsize)
+    assert found is not None
+    return found, mask
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    owner: str,
+    axes: tuple[int, ...],
+    virtual_batch_size: int | None,
+    shape: tuple[int, ...],
+    dtype: str,
+    mask_shape: tuple[int, ...] | None,
+    mask_width: int,
+) -> _Prepared | None:
+    """What dense arrays of these shapes decide; None if the mask must be copied first."""
+    layout = make_layout(owner, shape, axes, virtual_batch_size)
+    geometry = cpu.find_geometry(layout, _dense(shape))
+    assert geometry is not None
+    view = None
+    if mask_shape is not None:
+        Layout(shape, axes).mask_shape(mask_shape, owner)  # sizes that the graph did not know
+        view = cpu.view_mask(geometry, shape, mask_shape, _dense(mask_shape))
+        if view is None:
+            return None
+    plan = cpu.make_plan(layout, geometry, dtype, None, view, mask_width, 0)
+    return _Prepared(plan, geometry.dense)
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of an array in row-major order, in elements."""
+    strides, distance = [], 1
+    for size in reversed(shape):
+        strides.append(distance)
+        distance *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _aligned(
+    shape: tuple[int, ...], dtype: np.dtype, values: np.ndarray | None = None
+) -> np.ndarray:
+    """An array that TensorFlow takes over without a copy; empty, or a copy of `values`."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    found = memory[first : first + size].view(dtype).reshape(shape)
+    if values is not None:
+        found[...] = values
+    return found
+
+
+def _renorm(options: Options, statistics: list[np.ndarray]) -> tuple[Any, ...] | None:
+    renorm = options.renorm
+    if renorm is None:
+        return None
+    addresses = (a.ctypes.data for a in statistics)
+    return (*addresses, renorm.decay, renorm.rmin, renorm.rmax, renorm.dmax)
+
+
+def _address(a: np.ndarray | None) -> int:
+    return 0 if a is None else a.ctypes.data
+
+
+def _type(a: np.ndarray | None) -> int:
+    return cpu.TYPES["float32" if a is None else str(a.dtype)]
+
+
+def _threads() -> int:
+    return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1

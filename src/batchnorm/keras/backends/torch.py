@@ -1,0 +1,94 @@
+"""Normalizing on the torch backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from keras.src.backend import in_stateless_scope
+from torch import Tensor
+
+from batchnorm.core.layout import Layout, count_values, make_layout
+from batchnorm.core.running import Running
+from batchnorm.keras.call import Call
+from batchnorm.keras.masks import find_axes
+from batchnorm.kernels.select import extension_status
+from batchnorm.torch.functional import Mode, Parameters
+from batchnorm.torch.functional import normalize as normalize_tensors
+
+
+def resolve_training(training: Any) -> bool:
+    """The value of `training`, which torch always has."""
+    return bool(training)
+
+
+def refuse_kernel(call: Call, rank: int | None) -> str | None:
+    """Why no kernel serves calls like this one, as far as options and axes decide it."""
+    status = extension_status()
+    if status.kernel is None:
+        return status.reason
+    if call.adjustment is not None:
+        return "none takes an adjustment"
+    return None
+
+
+def normalize(
+    x: Tensor,
+    mask: Any,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running: Running,
+    call: Call,
+) -> tuple[Tensor, Running | None]:
+    """As `batchnorm.keras.functional.Backend` says; but variables may be updated in place.
+
+    A repeated forward pass (activation checkpointing) is recognized by the tensors it updates, so
+    that they are the variables' own wherever Keras lets go of them.
+    """
+    _refuse_participants(call)
+    training = bool(call.training)
+    pure = training and in_stateless_scope()
+    if pure:
+        running = Running(*(None if a is None else a.detach().clone() for a in running))
+    layout = make_layout(call.owner, tuple(x.shape), call.axes)
+    y = normalize_tensors(
+        x,
+        _fit_mask(call.owner, mask, x, layout, training),
+        Parameters(gamma, beta),
+        None,
+        running,
+        axis=call.axes,
+        options=call.options,
+        adjustment=call.adjustment,
+        fused=call.fused,
+        mode=Mode(own_statistics=training, training=training, update=training),
+        owner=call.owner,
+    )
+    return y, running if pure else None
+
+
+def _refuse_participants(call: Call) -> None:
+    """Raise rather than take one rank's statistics where all of them were asked for."""
+    if not call.synchronized or not torch.distributed.is_available():
+        return
+    if torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size(call.process_group)
+        if ranks > 1:
+            raise ValueError(
+                f"{call.owner}: synchronized=True does not reach torch.distributed ranks in this "
+                f"version; got {ranks} of them. Use synchronized=False for local statistics."
+            )
+
+
+def _fit_mask(owner: str, mask: Any, x: Tensor, layout: Layout, training: bool) -> Tensor | None:
+    """A boolean or integer mask of x's rank (S1); a floating one means != 0."""
+    if mask is None:
+        if training and count_values(layout) == 1:
+            # torch's layer refuses a single value per channel; Keras's does not (S7).
+            return torch.ones([1] * x.dim(), dtype=torch.bool, device=x.device)
+        return None
+    if mask.is_floating_point():
+        mask = mask != 0
+    places = find_axes(owner, tuple(mask.shape), layout)
+    sizes = dict(zip(places, mask.shape, strict=True))
+    return mask.reshape([sizes.get(a, 1) for a in range(x.dim())])

@@ -1,0 +1,35 @@
+"""What a layer tells its backend about a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from batchnorm.core.config import Adjustment, Options
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything about a call but its arrays.
+
+    Attributes:
+        owner: whose name error messages carry.
+        axes: channel axes, sorted, not negative.
+        options: as in Options.
+        training: a bool, or a 0-d tensor whose value is not known yet.
+        adjustment: function of x's shape, or None (S13).
+        fused: None, True or False.
+        synchronized: moments are those of all participants (S14).
+        axis_name: JAX only, the named axis over which to synchronize.
+        process_group: torch only, the ranks to synchronize with.
+    """
+
+    owner: str
+    axes: tuple[int, ...]
+    options: Options
+    training: Any
+    adjustment: Adjustment | None = None
+    fused: bool | None = None
+    synchronized: bool = False
+    axis_name: Any = None
+    process_group: Any = None

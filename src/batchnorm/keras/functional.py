@@ -1,0 +1,60 @@
+"""The active Keras backend's way to normalize."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+import keras
+
+from batchnorm.core.namespace import Array
+from batchnorm.core.running import Running
+from batchnorm.keras.call import Call
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+class Backend(Protocol):
+    """What a module of `batchnorm.keras.backends` offers."""
+
+    def normalize(
+        self,
+        x: Array,
+        mask: Array | None,
+        gamma: Array | None,
+        beta: Array | None,
+        running: Running,
+        call: Call,
+    ) -> tuple[Array, Running | None]:
+        """y in x's type, and the statistics after a training step, else None.
+
+        x is floating; gamma, beta and the statistics have the channel axes' sizes and are the
+        backend's own arrays. Nothing is changed in place.
+        """
+        ...
+
+    def resolve_training(self, training: Any) -> Any:
+        """A bool where the tensor `training` has a value now, else the tensor."""
+        ...
+
+    def refuse_kernel(self, call: Call, rank: int | None) -> str | None:
+        """Why no kernel serves calls like this one, as far as options and axes decide it."""
+        ...
+
+
+def load_backend() -> Backend:
+    """The functional of the active Keras backend.
+
+    Raises:
+        ValueError: Keras runs on another backend.
+    """
+    name = keras.backend.backend()
+    if name not in BACKENDS:
+        raise ValueError(
+            f"batchnorm.keras: the Keras backend must be one of {', '.join(BACKENDS)}; got "
+            f"{name!r}. Set the environment variable KERAS_BACKEND before Keras is imported."
+        )
+    return cast(Backend, import_module(f"batchnorm.keras.backends.{name}"))
+
+
+BACKEND = load_backend()

@@ -1,0 +1,380 @@
+"""The layers: state in Keras's own way, around the active backend's functional."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+
+from batchnorm.core.config import Adjustment
+from batchnorm.core.layout import normalize_axis
+from batchnorm.core.running import Running
+from batchnorm.keras.call import Call
+from batchnorm.keras.functional import BACKEND
+from batchnorm.keras.loading import fit_weights
+from batchnorm.keras.masks import is_pair_of_shapes, propagate_mask, split_pair
+from batchnorm.keras.options import check_ghost_axes, check_options
+from batchnorm.keras.variables import add_statistic, clone, square_root_of
+from batchnorm.kernels.select import refuse_fused
+
+__all__ = ["BatchNormalization", "SyncBatchNormalization"]
+
+_RENORM_WEIGHTS = ("moving_stddev", "renorm_mean", "renorm_stddev")
+_SERIALIZED = {
+    **{f"{name}_initializer": keras.initializers for name in ("beta", "gamma")},
+    **{f"moving_{name}_initializer": keras.initializers for name in ("mean", "variance")},
+    **{f"{name}_regularizer": keras.regularizers for name in ("beta", "gamma")},
+    **{f"{name}_constraint": keras.constraints for name in ("beta", "gamma")},
+}
+
+
+@keras.saving.register_keras_serializable(package="batchnorm")
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalization over every axis but the channel axes, on all Keras backends.
+
+    Takes the place of `keras.layers.BatchNormalization`: same arguments, weights and config, same
+    results where Keras's are right; and brings back what Keras 3 dropped.
+
+    Args:
+        axis: channel axis or axes of the input, an int or a list or tuple of ints.
+        momentum: weight of the *old* value in the moving statistics, between 0 and 1.
+        epsilon: added to the variance, at least 0.
+        center: learn beta.
+        scale: learn gamma.
+        beta_initializer: of beta.
+        gamma_initializer: of gamma.
+        moving_mean_initializer: of the moving mean.
+        moving_variance_initializer: of the moving variance.
+        beta_regularizer: of beta.
+        gamma_regularizer: of gamma.
+        beta_constraint: of beta.
+        gamma_constraint: of gamma.
+        renorm: batch renormalization (S11).
+        renorm_clipping: any of "rmin", "rmax", "dmax"; missing ones are 0, ∞, ∞.
+        renorm_momentum: weight of the old value in the statistics that r and d compare with.
+        fused: None takes the fastest path, True demands a kernel, False plain array code.
+        trainable: False normalizes by the moving statistics and trains nothing (S15).
+        virtual_batch_size: samples of one ghost batch, which must divide the batch in training
+            (S12).
+        adjustment: function of the input's shape returning (scale, bias), each broadcastable
+            against the input, applied before gamma and beta in training (S13). Not saved.
+        synchronized: moments over all replicas, ranks or devices (S14).
+        axis_name: JAX: the named axis to synchronize over. Not saved.
+        process_group: torch: the ranks to synchronize with. Not saved.
+        name: of the layer.
+        **kwargs: `dtype` and what else `keras.layers.Layer` takes.
+
+    Call arguments:
+        inputs: x, or a pair (x, mask).
+        training: bool, int, 0-d tensor, or None for the call context's value, else False.
+        mask: non-zero marks real rows: x's shape without its channel axes, a prefix of that, or
+            x's rank with sizes of x or 1 (S1). One that Keras propagates is used too.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range, or options that exclude each other; when the layer is
+            built, axes that do not fit; when it is called, a mask that does not.
+
+    Source: S1-S16; Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithms 1 and 2; Ioffe 2017
+    (arXiv 1702.03275), algorithm 1. Unlike Keras's it takes masks of every kind, padding may hold
+    NaN, empty and overflowing batches leave the statistics alone (S6, S9), and no digit is lost
+    at offsets (S3). Unlike Keras 2's it always stores the biased variance, and
+    `virtual_batch_size` need not divide the batch in inference.
+
+    >>> layer = BatchNormalization()
+    >>> layer((keras.ops.ones((4, 3)), keras.ops.array([True, True, True, False]))).shape[1]
+    3
+    """
+
+    def __init__(
+        self,
+        axis: int | Sequence[int] = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, float] | None = None,
+        renorm_momentum: float = 0.99,
+        fused: bool | None = None,
+        trainable: bool = True,
+        virtual_batch_size: int | None = None,
+        adjustment: Adjustment | None = None,
+        synchronized: bool = False,
+        name: str | None = None,
+        *,
+        axis_name: Any = None,
+        process_group: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        checked = check_options(
+            type(self).__name__,
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            renorm=renorm,
+            renorm_clipping=renorm_clipping,
+            renorm_momentum=renorm_momentum,
+            fused=fused,
+            virtual_batch_size=virtual_batch_size,
+            adjustment=adjustment,
+            synchronized=synchronized,
+            axis_name=axis_name,
+            process_group=process_group,
+        )
+        # Keras's own constructor takes neither several axes nor synchronization everywhere.
+        super(keras.layers.BatchNormalization, self).__init__(
+            trainable=trainable, name=name, **kwargs
+        )
+        self.axis = axis
+        self.momentum, self.epsilon = checked.options.decay, checked.options.eps
+        self.center, self.scale = center, scale
+        self.beta_initializer = keras.initializers.get(beta_initializer)
+        self.gamma_initializer = keras.initializers.get(gamma_initializer)
+        self.moving_mean_initializer = keras.initializers.get(moving_mean_initializer)
+        self.moving_variance_initializer = keras.initializers.get(moving_variance_initializer)
+        self.beta_regularizer = keras.regularizers.get(beta_regularizer)
+        self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
+        self.beta_constraint = keras.constraints.get(beta_constraint)
+        self.gamma_constraint = keras.constraints.get(gamma_constraint)
+        self.renorm, self.renorm_clipping = renorm, renorm_clipping
+        self.renorm_momentum = renorm_momentum
+        self.fused, self.adjustment = fused, adjustment
+        self.virtual_batch_size, self.synchronized = virtual_batch_size, synchronized
+        self.axis_name, self.process_group = axis_name, process_group
+        self.supports_masking = True
+        self.gamma = self.beta = None
+        self._options = checked.options
+        self._channel_axes: tuple[int, ...] = ()
+        self._channels: tuple[int, ...] = ()
+        self._start_statistics()
+        self._check_kernel(rank=None)
+
+    def build(self, input_shape: Any) -> None:
+        """Make the weights for inputs of this shape, or for a pair whose x has it."""
+        owner, shape = type(self).__name__, self._check_shape(input_shape)
+        axes = normalize_axis(owner, self._plain_axis(), len(shape))
+        if any(shape[a] is None for a in axes):
+            raise ValueError(
+                f"{owner}: channel sizes must be known when the layer is built; got shape {shape} "
+                f"with axis={self._plain_axis()!r}. Give the input a static size there."
+            )
+        check_ghost_axes(owner, self.virtual_batch_size, axes, self._plain_axis())
+        self._channel_axes = axes
+        self._channels = tuple(n for n in (shape[a] for a in axes) if n is not None)
+        self._check_kernel(rank=len(shape))
+        kept = self._weight_shape(len(shape))
+        for name, wanted in (("gamma", self.scale), ("beta", self.center)):
+            if wanted:
+                weight = self.add_weight(
+                    shape=kept,
+                    name=name,
+                    initializer=getattr(self, f"{name}_initializer"),
+                    regularizer=getattr(self, f"{name}_regularizer"),
+                    constraint=getattr(self, f"{name}_constraint"),
+                    dtype=self._weight_type,
+                    trainable=True,
+                    autocast=False,
+                )
+                setattr(self, name, weight)
+        self._make_statistics(kept)
+        named = (self.axis,) if isinstance(self.axis, int) else axes
+        self.input_spec = keras.layers.InputSpec(ndim=len(shape), axes={a: shape[a] for a in named})
+
+    def __call__(self, inputs: Any, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
+        """Normalize inputs; arguments as the class says."""
+        # Keras sees x alone as the input, and the mask as any other.
+        x, mask = split_pair(type(self).__name__, inputs, mask)
+        if getattr(getattr(x, "shape", None), "rank", 0) is None:
+            raise ValueError(
+                f"{type(self).__name__}: inputs must have a known rank; got a tensor of unknown "
+                "rank. Give it one, for instance with tf.ensure_shape."
+            )
+        return super().__call__(x, *args, mask=mask, **kwargs)
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        """Normalize inputs; arguments as the class says."""
+        x, mask = split_pair(type(self).__name__, inputs, mask)
+        if mask is None:  # Keras looks for one only where x is the only tensor
+            mask = getattr(x, "_keras_mask", None)
+        gamma, beta = (None if a is None else self._per_channel(a) for a in (self.gamma, self.beta))
+        call = self._make_call(self._resolve_training(training))
+        y, moved = BACKEND.normalize(self._cast_input(x), mask, gamma, beta, self._running(), call)
+        if moved is not None:
+            self._store(moved)
+        return y
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
+        """The mask that the output carries on: one of a dimension less than x, or None."""
+        x, mask = split_pair(type(self).__name__, inputs, previous_mask)
+        return None if mask is None else propagate_mask(mask, x, self._channel_axes)
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
+        """x's shape."""
+        shape = self._check_shape(input_shape)
+        normalize_axis(type(self).__name__, self._plain_axis(), len(shape))
+        return shape
+
+    def get_config(self) -> dict[str, Any]:
+        """What Keras's own layer takes, and options of this one where they are set."""
+        if self.adjustment is not None:
+            warnings.warn(
+                f"{type(self).__name__}: adjustment is a function and left out of the config; "
+                "give it again after loading.",
+                stacklevel=2,
+            )
+        config = super(keras.layers.BatchNormalization, self).get_config()
+        config |= {name: getattr(self, name) for name in ("momentum", "epsilon", "center", "scale")}
+        config["axis"] = self._plain_axis()
+        for name, module in _SERIALIZED.items():
+            config[name] = module.serialize(getattr(self, name))
+        config["synchronized"] = self.synchronized
+        if self.renorm:
+            clipping = self.renorm_clipping
+            config["renorm"] = True
+            config["renorm_clipping"] = None if clipping is None else dict(clipping)
+            config["renorm_momentum"] = self.renorm_momentum
+        if self.virtual_batch_size is not None:
+            config["virtual_batch_size"] = self.virtual_batch_size
+        return config
+
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+        """Load weights of this layer, of Keras's own ones, or in the packed layout."""
+        self.set_weights([store[str(i)] for i in range(len(store.keys()))])
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set all weights; layouts as in `load_own_variables`."""
+        if not self.built:
+            self._check_load_own_variables({str(i): w for i, w in enumerate(weights)})
+        super().set_weights(fit_weights(self, weights))
+
+    def _start_statistics(self) -> None:
+        self.moving_mean: Any = None
+        self.moving_variance: Any = None
+
+    def _make_statistics(self, shape: tuple[int, ...]) -> None:
+        """Add the weights that training moves."""
+        mean, variance = self.moving_mean_initializer, self.moving_variance_initializer
+        initializers = {"moving_mean": mean, "moving_variance": variance}
+        if self.renorm:
+            stddev = square_root_of(variance)
+            initializers |= dict(zip(_RENORM_WEIGHTS, (stddev, clone(mean), stddev), strict=True))
+        for name, initializer in initializers.items():
+            setattr(self, name, add_statistic(self, name, shape, initializer, self._weight_type))
+
+    def _running(self) -> Running:
+        mean, variance = (
+            self._per_channel(self.moving_mean),
+            self._per_channel(self.moving_variance),
+        )
+        if not self.renorm:
+            return Running(mean, variance)
+        rest = (self._per_channel(getattr(self, name)) for name in _RENORM_WEIGHTS)
+        return Running(mean, variance, None, *rest)
+
+    def _store(self, moved: Running) -> None:
+        names = ("moving_mean", "moving_variance", *(_RENORM_WEIGHTS if self.renorm else ()))
+        for name, value in zip(names, (a for a in moved if a is not None), strict=True):
+            variable = getattr(self, name)
+            variable.assign(keras.ops.reshape(value, tuple(variable.shape)))
+
+    def _pack(self, statistics: list[Any]) -> list[Any]:
+        """Statistics as this layer's weights hold them."""
+        return statistics
+
+    def _cast_input(self, x: Any) -> Any:
+        """x in the type of the output."""
+        if keras.backend.standardize_dtype(x.dtype) == self.compute_dtype:
+            return x
+        return keras.ops.cast(x, self.compute_dtype)
+
+    def _per_channel(self, weight: Any) -> Any:
+        """A weight's value with the channel axes' sizes."""
+        value = weight.value
+        return (
+            value
+            if len(value.shape) == len(self._channels)
+            else keras.ops.reshape(value, self._channels)
+        )
+
+    def _make_call(self, training: Any) -> Call:
+        return Call(
+            type(self).__name__,
+            self._channel_axes,
+            self._options,
+            training,
+            self.adjustment,
+            self.fused,
+            self.synchronized,
+            self.axis_name,
+            self.process_group,
+        )
+
+    def _resolve_training(self, training: Any) -> Any:
+        if training is None or not self.trainable:
+            return False
+        if isinstance(training, (bool, int)):
+            return bool(training)
+        return BACKEND.resolve_training(training)
+
+    def _plain_axis(self) -> Any:
+        """The axis as the user gave it; Keras keeps lists in a class of its own."""
+        return list(self.axis) if isinstance(self.axis, list) else self.axis
+
+    def _weight_shape(self, rank: int) -> tuple[int, ...]:
+        if len(self._channels) == 1 and self.virtual_batch_size is None:
+            return self._channels
+        sizes = dict(zip(self._channel_axes, self._channels, strict=True))
+        return tuple(sizes.get(a, 1) for a in range(rank))
+
+    @property
+    def _weight_type(self) -> str:
+        """float32 under 16-bit policies (S16)."""
+        return "float32" if self.variable_dtype in ("float16", "bfloat16") else self.variable_dtype
+
+    def _check_shape(self, input_shape: Any) -> tuple[int | None, ...]:
+        shape = input_shape[0] if is_pair_of_shapes(input_shape) else input_shape
+        if shape is None:
+            raise ValueError(
+                f"{type(self).__name__}: inputs must have a known rank; got an unknown one."
+            )
+        return tuple(shape)
+
+    def _check_kernel(self, rank: int | None) -> None:
+        """Raise if fused=True demands what there cannot be."""
+        if not self.fused:
+            return
+        call = self._make_call(False)
+        reason = BACKEND.refuse_kernel(call, rank)
+        if reason is not None:
+            raise refuse_fused(type(self).__name__, reason)
+
+
+@keras.saving.register_keras_serializable(package="batchnorm")
+class SyncBatchNormalization(BatchNormalization):
+    """`BatchNormalization(..., synchronized=True)`: moments over all participants (S14).
+
+    They are the replicas of a `tf.distribute` strategy, the ranks of `torch.distributed`, or with
+    JAX the devices of a sharded batch or of the axis `axis_name`. Without any of them it is an
+    ordinary layer. Arguments, calls and errors are those of `BatchNormalization`.
+
+    Source: S14; Chan, Golub and LeVeque 1983, equation 2.1b.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.setdefault("synchronized", True) is not True:
+            raise ValueError(
+                f"{type(self).__name__}: synchronized must be True; got "
+                f"{kwargs['synchronized']!r}. Use BatchNormalization for local statistics."
+            )
+        super().__init__(*args, **kwargs)

@@ -1,0 +1,144 @@
+"""The layer for padded batches whose moving statistics are one packed weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from batchnorm.core.running import Running
+from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.variables import Row, add_statistic, stack_rows
+
+__all__ = ["MaskedBatchNormalization"]
+
+
+@keras.saving.register_keras_serializable(package="batchnorm")
+class MaskedBatchNormalization(BatchNormalization):
+    """Batch normalization for pairs (x, mask), with its statistics in one weight.
+
+    `moving_stats`, of shape (2, C), holds the moving mean and variance. The output has x's type:
+    the layer does not cast half-precision inputs, and computes their moments in float32 (S16).
+
+    Args:
+        axis: the channel axis, which must be the last one.
+        momentum: weight of the *old* value in the moving statistics, between 0 and 1.
+        epsilon: added to the variance, at least 0.
+        center: learn beta.
+        scale: learn gamma.
+        beta_initializer: of beta.
+        gamma_initializer: of gamma.
+        moving_mean_initializer: of moving_stats[0].
+        moving_variance_initializer: of moving_stats[1].
+        beta_regularizer: of beta.
+        gamma_regularizer: of gamma.
+        beta_constraint: of beta.
+        gamma_constraint: of gamma.
+        **kwargs: `name`, `trainable`, `dtype` and what else `keras.layers.Layer` takes.
+
+    Calls are those of `BatchNormalization`; `(x, None)` and x alone mean no mask.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range; when the layer is built, an axis but the last.
+
+    Source: S1-S10, S15, S16.
+
+    >>> layer = MaskedBatchNormalization(momentum=0.0)
+    >>> x = keras.ops.array([[1.0], [3.0], [99.0]])
+    >>> y = layer((x, keras.ops.array([1, 1, 0])), training=True)
+    >>> [float(a) for a in np.asarray(layer.moving_mean)]
+    [2.0]
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            moving_mean_initializer=moving_mean_initializer,
+            moving_variance_initializer=moving_variance_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            **{"autocast": False, **kwargs},
+        )
+
+    def build(self, input_shape: Any) -> None:
+        """Make the weights for inputs of this shape, or for a pair whose x has it."""
+        rank = len(self._check_shape(input_shape))
+        if self._plain_axis() not in (-1, rank - 1):
+            raise ValueError(
+                f"{type(self).__name__}: axis must be the last one, -1 or {rank - 1} for inputs "
+                f"of rank {rank}; got {self._plain_axis()!r}. BatchNormalization takes any."
+            )
+        super().build(input_shape)
+
+    @property
+    def moving_mean(self) -> Any:
+        """The moving mean, row 0 of `moving_stats`; assigning to it writes through."""
+        return None if self.moving_stats is None else Row(self.moving_stats, 0, "moving_mean")
+
+    @property
+    def moving_variance(self) -> Any:
+        """The moving variance, row 1 of `moving_stats`; assigning to it writes through."""
+        return None if self.moving_stats is None else Row(self.moving_stats, 1, "moving_variance")
+
+    def compute_output_spec(self, inputs: Any, *args: Any, **kwargs: Any) -> keras.KerasTensor:
+        """x's shape and type."""
+        x = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
+        return keras.KerasTensor(self.compute_output_shape(x.shape), self._output_type(x))
+
+    def get_config(self) -> dict[str, Any]:
+        """Everything that the constructor takes."""
+        config = super().get_config()
+        del config["synchronized"]
+        return config
+
+    def _start_statistics(self) -> None:
+        self.moving_stats: Any = None
+
+    def _make_statistics(self, shape: tuple[int, ...]) -> None:
+        initializer = stack_rows(self.moving_mean_initializer, self.moving_variance_initializer)
+        self.moving_stats = add_statistic(
+            self, "moving_stats", (2, *shape), initializer, self._weight_type
+        )
+
+    def _running(self) -> Running:
+        stats = self.moving_stats.value
+        return Running(stats[0], stats[1])
+
+    def _store(self, moved: Running) -> None:
+        self.moving_stats.assign(keras.ops.stack(moved[:2]))
+
+    def _pack(self, statistics: list[np.ndarray]) -> list[np.ndarray]:
+        return [np.stack([a.reshape(-1) for a in statistics])]
+
+    def _cast_input(self, x: Any) -> Any:
+        return keras.ops.cast(x, self._output_type(x))
+
+    def _output_type(self, x: Any) -> str:
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        return dtype if keras.backend.is_float_dtype(dtype) else self.compute_dtype

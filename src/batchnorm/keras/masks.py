@@ -1,0 +1,77 @@
+"""Inputs that are a pair (x, mask), and the shapes of masks (S1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from batchnorm.core.layout import Layout
+
+
+def split_pair(owner: str, inputs: Any, mask: Any) -> tuple[Any, Any]:
+    """x and its mask, from a lone tensor or a pair, and from what came beside it.
+
+    Raises:
+        ValueError: not a pair, or two masks.
+    """
+    if isinstance(mask, (list, tuple)):  # Keras answers nested inputs with nested masks
+        mask = next((m for m in mask if m is not None), None)
+    if not isinstance(inputs, (list, tuple)):
+        return inputs, mask
+    if len(inputs) != 2:
+        raise ValueError(
+            f"{owner}: inputs must be a tensor or a pair (x, mask); got {len(inputs)} inputs."
+        )
+    x, paired = inputs
+    other = getattr(x, "_keras_mask", None) if mask is None else mask
+    if paired is not None and other is not None:
+        raise ValueError(
+            f"{owner}: a mask must come once; got one in the pair (x, mask) and another one as "
+            "mask=, or attached to x by an earlier layer. Leave one out."
+        )
+    return x, other if paired is None else paired
+
+
+def is_pair_of_shapes(shape: Any) -> bool:
+    """Whether `shape` is that of a pair (x, mask)."""
+    return (
+        isinstance(shape, (list, tuple)) and len(shape) == 2 and isinstance(shape[0], (list, tuple))
+    )
+
+
+def find_axes(owner: str, shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
+    """The axes of x that those of a mask of this shape lie along.
+
+    Beyond S1, a mask of one dimension less than x may have sizes of 1, and those that Keras
+    propagates have x's shape but for the last axis, whichever are the channels.
+
+    Raises:
+        ValueError: the shape is none of these.
+    """
+    x = layout.shape
+    rows = tuple(a for a in range(len(x)) if a not in layout.channel_axes)
+    if len(shape) == len(rows) and all(m in (1, x[a]) for m, a in zip(shape, rows, strict=True)):
+        return rows
+    if tuple(shape) == x[:-1]:
+        return tuple(range(len(x) - 1))
+    layout.mask_shape(tuple(shape), owner)
+    return tuple(range(len(x))) if len(shape) == len(x) else rows[: len(shape)]
+
+
+def propagate_mask(mask: Any, x: Any, axes: tuple[int, ...]) -> Any:
+    """A boolean mask of one dimension less than x for the layers behind, or None."""
+    rank, found = len(x.shape), len(mask.shape)
+    if found == rank and len(axes) == 1 and mask.shape[axes[0]] == 1:
+        mask = keras.ops.squeeze(mask, axes[0])
+    elif 0 < found < rank - 1 and len(axes) == 1:
+        sizes = keras.ops.shape(x)
+        rows = [sizes[a] for a in range(rank) if a not in axes]
+        mask = keras.ops.reshape(mask, (*rows[:found], *(1,) * (len(rows) - found)))
+        mask = keras.ops.broadcast_to(mask, rows)
+    elif found != rank - 1:
+        return None
+    if keras.backend.standardize_dtype(mask.dtype) == "bool":
+        return mask
+    return keras.ops.not_equal(mask, 0)

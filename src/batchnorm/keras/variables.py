@@ -1,0 +1,106 @@
+"""Weights that training moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+
+def add_statistic(
+    layer: Any, name: str, shape: tuple[int, ...], initializer: Any, dtype: str
+) -> Any:
+    """A weight for moving statistics, which is averaged over TensorFlow's replicas when read."""
+    if keras.backend.backend() != "tensorflow":
+        return layer.add_weight(
+            shape=shape,
+            name=name,
+            initializer=initializer,
+            dtype=dtype,
+            trainable=False,
+            autocast=False,
+        )
+    return keras.Variable(  # `add_weight` does not pass `synchronization` on
+        initializer,
+        shape=shape,
+        dtype=dtype,
+        trainable=False,
+        autocast=False,
+        aggregation="mean",
+        synchronization="on_read",
+        name=name,
+    )
+
+
+def clone(initializer: Any) -> Any:
+    """An initializer that draws the same values again."""
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return initializer
+    return type(initializer).from_config(initializer.get_config())
+
+
+def square_root_of(initializer: Any) -> Callable[..., Any]:
+    """An initializer of square roots: of deviations, given that of variances (S11)."""
+
+    def initialize(shape: Any, dtype: Any = None) -> Any:
+        return keras.ops.sqrt(clone(initializer)(shape, dtype=dtype))
+
+    return initialize
+
+
+def stack_rows(mean: Any, variance: Any) -> Callable[..., Any]:
+    """An initializer of shape (2, C): row 0 by the one, row 1 by the other."""
+
+    def initialize(shape: Any, dtype: Any = None) -> Any:
+        return keras.ops.stack([a(shape[1:], dtype=dtype) for a in (mean, variance)])
+
+    return initialize
+
+
+class Row(keras.Variable):
+    """One row of a packed weight, to read like a variable and to assign to."""
+
+    def __init__(self, packed: Any, row: int, name: str) -> None:
+        # No `super().__init__`: it would make a weight of its own.
+        object.__setattr__(self, "_packed", packed)
+        object.__setattr__(self, "_row", row)
+        for field, value in {
+            "_name": name,
+            "_path": f"{packed.path}/{name}",
+            "_shape": tuple(packed.shape)[1:],
+            "_ndim": packed.ndim - 1,
+            "_dtype": packed.dtype,
+            "_trainable": False,
+            "_autocast": False,
+            "_regularizer": None,
+            "_constraint": None,
+            "_layout": None,
+        }.items():
+            object.__setattr__(self, field, value)
+
+    @property
+    def value(self) -> Any:
+        """The row's current value."""
+        return self._packed.value[self._row]
+
+    def assign(self, value: Any) -> Any:
+        """Write the row into the packed weight."""
+        value = keras.ops.cast(keras.ops.convert_to_tensor(value), self._dtype)
+        if tuple(value.shape) != self._shape:
+            raise ValueError(
+                f"{self._path}: the value to assign must have shape {self._shape}; got "
+                f"{tuple(value.shape)}."
+            )
+        rows = [self._packed.value[0], self._packed.value[1]]
+        rows[self._row] = value
+        self._packed.assign(keras.ops.stack(rows))
+        return value
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """A copy as a NumPy array."""
+        return np.array(keras.ops.convert_to_numpy(self.value), dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"<Row {self._row} of {self._packed!r}>"

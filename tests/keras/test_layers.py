@@ -1,0 +1,502 @@
+"""The layer within Keras: masks, training flags, types, models, files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_backend
+from batchnorm.keras import BatchNormalization, MaskedBatchNormalization, SyncBatchNormalization
+
+EPS = 1e-3
+CLASSES = [BatchNormalization, MaskedBatchNormalization, SyncBatchNormalization]
+
+
+def array(a: Any) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(a))
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(2.0, 3.0, shape).astype("float32")
+
+
+def normalized(x: np.ndarray, real: np.ndarray | None = None) -> np.ndarray:
+    """x of shape (..., C) by the moments of its real rows."""
+    wide = x.astype("float64")
+    rows = wide.reshape(-1, x.shape[-1]) if real is None else wide[real]
+    return (wide - rows.mean(0)) / np.sqrt(rows.var(0) + EPS)
+
+
+def values(layer: Any) -> list[list[Any]]:
+    """Of the trainable weights, and of the others."""
+    kinds = (layer.trainable_weights, layer.non_trainable_weights)
+    return [[w.value for w in weights] for weights in kinds]
+
+
+# Masks.
+
+
+@pytest.mark.parametrize("way", ["pair", "argument"])
+def test_mask_as_pair_and_as_argument(way: str) -> None:
+    x, mask = draw(4, 6, 3), np.random.default_rng(1).random((4, 6)) < 0.5
+    layer = BatchNormalization(momentum=0.0)
+    y = layer((x, mask), training=True) if way == "pair" else layer(x, mask=mask, training=True)
+    np.testing.assert_allclose(array(y), normalized(x, mask), atol=1e-5)
+    np.testing.assert_allclose(array(layer.moving_mean), x[mask].mean(0), rtol=1e-5)
+
+
+def test_mask_of_a_masking_layer_is_used_and_carried_on() -> None:
+    x = draw(4, 6, 3)
+    x[:, 4:] = 0.0
+    y = BatchNormalization()(keras.layers.Masking()(x), training=True)
+    mask = np.broadcast_to(np.arange(6) < 4, (4, 6))
+    np.testing.assert_allclose(array(y), normalized(x, mask), atol=1e-5)
+    np.testing.assert_array_equal(array(y._keras_mask), mask)
+
+
+def test_mask_of_an_embedding_is_used() -> None:
+    tokens = np.array([[1, 2, 3, 0], [4, 0, 0, 0]])
+    embedding = keras.layers.Embedding(5, 3, mask_zero=True)
+    x = array(embedding(tokens))
+    y = BatchNormalization()(embedding(tokens), training=True)
+    np.testing.assert_allclose(array(y), normalized(x, tokens != 0), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "carried"),
+    [((4, 6), (4, 6)), ((4,), (4, 6)), ((4, 6, 1), (4, 6)), ((4, 6, 3), None)],
+)
+def test_mask_that_the_output_carries_on(
+    shape: tuple[int, ...], carried: tuple[int, ...] | None
+) -> None:
+    mask = np.random.default_rng(2).random(shape) < 0.5
+    y = BatchNormalization()((draw(4, 6, 3), mask.astype("int32")))
+    found = getattr(y, "_keras_mask", None)
+    if carried is None:
+        assert found is None
+        return
+    assert array(found).dtype == bool
+    expected = mask.reshape(*shape, *(1,) * (2 - len(shape))) if len(shape) < 3 else mask[..., 0]
+    np.testing.assert_array_equal(array(found), np.broadcast_to(expected, carried))
+
+
+def test_layers_behind_see_the_mask() -> None:
+    x, mask = draw(4, 6, 3), np.arange(6) < np.array([[1], [3], [6], [2]])
+    pool = keras.layers.GlobalAveragePooling1D()
+    y = pool(BatchNormalization()((x, mask), training=True))
+    expected = (normalized(x, mask) * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+    np.testing.assert_allclose(array(y), expected, atol=1e-5)
+
+
+def test_functional_model_with_a_boolean_input() -> None:
+    x, mask = draw(4, 6, 3), np.random.default_rng(3).random((4, 6)) < 0.5
+    inputs = keras.Input((6, 3)), keras.Input((6,), dtype="bool")
+    for outputs in (
+        BatchNormalization()(inputs),
+        BatchNormalization()(inputs[0], mask=inputs[1]),
+    ):
+        model = keras.Model(inputs, outputs)
+        assert outputs.shape == (None, 6, 3)
+        y = array(model([x, mask], training=True))
+        np.testing.assert_allclose(y, normalized(x, mask), atol=1e-5)
+
+
+def test_mask_with_channels_first() -> None:
+    x, mask = draw(4, 3, 6), np.random.default_rng(4).random((4, 6)) < 0.5
+    y = array(BatchNormalization(axis=1)(x, mask=mask, training=True))
+    expected = np.moveaxis(normalized(np.moveaxis(x, 1, -1), mask), -1, 1)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_mask_with_a_single_channel() -> None:
+    x, mask = draw(8, 1), np.arange(8) < 5
+    y = array(BatchNormalization()(x, mask=mask, training=True))
+    np.testing.assert_allclose(y, normalized(x, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_nan_in_padding_stays_there(cls: Any) -> None:
+    x, mask = draw(16, 3), np.arange(16) < 9
+    x[~mask] = np.nan
+    layer = cls()
+    y = array(layer((x, mask), training=True))
+    np.testing.assert_allclose(y[mask], normalized(x, mask)[mask], atol=1e-5)
+    assert np.isfinite(np.concatenate([array(w).ravel() for w in layer.weights])).all()
+
+
+def test_empty_batch_leaves_the_statistics() -> None:
+    layer = BatchNormalization()
+    y = layer(np.zeros((0, 3), "float32"), training=True)
+    assert tuple(y.shape) == (0, 3)
+    np.testing.assert_array_equal(array(layer.moving_mean), 0.0)
+    np.testing.assert_array_equal(array(layer.moving_variance), 1.0)
+
+
+def test_single_value_gives_beta() -> None:
+    layer = BatchNormalization(beta_initializer=keras.initializers.Constant(3.0))
+    np.testing.assert_allclose(array(layer(np.full((1, 2), 7.0, "float32"), training=True)), 3.0)
+
+
+# Training flags.
+
+
+@pytest.mark.parametrize("flag", [True, 1, False, 0, None])
+def test_training_flag(flag: Any) -> None:
+    x = draw(8, 3)
+    y = array(BatchNormalization()(x, training=flag))
+    expected = normalized(x) if flag else x / np.sqrt(1 + EPS)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("traced", [True, False])
+def test_training_flag_as_a_tensor(value: bool, traced: bool) -> None:
+    x = draw(8, 3)
+    layer = BatchNormalization()
+    layer.build(x.shape)
+
+    def call(x: Any, flag: Any) -> Any:
+        if keras_backend.NAME != "jax":
+            return layer(x, training=flag)
+        return layer.stateless_call(*values(layer), x, training=flag)[0]
+
+    run = keras_backend.trace(call) if traced else call
+    y = array(run(ops.convert_to_tensor(x), ops.convert_to_tensor(value)))
+    expected = normalized(x) if value else x / np.sqrt(1 + EPS)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_context_gives_the_training_flag() -> None:
+    x = draw(8, 3)
+    model = keras.Sequential([keras.Input((3,)), BatchNormalization()])
+    np.testing.assert_allclose(array(model(x, training=True)), normalized(x), atol=1e-5)
+
+
+def test_freezing_a_model_reaches_every_layer_and_back() -> None:
+    x, layer = draw(8, 3), BatchNormalization(momentum=0.5)
+    inner = keras.Sequential([keras.Input((3,)), layer])
+    model = keras.Sequential([keras.Input((3,)), inner])
+    model.trainable = False
+    assert model.trainable_weights == []
+    np.testing.assert_allclose(
+        array(model(x, training=True)), x / np.sqrt(1 + EPS), rtol=1e-5, atol=1e-6
+    )
+    model.trainable = True
+    np.testing.assert_allclose(array(model(x, training=True)), normalized(x), atol=1e-5)
+    np.testing.assert_allclose(array(layer.moving_mean), 0.5 * x.mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_trainable_is_taken_up_at_the_next_compile(cls: Any) -> None:
+    x, layer = draw(32, 3), cls(momentum=0.5)
+    model = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(1)])
+
+    def fit() -> None:
+        model.compile("sgd", "mse")
+        model.fit(x, np.zeros((32, 1)), batch_size=32, verbose=0)
+
+    layer.trainable = False
+    fit()
+    np.testing.assert_array_equal(array(layer.moving_mean), 0.0)
+    np.testing.assert_array_equal(array(layer.gamma), 1.0)
+    layer.trainable = True
+    fit()
+    np.testing.assert_allclose(array(layer.moving_mean), 0.5 * x.mean(0), rtol=1e-5)
+    assert (array(layer.gamma) != 1.0).all()
+    layer.trainable = False
+    before = array(layer.moving_mean)
+    fit()
+    np.testing.assert_array_equal(array(layer.moving_mean), before)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("eagerly", [True, False])
+def test_fit_with_masks(cls: Any, eagerly: bool) -> None:
+    x, mask = draw(20, 4, 3), np.random.default_rng(5).random((20, 4)) < 0.5
+    inputs = keras.Input((4, 3)), keras.Input((4,), dtype="bool")
+    layer = cls(momentum=0.0)
+    model = keras.Model(inputs, keras.layers.Dense(1)(layer(inputs)))
+    model.compile("sgd", "mse", run_eagerly=eagerly)
+    model.fit([x, mask], np.zeros((20, 4, 1)), batch_size=20, epochs=2, verbose=0, shuffle=False)
+    np.testing.assert_allclose(array(layer.moving_mean), x[mask].mean(0), rtol=1e-4)
+    np.testing.assert_allclose(array(layer.moving_variance), x[mask].var(0), rtol=1e-4)
+
+
+def test_stateless_call_changes_nothing_in_place() -> None:
+    layer, x = BatchNormalization(momentum=0.0, renorm=True), draw(8, 3)
+    layer.build(x.shape)
+    before = [array(w) for w in layer.weights]
+    _, moved = layer.stateless_call(*values(layer), ops.convert_to_tensor(x), training=True)
+    np.testing.assert_allclose(array(moved[0]), x.mean(0), rtol=1e-5)
+    for w, old in zip(layer.weights, before, strict=True):
+        np.testing.assert_array_equal(array(w), old)
+
+
+# Types.
+
+POLICIES = ["float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32"])
+def test_types_are_those_of_the_stock_layer(policy: str, dtype: str) -> None:
+    ours, stock = BatchNormalization(dtype=policy), keras.layers.BatchNormalization(dtype=policy)
+    x = ops.cast(ops.convert_to_tensor(draw(16, 3)), dtype)
+    for training in (True, False):
+        y, expected = (layer(x, training=training) for layer in (ours, stock))
+        assert y.dtype == expected.dtype
+        difference = array(ops.cast(y, "float32")) - array(ops.cast(expected, "float32"))
+        # Half inputs to a float16 policy: the stock layer keeps float16 statistics.
+        assert np.abs(difference).max() < {"float32": 1e-4}.get(policy, 0.05)
+    assert {keras.backend.standardize_dtype(w.dtype) for w in ours.weights} == {"float32"}
+    symbolic = ours.compute_output_spec(keras.KerasTensor((2, 3), dtype))
+    assert symbolic.dtype == keras.backend.standardize_dtype(y.dtype)
+
+
+def test_half_precision_statistics_do_not_stall() -> None:
+    layer = BatchNormalization(dtype="bfloat16", momentum=0.99)
+    x = ops.cast(ops.full((16, 2), 100.0), "bfloat16")
+    for _ in range(700):
+        layer(x, training=True)
+    np.testing.assert_allclose(array(layer.moving_mean), 100.0, rtol=1e-2)
+
+
+# Config and files.
+
+
+def test_config_is_loadable_by_the_stock_layer() -> None:
+    layer = BatchNormalization(axis=1, momentum=0.8, scale=False, fused=False, name="norm")
+    config = layer.get_config()
+    assert not {"fused", "adjustment", "renorm", "virtual_batch_size", "axis_name"} & set(config)
+    stock = keras.layers.BatchNormalization.from_config(config)
+    assert stock.momentum == 0.8
+    assert set(stock.get_config()) >= set(config)
+
+
+@pytest.mark.parametrize("axis", [-1, 1, [1, 3], (3, 1), [-2]])
+def test_config_keeps_axis_as_given(axis: Any) -> None:
+    layer = BatchNormalization(axis=axis)
+    assert layer.get_config()["axis"] == axis
+    assert type(layer.get_config()["axis"]) is type(axis)
+    assert BatchNormalization.from_config(layer.get_config()).get_config() == layer.get_config()
+
+
+def test_config_has_options_that_are_set() -> None:
+    options = {
+        "renorm": True,
+        "renorm_clipping": {"rmax": 2.0},
+        "renorm_momentum": 0.5,
+        "virtual_batch_size": 4,
+        "synchronized": True,
+    }
+    config = BatchNormalization(**options).get_config()
+    assert {k: config[k] for k in options} == options
+    assert BatchNormalization.from_config(config).get_config() == config
+
+
+def test_adjustment_is_left_out_of_the_config_with_a_warning() -> None:
+    layer = BatchNormalization(adjustment=lambda shape: (1.0, 0.0))
+    with pytest.warns(UserWarning, match="adjustment is a function and left out"):
+        assert "adjustment" not in layer.get_config()
+
+
+def test_synchronized_layer_round_trips() -> None:
+    layer = SyncBatchNormalization(momentum=0.5)
+    assert layer.synchronized
+    again = SyncBatchNormalization.from_config(layer.get_config())
+    assert again.synchronized
+    with pytest.raises(ValueError, match="synchronized must be True; got False"):
+        SyncBatchNormalization(synchronized=False)
+
+
+def model_of(layer: Any, shape: tuple[int, ...] = (4, 3)) -> keras.Model:
+    return keras.Sequential([keras.Input(shape), layer])
+
+
+def trained(model: keras.Model, shape: tuple[int, ...] = (8, 4, 3)) -> keras.Model:
+    for layer in model.layers:
+        for seed, w in enumerate(layer.trainable_weights):
+            w.assign(draw(*w.shape, seed=seed))
+    for seed in range(3):
+        model(draw(*shape, seed=seed), training=True)
+    return model
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_model_and_weights_files(cls: Any, tmp_path: Path) -> None:
+    model, x = trained(model_of(cls(momentum=0.7))), draw(8, 4, 3, seed=9)
+    expected = array(model(x))
+    model.save(tmp_path / "model.keras")
+    model.save_weights(tmp_path / "model.weights.h5")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert type(again.layers[0]) is cls
+    np.testing.assert_array_equal(array(again(x)), expected)
+    other = model_of(cls(momentum=0.7))
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(array(other(x)), expected)
+
+
+MAKERS = {
+    "stock": keras.layers.BatchNormalization,
+    "ours": BatchNormalization,
+    "packed": MaskedBatchNormalization,
+}
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("source", MAKERS)
+@pytest.mark.parametrize("target", ["ours", "packed", "renorm", "several axes", "ghost"])
+def test_weights_of_other_layers_load(
+    source: str, target: str, scale: bool, tmp_path: Path
+) -> None:
+    model, x = trained(model_of(MAKERS[source](scale=scale))), draw(8, 4, 3, seed=9)
+    model.save_weights(tmp_path / "model.weights.h5")
+    make = {
+        **MAKERS,
+        "renorm": lambda **kw: BatchNormalization(renorm=True, **kw),
+        "several axes": lambda **kw: BatchNormalization(axis=[-1], **kw),
+        "ghost": lambda **kw: BatchNormalization(virtual_batch_size=2, **kw),
+    }[target]
+    loaded = [model_of(make(scale=scale)) for _ in range(2)]
+    loaded[0].layers[0].set_weights([array(w) for w in model.layers[0].weights])
+    if type(loaded[1].layers[0]).__name__ == type(model.layers[0]).__name__:  # files go by it
+        loaded[1].load_weights(tmp_path / "model.weights.h5")
+    else:
+        del loaded[1]
+    for other in loaded:
+        np.testing.assert_allclose(array(other(x)), array(model(x)), rtol=1e-5, atol=1e-5)
+        if target == "renorm":
+            layer = other.layers[0]
+            stddev = np.sqrt(array(layer.moving_variance) + EPS)
+            np.testing.assert_allclose(array(layer.moving_stddev), stddev, rtol=1e-6)
+            np.testing.assert_allclose(array(layer.renorm_stddev), stddev, rtol=1e-6)
+            np.testing.assert_array_equal(array(layer.renorm_mean), array(layer.moving_mean))
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    layer = BatchNormalization()
+    layer.build((None, 3))
+    with pytest.raises(ValueError, match=r"expected 4 weights, .*; got 5"):
+        layer.set_weights([np.zeros(3)] * 5)
+    with pytest.raises(ValueError, match=r"gamma must have shape \(3,\)"):
+        layer.set_weights([np.zeros(4)] * 4)
+
+
+def test_keras_2_ghost_weights_lose_their_extra_axis() -> None:
+    layer = BatchNormalization(virtual_batch_size=2)
+    layer.build((None, 4, 3))
+    values = [draw(1, 1, 1, 3, seed=i) for i in range(4)]  # (1, groups' axis, 1, C)
+    layer.set_weights(values)
+    for w, value in zip(layer.weights, values, strict=True):
+        np.testing.assert_array_equal(array(w), value[:, 0])
+
+
+def test_keras_2_files_load(tmp_path: Path) -> None:
+    model, x = trained(model_of(keras.layers.BatchNormalization(name="norm"))), draw(8, 4, 3)
+    write_keras_2(tmp_path / "old.h5", {"norm": {w.name: array(w) for w in model.weights}})
+    ours = model_of(BatchNormalization(name="norm"))
+    ours.load_weights(tmp_path / "old.h5")
+    np.testing.assert_allclose(array(ours(x)), array(model(x)), rtol=1e-5, atol=1e-5)
+
+
+def write_keras_2(path: Path, layers: dict[str, dict[str, np.ndarray]]) -> None:
+    """Weights as Keras 2's `model.save_weights(path)` laid them out."""
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [name.encode() for name in layers]
+        file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"
+        for layer, weights in layers.items():
+            group = file.create_group(layer)
+            names = [f"{layer}/{name}:0" for name in weights]
+            group.attrs["weight_names"] = [name.encode() for name in names]
+            for name, value in zip(names, weights.values(), strict=True):
+                group[name] = value
+
+
+# As a drop-in.
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_is_a_stock_layer(cls: Any) -> None:
+    assert issubclass(cls, keras.layers.BatchNormalization)
+    assert cls().supports_masking
+
+
+def test_input_spec_and_names_are_those_of_the_stock_layer() -> None:
+    ours = BatchNormalization(axis=1, name="n")
+    stock = keras.layers.BatchNormalization(axis=1, name="n")
+    for layer in (ours, stock):
+        layer.build((None, 3, 5))
+    assert [w.path for w in ours.weights] == [w.path for w in stock.weights]
+    assert (ours.input_spec.ndim, ours.input_spec.axes) == (3, {1: 3})
+    with pytest.raises(ValueError, match="incompatible with the layer"):
+        ours(np.ones((2, 4, 5), "float32"))
+
+
+def test_regularizers_and_constraints_act() -> None:
+    layer = BatchNormalization(
+        gamma_regularizer=keras.regularizers.L2(0.5), beta_constraint=keras.constraints.NonNeg()
+    )
+    model = keras.Sequential([keras.Input((3,)), layer])
+    assert [float(array(loss)) for loss in layer.losses] == [pytest.approx(0.5 * 3)]
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    model.fit(draw(8, 3), np.full((8, 3), -50.0), verbose=0)
+    assert (array(layer.beta) >= 0).all()
+
+
+def test_time_distributed_and_nested_models() -> None:
+    x = draw(4, 5, 3)
+    layer = keras.layers.TimeDistributed(BatchNormalization())
+    assert tuple(layer(x, training=True).shape) == (4, 5, 3)
+
+
+def test_layer_clones_and_quantization_answer_like_the_stock_layer() -> None:
+    model = trained(model_of(BatchNormalization(momentum=0.7)))
+    clone = keras.models.clone_model(model)
+    assert clone.layers[0].get_config() == model.layers[0].get_config()
+    for layer in (model.layers[0], trained(model_of(keras.layers.BatchNormalization())).layers[0]):
+        with pytest.raises(NotImplementedError):
+            layer.quantize("int8")
+
+
+def test_higher_derivatives_of_fused_steps() -> None:
+    x, mask = draw(12, 2) / 10, np.arange(12) < 9
+    found = [
+        keras_backend.second_gradient(BatchNormalization(fused=fused), x, mask)
+        for fused in (None, False)
+    ]
+    assert np.abs(found[0]).max() > 0.1
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert (found[0][~mask] == 0).all()
+
+
+def test_offsets_do_not_lose_digits() -> None:
+    x = draw(4096, 8).astype("float64") / 3 + 1e6
+    x = x.astype("float32")
+    y = array(BatchNormalization(epsilon=1e-5)(x, training=True))
+    wide = x.astype("float64")
+    expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
+    assert np.abs(y - expected).max() < 2e-5
+
+
+def test_overflowing_batch_does_not_poison_the_statistics() -> None:
+    x, layer = draw(8, 2), BatchNormalization(momentum=0.5)
+    x[0, 0] = np.inf
+    y = array(layer(x, training=True))
+    assert np.isnan(y[:, 0]).any()
+    np.testing.assert_allclose(array(layer.moving_mean), [0.0, 0.5 * x[:, 1].mean()], rtol=1e-5)
+
+
+def test_example_of_the_readme_runs() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    examples = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(next(e for e in examples if "batchnorm.keras" in e), names)
+    assert names["model"].output_shape == (None, None, 3)

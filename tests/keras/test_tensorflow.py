@@ -1,0 +1,187 @@
+"""What only the TensorFlow backend has: graphs, unknown sizes, XLA, saved models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("needs the TensorFlow backend", allow_module_level=True)
+
+import tensorflow as tf
+
+from batchnorm.keras import BatchNormalization, MaskedBatchNormalization
+
+EPS = 1e-3
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(2.0, 3.0, shape).astype("float32")
+
+
+def normalized(x: np.ndarray, real: np.ndarray) -> np.ndarray:
+    wide = x.astype("float64")
+    return (wide - wide[real].mean(0)) / np.sqrt(wide[real].var(0) + EPS)
+
+
+def step(layer: Any, signature: list[Any], **options: Any) -> Any:
+    """y and dx of a training step as a graph of this signature."""
+
+    def run(x: tf.Tensor, mask: tf.Tensor, dy: tf.Tensor) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer((x, mask), training=True)
+        return y, tape.gradient(y, x, dy)
+
+    return tf.function(run, input_signature=signature, **options)
+
+
+def spec(*shape: int | None, dtype: tf.DType = tf.float32) -> tf.TensorSpec:
+    return tf.TensorSpec(shape, dtype)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("rows", [(None, None), (None, 6), (4, None)])
+@pytest.mark.parametrize("mask_rows", [(None, None), (None,), (None, None, 1)])
+def test_unknown_sizes(rows: Any, mask_rows: Any, fused: bool | None) -> None:
+    x, dy = draw(4, 6, 3), draw(4, 6, 3, seed=1)
+    mask = np.random.default_rng(2).random((4, 6)) < 0.6
+    if len(mask_rows) == 1:
+        mask = np.broadcast_to(np.array([True, False, True, True])[:, None], (4, 6))
+    given = mask[:, 0] if len(mask_rows) == 1 else mask.reshape(4, 6, *mask_rows[2:])
+    layer = BatchNormalization(momentum=0.0, fused=fused)
+    layer.build((None, None, 3))
+    run = step(layer, [spec(*rows, 3), spec(*mask_rows, dtype=tf.bool), spec(None, None, 3)])
+    y, dx = run(x, given, dy)
+    np.testing.assert_allclose(y, normalized(x, mask), atol=1e-5)
+    np.testing.assert_array_equal(dx.numpy()[~mask], 0.0)
+    np.testing.assert_allclose(dx.numpy()[mask].sum(0), 0.0, atol=1e-4)
+    np.testing.assert_allclose(layer.moving_mean, x[mask].mean(0), rtol=1e-5)
+    assert run(np.concatenate([x] * 2)[:4], given, dy)[0].shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_unknown_batch_size_without_mask(fused: bool | None) -> None:
+    layer = BatchNormalization(momentum=0.0, fused=fused)
+    layer.build((None, 3))
+    call = tf.function(lambda x: layer(x, training=True), input_signature=[spec(None, 3)])
+    for n in (7, 1, 0, 16):
+        x = draw(n, 3, seed=n)
+        y = call(x)
+        assert y.shape == (n, 3)
+        if n:
+            np.testing.assert_allclose(y, normalized(x, np.ones(n, bool)), atol=1e-5)
+    np.testing.assert_allclose(layer.moving_mean, draw(16, 3, seed=16).mean(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_unknown_batch_size_with_ghost_batches(fused: bool | None) -> None:
+    layer = BatchNormalization(momentum=0.0, virtual_batch_size=4, fused=fused)
+    layer.build((None, 3))
+    call = tf.function(lambda x: layer(x, training=True), input_signature=[spec(None, 3)])
+    x = draw(12, 3)
+    y = call(x).numpy()
+    for group in range(3):
+        rows = np.arange(12) % 3 == group
+        np.testing.assert_allclose(y[rows], normalized(x, rows)[rows], atol=1e-5)
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match=r"virtual_batch_size=4 must divide[^$]*10"
+    ):
+        call(draw(10, 3))
+
+
+def test_adjustment_gets_a_tensor_where_sizes_are_unknown() -> None:
+    layer = BatchNormalization(adjustment=lambda shape: (tf.fill((shape[0], 1), 2.0), None))
+    layer.build((None, 3))
+    call = tf.function(lambda x: layer(x, training=True), input_signature=[spec(None, 3)])
+    x = draw(8, 3)
+    np.testing.assert_allclose(call(x), 2 * normalized(x, np.ones(8, bool)), atol=1e-5)
+
+
+def test_unknown_rank_is_refused() -> None:
+    call = tf.function(lambda x: BatchNormalization()(x), input_signature=[tf.TensorSpec(None)])
+    with pytest.raises(ValueError, match="inputs must have a known rank"):
+        call.get_concrete_function()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mask_values_and_batches_do_not_retrace(compiled: bool) -> None:
+    layer = MaskedBatchNormalization()
+    layer.build((32, 3))
+    signature = [spec(32, 3), spec(32, dtype=tf.bool), spec(32, 3)]
+    run = step(layer, signature, jit_compile=compiled)
+    for seed in range(3):
+        x, mask = draw(32, 3, seed=seed), np.random.default_rng(seed).random(32) < 0.5
+        np.testing.assert_allclose(run(x, mask, x)[0], normalized(x, mask), atol=1e-5)
+    assert run.experimental_get_tracing_count() == 1
+
+
+def test_models_fit_under_xla_and_eagerly() -> None:
+    x, found = draw(32, 4), []
+    for options in ({"jit_compile": True}, {"run_eagerly": True}, {"jit_compile": False}):
+        layer = BatchNormalization(momentum=0.0)
+        model = keras.Sequential([keras.Input((4,)), layer])
+        model.compile("sgd", "mse", **options)
+        model.fit(x, x, batch_size=16, shuffle=False, epochs=2, verbose=0)
+        found.append(np.concatenate([np.asarray(w) for w in layer.weights]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[0], found[2], rtol=1e-4, atol=1e-5)
+
+
+def test_kernel_demanded_under_xla_says_why_there_is_none() -> None:
+    layer = BatchNormalization(fused=True)
+    layer.build((None, 3))
+    call = tf.function(lambda x: layer(x, training=True), jit_compile=True)
+    with pytest.raises(ValueError, match="fused=True demands a kernel, but XLA cannot call it"):
+        call(draw(8, 3))
+    np.testing.assert_allclose(  # without XLA there is one
+        layer(draw(8, 3), training=True), normalized(draw(8, 3), np.ones(8, bool)), atol=1e-5
+    )
+
+
+def test_kernel_demanded_for_axes_apart_is_refused_when_built() -> None:
+    layer = BatchNormalization(axis=[1, 3], fused=True)
+    with pytest.raises(ValueError, match=r"channel axes \(1, 3\) are apart in memory"):
+        layer.build((None, 2, 4, 3))
+    assert layer.weights == []
+
+
+def test_third_derivatives_are_right() -> None:
+    x = tf.constant(draw(9, 2) / 10, tf.float64)
+    weight = tf.constant(np.random.default_rng(1).normal(size=(9, 2)))
+    found = []
+    for fused in (None, False):
+        layer = BatchNormalization(dtype="float64", fused=fused)
+        layer.build((9, 2))
+        with tf.GradientTape() as third:
+            third.watch(x)
+            with tf.GradientTape() as second:
+                second.watch(x)
+                with tf.GradientTape() as first:
+                    first.watch(x)
+                    y = tf.reduce_sum(weight * layer(x, training=True) ** 2)
+                dx = tf.reduce_sum(weight * first.gradient(y, x) ** 2)
+            ddx = tf.reduce_sum(weight * second.gradient(dx, x))
+        found.append(third.gradient(ddx, x).numpy())
+    assert np.abs(found[0]).max() > 0.1
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_exported_model_gives_the_same_numbers(masked: bool, tmp_path: Path) -> None:
+    x, mask = draw(8, 4, 3), np.random.default_rng(3).random((8, 4)) < 0.5
+    inputs = keras.Input((4, 3), name="x"), keras.Input((4,), dtype="bool", name="mask")
+    layer = BatchNormalization(momentum=0.5)
+    model = keras.Model(inputs, layer(inputs if masked else inputs[0]))
+    if not masked:
+        model = keras.Model(inputs[0], layer(inputs[0]))
+    given = [x, mask] if masked else x
+    model(given, training=True)
+    model.export(tmp_path / "saved", verbose=False)
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    found = loaded.serve(tuple(given) if masked else given)
+    np.testing.assert_allclose(found, model(given), rtol=1e-6, atol=1e-6)
