@@ -31,6 +31,7 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/run_jax.py
+	$(BIN)/python benchmarks/run_keras.py
 
 # The packages, and that they install and run where there is no compiler.
 dist: $(VENV)/.installed

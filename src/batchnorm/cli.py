@@ -48,7 +48,7 @@ def config() -> None:
 @app.command()
 def demo(
     framework: Annotated[
-        str, typer.Option(help="torch or jax: whose batch norm this one is compared with.")
+        str, typer.Option(help="torch, jax or keras: whose batch norm this one is compared with.")
     ] = "torch",
     seeds: Annotated[int, typer.Option(min=1, help="Pairs of networks to train.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 20,
@@ -70,7 +70,7 @@ def demo(
         chosen = experiment.load_framework(framework)
     except ImportError as error:
         missing = (error.name or str(error)).partition(".")[0]
-        install = _INSTALL.replace("torch", "jax") if framework == "jax" else _INSTALL
+        install = _INSTALL.replace("torch", framework)
         raise _failure(f"the demo needs {missing}; install it with: {install}") from error
     _check_writable(out)
     if quick:

@@ -29,7 +29,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)  # of training, the median epoch
 
 
-FRAMEWORKS = ("torch", "jax")
+FRAMEWORKS = ("torch", "jax", "keras")
 
 
 def load_framework(name: str) -> Framework:
