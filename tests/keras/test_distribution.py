@@ -18,10 +18,10 @@ PROGRAMS = {
 }[keras.backend.backend()]
 
 
-def start(program: str, **extra: str) -> subprocess.Popen[str]:
+def start(program: str, *arguments: str, **extra: str) -> subprocess.Popen[str]:
     """A program of `distributed.py`, in a process of its own: devices are counted at the start."""
     return subprocess.Popen(
-        [sys.executable, str(HERE / "distributed.py"), program],
+        [sys.executable, str(HERE / "distributed.py"), program, *arguments],
         env=os.environ | {"KERAS_BACKEND": keras.backend.backend()} | extra,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -56,6 +56,13 @@ def test_two_workers() -> None:
         for index in range(2)
     ]
     for process in processes:
+        finish(process)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="needs torch.distributed")
+def test_two_ranks() -> None:
+    address = f"tcp://127.0.0.1:{free_ports(1)[0]}"
+    for process in [start("ranks", address, str(rank)) for rank in range(2)]:
         finish(process)
 
 

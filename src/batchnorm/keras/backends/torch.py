@@ -15,6 +15,7 @@ from batchnorm.keras.masks import find_axes
 from batchnorm.kernels.select import extension_status
 from batchnorm.torch.functional import Mode, Parameters
 from batchnorm.torch.functional import normalize as normalize_tensors
+from batchnorm.torch.synchronize import find_synchronizer
 
 
 def resolve_training(training: Any) -> bool:
@@ -45,7 +46,6 @@ def normalize(
     A repeated forward pass (activation checkpointing) is recognized by the tensors it updates, so
     that they are the variables' own wherever Keras lets go of them.
     """
-    _refuse_participants(call)
     training = bool(call.training)
     pure = training and in_stateless_scope()
     if pure:
@@ -63,21 +63,9 @@ def normalize(
         fused=call.fused,
         mode=Mode(own_statistics=training, training=training, update=training),
         owner=call.owner,
+        synchronizer=find_synchronizer(call.owner, call.synchronized, call.process_group),
     )
     return y, running if pure else None
-
-
-def _refuse_participants(call: Call) -> None:
-    """Raise rather than take one rank's statistics where all of them were asked for."""
-    if not call.synchronized or not torch.distributed.is_available():
-        return
-    if torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size(call.process_group)
-        if ranks > 1:
-            raise ValueError(
-                f"{call.owner}: synchronized=True does not reach torch.distributed ranks in this "
-                f"version; got {ranks} of them. Use synchronized=False for local statistics."
-            )
 
 
 def _fit_mask(owner: str, mask: Any, x: Tensor, layout: Layout, training: bool) -> Tensor | None:
