@@ -13,8 +13,6 @@ from batchnorm.core.running import Running
 from batchnorm.jax.functional import normalize_batch, normalize_running
 from cases import Case, Data, Result, State
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-
 
 def supports(case: Case) -> bool:
     """Activation and residual are torch's: XLA fuses what follows a layer."""
@@ -32,7 +30,8 @@ def is_served(case: Case) -> bool:
 
 def run(case: Case, data: Data, *, fused: bool | None) -> Result:
     """Run a case under jit, through what the layer calls."""
-    with jax.enable_x64(case.dtype == "float64"):
+    strict = jax.numpy_dtype_promotion("strict")
+    with strict, jax.enable_x64(case.dtype == "float64"):
         return _run(case, data, fused)
 
 

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Iterator
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion() -> Iterator[None]:
+    # For the test alone: other tests of the same process use libraries that mix types.
+    with jax.numpy_dtype_promotion("strict"):
+        yield

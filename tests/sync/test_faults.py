@@ -264,7 +264,9 @@ def destroy(rank: int, given: bool, fused: bool | None) -> Outcome:
 def test_a_destroyed_group(world, given, fused) -> None:
     outcomes = expect_errors(world, destroy, given, fused)
     assert "cannot reach the other ranks" in outcomes[BAD].error
-    assert all(f"waited for rank {BAD} of" in outcomes[r].error for r in (0, 2))
+    # Who notices first names the rank that left; its own failure may reach the other one sooner.
+    assert any(f"waited for rank {BAD} of" in outcomes[r].error for r in (0, 2))
+    assert all("waited for rank" in outcomes[r].error for r in (0, 2))
 
 
 def use_after_failure(rank: int) -> tuple[str, str]:
