@@ -48,13 +48,18 @@ def refuse(x: tf.Tensor, mask: tf.Tensor | None, call: Call) -> str | None:
     reason = refuse_options(call, x.shape.rank)
     if reason is not None:
         return reason
-    if GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+    if is_compiled():
         return "XLA cannot call it (jit_compile=True)"
     if accelerator := find_accelerator():
         return f"there is none for device {accelerator}"
     per_channel = mask is not None and any(mask.shape[a] != 1 for a in call.axes)
     choice = select_kernel("cpu", x.dtype.name, adjusted=False, per_channel_mask=per_channel)
     return None if choice.kernel else choice.reason
+
+
+def is_compiled() -> bool:
+    """Whether what is traced now goes to XLA."""
+    return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
 
 
 def find_accelerator() -> str | None:
