@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.torch import BatchNorm, fused
+from batchnorm.torch import BatchNorm, compiled, fused
 from problem import EPS, Problem
 
 Step = Callable[[], Tensor]
@@ -166,7 +166,7 @@ def _reused(problem: Problem) -> Variant:
     row, kind, threads = geometry.dense, cpu.TYPES["float32"], torch.get_num_threads()
 
     def step() -> Tensor:
-        state = fused.find_state(layer.weight, layer.bias, running)
+        state = compiled.find_state(layer.weight, layer.bias, running)
         kept = plan.forward(
             *(x.data_ptr(), row, 0, 0, 0, y.data_ptr(), row, *state),
             *(None, EPS, 0.9, True, True, True, threads),
