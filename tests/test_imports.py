@@ -86,6 +86,8 @@ def test_source_imports_only_what_its_part_may(part: str) -> None:
     for path in (ROOT / part).rglob("*.py"):
         for module in _imports(path):
             top, *rest = module.split(".")
+            if part == "kernels" and "triton" in path.parts and top in ("torch", "triton"):
+                continue  # the only kernels that know a framework
             if top == "batchnorm":
                 used = rest[0] if rest else ""
                 assert used in {part} | (ALLOWED[part] & SUBPACKAGES), f"{path}: {module}"

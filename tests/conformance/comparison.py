@@ -43,9 +43,7 @@ def check(path: Path, case: Case) -> None:
         _compare(name, getattr(found.state, name), getattr(expected.state, name), bound)
 
 
-def _bounds(
-    case: Case, data: Data, expected: Result, tol: float, roundings: float
-) -> Result:
+def _bounds(case: Case, data: Data, expected: Result, tol: float, roundings: float) -> Result:
     """What each result may be off by: `tol` relative to the terms it is made of."""
     gamma, beta, rstd, std = _scales(case, data)
     weight = _along(case, gamma)

@@ -143,7 +143,7 @@ def row(kept: Kept, name: str) -> Tensor:
 
 def count(kept: Kept) -> Tensor:
     """Real rows of each group: memory of `kept` itself."""
-    return kept.count()
+    return kept.counts()
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[object]:

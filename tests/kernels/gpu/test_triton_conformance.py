@@ -13,9 +13,7 @@ from cases import CASES, Case
 from comparison import Path, check
 
 # The interpreter cuts float32 off where a GPU rounds it to bfloat16.
-PATH = Path(
-    partial(torch_path.run, fused=True), True, tolerances.FLOAT32, {"bfloat16": 2.0}
-)
+PATH = Path(partial(torch_path.run, fused=True), True, tolerances.FLOAT32, {"bfloat16": 2.0})
 
 
 def is_served(case: Case) -> bool:

@@ -7,12 +7,10 @@ a CUDA graph after a first one has compiled its kernels. Launches go to the curr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -96,7 +94,7 @@ class Kept(NamedTuple):
         begin = cpu.STATISTICS[name] * self.size
         return self.data[begin : begin + self.size]
 
-    def count(self) -> Tensor:
+    def counts(self) -> Tensor:
         """Real rows of each group."""
         return self.data[len(cpu.STATISTICS) * self.size :]
 
@@ -151,8 +149,8 @@ class Plan:
         else:
             kept = self._finish(x, mask, parameters, statistics, rates, task, kept)
         walk = self._elementwise(x, residual, y)
-        arguments = (x, residual, y, kept.data, parameters, statistics, walk, options.eps, task)
-        self._launch(forward.normalize, self._programs(walk), *arguments)
+        inputs = (x, residual, y, kept.data, parameters, statistics, walk, options.eps, task)
+        self._launch(forward.normalize, self._programs(walk), *inputs)
         return kept._replace(renorm=bool(task.renorm.value))
 
     def backward(
@@ -178,12 +176,12 @@ class Plan:
             depth = self._depth(self.sizes.groups, self.tiling.width)
             self._launch(backward.backward_whole, walk.parts, *arguments, depth)
             return
-        sums = None
+        found: Tensor | None = None
         wanted = (gradients.gamma, gradients.beta, dresidual.data)
         if batch or any(a is not None for a in wanted):
-            sums = self._reduce(x, dy, y, dresidual, mask, gradients, kept, task)
+            found = self._reduce(x, dy, y, dresidual, mask, gradients, kept, task)
         if dx.data is not None:
-            self._apply(x, dy, y, dx, dresidual, mask, sums, kept, task)
+            self._apply(x, dy, y, dx, dresidual, mask, found, kept, task)
 
     def reduce(
         self,

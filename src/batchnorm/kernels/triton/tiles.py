@@ -66,10 +66,7 @@ def divide(start, lanes, size, short: tl.constexpr):
     """
     first = start // size
     rest = (start - first * size).to(lanes.dtype) + lanes
-    if short:
-        quotients = (rest >= size).to(lanes.dtype)
-    else:
-        quotients = rest // size
+    quotients = (rest >= size).to(lanes.dtype) if short else rest // size
     return first, quotients, rest - quotients * size
 
 
@@ -91,11 +88,7 @@ def find_wanted(real, valid, walk):
     Where a position is a row of channels, padded rows are left out. Elsewhere neighbours share a
     load, which a mask between them would split: all of a tile is loaded, or nothing.
     """
-    if walk.last:
-        wanted = real
-    else:
-        wanted = valid & (tl.max(real.to(tl.int32), 0) > 0)
-    return wanted
+    return real if walk.last else valid & (tl.max(real.to(tl.int32), 0) > 0)
 
 
 @triton.jit
@@ -114,31 +107,19 @@ def place(rows, within, stride, channels, walk):
 @triton.jit
 def across(a, walk):
     """One value per channel, to meet a tile."""
-    if walk.last:
-        met = a[None, :]
-    else:
-        met = a[:, None]
-    return met
+    return a[None, :] if walk.last else a[:, None]
 
 
 @triton.jit
 def along(a, walk):
     """One value per position, to meet a tile."""
-    if walk.last:
-        met = a[:, None]
-    else:
-        met = a[None, :]
-    return met
+    return a[:, None] if walk.last else a[None, :]
 
 
 @triton.jit
 def add_positions(a, walk):
     """The sum over a tile's positions, for each channel."""
-    if walk.last:
-        total = tl.sum(a, 0)
-    else:
-        total = tl.sum(a, 1)
-    return total
+    return tl.sum(a, 0) if walk.last else tl.sum(a, 1)
 
 
 @triton.jit
