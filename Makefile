@@ -8,7 +8,7 @@ CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 FUZZ ?= 250
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test lint format bench dist sanitize clean
+.PHONY: demo test lint format bench bench-gpu dist sanitize clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -32,6 +32,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/run_jax.py
 	$(BIN)/python benchmarks/run_keras.py
+
+# Needs a CUDA device; writes benchmarks/results/gpu.json. Without one: --check-only.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/run_gpu.py $(GPU)
 
 # The packages, and that they install and run where there is no compiler.
 dist: $(VENV)/.installed

@@ -49,7 +49,7 @@ def make_variants(problem: Problem) -> dict[str, Variant]:
         found = _activated(problem, ours)
     else:
         found = {"ours": _step(problem, ours, exact=True), "torch": _step(problem, _torch(problem))}
-        if case.copied:
+        if case.copied and problem.x.is_cpu and not problem.fused:
             found["ours, reused buffers"] = _reused(problem)
     if case.copied:
         found["copy"] = _copy(problem)
@@ -93,11 +93,15 @@ def _activated(problem: Problem, ours: nn.Module) -> dict[str, Variant]:
     def fused_step(x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ours(x, residual=residual)
 
-    return {
+    found = {
         "ours": _step(problem, fused_step, exact=True),
         "torch": _step(problem, separate),
         "torch, in place": _step(problem, in_place),
     }
+    if problem.x.is_cuda:
+        torch._dynamo.reset()
+        found["torch, compiled"] = _step(problem, torch.compile(separate, dynamic=False))
+    return found
 
 
 def _step(
@@ -186,7 +190,7 @@ def _pack(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
 
     def pack(x: Tensor, mask: Tensor) -> Tensor:
         rows = x.movedim(1, -1)
-        y = torch.zeros(rows.shape, dtype=x.dtype)
+        y = torch.zeros(rows.shape, dtype=x.dtype, device=x.device)
         return y.index_put_((mask,), layer(rows[mask])).movedim(-1, 1)
 
     return pack
@@ -210,7 +214,8 @@ def _formula(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _ours(problem: Problem) -> BatchNorm:
-    layer = BatchNorm(problem.x.shape[1], EPS, axis=1, activation=problem.case.activation)
+    case, channels = problem.case, problem.x.shape[1]
+    layer = BatchNorm(channels, EPS, axis=1, activation=case.activation, fused=problem.fused)
     return _load(layer, problem)
 
 
@@ -219,6 +224,7 @@ def _torch(problem: Problem) -> Any:
 
 
 def _load(layer: Any, problem: Problem) -> Any:
+    layer = layer.to(problem.x.device)
     with torch.no_grad():
         layer.weight.copy_(problem.gamma)
         layer.bias.copy_(problem.beta)
