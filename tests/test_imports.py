@@ -130,3 +130,4 @@ def test_show_config_reports_versions_and_kernels(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert f"batchnorm   {batchnorm.__version__}" in shown
     assert "kernels     compiled, " in shown
+    assert "on GPUs     " in shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from batchnorm.kernels.select import extension_status
+from batchnorm.kernels.select import extension_status, triton_status
 
 _PACKAGES = ("batchnorm", "numpy", "torch", "jax", "flax", "keras", "tensorflow", "tensorflow-cpu")
 
@@ -25,3 +25,5 @@ def show_config() -> None:
     status = extension_status()
     kernels = status.reason if status.kernel else f"plain array code: {status.reason}"
     print(f"kernels     {kernels}")
+    gpu = triton_status()
+    print(f"on GPUs     {gpu.reason if gpu.kernel else f'plain array code: {gpu.reason}'}")

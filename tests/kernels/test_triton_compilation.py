@@ -69,7 +69,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_compile(name: str, compiled: Any) -> None:
-    from batchnorm.kernels.triton.launch import Array, Mask, Parameters, Plan
+    from batchnorm.kernels.triton.arguments import Array, Mask, Parameters
+    from batchnorm.kernels.triton.launch import Plan
 
     shape, dtype, residual = CASES[name]
     layout = make_layout("test", shape, 1)

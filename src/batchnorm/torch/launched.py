@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.core.running import Running
-from batchnorm.kernels.triton.launch import Array, Kept, Mask, Parameters
+from batchnorm.kernels.triton.arguments import Array, Kept, Mask, Parameters
 from batchnorm.torch.prepared import row_of
 
 if TYPE_CHECKING:

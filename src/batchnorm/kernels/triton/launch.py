@@ -6,9 +6,7 @@ a CUDA graph after a first one has compiled its kernels. Launches go to the curr
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -19,84 +17,21 @@ from batchnorm.core.layout import Layout
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.kernels.triton import backward, channels, forward, tiling
-from batchnorm.kernels.triton.tiling import Tiling, divide_up, power_above
+from batchnorm.kernels.triton.arguments import (
+    ACTIVATIONS,
+    Array,
+    Kept,
+    Mask,
+    Parameters,
+    Task,
+    Walk,
+    make_task,
+    make_walk,
+    rates_of,
+)
+from batchnorm.kernels.triton.tiling import divide_up, power_above
 
-_ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2}
-_FAR = 1 << 30  # sizes from which 32 bits might not hold a size plus a tile
 _NO_RUNNING = Running(None, None)
-
-
-class Array(NamedTuple):
-    """A tensor, or None, and the distance between its outer rows."""
-
-    data: Tensor | None
-    row: int = 0
-
-
-class Mask(NamedTuple):
-    """A mask, or None, and how it is read: see `batchnorm.kernels.cpu.MaskView`."""
-
-    data: Tensor | None
-    repeat: int = 1
-    outer: int = 0
-    inner: int = 0
-
-
-class Parameters(NamedTuple):
-    """gamma and beta, or their gradients, each contiguous or None."""
-
-    gamma: Tensor | None
-    beta: Tensor | None
-
-
-class Walk(NamedTuple):
-    """How programs walk over arrays; the last nine are compiled in."""
-
-    positions: int  # of a group
-    channels: int
-    inner: int
-    run: int
-    groups: int
-    parts: int
-    tiles: int
-    blocks: int
-    together: int
-    width: tl.constexpr
-    length: tl.constexpr
-    last: tl.constexpr  # rows of channels are contiguous
-    per_row: tl.constexpr  # positions in a row: 1 one, 2 no less than in a tile, 3 less
-    grouped: tl.constexpr
-    align: tl.constexpr
-    huge: tl.constexpr
-    wide: tl.constexpr  # the type of the arithmetic
-
-
-class Task(NamedTuple):
-    """What a step does; all of it is compiled in."""
-
-    batch: tl.constexpr
-    update: tl.constexpr
-    renorm: tl.constexpr
-    unbiased: tl.constexpr
-    cumulative: tl.constexpr
-    activation: tl.constexpr
-
-
-class Kept(NamedTuple):
-    """What a forward step leaves for its backward step: see `channels`."""
-
-    data: Tensor
-    size: int  # of a row
-    renorm: bool = False  # whether r and d are there
-
-    def row(self, name: str) -> Tensor:
-        """One of STATISTICS: a value for each group and channel."""
-        begin = cpu.STATISTICS[name] * self.size
-        return self.data[begin : begin + self.size]
-
-    def counts(self) -> Tensor:
-        """Real rows of each group."""
-        return self.data[len(cpu.STATISTICS) * self.size :]
 
 
 class Plan:
@@ -132,9 +67,9 @@ class Plan:
         kept: Kept | None,
     ) -> Kept:
         """Fill y and move the running statistics; `kept`: moments that are known already."""
-        task = _make_task(options, batch, update, running is not None)
+        task = make_task(options, batch, update, running is not None)
         statistics = _NO_RUNNING if running is None else running
-        rates = _rates_of(options)
+        rates = rates_of(options)
         if not batch:
             kept = self._new_kept(x)
         elif kept is None and self.tiling.whole:
@@ -168,7 +103,7 @@ class Plan:
         batch: bool,
     ) -> None:
         """Fill the gradients that are given."""
-        task = _make_task(options, batch, False, kept.renorm)
+        task = make_task(options, batch, False, kept.renorm)
         if batch and self.tiling.whole:
             sums = self._new(x, 2 * self._statistics)
             walk = self._walk(1, 1, x, dy, y, dx, dresidual)
@@ -195,7 +130,7 @@ class Plan:
         options: Options,
     ) -> Tensor:
         """The sums of g and of g·(x - mean); fills dresidual and the gradients that are given."""
-        task = _make_task(options, True, False, kept.renorm)
+        task = make_task(options, True, False, kept.renorm)
         return self._reduce(x, dy, y, dresidual, mask, gradients, kept, task)
 
     def apply(
@@ -211,7 +146,7 @@ class Plan:
         options: Options,
     ) -> None:
         """Fill dx from sums that `reduce` has returned; `kept` holds the count that goes with."""
-        task = _make_task(options, True, False, False)
+        task = make_task(options, True, False, False)
         self._apply(x, dy, y, dx, dresidual, mask, sums, kept, task)
 
     def _partial_moments(self, x: Array, mask: Mask) -> tuple[Tensor, Walk]:
@@ -294,7 +229,7 @@ class Plan:
         task: Task,
     ) -> None:
         # dresidual holds g already, unless a half type rounded it.
-        exact = self._bytes > 2 or task.activation.value == _ACTIVATIONS["relu"]
+        exact = self._bytes > 2 or task.activation.value == ACTIVATIONS["relu"]
         if dresidual.data is not None and exact:
             dy, y, task = dresidual, Array(None), task._replace(activation=tl.constexpr(0))
         walk = self._elementwise(x, dy, y, dx)
@@ -306,7 +241,7 @@ class Plan:
         rows = tuple(a.row for a in arrays)
         walk = self._walks.get((blocks, together, rows))
         if walk is None:
-            walk = _make_walk(self.sizes, self.tiling, blocks, together, rows, self._type)
+            walk = make_walk(self.sizes, self.tiling, blocks, together, rows, self._type)
             self._walks[blocks, together, rows] = walk
         return walk
 
@@ -344,66 +279,6 @@ class Plan:
         # that is kept differently (S3).
         if programs > 0 and self.sizes.channels > 0:
             kernel[(programs,)](*arguments, num_warps=self.tiling.warps, enable_fp_fusion=False)
-
-
-def _make_walk(
-    sizes: cpu.Sizes,
-    cut: Tiling,
-    blocks: int,
-    together: int,
-    rows: tuple[int, ...],
-    type: tl.dtype,
-) -> Walk:
-    per_row = 1
-    if sizes.inner > 1:
-        per_row = 2 if cut.length <= sizes.inner else 3
-    constants = (
-        cut.width,
-        cut.length,
-        sizes.inner == 1,
-        per_row,
-        sizes.groups > 1,
-        tiling.find_alignment(sizes, cut, rows),
-        max(sizes.inner, sizes.run) >= _FAR,
-        type,
-    )
-    return Walk(
-        tiling.count_positions(sizes),
-        sizes.channels,
-        sizes.inner,
-        sizes.run,
-        sizes.groups,
-        cut.parts,
-        cut.tiles,
-        blocks,
-        together,
-        *(tl.constexpr(value) for value in constants),
-    )
-
-
-def _make_task(options: Options, batch: bool, update: bool, running: bool) -> Task:
-    renorm = options.renorm is not None and batch and running
-    return _cached_task(
-        batch,
-        update,
-        renorm,
-        options.unbiased,
-        update and options.decay is None,
-        _ACTIVATIONS[options.activation],
-    )
-
-
-@lru_cache(maxsize=256)
-def _cached_task(*values: bool | int) -> Task:
-    return Task(*(tl.constexpr(value) for value in values))
-
-
-def _rates_of(options: Options) -> tuple[float, ...]:
-    renorm = options.renorm
-    decay = 0.0 if options.decay is None else float(options.decay)
-    if renorm is None:
-        return (float(options.eps), decay, 0.0, 0.0, math.inf, math.inf)
-    return (float(options.eps), decay, renorm.decay, renorm.rmin, renorm.rmax, renorm.dmax)
 
 
 def _count_batch(flags: Tensor | None, running: Running) -> None:
