@@ -22,7 +22,7 @@ from torch_world import join, make_world, stop
 TIMEOUT = 3.0  # seconds, of the groups
 SIZE = 3
 BAD = 1  # the rank that misbehaves
-LAYER = r"BatchNorm2d (#\d+|layer)( \(\d+ channels, eps=|: cannot reach)"
+LAYER = r"BatchNorm2d #\d+( \(\d+ channels, eps=|: cannot reach)"
 GROUP = r"process group of 3 ranks \(0, 1, 2; gloo\)"
 WAITED = (
     r"(forward|backward) pass: (waited for (rank [012]|the other ranks) of the process group"
@@ -226,13 +226,11 @@ def test_a_rank_with_another_option(world, kind, fused) -> None:
 
 def change(rank: int, kind: str, fused: bool | None) -> Outcome:
     """All make a step together; then one rank is changed."""
-    layer, channels = make(fused=fused), 4
-    layer.name_for_ranks("layer")
+    layer, wider, channels = make(fused=fused), make(8, fused=fused), 4
     layer(batch(rank))
     if rank == BAD and kind == "channels":
-        channels = 8
-        layer = make(channels, fused=fused)
-        layer.name_for_ranks("layer")
+        wider.name_for_ranks(layer._synchronizer.name)
+        layer, channels = wider, 8
     if rank == BAD and kind == "eps":
         layer.eps = 1e-3
     mask = None

@@ -39,6 +39,7 @@ class SynchronizationError(RuntimeError):
 class Expected(NamedTuple):
     """Messages that other ranks may send by now."""
 
+    peers: Peers
     parts: Tensor
     tag: int
     timeout: float
@@ -149,7 +150,7 @@ class Peers:
             return None
         tag = zlib.crc32(self._next(text).encode()) & 0x7FFFFFFF
         parts = torch.empty((self.size, size), dtype=torch.float64)
-        expected = Expected(parts, tag, backend.options._timeout.total_seconds(), [])
+        expected = Expected(self, parts, tag, backend.options._timeout.total_seconds(), [])
         for peer in self._others:
             try:
                 expected.works.append((peer, backend.recv([parts[peer]], peer, tag)))
