@@ -124,7 +124,7 @@ def test_keras_on_torch(latest: Worlds, size: int, case: Case) -> None:
     check(Path(run, False, tolerances.FLOAT32), case)
 
 
-PATIENCE = 300.0  # seconds
+PATIENCE = 500.0  # seconds
 
 
 def random(case: Case, size: int) -> Split:
