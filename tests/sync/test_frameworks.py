@@ -39,8 +39,6 @@ NAMES = [
 ]
 CHOSEN = [next(case for case in CASES if case.name == name) for name in NAMES]
 UNMASKED = [case for case in CASES if case.name in ("2d-unmasked", "1d_signal-unmasked")]
-
-
 SIZES = (1, 2, 3, 4)
 
 
