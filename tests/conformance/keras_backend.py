@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -127,6 +128,16 @@ def trace(function: Callable[..., Any]) -> Callable[..., Any]:
 
         return jax.jit(function)
     return function
+
+
+@contextmanager
+def pure(*variables: Any) -> Iterator[Callable[[Any], Any]]:
+    """Where variables are assigned in traced code; gives what reads a variable there."""
+    if NAME != "jax":  # whose traced functions may change nothing
+        yield lambda variable: variable.value
+        return
+    with keras.StatelessScope([(v, v.value) for v in variables]) as scope:
+        yield scope.get_current_value
 
 
 def second_gradient(layer: Any, x: np.ndarray, mask: np.ndarray) -> np.ndarray:

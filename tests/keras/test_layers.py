@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,11 @@ def test_mask_as_pair_and_as_argument(way: str) -> None:
     np.testing.assert_allclose(array(layer.moving_mean), x[mask].mean(0), rtol=1e-5)
 
 
-def test_mask_of_a_masking_layer_is_used_and_carried_on() -> None:
+@pytest.mark.parametrize("cls", CLASSES)
+def test_mask_of_a_masking_layer_is_used_and_carried_on(cls: Any) -> None:
     x = draw(4, 6, 3)
     x[:, 4:] = 0.0
-    y = BatchNormalization()(keras.layers.Masking()(x), training=True)
+    y = cls()(keras.layers.Masking()(x), training=True)
     mask = np.broadcast_to(np.arange(6) < 4, (4, 6))
     np.testing.assert_allclose(array(y), normalized(x, mask), atol=1e-5)
     np.testing.assert_array_equal(array(y._keras_mask), mask)
@@ -241,10 +243,14 @@ def test_stateless_call_changes_nothing_in_place() -> None:
 # Types.
 
 POLICIES = ["float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16"]
+TYPES = ["float32", "float16", "bfloat16", "int32"]
+if keras_backend.has_float64():
+    POLICIES.append("float64")
+    TYPES.append("float64")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32"])
+@pytest.mark.parametrize("dtype", TYPES)
 def test_types_are_those_of_the_stock_layer(policy: str, dtype: str) -> None:
     ours, stock = BatchNormalization(dtype=policy), keras.layers.BatchNormalization(dtype=policy)
     x = ops.cast(ops.convert_to_tensor(draw(16, 3)), dtype)
@@ -253,8 +259,10 @@ def test_types_are_those_of_the_stock_layer(policy: str, dtype: str) -> None:
         assert y.dtype == expected.dtype
         difference = array(ops.cast(y, "float32")) - array(ops.cast(expected, "float32"))
         # Half inputs to a float16 policy: the stock layer keeps float16 statistics.
-        assert np.abs(difference).max() < {"float32": 1e-4}.get(policy, 0.05)
-    assert {keras.backend.standardize_dtype(w.dtype) for w in ours.weights} == {"float32"}
+        exact = {"float32": 1e-4, "float64": 1e-4}
+        assert np.abs(difference).max() < exact.get(policy, 0.05)
+    kept = "float64" if policy == "float64" else "float32"
+    assert {keras.backend.standardize_dtype(w.dtype) for w in ours.weights} == {kept}
     symbolic = ours.compute_output_spec(keras.KerasTensor((2, 3), dtype))
     assert symbolic.dtype == keras.backend.standardize_dtype(y.dtype)
 
@@ -276,7 +284,8 @@ def test_config_is_loadable_by_the_stock_layer() -> None:
     assert not {"fused", "adjustment", "renorm", "virtual_batch_size", "axis_name"} & set(config)
     stock = keras.layers.BatchNormalization.from_config(config)
     assert stock.momentum == 0.8
-    assert set(stock.get_config()) >= set(config)
+    renorm = {"renorm", "renorm_clipping", "renorm_momentum"}
+    assert set(config) == set(stock.get_config()) - renorm
 
 
 @pytest.mark.parametrize("axis", [-1, 1, [1, 3], (3, 1), [-2]])
@@ -316,6 +325,31 @@ def test_synchronized_layer_round_trips() -> None:
 
 
 # As a drop-in.
+
+OPTIONS = {
+    "renorm": False,
+    "renorm_clipping": None,
+    "renorm_momentum": 0.99,
+    "fused": None,
+    "trainable": True,
+    "virtual_batch_size": None,
+    "adjustment": None,
+    "synchronized": False,
+    "name": None,
+}
+
+
+def defaults(function: Any) -> dict[str, Any]:
+    """Arguments that have a name and a default, in their order."""
+    found = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in found if p.kind is p.POSITIONAL_OR_KEYWORD}
+
+
+def test_arguments_are_those_of_the_stock_layer_and_more() -> None:
+    stock = list(defaults(keras.layers.BatchNormalization).items())[:13]
+    assert stock[-1] == ("gamma_constraint", None)
+    assert list(defaults(MaskedBatchNormalization).items()) == stock
+    assert list(defaults(BatchNormalization).items()) == [*stock, *OPTIONS.items()]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
