@@ -183,7 +183,7 @@ def _second_jax(layer: Any, x: Any, mask: Any, dy: Any, weight: Any) -> Any:
     def total(x: Any) -> Any:
         return (weight * jax.vjp(forward, x)[1](dy)[0] ** 2).sum()
 
-    return jax.grad(total)(x)
+    return jax.jit(jax.grad(total))(x)
 
 
 _SECOND = {"tensorflow": _second_tensorflow, "torch": _second_torch, "jax": _second_jax}

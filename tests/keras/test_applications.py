@@ -124,11 +124,10 @@ def test_swapped_model_exports(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporters warn about themselves
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="needs jax2onnx by way of TensorFlow")
 def test_swapped_model_exports_to_onnx(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    if keras.backend.backend() == "tensorflow":
-        pytest.importorskip("tf2onnx")
+    exporter = {"tensorflow": "tf2onnx", "jax": "jax2onnx", "torch": "onnxscript"}
+    pytest.importorskip(exporter[keras.backend.backend()])
     ours = swap(MODELS["mobilenet"]())
     x, _ = data()
     compile_model(ours)

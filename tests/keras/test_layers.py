@@ -268,9 +268,9 @@ def test_types_are_those_of_the_stock_layer(policy: str, dtype: str) -> None:
 
 
 def test_half_precision_statistics_do_not_stall() -> None:
-    layer = BatchNormalization(dtype="bfloat16", momentum=0.99)
+    layer = BatchNormalization(dtype="bfloat16", momentum=0.9)
     x = ops.cast(ops.full((16, 2), 100.0), "bfloat16")
-    for _ in range(700):
+    for _ in range(80):  # bfloat16 ones would stay at 97.5, where the step is half an ulp
         layer(x, training=True)
     np.testing.assert_allclose(array(layer.moving_mean), 100.0, rtol=1e-2)
 

@@ -38,18 +38,20 @@ def load_weights(model: keras.Model, path: str | Path, *, by_name: bool = False)
         by_name: match the layers of a `.h5` file by name, not by position.
 
     Raises:
-        ValueError: weights that do not fit; a file or a model that mixes kinds of batch
-            normalization in different ways; and what `model.load_weights` raises. A model may
-            have taken some layers' weights by then.
+        ValueError: weights that do not fit; a mixture of kinds of batch normalization that the
+            file and the model do not share; and what `model.load_weights` raises, by when some
+            layers may have taken their weights.
 
     Source: S11 for renormalization's statistics where the file has none.
     """
     path = Path(path)
     current = path.suffix == ".keras" or path.name.endswith(".weights.h5")
     with TemporaryDirectory() as folder:
+        # Keras loads a copy: its loaders compare names and shapes before they ask a layer.
         copy = Path(folder) / (_WEIGHTS if current else "weights.h5")
         if path.suffix == ".keras":
-            zipfile.ZipFile(path).extract(_WEIGHTS, folder)
+            with zipfile.ZipFile(path) as archive:
+                archive.extract(_WEIGHTS, folder)
         else:
             shutil.copyfile(path, copy)
         with h5py.File(copy, "r+") as file:
@@ -57,10 +59,7 @@ def load_weights(model: keras.Model, path: str | Path, *, by_name: bool = False)
                 _add_names(file, model)
             else:
                 _fit_layers(file, model, by_name)
-        if current:
-            model.load_weights(copy)
-        else:
-            model.load_weights(copy, by_name=by_name)
+        model.load_weights(copy, **({"by_name": True} if by_name else {}))
 
 
 def _norms(layer: Any) -> Iterator[Any]:

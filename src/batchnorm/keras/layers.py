@@ -76,8 +76,9 @@ class BatchNormalization(WeightedNormalization):
     Source: S1-S16; Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithms 1 and 2; Ioffe 2017
     (arXiv 1702.03275), algorithm 1. Unlike Keras's it takes masks of every kind, padding may hold
     NaN, empty and overflowing batches leave the statistics alone (S6, S9), and no digit is lost
-    at offsets (S3). Unlike Keras 2's it always stores the biased variance, and
-    `virtual_batch_size` need not divide the batch in inference.
+    at offsets (S3). Unlike Keras 2's it always stores the biased variance, uses a mask that
+    earlier layers propagate, fuses any rank, and `virtual_batch_size` need not divide the batch in
+    inference. `batchnorm.keras.load_weights` loads the weights of Keras 2's ghost batches.
 
     >>> layer = BatchNormalization()
     >>> layer((keras.ops.ones((4, 3)), keras.ops.array([True, True, True, False]))).shape[1]
