@@ -29,13 +29,16 @@ def start(program: str, *arguments: str, **extra: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> None:
+def finish(*processes: subprocess.Popen[str]) -> None:
+    """Wait for all; none is left running where one fails."""
     try:
-        output, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-    assert process.returncode == 0, output[-4000:]
+        for process in processes:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -55,15 +58,13 @@ def test_two_workers() -> None:
         )
         for index in range(2)
     ]
-    for process in processes:
-        finish(process)
+    finish(*processes)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="needs torch.distributed")
 def test_two_ranks() -> None:
     address = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-    for process in [start("ranks", address, str(rank)) for rank in range(2)]:
-        finish(process)
+    finish(*(start("ranks", address, str(rank)) for rank in range(2)))
 
 
 def free_ports(count: int) -> list[int]:
