@@ -94,13 +94,8 @@ def nnx_model() -> Any:
     model = Model()
     for name, state in random_states().items():
         layer = getattr(model, name)
-        for ours, theirs in {
-            "gamma": "scale",
-            "beta": "bias",
-            "mean": "mean",
-            "var": "var",
-        }.items():
-            getattr(layer, theirs)[...] = state[ours]
+        layer.scale[...], layer.bias[...] = state["gamma"], state["beta"]
+        layer.mean[...], layer.var[...] = state["mean"], state["var"]
     return model
 
 
@@ -129,12 +124,10 @@ def write_keras(path: Path) -> None:
     """The layout of a `.keras` archive; real ones are read in the Keras tests."""
     import zipfile
 
+    options = {"epsilon": 0.5, "momentum": 0.75}
     layers = [
-        {
-            "class_name": "BatchNormalization",
-            "config": {"name": n, "epsilon": 0.5, "momentum": 0.75},
-        }
-        for n in ("bn1", "bn2")
+        {"class_name": "BatchNormalization", "config": {"name": name, **options}}
+        for name in ("bn1", "bn2")
     ]
     weights = path.with_suffix(".part")
     write_hdf5(weights)

@@ -36,18 +36,7 @@ SECONDS = 20
 # into memory once, a header becomes up to 32 times as many bytes of objects, copies are made.
 MOST_MEMORY = 8 * LIMIT
 ISOLATED = ("weights.h5", "keras", "orbax")
-_EXTREMES = (
-    0,
-    1,
-    0x7F,
-    0xFF,
-    0xFFFF,
-    0x7FFFFFFF,
-    0xFFFFFFFF,
-    1 << 40,
-    (1 << 63) - 1,
-    (1 << 64) - 1,
-)
+_EXTREMES = (0, 1, *((1 << n) - 1 for n in (7, 8, 16, 31, 32, 63, 64)), 1 << 40)
 
 
 @dataclass

@@ -40,9 +40,8 @@ def test_batch_norms_of_every_format_are_read_to_the_bit(name: str, tmp_path: Pa
     torch_like = name in ("safetensors", "pt", "old.pt")
     assert {s.variance for s in found.layers} == {"unbiased" if torch_like else "biased"}
     assert {s.steps for s in found.layers} == {7 if "pt" in name.split(".") else None}
-    assert {(s.eps, s.decay) for s in found.layers} == {
-        (0.5, 0.75) if name == "keras" else (None, None)
-    }
+    known = (0.5, 0.75) if name == "keras" else (None, None)
+    assert {(s.eps, s.decay) for s in found.layers} == {known}
 
 
 def test_other_arrays_are_listed_and_not_loaded(tmp_path: Path) -> None:

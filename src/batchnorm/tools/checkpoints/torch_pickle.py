@@ -35,7 +35,7 @@ _OLD_START = b"\x80\x02\x8a\x0a" + _OLD.to_bytes(10, "little")
 _TENSOR = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _DICTS = ("collections.OrderedDict", "collections.defaultdict")
-_MOST_VALUES = 1_000_000
+_MOST_VALUES = 300_000
 _DEEPEST = 64
 
 
