@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.tools.measures import Measures, Observed, Vector
+from batchnorm.tools.quantities import Observed, Quantities, Vector
 from batchnorm.tools.state import BatchNormState
-from batchnorm.tools.text import format_number
+from batchnorm.tools.text import format_number, plural
 
 __all__ = ["EXPLANATIONS", "Explanation", "Finding", "Thresholds", "judge"]
 
@@ -37,7 +37,7 @@ class Thresholds:
         offset: `|mean| / sqrt(var + eps)` is large beyond this. The variance as
             `E[x²] − E[x]²` in float32 is off by about `offset²·2^-24`, 1 % at 410.
         drift_warning: evaluation moves a channel's normalized values by more than this, in
-            standard deviations (`measures.Drift`); by less after an ordinary training with an
+            standard deviations (`quantities.Drift`); by less after an ordinary training with an
             ordinary momentum.
         drift_error: the same, by as much as the values themselves vary.
         sampling: standard errors that are put down to the few rows observed. n independent rows
@@ -147,6 +147,16 @@ EXPLANATIONS = {
         "Evaluation normalizes each batch by itself: its result depends on the batch.",
         "Nothing, if that is meant.",
     ),
+    "frozen": Explanation(
+        "Frozen",
+        "Training normalizes by the running statistics, as evaluation does: they cannot differ.",
+        "Nothing, if that is meant.",
+    ),
+    "unfit-mask": Explanation(
+        "Masks of another shape",
+        "The layer's input has other rows than the mask, so that padding was counted.",
+        "Give the layer its own mask.",
+    ),
     "unused": Explanation(
         "Never run",
         "The layer was not called while the batches ran.",
@@ -164,14 +174,14 @@ class _Case(NamedTuple):
     """What the checks look at."""
 
     state: BatchNormState
-    measures: Measures
+    quantities: Quantities
     observed: Observed | None
     limits: Thresholds
 
 
 def judge(
     state: BatchNormState,
-    measures: Measures,
+    quantities: Quantities,
     observed: Observed | None = None,
     limits: Thresholds | None = None,
 ) -> tuple[Finding, ...]:
@@ -179,11 +189,11 @@ def judge(
 
     Args:
         state: the layer's.
-        measures: of that state and `observed`, from `measures.measure`.
+        quantities: of that state and `observed`, from `quantities.derive`.
         observed: what the layer was given, or None if nothing was run.
         limits: where a number becomes a finding; None is the defaults.
     """
-    case = _Case(state, measures, observed, limits or Thresholds())
+    case = _Case(state, quantities, observed, limits or Thresholds())
     found = [finding for check in _CHECKS for finding in check(case)]
     return tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
 
@@ -224,7 +234,7 @@ def _check_kept(case: _Case) -> Iterator[Finding]:
 
 
 def _check_alive(case: _Case) -> Iterator[Finding]:
-    signal, var, mean = case.measures.signal, case.state.var, case.state.mean
+    signal, var, mean = case.quantities.signal, case.state.var, case.state.mean
     if signal is None or var is None or mean is None:
         return
     with np.errstate(all="ignore"):
@@ -237,12 +247,14 @@ def _check_alive(case: _Case) -> Iterator[Finding]:
 
 
 def _check_gain(case: _Case) -> Iterator[Finding]:
-    yield from _check_above(case.measures.gain, case.limits.gain, "exploding-gain", "gain", "")
+    yield from _check_above(case.quantities.gain, case.limits.gain, "exploding-gain", "gain", "")
 
 
 def _check_offset(case: _Case) -> Iterator[Finding]:
     unit = " standard deviations"
-    yield from _check_above(case.measures.offset, case.limits.offset, "large-offset", "mean", unit)
+    yield from _check_above(
+        case.quantities.offset, case.limits.offset, "large-offset", "mean", unit
+    )
 
 
 def _check_above(
@@ -271,7 +283,7 @@ def _check_stored(case: _Case) -> Iterator[Finding]:
 
 def _check_drift(case: _Case) -> Iterator[Finding]:
     """Running statistics against those of the real rows, or of all rows where these fit."""
-    drift, seen = case.measures.drift, case.observed
+    drift, seen = case.quantities.drift, case.observed
     if drift is None or seen is None or _is_untouched(case.state):
         return
     distance = drift.distance
@@ -279,13 +291,13 @@ def _check_drift(case: _Case) -> Iterator[Finding]:
     which = np.isfinite(distance) & (distance > case.limits.drift_warning + noise)
     if not which.any():
         return
-    counted = case.measures.drift_padded
+    counted = case.quantities.drift_padded
     if counted is not None and seen.padded:
         real, everything = (float(np.nanmedian(d[which])) for d in (distance, counted.distance))
         if everything < real / 2:
             message = (
-                f"{_count(which)}: the running statistics are {_figure(everything)} standard "
-                f"deviations from those of all rows, {_figure(real)} from those of real rows"
+                f"{_count(which)}: {_figure(everything)} standard deviations from the statistics "
+                f"of all rows, {_figure(real)} from those of real rows"
             )
             yield Finding("padding-counted", "error", message, _indices(which))
             return
@@ -298,17 +310,14 @@ def _check_drift(case: _Case) -> Iterator[Finding]:
 
 
 def _check_input(case: _Case) -> Iterator[Finding]:
-    if case.observed is None:
-        return
-    real = case.observed.real
-    which = (real.count > 0) & ~(np.isfinite(real.mean) & np.isfinite(real.var))
-    if which.any():
-        message = f"NaN or inf at real rows of {_count(which)}"
-        yield Finding("non-finite-input", "error", message, _indices(which))
+    seen = case.observed
+    if seen is not None and seen.skipped:
+        message = f"NaN or inf at real rows in {seen.skipped} of {plural(seen.calls, 'call')}"
+        yield Finding("non-finite-input", "error", message)
 
 
 def _check_padding(case: _Case) -> Iterator[Finding]:
-    drift, counted = case.measures.drift, case.measures.drift_padded
+    drift, counted = case.quantities.drift, case.quantities.drift_padded
     if drift is None or counted is None or case.observed is None or not case.observed.padded:
         return
     share, moved = case.observed.padded, counted.distance

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from batchnorm.tools.health import EXPLANATIONS, Finding, Thresholds
-from batchnorm.tools.measures import Drift, Measures, Observed
+from batchnorm.tools.quantities import Drift, Observed, Quantities
 from batchnorm.tools.state import BatchNormState
 from batchnorm.tools.text import plural, printable
 
@@ -28,13 +28,13 @@ class LayerReport:
 
     Args:
         state: its arrays and settings.
-        measures: what they mean, per channel.
+        quantities: what they mean, per channel.
         findings: what is wrong with it, the worst first; empty if nothing is.
         observed: what it was given, or None if nothing was run.
     """
 
     state: BatchNormState
-    measures: Measures
+    quantities: Quantities
     findings: tuple[Finding, ...] = ()
     observed: Observed | None = None
 
@@ -68,7 +68,7 @@ class LayerReport:
             "stored": state.stored,
             "level": self.level,
             "findings": [asdict(finding) for finding in self.findings],
-            "measures": {name: _quantiles(array) for name, array in self.arrays()},
+            "quantities": {name: _quantiles(array) for name, array in self.arrays()},
         }
         if self.observed is not None:
             found["observed"] = {
@@ -85,8 +85,8 @@ class LayerReport:
         for name in ("mean", "var", "gamma", "beta"):
             if getattr(self.state, name) is not None:
                 yield name, getattr(self.state, name)
-        for field in fields(Measures):
-            value = getattr(self.measures, field.name)
+        for field in fields(Quantities):
+            value = getattr(self.quantities, field.name)
             if isinstance(value, Drift):
                 suffix = field.name.removeprefix("drift")
                 yield f"shift{suffix}", value.shift
@@ -142,7 +142,9 @@ class Report:
         """The findings of each kind, with their layers; kinds in `EXPLANATIONS`' order."""
         found: dict[str, list[tuple[LayerReport, Finding]]] = {}
         for code in EXPLANATIONS:
-            of_code = [(layer, f) for layer in self.layers for f in layer.findings if f.code == code]
+            of_code = [
+                (layer, f) for layer in self.layers for f in layer.findings if f.code == code
+            ]
             if of_code:
                 found[code] = of_code
         return found

@@ -42,7 +42,9 @@ def make_page(report: Report) -> str:
         body.append(make_layers(report))
     foot = f"batchnorm {batchnorm.__version__}"
     body.append(element("footer", None, f"Written by {foot}. Statistics are per channel."))
-    page = element("html", {"lang": "en"}, head, element("body", None, element("main", None, *body)))
+    page = element(
+        "html", {"lang": "en"}, head, element("body", None, element("main", None, *body))
+    )
     return f"<!doctype html>\n{page}\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import groupby
@@ -10,13 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batchnorm.tools.page.markup import Markup, element, join
-from batchnorm.tools.page.scales import Scale
+from batchnorm.tools.page.scales import Scale, flatten
 from batchnorm.tools.text import format_number
 
 __all__ = ["Line", "Spread", "draw_histogram", "draw_layers", "draw_sparkline", "spread"]
 
 _WIDTH, _LEFT, _RIGHT = 1000.0, 52.0, 8.0
 _TOP, _HEIGHT, _NAMES = 14.0, 150.0, 22.0
+_NOTCHED = 6.0  # height of a bar in which the median can be told
+_QUARTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _LETTER = 6.2  # width of one in the labels' size, about
 
 
@@ -43,15 +46,13 @@ class Line(NamedTuple):
 
 def spread(name: str, level: str, values: Any, other: Any = None) -> Spread | None:
     """The spread of the finite values, or None if there is none."""
-    array = np.asarray(values, np.float64).reshape(-1)
-    array = array[np.isfinite(array)]
+    array = flatten([values])
     if not array.size:
         return None
-    second = None
-    if other is not None and np.isfinite(other).any():
-        second = float(np.nanmedian(np.where(np.isfinite(other), other, np.nan)))
-    return Spread(name, level, *(float(q) for q in np.quantile(array, (0, 0.25, 0.5, 0.75, 1))),
-                  second)  # fmt: skip
+    middle = None if other is None else flatten([other])
+    second = float(np.median(middle)) if middle is not None and middle.size else None
+    low, first, median, third, high = (float(q) for q in np.quantile(array, _QUARTILES))
+    return Spread(name, level, low, first, median, third, high, second)
 
 
 def draw_layers(
@@ -67,6 +68,7 @@ def draw_layers(
     """
     y = scale.onto(_TOP + _HEIGHT, _TOP)
     step = (_WIDTH - _LEFT - _RIGHT) / len(names)
+    shown = sorted(line for line in lines if scale.low <= line.value <= scale.high)
     marks = [
         _draw_mark(index, found, _LEFT + (index + 0.5) * step, step, y)
         for index, found in enumerate(spreads)
@@ -81,8 +83,9 @@ def draw_layers(
         },
         _draw_groups(names, step),
         _draw_ticks(y),
-        *(_draw_line(line, y) for line in lines if scale.low <= line.value <= scale.high),
+        *(_draw_line(line, y) for line in shown),
         *marks,
+        *(_draw_label(line, y, below=line is not shown[-1]) for line in shown),
     )
 
 
@@ -103,21 +106,15 @@ def _draw_mark(index: int, found: Spread, x: float, step: float, y: Scale) -> Ma
             "line", {"class": "ends", "x1": x, "x2": x, "y1": y(found.low), "y2": y(found.high)}
         ),
         _draw_box(x, thick, y(found.third), y(found.first)),
-        element(
-            "rect",
-            {
-                "class": "median",
-                "x": x - thick / 2,
-                "y": y(found.median) - 0.75,
-                "width": thick,
-                "height": 1.5,
-            },
-        ),
     ]
+    if y(found.first) - y(found.third) > _NOTCHED:
+        place = {"x": x - thick / 2, "y": y(found.median) - 0.75, "width": thick, "height": 1.5}
+        shapes.append(element("rect", {"class": "median", **place}))
     if found.other is not None:
         radius = min(3.0, 0.3 * step)
-        shapes.append(element("circle", {"class": "other", "cx": x, "cy": y(found.other),
-                                         "r": radius}))  # fmt: skip
+        shapes.append(
+            element("circle", {"class": "other", "cx": x, "cy": y(found.other), "r": radius})
+        )
     return element("a", {"href": f"#layer-{index}", "class": f"mark{level}"}, *shapes)
 
 
@@ -147,26 +144,24 @@ def _draw_ticks(y: Scale) -> Markup:
             )
         )
         parts.append(
-            element("text", {"class": "tick", "x": _LEFT - 8, "y": place + 3.5,
-                             "text-anchor": "end"}, format_number(value))
-        )  # fmt: skip
+            element(
+                "text",
+                {"class": "tick", "x": _LEFT - 8, "y": place + 3.5, "text-anchor": "end"},
+                format_number(value),
+            )
+        )
     return join(*parts)
 
 
 def _draw_line(line: Line, y: Scale) -> Markup:
-    place = y(line.value)
-    right = _WIDTH - _RIGHT
-    return join(
-        element(
-            "line",
-            {"class": f"limit {line.level}", "x1": _LEFT, "x2": right, "y1": place, "y2": place},
-        ),
-        element(
-            "text",
-            {"class": f"limit {line.level}", "x": right, "y": place - 4, "text-anchor": "end"},
-            line.label,
-        ),
-    )
+    ends = {"x1": _LEFT, "x2": _WIDTH - _RIGHT, "y1": y(line.value), "y2": y(line.value)}
+    return element("line", {"class": f"limit {line.level}", **ends})
+
+
+def _draw_label(line: Line, y: Scale, *, below: bool) -> Markup:
+    place = y(line.value) + (12.0 if below else -4.0)
+    at = {"x": _WIDTH - _RIGHT, "y": place, "text-anchor": "end"}
+    return element("text", {"class": f"limit {line.level}", **at}, line.label)
 
 
 def _draw_groups(names: Sequence[str], step: float) -> Markup:
@@ -184,8 +179,12 @@ def _draw_groups(names: Sequence[str], step: float) -> Markup:
         room = int(width / _LETTER)
         if room >= min(len(label), 4):
             short = label if len(label) <= room else f"{label[: room - 1]}…"
-            place = {"class": "tick", "x": x + width / 2, "y": _TOP + _HEIGHT + 15,
-                     "text-anchor": "middle"}  # fmt: skip
+            place = {
+                "class": "tick",
+                "x": x + width / 2,
+                "y": _TOP + _HEIGHT + 15,
+                "text-anchor": "middle",
+            }
             parts.append(element("text", place, short))
         start += count
     return join(*parts)
@@ -213,7 +212,7 @@ def draw_sparkline(values: Any, scale: Scale, title: str) -> Markup:
         scale: the same in every line, so that lines compare.
         title: shown where the pointer rests.
     """
-    path = _outline(scale.bins(values, 30), 120.0, 24.0)
+    path = _outline(scale.bins(values, 24), 120.0, 24.0)
     return element(
         "svg",
         {"viewBox": "0 0 120 25", "class": "sparkline", "role": "img"},
@@ -233,15 +232,24 @@ def draw_histogram(title: str, values: Any, scale: Scale, other: Any = None) -> 
         other: a second set, drawn as an outline.
     """
     width, height = 280.0, 64.0
-    counts = scale.bins(values, 40)
-    others = None if other is None else scale.bins(other, 40)
+    bins = min(40, max(10, round(2.0 * math.sqrt(np.size(values)))))
+    counts = scale.bins(values, bins)
+    others = None if other is None else scale.bins(other, bins)
     most = max([*counts, *(others or [])], default=1)
     x = scale.onto(0.0, width)
     ticks = [
-        element("text", {"class": "tick", "x": min(width - 2, max(2, x(t))), "y": height + 15,
-                         "text-anchor": _anchor(x(t), width)}, format_number(t))
+        element(
+            "text",
+            {
+                "class": "tick",
+                "x": min(width - 2, max(2, x(t))),
+                "y": height + 15,
+                "text-anchor": _anchor(x(t), width),
+            },
+            format_number(t),
+        )
         for t in scale.ticks(4)
-    ]  # fmt: skip
+    ]
     shapes = [
         element("path", {"class": "fill", "d": _outline(counts, width, height, most)}),
         element("line", {"class": "base", "x1": 0, "x2": width, "y1": height, "y2": height}),

@@ -17,7 +17,7 @@ from batchnorm.tools.page.charts import (
     spread,
 )
 from batchnorm.tools.page.markup import Markup, element, join
-from batchnorm.tools.page.scales import Scale, fit
+from batchnorm.tools.page.scales import Scale, fit, flatten
 from batchnorm.tools.report import LayerReport, Report
 from batchnorm.tools.text import format_number, plural, printable
 
@@ -43,7 +43,7 @@ def make_charts(report: Report) -> list[Markup]:
     """
     names = [printable(layer.name) for layer in report.layers]
     limits = _limits(report.limits)
-    figures = []
+    figures: list[Markup] = []
     for key, title, about in _CHARTS:
         arrays = [dict(layer.arrays()) for layer in report.layers]
         others = [a.get(f"{key}_padded") for a in arrays]
@@ -122,8 +122,11 @@ def make_layers(report: Report) -> Markup:
         "section",
         {"style": style},
         element("h2", None, "Layers"),
-        element("p", {"class": "legend"}, "Distributions over channels, on one scale a column. "
-                "A line opens."),  # fmt: skip
+        element(
+            "p",
+            {"class": "legend"},
+            "Distributions over channels, on one scale a column. A line opens.",
+        ),
         element("div", {"class": "row titles"}, *titles),
         *rows,
     )
@@ -135,8 +138,7 @@ _COLUMNS = (("std", "Running std"), ("gamma", "gamma"), ("drift", "Drift"))
 def _columns(report: Report) -> Any:
     for key, title in _COLUMNS:
         arrays = [a for layer in report.layers for name, a in layer.arrays() if name == key]
-        flat = np.concatenate([np.asarray(a, np.float64).reshape(-1) for a in arrays] or [[]])
-        flat = flat[np.isfinite(flat)]
+        flat = flatten(arrays)
         if not flat.size:
             continue
         # The few channels beyond are drawn at the ends: they shall not squeeze the others.
@@ -177,7 +179,7 @@ def _make_body(layer: LayerReport, arrays: dict[str, Any], limits: Thresholds) -
         parts.append(element("ul", {"class": "messages"}, *items))
     parts.append(element("p", {"class": "settings"}, _describe(layer, limits)))
     parts.append(element("div", {"class": "histograms"}, *_make_histograms(arrays)))
-    if layer.measures.drift is not None:
+    if layer.quantities.drift is not None:
         parts.append(_make_worst(layer, arrays))
     return element("div", {"class": "body"}, *parts)
 
@@ -185,7 +187,9 @@ def _make_body(layer: LayerReport, arrays: dict[str, Any], limits: Thresholds) -
 def _describe(layer: LayerReport, limits: Thresholds) -> str:
     state = layer.state
     parts = [printable(state.kind)]
-    parts.append(f"eps {state.eps:g}" if state.eps is not None else f"eps unknown, {limits.eps:g} taken")
+    parts.append(
+        f"eps {state.eps:g}" if state.eps is not None else f"eps unknown, {limits.eps:g} taken"
+    )
     if state.cumulative:
         parts.append("statistics are the average of all batches")
     elif state.decay is not None:

@@ -36,4 +36,6 @@ def join(*children: str) -> Markup:
 
 
 def _value(value: object) -> str:
-    return escape(f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value))
+    return escape(
+        f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    )

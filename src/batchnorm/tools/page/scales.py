@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Scale", "fit"]
+__all__ = ["Scale", "fit", "flatten"]
 
 _WIDE = 30.0  # greatest over least, from which on a linear scale would hide the lesser half
 
@@ -34,6 +35,7 @@ class Scale:
         return replace(self, start=start, stop=stop)
 
     def __call__(self, value: float) -> float:
+        """Where the value goes."""
         low, high, value = (self._bend(v) for v in (self.low, self.high, value))
         share = min(1.0, max(0.0, (value - low) / (high - low)))
         return self.start + share * (self.stop - self.start)
@@ -51,12 +53,12 @@ class Scale:
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high))
             powers = range(first, last + 1)
-            step = max(1, math.ceil(len(powers) / most))
+            every = max(1, math.ceil(len(powers) / most))
             if len(powers) > 1:
-                return [10.0**p for p in powers if p % step == 0]
+                return [10.0**p for p in powers if p % every == 0]
         step = _round_step((self.high - self.low) / max(1, most - 1))
-        first = math.ceil(self.low / step - 1e-9)
-        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        begin = math.ceil(self.low / step - 1e-9)
+        return [i * step for i in range(begin, math.floor(self.high / step + 1e-9) + 1)]
 
     def _bend(self, value: float) -> float:
         return math.log10(max(value, self.low)) if self.log else value
@@ -70,8 +72,7 @@ def fit(*arrays: Any, least: float | None = None, log: bool | None = None) -> Sc
         least: below it, values are shown as it, on a logarithmic scale.
         log: whether to use one; None decides by how wide positive values spread.
     """
-    values = np.concatenate([np.asarray(a, np.float64).reshape(-1) for a in arrays] or [[]])
-    values = values[np.isfinite(values)]
+    values = flatten(arrays)
     if not values.size:
         return None
     if log is None:
@@ -85,6 +86,12 @@ def fit(*arrays: Any, least: float | None = None, log: bool | None = None) -> Sc
     low, high = float(np.min(values)), float(np.max(values))
     margin = 0.02 * (high - low) or 0.5 * abs(high) or 0.5
     return Scale(low - margin, high + margin)
+
+
+def flatten(arrays: Iterable[Any]) -> Any:
+    """The finite values of all arrays, in one of rank 1."""
+    values = np.concatenate([np.zeros(0), *(np.asarray(a, np.float64).reshape(-1) for a in arrays)])
+    return values[np.isfinite(values)]
 
 
 def _round_step(step: float) -> float:

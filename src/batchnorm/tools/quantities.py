@@ -12,7 +12,7 @@ from batchnorm.core.fold import inference_affine
 from batchnorm.core.moments import Moments
 from batchnorm.tools.state import BatchNormState
 
-__all__ = ["Drift", "Measures", "Observed", "measure", "measure_drift"]
+__all__ = ["Drift", "Observed", "Quantities", "derive"]
 
 Vector = NDArray[np.float64]
 
@@ -24,20 +24,26 @@ class Observed:
     Args:
         real: moments of the real rows, each field of shape (C,), merged over the batches (S14).
         everything: the same with padded rows counted; None where no mask was seen.
+        rows: real rows, in the channel that has most.
+        padded_rows: the others; 0 without a mask.
         calls: how many times the layer ran.
+        skipped: calls that were left out of a channel's moments, because they were not finite.
     """
 
     real: Moments
     everything: Moments | None = None
+    rows: float = 0.0
+    padded_rows: float = 0.0
     calls: int = 1
+    skipped: int = 0
 
     @property
     def padded(self) -> float | None:
         """Share of padded rows among all, or None without a mask."""
-        if self.everything is None:
+        total = self.rows + self.padded_rows
+        if self.everything is None or not total:
             return None
-        rows = float(np.sum(self.everything.count))
-        return 1.0 - float(np.sum(self.real.count)) / rows if rows else 0.0
+        return self.padded_rows / total
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +66,7 @@ class Drift:
 
 
 @dataclass(frozen=True, eq=False)
-class Measures:
+class Quantities:
     """What the arrays of one layer mean; every field has shape (C,), or is None.
 
     Args:
@@ -81,35 +87,35 @@ class Measures:
     drift_padded: Drift | None = None
 
 
-def measure(state: BatchNormState, eps: float, observed: Observed | None = None) -> Measures:
-    """The measures of a layer.
+def derive(state: BatchNormState, eps: float, observed: Observed | None = None) -> Quantities:
+    """The quantities of a layer.
 
     Args:
-        state: the layer's; without running statistics nothing can be measured.
+        state: the layer's; without running statistics there are none.
         eps: used where the state does not know its own.
         observed: what the layer was given, or None.
     """
     if state.mean is None or state.var is None:
-        return Measures()
+        return Quantities()
     eps = eps if state.eps is None else state.eps
     mean, var = _vector(state.mean), _vector(state.var)
     gamma = None if state.gamma is None else _vector(state.gamma)
     with np.errstate(all="ignore"):  # negative and non-finite variances are what is looked for
         rstd = 1.0 / np.sqrt(var + eps)
         gain, _ = inference_affine(mean, var, gamma, None, eps=eps, xp=cast(Any, np))
-        return Measures(
+        return Quantities(
             std=np.sqrt(var),
             signal=np.sqrt(np.where(var == 0, 0.0, var / (var + eps))),
             offset=np.abs(mean) * rstd,
             gain=np.abs(gain),
-            drift=None if observed is None else measure_drift(mean, var, observed.real, eps),
+            drift=None if observed is None else _drift(mean, var, observed.real, eps),
             drift_padded=None
             if observed is None or observed.everything is None
-            else measure_drift(mean, var, observed.everything, eps),
+            else _drift(mean, var, observed.everything, eps),
         )
 
 
-def measure_drift(mean: Vector, var: Vector, seen: Moments, eps: float) -> Drift:
+def _drift(mean: Vector, var: Vector, seen: Moments, eps: float) -> Drift:
     """The distance between running statistics and observed ones.
 
     Args:
