@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import batchnorm
+from batchnorm.environment import __version__
 from batchnorm.tools.health import EXPLANATIONS, LEVELS, Finding
 from batchnorm.tools.page.layers import make_charts, make_layers
 from batchnorm.tools.page.markup import Markup, element, join
@@ -40,7 +40,7 @@ def make_page(report: Report) -> str:
         body.append(element("section", None, element("h2", None, "Statistics"), *charts[1:]))
     if report.layers:
         body.append(make_layers(report))
-    foot = f"batchnorm {batchnorm.__version__}"
+    foot = f"batchnorm {__version__}"
     body.append(element("footer", None, f"Written by {foot}. Statistics are per channel."))
     page = element(
         "html", {"lang": "en"}, head, element("body", None, element("main", None, *body))
