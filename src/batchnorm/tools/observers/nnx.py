@@ -37,10 +37,13 @@ def _watch_class(
     cls: Any, wanted: dict[int, FoundLayer], running: set[int], see: Callable[[Observation], None]
 ) -> Iterator[None]:
     original, own = cls.__call__, cls.__dict__.get("__call__")
+    thread = threading.get_ident()
 
     @functools.wraps(original)
     def call(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         found = wanted.get(id(layer))
+        if threading.get_ident() == thread and isinstance(x, jax.core.Tracer):
+            raise _not_eager(found)  # transformations make other objects of the same layers
         if found is None or id(layer) in running:
             return original(layer, x, *args, **kwargs)
         running.add(id(layer))
@@ -61,17 +64,20 @@ def _watch_class(
 
 
 def _observation(found: FoundLayer, x: Any, mask: Any) -> Observation:
-    if isinstance(x, jax.core.Tracer):
-        raise ValueError(
-            f"observe: layer {found.name!r} must run eagerly to be watched; it ran under a JAX "
-            "transformation such as jit, scan or remat. Call the model itself, without them."
-        )
     x, owner = jax.numpy.asarray(x), type(found.layer).__name__
     axes = normalize_axis(owner, found.layer.axis, x.ndim)
     if mask is not None:
         mask = jax.numpy.asarray(mask) != 0
         mask = mask.reshape(make_layout(owner, x.shape, axes).mask_shape(mask.shape, owner))
     return Observation(found, x, mask, axes, _measure)
+
+
+def _not_eager(found: FoundLayer | None) -> ValueError:
+    which = "a batch norm" if found is None else f"layer {found.name!r}"
+    return ValueError(
+        f"observe: {which} must run eagerly to be watched; it ran under a JAX transformation "
+        "such as jit, scan or remat. Call the model itself, without them."
+    )
 
 
 def _measure(x: Any, mask: Any, axes: tuple[int, ...]) -> Moments:
