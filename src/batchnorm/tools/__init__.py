@@ -7,6 +7,8 @@ from typing import Any
 
 # The functions' modules have other names: importing a submodule sets an attribute of this package.
 _HOME = {
+    "fold": "batchnorm.tools.folding",
+    "recalibrate": "batchnorm.tools.recalibration",
     "transfer": "batchnorm.tools.transferring",
 }
 
