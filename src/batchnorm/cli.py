@@ -76,7 +76,8 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "inspect model.pt --json --strict > report.json",
     ),
     convert: (
-        "convert resnet50.pt resnet50.h5 --count 100352",
+        "convert resnet50.pt resnet50.h5",
+        "convert mlp.msgpack mlp.pt --count 256",
         "convert model.keras batch_norms.safetensors --names torch",
     ),
     demo: ("demo", "demo --framework jax --seeds 5 --out picture.png"),

@@ -173,7 +173,7 @@ def test_renormalization_is_carried_derived_or_left_out() -> None:
     assert any("derived" in note for note in derived.notes)
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", ["pt", "msgpack", "keras"])
 def test_checkpoint_of_every_format_goes_into_a_model(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"file.{name}"
     WRITERS[name](path)

@@ -38,14 +38,12 @@ def convert(
         int | None,
         typer.Option(
             min=1,
-            help="Values per channel in a training batch: converts between torch's unbiased "
-            "variance and the others' biased one.",
+            help="Values per channel in a training batch, one for all layers: converts between "
+            "torch's unbiased variance and the others' biased one.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    limit: Annotated[
-        int, typer.Option(min=1, help="MiB of arrays that reading may take.")
-    ] = 1024,
+    limit: Annotated[int, typer.Option(min=1, help="MiB of arrays that reading may take.")] = 1024,
 ) -> None:
     """Write the batch norms of a checkpoint in another format.
 
@@ -65,7 +63,7 @@ def convert(
                 limit=limit << 20,
             )
         except (ValueError, OSError) as error:
-            raise UserError(str(error).replace("say force to", "add --force to")) from error
+            raise UserError(str(error)) from error
     layers = "1 batch norm" if len(done.states) == 1 else f"{len(done.states)} batch norms"
     typer.echo(f"{target}: {layers}, {done.names}'s names")
     for note in done.notes:

@@ -69,7 +69,7 @@ def convert_checkpoint(
             f"{target}: such files can have the names of {', '.join(allowed)}; got {names}."
         )
     if target.exists() and not force:
-        raise CheckpointError(f"{target}: it exists; say force to replace it.")
+        raise CheckpointError(f"{target}: it exists; force=True (--force) replaces it.")
     found = read_checkpoint(source, limit=limit)
     if not found.layers:
         raise CheckpointError(

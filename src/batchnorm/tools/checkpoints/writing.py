@@ -23,15 +23,24 @@ NAMES: tuple[Names, ...] = ("torch", "flax", "nnx", "keras")
 
 _ROLES: Mapping[str, Mapping[str, str]] = {
     "torch": {
-        **{"gamma": "weight", "beta": "bias", "mean": "running_mean", "var": "running_var"},
+        "gamma": "weight",
+        "beta": "bias",
+        "mean": "running_mean",
+        "var": "running_var",
         "moving_stddev": "running_stddev",
     },
     "flax": {
-        **{"gamma": "scale", "beta": "bias", "mean": "mean", "var": "var"},
+        "gamma": "scale",
+        "beta": "bias",
+        "mean": "mean",
+        "var": "var",
         "moving_stddev": "stddev",
     },
     "keras": {
-        **{"gamma": "gamma", "beta": "beta", "mean": "moving_mean", "var": "moving_variance"},
+        "gamma": "gamma",
+        "beta": "beta",
+        "mean": "moving_mean",
+        "var": "moving_variance",
         "moving_stddev": "moving_stddev",
     },
 }
@@ -59,9 +68,8 @@ def format_of(path: Path) -> str:
     for suffix in FORMATS:
         if path.name.lower().endswith(suffix):
             return suffix
-    raise CheckpointError(
-        f"{path}: files to write must end in {', '.join(FORMATS)}; got {path.suffix or 'no suffix'}."
-    )
+    got = path.suffix or "no suffix"
+    raise CheckpointError(f"{path}: files to write must end in {', '.join(FORMATS)}; got {got}.")
 
 
 def write_checkpoint(
@@ -81,7 +89,7 @@ def write_checkpoint(
     """
     suffix = format_of(path)
     if path.exists() and not force:
-        raise CheckpointError(f"{path}: it exists; say force to replace it.")
+        raise CheckpointError(f"{path}: it exists; force=True (--force) replaces it.")
     arrays: dict[Path_, NDArray[Any]] = {}
     for state in states:
         for key, array in _arrays(state, names):
