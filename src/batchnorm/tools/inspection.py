@@ -62,8 +62,9 @@ def inspect(
 
     Raises:
         TypeError: not a model, or batches that need `call`.
-        ValueError: a checkpoint with batches; a file that cannot be read as one; no batch; a model
-            that runs its layers under a JAX transformation.
+        ValueError: a checkpoint with batches; no batch; a model that runs its layers under a JAX
+            transformation.
+        CheckpointError: a ValueError; the file cannot be read.
 
     Source: S1, S2, S10, S14.
     """
@@ -95,8 +96,9 @@ def _inspect_file(path: str | os.PathLike[str], batches: Any, limits: Thresholds
         )
     from batchnorm.tools.checkpoints import read_checkpoint
 
-    states = read_checkpoint(path).layers
-    return Report(os.fspath(path), tuple(_report(state, limits) for state in states), limits)
+    found = read_checkpoint(path)
+    layers = tuple(_report(state, limits) for state in found.layers)
+    return Report(os.fspath(path), layers, limits, notes=tuple(found.notes))
 
 
 def _report(

@@ -111,12 +111,14 @@ class Report:
         layers: in the model's order.
         limits: where a number became a finding.
         batches: how many were run; 0 if none.
+        notes: what else there is to say of a file, like arrays that look like a layer but are none.
     """
 
     source: str
     layers: tuple[LayerReport, ...]
     limits: Thresholds
     batches: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def errors(self) -> tuple[LayerReport, ...]:
@@ -159,6 +161,7 @@ class Report:
             "source": self.source,
             "ok": self.ok,
             "batches": self.batches,
+            "notes": list(self.notes),
             "thresholds": asdict(self.limits),
             "layers": [layer.to_dict(per_channel=per_channel) for layer in self.layers],
         }
@@ -201,6 +204,7 @@ class Report:
             for finding in layer.findings:
                 name = printable(layer.name or layer.state.kind)
                 lines.append(f"  {finding.level:<7}  {name}: {finding.message}")
+        lines += [f"  note     {printable(note)}" for note in self.notes]
         return "\n".join(lines)
 
     def __rich__(self) -> RenderableType:

@@ -34,6 +34,7 @@ def make_table(report: Report) -> RenderableType:
     for code, pairs in report.by_code().items():
         if any(finding.level != "note" for _, finding in pairs):
             parts.append(_make_kind(code, pairs))
+    parts += [Text(f"note: {printable(note)}", style=_STYLES["note"]) for note in report.notes]
     level = "error" if report.errors else "warning" if report.warnings else "ok"
     parts.append(Text(report.summarize(), style=_STYLES[level]))
     return Group(*parts)

@@ -40,6 +40,8 @@ def make_page(report: Report) -> str:
         body.append(element("section", None, element("h2", None, "Statistics"), *charts[1:]))
     if report.layers:
         body.append(make_layers(report))
+    for note in report.notes:
+        body.append(element("p", {"class": "legend"}, f"Note: {printable(note)}"))
     foot = f"batchnorm {__version__}"
     body.append(element("footer", None, f"Written by {foot}. Statistics are per channel."))
     page = element(

@@ -42,11 +42,12 @@ class Scale:
 
     def bins(self, values: Any, count: int) -> list[int]:
         """How many values lie in each of `count` equal parts; those beyond go to the ends."""
-        array = np.asarray(values, np.float64).reshape(-1)
-        array = array[np.isfinite(array)]
-        unit = self.onto(0.0, 1.0)
-        places = np.array([unit(v) for v in array.tolist()])
-        return np.histogram(places, bins=count, range=(0.0, 1.0))[0].tolist()
+        low, high = self._bend(self.low), self._bend(self.high)
+        found = flatten([values])
+        if self.log:
+            found = np.log10(np.maximum(found, self.low))
+        shares = np.clip((found - low) / (high - low), 0.0, 1.0)
+        return np.histogram(shares, bins=count, range=(0.0, 1.0))[0].tolist()
 
     def ticks(self, most: int = 5) -> list[float]:
         """Round numbers within the range, at most about `most`."""
