@@ -24,8 +24,11 @@ ALLOWED = {
     "jax": {"core", "kernels", "jax", "flax", "numpy"},
     # Each backend's module imports that backend's functional, and only when Keras runs on it.
     "keras": {"core", "kernels", "jax", "torch", "keras", "tensorflow", "numpy"},
-    # One front end and its framework, when a tool is asked for it.
-    "tools": {"core", "torch", "jax", "keras", "numpy", "flax", "h5py", "msgpack", "tensorstore"},
+    # Frameworks only when a tool is asked for one's model.
+    "tools": {
+        *("core", "kernels", "torch", "jax", "keras", "numpy", "flax"),
+        *("tensorflow", "equinox", "h5py", "tensorstore", "rich"),
+    },
 }
 
 
