@@ -15,6 +15,7 @@ except ImportError:
     sys.exit(f"batchnorm: the command line needs typer; install it with: {_install}")
 
 from batchnorm.commands.bench import bench
+from batchnorm.commands.convert import convert
 from batchnorm.commands.demo import demo
 from batchnorm.commands.errors import UserError
 from batchnorm.commands.info import info
@@ -73,6 +74,11 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "inspect model.safetensors",
         "inspect model.keras --html report.html",
         "inspect model.pt --json --strict > report.json",
+    ),
+    convert: (
+        "convert resnet50.pt resnet50.h5",
+        "convert mlp.msgpack mlp.pt --count 256",
+        "convert model.keras batch_norms.safetensors --names torch",
     ),
     demo: ("demo", "demo --framework jax --seeds 5 --out picture.png"),
     bench: (

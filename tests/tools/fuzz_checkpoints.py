@@ -9,6 +9,7 @@ import argparse
 import io
 import multiprocessing
 import random
+import re
 import shutil
 import struct
 import sys
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from files import WRITERS
 
-from batchnorm.tools.checkpoints import CheckpointError, read_checkpoint
+from batchnorm.tools.checkpoints import CheckpointError, isolated, read_checkpoint
 from batchnorm.tools.checkpoints.limits import Budget
 from batchnorm.tools.checkpoints.reading import detect, read_here
 
@@ -45,7 +46,7 @@ class Report:
 
     Args:
         outcomes: number of files by format and outcome: "read", "refused", or "contained" where
-            the format's own library died, which happens in a process of its own.
+            the format's own library died or never returned, in its process, and the reader said so.
         problems: any other outcome.
         memory: largest growth of a process by reading one file, in bytes.
         slowest: the longest time that one file took, in seconds.
@@ -85,7 +86,7 @@ def fuzz(folder: Path, cases: int, seed: int) -> Report:
         outcome, memory = victim.read(target)
         report.slowest = max(report.slowest, time.perf_counter() - start)
         report.memory = max(report.memory, memory)
-        if outcome == "died" and name in ISOLATED:
+        if outcome in ("died", "hung") and name in ISOLATED:
             outcome = _read_properly(target)
         report.outcomes[name, outcome.partition(":")[0]] += 1
         if outcome not in ("read", "refused", "contained") or memory > MOST_MEMORY:
@@ -113,7 +114,7 @@ class _Victim:
         self._connection.send(str(path))
         if not self._connection.poll(SECONDS):
             self._replace()
-            return f"hung: longer than {SECONDS} s", 0
+            return "hung", 0
         try:
             outcome, memory = self._connection.recv()
         except EOFError:
@@ -133,18 +134,14 @@ class _Victim:
 
 
 def _serve(connection: Connection) -> None:
-    import resource
-
     import h5py  # noqa: F401  (their memory is not the files')
     import tensorstore  # noqa: F401
 
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     connection.send("ready")
-    before = peak()
     while True:
         path = Path(connection.recv())
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _peak_memory()
         try:
             budget = Budget(path, LIMIT)
             read_here(path, detect(path, budget), budget)
@@ -153,20 +150,24 @@ def _serve(connection: Connection) -> None:
             outcome = "refused" if "\n" not in str(error) else f"a message of lines: {error}"
         except BaseException as error:
             outcome = f"escaped: {error!r:.200}"
-        after = peak()
-        connection.send((outcome, after - before))
-        before = max(before, after)
+        connection.send((outcome, _peak_memory() - before))
+
+
+def _peak_memory() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
 
 
 def _read_properly(path: Path) -> str:
-    """What a user sees of a file of which the format's library dies."""
+    """What a user sees of a file of which the format's library dies or does not return."""
+    isolated.SECONDS = SECONDS
     try:
         read_checkpoint(path, limit=LIMIT)
     except CheckpointError:
         return "contained"
     except Exception as error:
         return f"escaped: {error!r:.200}"
-    return "contained"  # it died of what an earlier file had left behind
+    return "read"  # what an earlier file had left behind was the reason
 
 
 def _mutate(source: Path, target: Path, rng: random.Random) -> None:

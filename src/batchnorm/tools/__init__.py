@@ -10,6 +10,7 @@ _HOME = {
     "fold": "batchnorm.tools.folding",
     "inspect": "batchnorm.tools.inspection",
     "recalibrate": "batchnorm.tools.recalibration",
+    "transfer": "batchnorm.tools.transferring",
 }
 
 __all__ = sorted(_HOME)

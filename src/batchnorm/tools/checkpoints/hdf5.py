@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from batchnorm.tools.checkpoints.archives import open_archive, read_member
 from batchnorm.tools.checkpoints.limits import Budget
+from batchnorm.tools.checkpoints.naming import natural
 from batchnorm.tools.checkpoints.source import ITEM_SIZES, Entry, LayerConfig, Source
 
 __all__ = ["read", "read_keras"]
 
 _MOST_OBJECTS = 1_000_000
 _DEEPEST = 64
+_WEIGHTS_GROUP = "model_weights"
 _WEIGHTS, _CONFIG = "model.weights.h5", "config.json"
 
 
@@ -47,6 +49,7 @@ def read(file: Any, budget: Budget, config: bytes | None = None) -> Source:
             label = _text_attribute(item, "name", budget)
             if label is not None:
                 labels[path] = label
+    datasets = _in_order(datasets, _layer_names(root, budget))
     if config is None:
         text = _text_attribute(root, "model_config", budget)
         config = None if text is None else text.encode()
@@ -123,6 +126,27 @@ def _text_attribute(item: Any, name: str, budget: Budget) -> str | None:
     text = value.decode() if isinstance(value, bytes) else str(value)
     budget.check_header(len(text), f"attribute {name!r}")
     return text
+
+
+def _layer_names(root: Any, budget: Budget) -> list[str]:
+    """Names of a Keras 2 model's layers in the order of the model; HDF5 itself sorts them."""
+    group = root if "layer_names" in root.attrs else root.get(_WEIGHTS_GROUP)
+    if group is None or "layer_names" not in group.attrs:
+        return []
+    budget.check_header(group.attrs.get_id("layer_names").get_storage_size(), "layer_names")
+    names = np.asarray(group.attrs["layer_names"]).reshape(-1)
+    return [n.decode() if isinstance(n, bytes) else str(n) for n in names]
+
+
+def _in_order(datasets: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Sorted as `names` are, and numbers in other names as numbers."""
+    order = {name: i for i, name in enumerate(names)}
+
+    def key(path: str) -> Any:
+        parts = path.removeprefix(f"{_WEIGHTS_GROUP}/").split("/")
+        return order.get(parts[0], len(order)), natural(parts)
+
+    return {path: datasets[path] for path in sorted(datasets, key=key)}
 
 
 def _find_configs(config: bytes, budget: Budget) -> Iterator[LayerConfig]:

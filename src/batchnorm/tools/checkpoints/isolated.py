@@ -25,7 +25,7 @@ _CHILD = (
     "import sys; sys.path[:] = [place for place in sys.path if place]; "
     "from batchnorm.tools.checkpoints.isolated import main; sys.exit(main(sys.argv[1:]))"
 )
-_SECONDS = 300
+SECONDS = 120
 _REFUSED = 3  # the exit status that goes with a message
 # Memory of the libraries themselves, and a factor for copies of what is read.
 _BASE, _COPIES = 3 << 30, 3
@@ -37,9 +37,9 @@ def read_isolated(path: Path, kind: Format, budget: Budget) -> Checkpoint:
     places = os.pathsep.join(place for place in sys.path if place)
     environment = os.environ | {"PYTHONPATH": places, "MALLOC_ARENA_MAX": "2"}
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_SECONDS, env=environment)
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=environment)
     except subprocess.TimeoutExpired as error:
-        raise budget.error(f"reading it takes longer than {_SECONDS} s.") from error
+        raise budget.error(f"reading it takes longer than {SECONDS} s.") from error
     if done.returncode == _REFUSED:
         raise budget.error(done.stderr.decode(errors="replace").strip())
     if done.returncode != 0:

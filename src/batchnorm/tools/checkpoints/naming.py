@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from batchnorm.tools.checkpoints.source import Entry, LayerConfig, Source
 
-__all__ = ["Group", "find_groups"]
+__all__ = ["Group", "find_groups", "natural"]
 
 # What each library calls what; roles are the fields of the canonical state.
 _TORCH = {
@@ -132,7 +132,7 @@ def _find_numbered(source: Source, notes: list[str]) -> Iterator[Group]:
         parts = _split(name)
         if _numbered(parts) and parts[0] != "optimizer":
             members.setdefault(tuple(parts[:-1]), []).append(name)
-    for parent in sorted(members, key=_natural):
+    for parent in sorted(members, key=natural):
         name = _keras_name(parent, source.labels)
         config = _find_config(name, source.configs)
         looks_like_one = _LOOKS_LIKE_ONE.search("/".join([*parent[-2:-1], name]))
@@ -153,7 +153,8 @@ def _find_numbered(source: Source, notes: list[str]) -> Iterator[Group]:
 
 def _number_roles(shapes: list[tuple[int, ...]], config: LayerConfig | None) -> list[str]:
     """Roles of a layer's weights in Keras's order; empty if that cannot be told."""
-    packed = bool(shapes) and len(shapes[-1]) == 2 and shapes[-1][0] == 2
+    channels = shapes[0] if len(shapes) > 1 else shapes[-1][1:]
+    packed = shapes[-1] == (2, *channels)
     statistics = (["packed"],) if packed else (list(_STATISTICS[:2]), list(_STATISTICS))
     choices = [["gamma", "beta"], []]
     if config is not None:
@@ -207,7 +208,7 @@ def _numbered(parts: list[str]) -> bool:
     return len(parts) > 1 and parts[-2] == "vars" and parts[-1].isdecimal()
 
 
-def _natural(path: Path) -> list[tuple[str, int]]:
+def natural(path: Iterable[str]) -> list[tuple[str, int]]:
     """A key that sorts `bn_2` before `bn_10`."""
     pieces = (re.fullmatch(r"(.*?)(\d*)", part, re.DOTALL) for part in path)
     return [(m[1], int(m[2][:18] or -1)) for m in pieces if m is not None]

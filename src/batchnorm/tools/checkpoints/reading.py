@@ -9,21 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from numpy.typing import NDArray
-
-from batchnorm.tools.arrays import flatten, odd_shape
 from batchnorm.tools.checkpoints import archives, hdf5, msgpack, orbax, safetensors, torch_pickle
 from batchnorm.tools.checkpoints.limits import Budget, CheckpointError
-from batchnorm.tools.checkpoints.naming import Group, find_groups
+from batchnorm.tools.checkpoints.naming import find_groups
 from batchnorm.tools.checkpoints.source import Entry, Source
-from batchnorm.tools.state import BatchNormState, RenormState
+from batchnorm.tools.checkpoints.states import make_state
+from batchnorm.tools.state import BatchNormState
 
 __all__ = ["Checkpoint", "Format", "detect", "read_here"]
 
 Format = Literal["safetensors", "torch", "msgpack", "hdf5", "keras", "orbax"]
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 _DAMAGE = (
     *archives.DAMAGED,
     *(KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError),
@@ -83,7 +80,7 @@ def read_here(path: Path, kind: Format, budget: Budget) -> Checkpoint:
     try:
         with _open(path, kind, budget) as source:
             groups, notes = find_groups(source)
-            layers = [_make_state(group, source, budget) for group in groups]
+            layers = [make_state(group, source) for group in groups]
             return Checkpoint(path, kind, dict(source.entries), layers, notes)
     except CheckpointError:
         raise
@@ -108,49 +105,3 @@ def _open(path: Path, kind: Format, budget: Budget) -> Iterator[Source]:
     }
     with path.open("rb") as file:
         yield readers[kind](file, budget)
-
-
-def _make_state(group: Group, source: Source, budget: Budget) -> BatchNormState:
-    arrays = {role: source.load(name) for role, name in group.roles.items()}
-    stored = source.entries[group.roles.get("packed", group.roles.get("mean", ""))].dtype
-    if "packed" in arrays:
-        arrays["mean"], arrays["var"] = arrays.pop("packed")
-    renorm = None
-    if all(name in arrays for name in _RENORM):
-        renorm = RenormState(*(_floats(arrays[name], group, budget) for name in _RENORM))
-    found: dict[str, Any] = {
-        role: _floats(arrays[role], group, budget) if role in arrays else None
-        for role in ("mean", "var", "gamma", "beta")
-    }
-    eps = decay = None
-    if group.config is not None:
-        eps, decay = group.config.eps, group.config.decay
-    if "decay" in arrays:
-        decay = _scalar(arrays["decay"])
-    torch = group.family == "torch"
-    return BatchNormState(
-        name=group.name,
-        kind=group.family,
-        variance="unbiased" if torch and renorm is None else "biased",
-        eps=eps,
-        decay=decay,
-        steps=int(arrays["steps"].reshape(-1)[0]) if "steps" in arrays else None,
-        renorm=renorm,
-        shape=odd_shape(arrays["mean"].shape),
-        stored=stored,
-        **found,
-    )
-
-
-def _floats(array: NDArray[Any], group: Group, budget: Budget) -> NDArray[Any]:
-    if array.dtype.kind != "f":
-        raise budget.error(f"{group.name!r:.80} has statistics of type {array.dtype.name}.")
-    flat = flatten(array)
-    assert flat is not None
-    return flat
-
-
-def _scalar(array: NDArray[Any]) -> float | None:
-    """A number between 0 and 1; float32 as the shortest decimal that means the same."""
-    value = float(str(array.reshape(-1)[0]))
-    return value if 0.0 <= value <= 1.0 else None
