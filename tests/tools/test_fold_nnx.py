@@ -37,7 +37,7 @@ MAPS = {
     "transposed": (lambda: nnx.ConvTranspose(3, 4, (3,), rngs=rngs()), (2, 6, 3)),
     "transposed_kernel": (
         lambda: nnx.ConvTranspose(3, 4, (3,), transpose_kernel=True, rngs=rngs()),
-        (2, 6, 4),
+        (2, 6, 3),
     ),
 }
 
@@ -46,8 +46,7 @@ MAPS = {
 def test_neighbours_in_a_sequential_model(name: str) -> None:
     make, shape = MAPS[name]
     linear = make()
-    features = 3 if name == "transposed_kernel" else 4
-    norm = batchnorm.jax.BatchNorm(features, rngs=rngs())
+    norm = batchnorm.jax.BatchNorm(4, rngs=rngs())
     model = trained(nnx.Sequential(linear, nnx.Dropout(0.5, rngs=rngs()), norm, nnx.relu))
     kernel = np.array(linear.kernel[...])
     new, report = fold(model, jax.random.normal(jax.random.key(0), shape))
@@ -67,8 +66,7 @@ class Block(nnx.Module):
         self.norm1 = nnx.BatchNorm(4, rngs=rngs())
         self.norm2 = nnx.BatchNorm(4, rngs=rngs())
         self.conv2 = nnx.Conv(4, 5, (3, 3), padding=padding, rngs=rngs())
-        self.inner = [nnx.BatchNorm(5, rngs=rngs())]
-        self.inner = nnx.List(self.inner)
+        self.inner = nnx.List([nnx.BatchNorm(5, rngs=rngs())])
 
     def __call__(self, x: Any) -> Any:
         y = nnx.relu(self.norm1(self.conv1(x)))
@@ -88,9 +86,10 @@ def test_named_pairs_in_either_order() -> None:
 
 def test_padding_keeps_the_batch_norm_in_front() -> None:
     model = trained(Block(padding="SAME"))
-    _, report = fold(model, pairs=[("norm2", "conv2")])
+    _, report = fold(model, pairs=[("norm2", "conv2"), ("conv1", "inner.0")])
     reasons = {layer.name: layer.reason for layer in report.kept}
     assert "pads with zeros" in reasons["norm2"]
+    assert "it has 5 channels, and the map 4" in reasons["inner.0"]
     assert "no pair names it" in reasons["norm1"]
 
 
@@ -99,14 +98,13 @@ def test_padding_keeps_the_batch_norm_in_front() -> None:
     [
         ([("conv1", "norm3")], "got 'norm3'. There are conv1"),
         ([("conv1", "conv2")], "a Conv and a Conv"),
-        ([("conv2", "norm1")], r"conv2|must agree"),
         ([("conv1", "norm2")], "must agree with the original"),
     ],
 )
 def test_pairs_that_are_none(pairs: Any, text: str) -> None:
     model = trained(Block())
     before = nnx.to_flat_state(nnx.state(model))
-    with pytest.raises((ValueError, TypeError), match=text):
+    with pytest.raises(ValueError, match=text):
         fold(model, pairs=pairs)
     after = nnx.to_flat_state(nnx.state(model))
     assert all(

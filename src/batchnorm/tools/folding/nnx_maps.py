@@ -43,6 +43,9 @@ def fold_pair(first: Any, second: Any) -> str | None:
     if getattr(linear, "mask", None) is not None:
         return "its kernel has a mask"
     affine = affine_of(take_state(norm))
+    channels = linear.out_features if behind else linear.in_features
+    if affine.scale.size != channels:
+        return f"it has {affine.scale.size} channels, and the map {channels}"
     kernel = np.asarray(linear.kernel[...], np.float64)
     bias = None if linear.bias is None else np.asarray(linear.bias[...], np.float64)
     if behind:

@@ -28,6 +28,7 @@ class _Example(NamedTuple):
     kwargs: dict[str, Any]
 
     def names(self, model: nn.Module) -> Mapping[str, Any]:
+        """All arguments by the names of the model's forward pass, in their order."""
         return inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments
 
 
@@ -51,6 +52,8 @@ def fold_model(
     )
     present = [a for a in before if a.is_floating_point()]
     precision = max((torch.finfo(a.dtype).eps for a in present), default=0.0)
+    if isinstance(change.model, fx.GraphModule):  # which takes tensors only
+        given = _Example(tuple(_tensors(given.names(model))), {})
     after = _run(change.model, given)
     report = check_same(change, _arrays(before), _arrays(after), precision, tolerance)
     return Folding(change.model, report)
@@ -79,8 +82,7 @@ def _try_to_trace(
     try:
         names = given.names(root)
         graph = trace(root, names)
-        inputs = [value for value in names.values() if isinstance(value, Tensor)]
-        found = _seeded(lambda: Shapes(root, graph=graph).run(*inputs))
+        found = _seeded(lambda: Shapes(root, graph=graph).run(*_tensors(names)))
     except Exception as error:  # whatever the model's code makes of values that are not there
         reason = str(error).strip().partition("\n")[0]
         return None, f"torch.fx cannot trace the model ({type(error).__name__}: {reason})"
@@ -89,6 +91,10 @@ def _try_to_trace(
         for a, b in zip(found, before, strict=True)
     )
     return (graph, "") if same else (None, "what torch.fx traces computes something else")
+
+
+def _tensors(names: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in names.values() if isinstance(value, Tensor)]
 
 
 def _run(model: nn.Module, given: _Example) -> list[Tensor]:

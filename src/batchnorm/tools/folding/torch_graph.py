@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from batchnorm.core.config import NEGATIVE_SLOPE
 from batchnorm.tools.folding import torch_maps as maps
@@ -36,7 +37,17 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
-    """The graph of a forward pass; arguments that are not given, or no tensors, are constants."""
+    """The graph of a forward pass; arguments that are not given, or no tensors, are constants.
+
+    Raises:
+        TypeError: an argument that holds tensors, whose values would become constants.
+        Exception: whatever the model's code raises when its values are not there.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and any(
+            isinstance(a, Tensor) for a in pytree.tree_leaves(value)
+        ):
+            raise TypeError(f"argument {name!r} is a {type(value).__name__} of tensors")
     fixed = {
         name: parameter.default
         for name, parameter in inspect.signature(model.forward).parameters.items()
