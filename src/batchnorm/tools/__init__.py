@@ -8,7 +8,9 @@ from typing import Any
 # The functions' modules have other names: importing a submodule sets an attribute of this package.
 _HOME = {
     "fold": "batchnorm.tools.folding",
+    "inspect": "batchnorm.tools.inspection",
     "recalibrate": "batchnorm.tools.recalibration",
+    "transfer": "batchnorm.tools.transferring",
 }
 
 __all__ = sorted(_HOME)
