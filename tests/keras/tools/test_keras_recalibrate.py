@@ -55,6 +55,16 @@ def test_propagated_masks() -> None:
     np.testing.assert_allclose(found, rows.mean(0), **STORED)
 
 
+def test_a_mapping_is_one_input() -> None:
+    left, right = keras.Input((3,), name="left"), keras.Input((3,), name="right")
+    norm = layers.BatchNormalization(name="bn")
+    model = keras.Model({"left": left, "right": right}, norm(left + right))
+    rows = batches_of(4)[0][:, 0]
+    recalibrate(model, [{"left": rows, "right": 2 * rows}])
+    expected = 3 * rows.astype(np.float64).mean(0)
+    np.testing.assert_allclose(np.asarray(norm.moving_mean), expected, rtol=1e-6)
+
+
 def test_interrupted_half_way_the_model_is_unchanged() -> None:
     model = keras.Sequential([keras.Input((4, 3)), layers.BatchNormalization()])
     before = [np.array(a) for a in model.get_weights()]
