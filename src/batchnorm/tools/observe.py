@@ -12,7 +12,7 @@ import numpy as np
 
 from batchnorm.core.moments import Moments
 from batchnorm.tools.measure import merge
-from batchnorm.tools.models import FoundLayer
+from batchnorm.tools.models import FoundLayer, framework_of
 
 __all__ = ["Observation", "Tally", "observe", "run_batch"]
 
@@ -99,7 +99,8 @@ def run_batch(owner: str, model: Any, batch: Any, call: Callable[[Any, Any], Any
     Args:
         owner: whose name error messages carry.
         model: the model.
-        batch: an array; or a mapping of keyword arguments; with `call` anything.
+        batch: an array; or a mapping of keyword arguments, which for Keras is one input; with
+            `call` anything.
         call: function of the model and the batch, or None.
 
     Raises:
@@ -107,7 +108,7 @@ def run_batch(owner: str, model: Any, batch: Any, call: Callable[[Any, Any], Any
     """
     if call is not None:
         call(model, batch)
-    elif isinstance(batch, dict):
+    elif isinstance(batch, dict) and framework_of(model) != "keras":
         model(**batch)
     elif isinstance(batch, (tuple, list)):
         raise TypeError(

@@ -128,16 +128,8 @@ def recalibrate(
     so that a cumulative average goes on from there; momentum stays.
     """
     layers = find_layers(model)
-    if not layers:
-        raise ValueError(
-            f"{_OWNER}: model must hold a batch norm; {type(model).__name__} has none."
-        )
-    rehearsals = importlib.import_module(f"batchnorm.tools.rehearsals.{layers[0].framework}")
-    kept = {found.name: reason for found in layers if (reason := _why_not(found, rehearsals))}
-    chosen = [found for found in layers if found.name not in kept]
-    if not chosen:
-        listed = "; ".join(f"{name} {reason}" for name, reason in kept.items())
-        raise ValueError(f"{_OWNER}: no batch norm has statistics to set: {listed}.")
+    chosen, kept = _choose(model, layers)
+    rehearsals = _rehearsals_of(layers[0])
     merge = _find_merge(layers[0], synchronized, process_group)
     tallies = {found.name: Tally() for found in chosen}
 
@@ -168,10 +160,28 @@ def recalibrate(
     return Recalibration(count, changed, tuple(Untouched(name, kept[name]) for name in order))
 
 
-def _why_not(found: FoundLayer, rehearsals: Any) -> str | None:
+def _choose(model: Any, layers: list[FoundLayer]) -> tuple[list[FoundLayer], dict[str, str]]:
+    """The layers to recalibrate, and why the others are not."""
+    if not layers:
+        raise ValueError(
+            f"{_OWNER}: model must hold a batch norm; {type(model).__name__} has none."
+        )
+    kept = {found.name: reason for found in layers if (reason := _why_not(found))}
+    chosen = [found for found in layers if found.name not in kept]
+    if not chosen:
+        listed = "; ".join(f"{name} {reason}" for name, reason in kept.items())
+        raise ValueError(f"{_OWNER}: no batch norm has statistics to set: {listed}.")
+    return chosen, kept
+
+
+def _rehearsals_of(found: FoundLayer) -> Any:
+    return importlib.import_module(f"batchnorm.tools.rehearsals.{found.framework}")
+
+
+def _why_not(found: FoundLayer) -> str | None:
     if found.state.mean is None:
         return "keeps no running statistics"
-    reason: str | None = rehearsals.why_frozen(found.layer)
+    reason: str | None = _rehearsals_of(found).why_frozen(found.layer)
     return reason
 
 
