@@ -86,8 +86,7 @@ def test_inspect_prints_a_table_and_exits_with_0(tmp_path: Path) -> None:
     write_keras(path)
     done = runner.invoke(app, ["inspect", str(path)])
     assert done.exit_code == 0, done.output
-    assert "2 layers" in done.output
-    assert "nothing wrong" in done.output
+    assert "2 layers, 9 channels: nothing wrong" in " ".join(done.output.split())
 
 
 def write_state(path: Path, **arrays: object) -> None:
@@ -166,9 +165,10 @@ def test_bench_checks_and_times_both_layers(framework: str, options: list[str]) 
 
 
 def test_bench_prints_a_table() -> None:
-    done = runner.invoke(app, ["bench", "--shape", "32,4", "--seconds", "0.1"])
+    done = runner.invoke(app, ["bench", "--shape", "32,4", "--masked", "0.5", "--seconds", "0.1"])
     assert done.exit_code == 0, done.output
-    assert all(text in done.output for text in ("torch.nn.BatchNorm1d", "copy", "ratio", "cores"))
+    shown = ("torch on x[mask], scattered", "copy", "ratio", "cores", "50% padded")
+    assert all(text in done.output for text in shown)
 
 
 def test_a_wrong_result_has_no_speed() -> None:

@@ -80,7 +80,7 @@ def run(
         "times as fast": _round(theirs / ours),
         "times a copy": _round(ours / variants["copy"]["ms"]),
         "machine": describe_machine(count_cores()),
-        "versions": describe_versions(*packages),
+        "versions": describe_versions(*packages, *_backend_packages(framework)),
     }
 
 
@@ -111,6 +111,15 @@ def _find_error(name: str, found: Any, problem: Problem, expected: Expected) -> 
 
 def _to_numpy(array: Any) -> Any:
     return np.asarray(array.detach().numpy() if hasattr(array, "detach") else array)
+
+
+def _backend_packages(framework: str) -> tuple[str, ...]:
+    if framework != "keras":
+        return ()
+    import keras
+
+    backend = keras.backend.backend()
+    return FRAMEWORKS[backend][1] if backend in FRAMEWORKS else ()
 
 
 def _name_backend(framework: str) -> str:

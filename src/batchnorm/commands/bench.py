@@ -64,31 +64,31 @@ def _print(found: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from batchnorm.tools.text import format_number
 
     padded = "" if found["padded"] is None else f", {found['padded']:.0%} padded"
     mode = "inference" if found["mode"] == "inference" else "training step"
     title = f"{mode}, {tuple(found['shape'])}{padded}, {found['framework']}"
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
-    for heading in ("", "ms", "quartiles", "GB/s", "error", "ratio"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for heading in ("", "ms", "quartiles", "error", "ratio"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     ours = found["variants"]["batchnorm"]["ms"]
     for name, variant in found["variants"].items():
-        low, high = variant["quartiles"]
+        low, high = (format_number(q) for q in variant["quartiles"])
         table.add_row(
-            name,
-            f"{variant['ms']:.3g}",
-            f"{low:.3g} to {high:.3g}",
-            f"{variant['GB/s']:.3g}",
+            Text(name),  # as it is: rich would take x[mask] for a style
+            format_number(variant["ms"]),
+            f"{low} to {high}",
             f"{variant['error']:.0e}" if "error" in variant else "",
-            f"{variant['ms'] / ours:.2f}",
+            format_number(variant["ms"] / ours),
         )
     machine, versions = found["machine"], found["versions"]
-    console = Console()
+    packages = ", ".join(f"{name} {number}" for name, number in versions.items())
+    console = Console(markup=False, highlight=False)
     console.print(table)
+    console.print("Ratio: to batchnorm's time. Error: the largest, relative to 1 + |right value|.")
     console.print(
-        "Medians. Ratio: to batchnorm's. Error: the largest of y and dx, relative to 1 + |right|."
-    )
-    console.print(
-        f"{machine['processor']}, {machine['cores']} cores, {machine['instructions']}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items())
+        f"{machine['processor']}, {machine['cores']} cores, {machine['instructions']}; {packages}"
     )
