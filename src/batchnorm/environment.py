@@ -11,10 +11,7 @@ _PACKAGES = ("batchnorm", "numpy", "torch", "jax", "flax", "keras", "tensorflow"
 
 
 def show_config() -> None:
-    """Print versions and the kernels in use; imports no framework.
-
-    Source: architecture, public names.
-    """
+    """Print versions and the kernels in use; imports no framework."""
     print(f"python      {platform.python_version()} ({platform.machine()}, {platform.system()})")
     for name in _PACKAGES:
         try:
