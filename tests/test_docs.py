@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import typer
 from pages import LANGUAGES, PAGES, ROOT, python_blocks, read_blocks, run
 
 import batchnorm.jax
@@ -56,7 +57,7 @@ def test_no_fence_is_left_unread(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_exist(name: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    commands = {command.callback.__name__ for command in app.registered_commands}
+    commands = typer.main.get_command(app).commands
     for block in read_blocks(PAGES[name]):
         if block.language != "console":
             continue
