@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -59,6 +60,9 @@ def _tensorflow(
         dx, *rest = tape.gradient(y, [x, *values], dy, unconnected_gradients="zero")
         return y, dx, rest
 
+    if tf.distribute.has_strategy():
+        replicated = partial(tf.distribute.get_strategy().run, step)
+        return tf.function(lambda x, dy: replicated((x, dy)))(x, dy)
     if compiled is not None:
         step = tf.function(step, jit_compile=compiled == "xla")
     return step(x, dy)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from batchnorm.kernels import cpu
-from batchnorm.torch.synchronize import Participation, find_by_key, unpack
+from batchnorm.torch.synchronize import Participation, find_by_key
 
 __all__ = ["merge_kept", "moments_of_kernel", "total_of_kernel"]
 
@@ -21,10 +22,9 @@ def merge_kept(find: Callable[[], Any], part: Participation) -> Any:
     kept = find()
     local = moments_of_kernel(kept)
     merged = synchronizer.merge(local, part.text, channels, False, expected)
-    count, mean, var = unpack(merged, channels, (channels,))
-    kept.count()[:] = count.numpy()[0]
-    rows = {"mean": mean.numpy(), "low": 0.0, "var": var.numpy()}
-    for name, value in rows.items():
+    count, mean, var = np.split(merged.numpy(), [1, 1 + channels])
+    kept.count()[:] = count
+    for name, value in {"mean": mean, "low": 0.0, "var": var}.items():
         kept.row(cpu.STATISTICS[name])[:] = value
     return kept
 
@@ -39,4 +39,4 @@ def total_of_kernel(reduce: Callable[[], Any], part: Participation) -> Any:
 def moments_of_kernel(kept: Any) -> Tensor:
     """The moments that a kernel keeps, as a vector."""
     count, mean, var = kept.count(), *(kept.row(cpu.STATISTICS[n]) for n in ("mean", "var"))
-    return torch.cat([torch.from_numpy(a) for a in (count, mean, var)])
+    return torch.from_numpy(np.concatenate([count, mean, var]))
