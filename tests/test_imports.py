@@ -24,6 +24,8 @@ ALLOWED = {
     "jax": {"core", "kernels", "jax", "flax", "numpy"},
     # Each backend's module imports that backend's functional, and only when Keras runs on it.
     "keras": {"core", "kernels", "jax", "torch", "keras", "tensorflow", "numpy"},
+    # One front end and its framework, when a tool is asked for it.
+    "tools": {"core", "torch", "jax", "keras", "numpy", "flax", "h5py", "msgpack", "tensorstore"},
 }
 
 
