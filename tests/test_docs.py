@@ -11,11 +11,12 @@ import typer
 from pages import LANGUAGES, PAGES, ROOT, python_blocks, read_blocks, run
 
 import batchnorm.jax
+import batchnorm.tools
 import batchnorm.torch
 from batchnorm.cli import app
 
 WITH_CODE = [name for name, page in PAGES.items() if python_blocks(page, keras=False)]
-API = {"reference": batchnorm, "torch": batchnorm.torch, "jax": batchnorm.jax}
+API = {"reference": batchnorm, **{n: getattr(batchnorm, n) for n in ("torch", "jax", "tools")}}
 
 
 @pytest.fixture
