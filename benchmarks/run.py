@@ -31,7 +31,7 @@ from report import print_report, write_markdown
 from targets import HUGE, RESULTS, judge, print_targets
 
 _VARIABLE = "THP_MEM_ALLOC_ENABLE"
-_SECONDS, _LEAST = 5.0, 9  # of taking turns for a case, and rounds at least
+_SECONDS, _LEAST = 5.0, 15  # of taking turns for a case, and rounds at least
 _QUICK_SECONDS, _QUICK_LEAST = 0.3, 3
 
 

@@ -152,19 +152,18 @@ struct RowsOfChannels {
     }
 };
 
-template <class T, class G>
-void add_stretch(const T* x, const G* g, Index n, double mean, double low, double* first,
-                 double* second) {
+template <bool kLow, class X, class G>
+void add_stretch(X x, G g, Index n, double mean, double low, double* first, double* second) {
     double means[kTile], lows[kTile];
     for (int l = 0; l < kTile; ++l) means[l] = mean, lows[l] = low;
     const Index tiles = n / kTile, rest = n - tiles * kTile;
-    add_tiles<kHasLow<T>>(
-        tiles, means, lows, first, second, [&](Index r) { return load(g + r * kTile); },
-        [&](Index r) { return load(x + r * kTile); });
+    add_tiles<kLow>(
+        tiles, means, lows, first, second, [&](Index r) { return g.at(r); },
+        [&](Index r) { return x.at(r); });
     if (rest == 0) return;
-    add_tiles<kHasLow<T>>(
-        1, means, lows, first, second, [&](Index) { return load_some(g + tiles * kTile, rest); },
-        [&](Index) { return load_some(x + tiles * kTile, rest); });
+    add_tiles<kLow>(
+        1, means, lows, first, second, [&](Index) { return g.rest(tiles, rest); },
+        [&](Index) { return x.rest(tiles, rest); });
 }
 
 template <class T>
@@ -179,7 +178,6 @@ struct ChannelsOfPositions {
     PositionSums sums{b.channels};
     Selection<T> real;
     Selection<Compute<T>> real_g;
-    T selected[2][kPiece];
     Compute<T> g[kPiece];
 
     ChannelsOfPositions(const Step& step, const Block& block) : s(step), b(block) {}
@@ -187,7 +185,7 @@ struct ChannelsOfPositions {
     void run(double* sum, double* product) {
         const bool pieces = s.mask || gated;
         for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
-            const Index step = pieces ? kPiece : length;
+            const Index step = pieces ? piece_of(length) : length;
             for (Index i = first; i < first + length; i += step) {
                 piece(o, i, first + length - i < step ? first + length - i : step);
             }
@@ -210,22 +208,23 @@ struct ChannelsOfPositions {
                 if (s.dresidual) narrow(g, element<T>(s.dresidual, o, offset), n);
             }
             if (real.none) continue;
-            if (!real.all) {
-                real.select(x, T{}, selected[0], n);
-                x = selected[0];
-                if (gated) {
-                    real_g.select(g, 0, g, n);
-                } else {
-                    real.select(dy, T{}, selected[1], n);
-                    dy = selected[1];
-                }
-            }
-            double *first = sums.first[c], *second = sums.second[c];
             if (gated) {
-                add_stretch(x, g, n, means[c], lows[c], first, second);
+                add(x, g, real_g, c, n);
             } else {
-                add_stretch(x, dy, n, means[c], lows[c], first, second);
+                add(x, dy, real, c, n);
             }
+        }
+    }
+
+    template <class G>
+    void add(const T* x, const G* from, const Selection<G>& real_from, Index c, Index n) {
+        double *first = sums.first[c], *second = sums.second[c];
+        if (real.all) {
+            add_stretch<kHasLow<T>>(AllTiles<T>{x, T{}}, AllTiles<G>{from, G{}}, n, means[c],
+                                    lows[c], first, second);
+        } else {
+            add_stretch<kHasLow<T>>(RealTiles<T>{x, T{}, real}, RealTiles<G>{from, G{}, real_from},
+                                    n, means[c], lows[c], first, second);
         }
     }
 };
@@ -299,15 +298,35 @@ Index rows_together(const Step& s) {
     return rows_per_line(width);
 }
 
-constexpr Index kLinesAhead = 16;  // of a row; hardware follows longer stretches by itself
+constexpr Index kRowsAhead = 16;
 
 template <class T>
 void fetch_row(const Step& s, const Source<T>& from, Index o, Index offset, Index n) {
-    const Index step = Index(64 / sizeof(T)), end = n < kLinesAhead * step ? n : kLinesAhead * step;
-    for (Index i = 0; i < end; i += step) {
+    const Index step = Index(64 / sizeof(T)), most = 16 * step;  // hardware follows longer ones
+    for (Index i = 0, end = n < most ? n : most; i < end; i += step) {
         __builtin_prefetch(element<const T>(from.g, o, offset + i));
         __builtin_prefetch(element<const T>(s.x, o, offset + i));
     }
+}
+
+// Rows o + i of which keep[i] says that they are real. Where few are left out, all are computed,
+// which hardware foresees, and the padded ones overwritten.
+template <class T>
+void apply_some_rows(const Step& s, const Source<T>& from, Index o, Index n, Index offset,
+                     Index width, const unsigned char* keep, const Coefficients<Compute<T>>& k) {
+    unsigned char rows[2][kRowsAhead];  // padded, real
+    Index found[2] = {0, 0};
+    for (Index i = 0; i < n; ++i) {
+        rows[0][found[0]] = rows[1][found[1]] = static_cast<unsigned char>(i);
+        ++found[keep[i]];
+    }
+    if (3 * found[1] > n) {
+        for (Index i = 0; i < n; ++i) apply_row<T>(s, from, o + i, offset, width, k);
+    } else {
+        for (Index i = 0; i < found[1]; ++i)
+            apply_row<T>(s, from, o + rows[1][i], offset, width, k);
+    }
+    for (Index i = 0; i < found[0]; ++i) apply_padded_row<T>(s, o + rows[0][i], offset, width);
 }
 
 // Rows [o, o + n) one by one. Left out rows break the streams that hardware follows, so that the
@@ -315,22 +334,19 @@ void fetch_row(const Step& s, const Source<T>& from, Index o, Index offset, Inde
 template <class T>
 void apply_masked_rows(const Step& s, const Source<T>& from, Index o, Index n, Index offset,
                        Index width, const Coefficients<Compute<T>>& k) {
-    constexpr Index kAhead = 8;
-    unsigned char keep[2][kAhead];
-    read_rows(s.mask, o, n < kAhead ? n : kAhead, keep[0]);
-    for (Index r = 0; r < n; r += kAhead) {
-        const unsigned char* now = keep[r / kAhead % 2];
-        unsigned char* next = keep[(r / kAhead + 1) % 2];
-        const Index left = n - r - kAhead, ahead = left < 0 ? 0 : left < kAhead ? left : kAhead;
-        read_rows(s.mask, o + r + kAhead, ahead, next);
-        for (Index i = 0; i < kAhead && r + i < n; ++i) {
-            if (i < ahead && next[i]) fetch_row<T>(s, from, o + r + kAhead + i, offset, width);
-            if (now[i]) {
-                apply_row<T>(s, from, o + r + i, offset, width, k);
-            } else {
-                apply_padded_row<T>(s, o + r + i, offset, width);
-            }
+    unsigned char keep[2][kRowsAhead];
+    read_rows(s.mask, o, n < kRowsAhead ? n : kRowsAhead, keep[0]);
+    for (Index r = 0; r < n; r += kRowsAhead) {
+        const unsigned char* now = keep[r / kRowsAhead % 2];
+        unsigned char* next = keep[(r / kRowsAhead + 1) % 2];
+        const Index left = n - r, ahead = left - kRowsAhead;
+        const Index some = ahead < 0 ? 0 : ahead < kRowsAhead ? ahead : kRowsAhead;
+        read_rows(s.mask, o + r + kRowsAhead, some, next);
+        for (Index i = 0; i < some; ++i) {
+            if (next[i]) fetch_row<T>(s, from, o + r + kRowsAhead + i, offset, width);
         }
+        apply_some_rows<T>(s, from, o + r, left < kRowsAhead ? left : kRowsAhead, offset, width,
+                           now, k);
     }
 }
 
@@ -366,13 +382,15 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
     });
 }
 
+constexpr Index kBlanked = 512;
+
 template <class T>
 void apply_positions(const Step& s, const Block& b, const double* sums) {
     const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels, s.options.batch ? sums : nullptr);
     const Source<T> from(s);
     Selection<T> real;
     for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
-        const Index step = s.mask ? kPiece : length;
+        const Index step = s.mask ? piece_of(length) : length;
         for (Index i = first; i < first + length; i += step) {
             const Index n = first + length - i < step ? first + length - i : step;
             real.read(s.mask, o, i, n);
@@ -383,10 +401,17 @@ void apply_positions(const Step& s, const Block& b, const double* sums) {
                     for (Index p = 0; p < n; ++p) dx[p] = T{};
                     continue;
                 }
-                apply_chunks<0>(s, element<const T>(from.g, o, offset),
-                                element<const T>(s.x, o, offset), element<const T>(s.y, o, offset),
-                                dx, n, from.gated, lanes.from(c));
-                if (!real.all) real.select(dx, T{}, dx, n);
+                const T *g = element<const T>(from.g, o, offset),
+                        *x = element<const T>(s.x, o, offset);
+                const T* y = element<const T>(s.y, o, offset);
+                // What is still in the nearest cache is cheaply blanked.
+                const Index part = real.all ? n : kBlanked;
+                for (Index p = 0; p < n; p += part) {
+                    const Index m = n - p < part ? n - p : part;
+                    apply_chunks<0>(s, g + p, x + p, at(y, p), dx + p, m, from.gated,
+                                    lanes.from(c));
+                    if (!real.all) real.select(dx + p, T{}, dx + p, m, p);
+                }
             }
         }
         return true;

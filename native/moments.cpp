@@ -73,17 +73,14 @@ void rows_of_channels(const Step& s, const Block& b, double* sum, double* square
     sums.fold(b.channels, span, joined, sum, square);
 }
 
-template <class T>
-void add_stretch(const T* x, Index n, double mean, double* first, double* second) {
+template <class X>
+void add_stretch(X x, Index n, double mean, double* first, double* second) {
     double anchor[kTile];
     for (double& a : anchor) a = mean;
-    T pad;
-    narrow(Compute<T>(mean), pad);
-    const Index tiles = n / kTile;
-    add_tiles(tiles, anchor, first, second, [&](Index r) { return load(x + r * kTile); });
-    if (n == tiles * kTile) return;
-    add_tiles(1, anchor, first, second,
-              [&](Index) { return load_some(x + tiles * kTile, n - tiles * kTile, pad); });
+    const Index tiles = n / kTile, rest = n - tiles * kTile;
+    add_tiles(tiles, anchor, first, second, [&](Index r) { return x.at(r); });
+    if (rest == 0) return;
+    add_tiles(1, anchor, first, second, [&](Index) { return x.rest(tiles, rest); });
 }
 
 template <class T>
@@ -92,7 +89,7 @@ void channels_of_positions(const Step& s, const Block& b, double* sum, double* s
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
     PositionSums sums(b.channels);
     for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
-        const Index step = s.mask ? kPiece : length;
+        const Index step = s.mask ? piece_of(length) : length;
         for (Index i = first; i < first + length; i += step) {
             const Index n = first + length - i < step ? first + length - i : step;
             Selection<T> real;
@@ -100,14 +97,14 @@ void channels_of_positions(const Step& s, const Block& b, double* sum, double* s
             if (real.none) continue;
             for (Index c = 0; c < b.channels; ++c) {
                 const T* x = element<const T>(s.x, o, (b.channel + c) * s.layout.inner + i);
-                T selected[kPiece];
-                if (!real.all) {
-                    T pad;
-                    narrow(Compute<T>(means[c]), pad);
-                    real.select(x, pad, selected, n);
-                    x = selected;
+                T pad;
+                narrow(Compute<T>(means[c]), pad);
+                if (real.all) {
+                    add_stretch(AllTiles<T>{x, pad}, n, means[c], sums.first[c], sums.second[c]);
+                } else {
+                    add_stretch(RealTiles<T>{x, pad, real}, n, means[c], sums.first[c],
+                                sums.second[c]);
                 }
-                add_stretch(x, n, means[c], sums.first[c], sums.second[c]);
             }
         }
         return true;

@@ -181,8 +181,14 @@ struct PositionSums {
     }
 };
 
-// A stretch of positions, or, under a mask, pieces of it with the mask beside them.
-constexpr Index kPiece = 1024;
+// A stretch of positions, or, under a mask, equal pieces of it with the mask beside them: long
+// ones, since hardware follows each channel's anew, and short enough for the cache.
+constexpr Index kPiece = 4096;
+
+inline Index piece_of(Index length) {
+    const Index pieces = (length + kPiece - 1) / kPiece;
+    return ((length + pieces - 1) / pieces + kTile - 1) / kTile * kTile;
+}
 
 template <int kBytes>
 struct BitsType;
@@ -217,16 +223,43 @@ struct Selection {
         for (Index p = 0; p < n; ++p) bits[p] = keep[p] ? ~Bits(0) : Bits(0);
     }
 
-    // in at real positions, `other` elsewhere; in and out may be the same.
-    void select(const T* in, T other, T* out, Index n) const {
+    // in at real positions, `other` elsewhere, from position `first` of the piece on; in and out
+    // may be the same.
+    BATCHNORM_INLINE void select(const T* in, T other, T* out, Index n, Index first = 0) const {
         Bits fill;
         __builtin_memcpy(&fill, &other, sizeof fill);
         for (Index p = 0; p < n; ++p) {
             Bits value;
             __builtin_memcpy(&value, in + p, sizeof value);
-            value = (value & bits[p]) | (fill & ~bits[p]);
+            value = (value & bits[first + p]) | (fill & ~bits[first + p]);
             __builtin_memcpy(out + p, &value, sizeof value);
         }
+    }
+};
+
+// Tiles of a piece: number r as it is, or, under a mask, with `pad` at padded positions.
+template <class T>
+struct AllTiles {
+    const T* p;
+    T pad;
+    BATCHNORM_INLINE Tile at(Index r) const { return load(p + r * kTile); }
+    Tile rest(Index r, Index n) const { return load_some(p + r * kTile, n, pad); }
+};
+
+template <class T>
+struct RealTiles {
+    const T* p;
+    T pad;
+    const Selection<T>& real;
+    BATCHNORM_INLINE Tile at(Index r) const {
+        T tile[kTile];
+        real.select(p + r * kTile, pad, tile, kTile, r * kTile);
+        return load(tile);
+    }
+    Tile rest(Index r, Index n) const {
+        T tile[kTile];
+        real.select(p + r * kTile, pad, tile, n, r * kTile);
+        return load_some(tile, n, pad);
     }
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -15,20 +16,23 @@ _BLOCK = 0.02  # seconds; shorter steps are repeated, or the clock would be what
 def take_turns(
     steps: dict[str, Callable[[], object]], seconds: float, least: int
 ) -> dict[str, list[float]]:
-    """Seconds a call, one figure for each round; every round starts with another variant."""
+    """Seconds a call, one figure for each round.
+
+    The order is drawn anew for every round: the memory that one variant leaves behind must not
+    always be the next one's.
+    """
     calls = {name: _warm_up(step) for name, step in steps.items()}
     start = time.perf_counter()
     for name, step in steps.items():
         _time(step, calls[name])
     rounds = max(least, min(200, int(seconds / (time.perf_counter() - start))))
     times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    order = random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        for turn in range(rounds):
-            first = turn % len(names)
-            for name in (*names[first:], *names[:first]):
+        for _ in range(rounds):
+            for name in order.sample(list(steps), len(steps)):
                 times[name].append(_time(steps[name], calls[name]))
     finally:
         gc.enable()
