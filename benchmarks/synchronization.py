@@ -22,7 +22,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from batchnorm.torch import BatchNorm2d
-from batchnorm.torch.exchange import Peers, find_peers
+from batchnorm.torch.exchange import Peers
 
 RANKS = 2
 TOGETHER = 5  # steps between barriers
@@ -60,7 +60,6 @@ def _measure(rank: int, port: int, arguments: argparse.Namespace) -> None:
     _check(layers["synchronized"], x)
     times = _find_times(layers, x, dy, steps)
     parts = _find_parts(layers["synchronized"], x, dy, steps)
-    exchange = _exchange(shape[1], steps)
     if rank == 0:
         path = "array code" if arguments.plain else "kernels"
         where = ", pinned to cores" if arguments.pin else ""
@@ -68,8 +67,6 @@ def _measure(rank: int, port: int, arguments: argparse.Namespace) -> None:
         print(f"{steps} steps, medians (quartiles)")
         _print_times(times)
         _print_parts(parts)
-        for name, found in exchange.items():
-            print(f"{name:26} {statistics.median(found) * 1e3:7.0f} us")
     dist.destroy_process_group()
 
 
@@ -150,27 +147,6 @@ def _print_parts(times: Tensor) -> None:
             # From when the later rank is ready until the first one has both messages.
             latency = times[:, :, i + 1].amin(1) - times[:, :, i].amax(1)
             print(f"  without waiting          {latency.median():7.2f} ms")
-
-
-def _exchange(channels: int, steps: int) -> dict[str, list[float]]:
-    """The exchange of one forward pass by itself, beside gloo's own collective."""
-    peers = find_peers(None)
-    assert peers is not None
-    message = torch.randn(2 * channels + 1, dtype=torch.float64)
-    parts = [torch.empty_like(message) for _ in range(RANKS)]
-    runs = {
-        "exchange": lambda: peers.gather(message, "measured", "measured"),
-        "all_gather": lambda: dist.all_gather(parts, message),
-        "all_reduce": lambda: dist.all_reduce(message.clone()),
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(5 * steps):
-        for name, run in runs.items():
-            dist.barrier()
-            begin = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - begin) * 1e3)
-    return times
 
 
 if __name__ == "__main__":

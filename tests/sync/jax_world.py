@@ -12,6 +12,7 @@ import numpy as np
 
 from cases import Case, Data, Result
 from processes import World
+from splitting import Split
 
 DEVICES = 2  # of each process where there are two; one otherwise
 
@@ -60,10 +61,8 @@ def run(case: Case, data: Data, way: str) -> Result:
     import jax_path
 
     named = way == "shard_map"
-    spread = _Spread(len(case.shape), _split_axis(case), case.shape[_split_axis(case)], named)
-    found = jax_path.run(
-        case, data, fused=None, axis_name="rows" if named else None, call=spread.call
-    )
+    call = _Spread(case, named).call
+    found = jax_path.run(case, data, fused=None, axis_name="rows" if named else None, call=call)
     if _join["process_id"] == 0:
         return found
     # Every process has the global gradients of the parameters, which are added up later.
@@ -73,24 +72,20 @@ def run(case: Case, data: Data, way: str) -> Result:
     )
 
 
-def _split_axis(case: Case) -> int:
-    return next(a for a in range(len(case.shape)) if a not in case.axes)
-
-
 class _Spread:
     """Calls a step on one mesh of all devices.
 
     Args:
-        rank: of x.
-        axis: of x along which rows are spread.
-        rows: how many of them this process has.
+        case: of this process's part.
         named: whether the step runs on each device, and not on global arrays.
     """
 
-    def __init__(self, rank: int, axis: int, rows: int, named: bool) -> None:
+    def __init__(self, case: Case, named: bool) -> None:
         import jax
 
-        self._rank, self._axis, self._rows, self._named = rank, axis, rows, named
+        self._rank, self._named = len(case.shape), named
+        self._axis = Split(case, ()).axis  # along which rows are spread
+        self._rows = case.shape[self._axis]
         count = jax.device_count()
         self._mesh = jax.make_mesh((count,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
 

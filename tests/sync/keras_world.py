@@ -9,7 +9,6 @@ import warnings
 from contextlib import ExitStack, closing
 from typing import Any
 
-import torch_world
 from cases import Case, Data, Result
 from processes import World
 
@@ -47,10 +46,14 @@ def stop_tensorflow() -> None:
 
 
 def make_torch_world(size: int) -> World:
+    import torch_world  # only here and below: TensorFlow's processes do without torch
+
     return World(size, start_torch, torch_world.stop, torch_world.PATIENCE)
 
 
 def start_torch(rank: int, size: int, address: int | None, timeout: float) -> int:
+    import torch_world
+
     os.environ["KERAS_BACKEND"] = "torch"
     return torch_world.start(rank, size, address, timeout)
 

@@ -47,7 +47,7 @@ class Split:
         cut = self.cut(data)
         if all(case.shape[self.axis] == rows for case, _ in cut):
             return cut
-        return [self._fill(case, data, rows) for case, data in cut]
+        return [self._fill(case, part, data, rows) for case, part in cut]
 
     def trim(self, result: Result, rank: int) -> Result:
         """A process's result without the rows that `cut_evenly` put at its end."""
@@ -92,24 +92,30 @@ class Split:
             data._replace(**rows, dy=cut(data.dy), mask=self._cut_mask(data.mask, part)),
         )
 
-    def _fill(self, case: Case, data: Data, rows: int) -> tuple[Case, Data]:
+    def _fill(self, case: Case, data: Data, whole: Data, rows: int) -> tuple[Case, Data]:
         own = case.shape[self.axis]
 
-        def fill(a: np.ndarray | None, axis: int, value: float) -> np.ndarray | None:
-            if a is None or a.shape[axis] != own:
-                return a
+        def extend(a: np.ndarray, axis: int, value: float) -> np.ndarray:
             widths = [(0, rows - own if i == axis else 0) for i in range(a.ndim)]
             return np.pad(a, widths, constant_values=value)
+
+        def fill(name: str, value: float) -> np.ndarray | None:
+            before = getattr(whole, name)
+            if before is None or before.shape[self.axis] != self.case.shape[self.axis]:
+                return before  # one row that stands for all
+            return extend(getattr(data, name), self.axis, value)
 
         mask = np.ones(own, bool) if data.mask is None else data.mask
         axis = self.axis if mask.ndim == len(case.shape) else 0
         if mask.shape[axis] != own:  # one row that stands for all
             mask = np.repeat(mask, own, axis)
         shape = (*case.shape[: self.axis], rows, *case.shape[self.axis + 1 :])
-        along = {name: fill(getattr(data, name), self.axis, 1.0) for name in ("s", "t")}
-        bad = {name: fill(getattr(data, name), self.axis, np.nan) for name in ("x", "dy")}
-        filled = data._replace(**along, **bad, mask=fill(mask, axis, 0))
-        return replace(case, shape=shape), filled
+        values = {"x": np.nan, "dy": np.nan, "s": 1.0, "t": 1.0}
+        filled = {name: fill(name, value) for name, value in values.items()}
+        return (
+            replace(case, shape=shape),
+            data._replace(**filled, mask=extend(mask, axis, 0)),
+        )
 
     def _cut_mask(self, mask: np.ndarray | None, part: slice) -> np.ndarray | None:
         if mask is None:

@@ -39,8 +39,6 @@ NAMES = [
 ]
 CHOSEN = [next(case for case in CASES if case.name == name) for name in NAMES]
 UNMASKED = [case for case in CASES if case.name in ("2d-unmasked", "1d_signal-unmasked")]
-
-
 SIZES = (1, 2, 3, 4)
 
 
@@ -124,7 +122,7 @@ def test_keras_on_torch(latest: Worlds, size: int, case: Case) -> None:
     check(Path(run, False, tolerances.FLOAT32), case)
 
 
-PATIENCE = 300.0  # seconds
+PATIENCE = 500.0  # seconds
 
 
 def random(case: Case, size: int) -> Split:

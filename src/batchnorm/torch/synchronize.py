@@ -188,7 +188,7 @@ def merge_parts(parts: Tensor, channels: int, pooled: bool) -> Tensor:
     """The ranks' vectors, one row each, as one; `pooled` as in `Synchronizer.merge`."""
     if not parts.is_cpu:
         return torch.cat(_merge_rows(parts, channels, pooled, OVER_RANKS))
-    with np.errstate(all="ignore"):  # what is not finite is no news to numpy's caller
+    with np.errstate(all="ignore"):  # as torch, which does not warn of what is not finite
         return torch.from_numpy(
             np.concatenate(_merge_rows(parts.numpy(), channels, pooled, HOST_OVER_RANKS))
         )
