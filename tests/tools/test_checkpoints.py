@@ -232,6 +232,28 @@ def test_hdf5_dataset_of_a_huge_declared_shape_is_refused(tmp_path: Path) -> Non
         read_checkpoint(path)
 
 
+def test_missing_package_is_named_with_the_extra_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.weights.h5"
+    WRITERS["weights.h5"](path)
+    (tmp_path / "h5py.py").write_text("raise ModuleNotFoundError(\"No module named 'h5py'\")")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CheckpointError, match=r"No module named 'h5py'; .*batchnorm\[files\]"):
+        read_checkpoint(path)
+
+
+def test_nothing_is_imported_from_the_folder_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.weights.h5"
+    WRITERS["weights.h5"](path)
+    (tmp_path / "h5py.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    check(path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_limit_and_path_are_checked(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_checkpoint(tmp_path / "missing.pt")

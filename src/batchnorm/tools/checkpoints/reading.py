@@ -52,7 +52,10 @@ def detect(path: Path, budget: Budget) -> Format:
     try:
         if path.is_dir():
             if orbax.find_folder(path) is None:
-                raise budget.error("the folder is no orbax checkpoint: it has no _METADATA.")
+                raise budget.error(
+                    "the folder is no orbax checkpoint: it has no _METADATA. Of a "
+                    "CheckpointManager give the folder of one step."
+                )
             return "orbax"
         with path.open("rb") as file:
             start = file.read(16)
