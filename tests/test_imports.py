@@ -23,7 +23,7 @@ ALLOWED = {
     "torch": {"core", "kernels", "torch"},
     "jax": {"core", "kernels", "jax", "flax", "numpy"},
     # Each backend's module imports that backend's functional, and only when Keras runs on it.
-    "keras": {"core", "kernels", "jax", "torch", "keras", "tensorflow", "numpy"},
+    "keras": {"core", "kernels", "jax", "torch", "keras", "h5py", "tensorflow", "numpy"},
     # Frameworks only when a tool is asked for one's model.
     "tools": {
         *("core", "kernels", "environment", "reference", "torch", "jax", "keras", "numpy"),
