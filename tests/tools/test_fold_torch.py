@@ -154,8 +154,8 @@ def test_residual_graph_with_everything() -> None:
 
 
 def test_arguments_by_name_and_constants() -> None:
-    model = trained(Block())
-    x, mask = torch.randn(2, 3, 6, 6), torch.ones(2, 1, 6, 6, dtype=torch.int32)
+    model = trained(Block()).double()
+    x, mask = torch.randn(2, 3, 6, 6).double(), torch.ones(2, 1, 6, 6, dtype=torch.int32)
     new, into, _ = folded_by(model, {"x": x, "mask": mask, "scale": 2.0})
     assert list(into) == ["bn1", "bn2"]
     torch.testing.assert_close(new(x, mask=mask)["y"], model(x, mask, 2.0)["y"])
