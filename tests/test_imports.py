@@ -14,7 +14,9 @@ import batchnorm
 
 ROOT = Path(batchnorm.__file__).parent
 FRAMEWORKS = ("torch", "jax", "flax", "keras", "tensorflow")
-PARTS = {path.stem for path in ROOT.iterdir() if path.suffix in ("", ".py")}
+PARTS = {
+    path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+}
 
 # What each part may use beside the standard library and itself.
 ALLOWED = {
@@ -24,11 +26,12 @@ ALLOWED = {
     "jax": {"core", "kernels", "jax", "flax", "numpy"},
     # Each backend's module imports that backend's functional, and only when Keras runs on it.
     "keras": {"core", "kernels", "jax", "torch", "keras", "h5py", "tensorflow", "numpy"},
-    # Frameworks only when a tool is asked for one's model.
-    "tools": {
-        *("core", "kernels", "environment", "reference", "torch", "jax", "keras", "numpy"),
-        *("flax", "tensorflow", "equinox", "h5py", "tensorstore", "rich"),
-    },
+    # One front end and its framework, when a tool is asked for it.
+    "tools": {"core", "kernels", "reference", "environment", "torch", "jax", "keras"}
+    | {"numpy", "flax", "equinox", "haiku", "h5py", "tensorstore", "tensorflow", "rich"},
+    "benchmark": {"core", "kernels", "environment", "reference", "torch", "jax", "keras"}
+    | {"numpy", "flax", "tensorflow"},
+    "commands": {"benchmark", "demo", "environment", "tools", "typer", "rich"},
 }
 
 

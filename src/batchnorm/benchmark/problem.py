@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-import batchnorm
+from batchnorm.reference import batch_norm, batch_norm_gradient
 
 __all__ = ["Expected", "Problem", "count_cores", "error_of", "make_copy", "make_problem", "solve"]
 
@@ -105,10 +105,10 @@ def solve(problem: Problem, eps: float) -> Expected:
     if problem.inference:
         settings["running_mean"] = np.zeros(problem.channels)
         settings["running_var"] = np.ones(problem.channels)
-        return Expected(batchnorm.batch_norm(problem.x, training=False, **settings)[0], None)
+        return Expected(batch_norm(problem.x, training=False, **settings)[0], None)
     settings["mask"] = problem.mask
-    y, _ = batchnorm.batch_norm(problem.x, **settings)
-    return Expected(y, batchnorm.batch_norm_gradient(problem.dy, problem.x, **settings)[0])
+    y, _ = batch_norm(problem.x, **settings)
+    return Expected(y, batch_norm_gradient(problem.dy, problem.x, **settings)[0])
 
 
 def error_of(found: Sequence[Array], expected: Expected, real: Array | None) -> float:

@@ -45,7 +45,7 @@ def inspect(
     from batchnorm.tools.health import Thresholds
     from batchnorm.tools.inspection import inspect as look
 
-    with needs(f"reading {file.name}", "all"):
+    with needs(f"reading {file.name}", "files,cli"):
         try:
             report = look(file, thresholds=Thresholds(eps=eps))
         except (ValueError, OSError) as error:

@@ -16,10 +16,11 @@ from batchnorm.tools.text import format_number
 
 __all__ = ["Line", "Spread", "draw_histogram", "draw_layers", "draw_sparkline", "spread"]
 
-_WIDTH, _LEFT, _RIGHT = 1000.0, 52.0, 8.0
+_WIDTH, _LEFT, _RIGHT = 1000.0, 52.0, 78.0
 _TOP, _HEIGHT, _NAMES = 14.0, 150.0, 22.0
 _NOTCHED = 6.0  # height of a bar in which the median can be told
 _QUARTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_GROUPS = 12
 _LETTER = 6.2  # width of one in the labels' size, about
 
 
@@ -68,7 +69,7 @@ def draw_layers(
     """
     y = scale.onto(_TOP + _HEIGHT, _TOP)
     step = (_WIDTH - _LEFT - _RIGHT) / len(names)
-    shown = sorted(line for line in lines if scale.low <= line.value <= scale.high)
+    shown = [line for line in lines if scale.low <= line.value <= scale.high]
     marks = [
         _draw_mark(index, found, _LEFT + (index + 0.5) * step, step, y)
         for index, found in enumerate(spreads)
@@ -85,7 +86,7 @@ def draw_layers(
         _draw_ticks(y),
         *(_draw_line(line, y) for line in shown),
         *marks,
-        *(_draw_label(line, y, below=line is not shown[-1]) for line in shown),
+        *(_draw_label(line, y) for line in shown),
     )
 
 
@@ -158,9 +159,8 @@ def _draw_line(line: Line, y: Scale) -> Markup:
     return element("line", {"class": f"limit {line.level}", **ends})
 
 
-def _draw_label(line: Line, y: Scale, *, below: bool) -> Markup:
-    place = y(line.value) + (12.0 if below else -4.0)
-    at = {"x": _WIDTH - _RIGHT, "y": place, "text-anchor": "end"}
+def _draw_label(line: Line, y: Scale) -> Markup:
+    at = {"x": _WIDTH - _RIGHT + 8, "y": y(line.value) + 3.5}
     return element("text", {"class": f"limit {line.level}", **at}, line.label)
 
 
@@ -192,12 +192,14 @@ def _draw_groups(names: Sequence[str], step: float) -> Markup:
 
 def _group(names: Sequence[str]) -> list[str]:
     """For each name, the beginning that it shares with its neighbours: at most 12 of them."""
+    if len(names) <= _GROUPS:
+        return list(names)
     paths = [re.split(r"[./]", name) for name in names]
     best = ["" for _ in names]
     for depth in range(1, max(len(path) for path in paths)):
         labels = [".".join(path[:depth]) for path in paths]
         runs = sum(1 for _ in groupby(labels))
-        if runs > 12:
+        if runs > _GROUPS:
             break
         if runs > 1:
             best = labels

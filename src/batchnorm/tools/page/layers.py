@@ -86,10 +86,10 @@ _FLOOR = {"drift": 1e-3, "std": 1e-12, "gain": 1e-12}
 def _limits(limits: Thresholds) -> dict[str, Sequence[Line]]:
     return {
         "drift": (
-            Line(limits.drift_warning, f"warning above {limits.drift_warning:g}", "warning"),
-            Line(limits.drift_error, f"error above {limits.drift_error:g}", "error"),
+            Line(limits.drift_warning, f"warning {limits.drift_warning:g}", "warning"),
+            Line(limits.drift_error, f"error {limits.drift_error:g}", "error"),
         ),
-        "gain": (Line(limits.gain, f"warning above {limits.gain:g}", "warning"),),
+        "gain": (Line(limits.gain, f"warning {limits.gain:g}", "warning"),),
     }
 
 
