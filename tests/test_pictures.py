@@ -20,7 +20,7 @@ def test_measures_and_draws(tmp_path: Path) -> None:
     record = padding.measure(most_extra=(0, 96), seeds=1, epochs=1, limit=128)
     assert record["levels"][0]["padding"] < record["levels"][1]["padding"]
     for level in record["levels"]:
-        theirs, ours = (level["norms"][name]["mean_error"][0] for name in padding.NAMES)
+        theirs, ours = (level["norms"][name]["var_error"][0] for name in padding.NAMES)
         assert ours < theirs
     padding.draw(record, tmp_path / "picture.svg", dark=True)
     assert (tmp_path / "picture.svg").read_text().rstrip().endswith("</svg>")

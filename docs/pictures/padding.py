@@ -28,7 +28,7 @@ from matplotlib import pyplot as plt
 FOLDER = Path(__file__).parent
 MOST_EXTRA = (0, 48, 96, 192, 384)  # padded points at most, drawn anew for each batch
 SHOWN = 96  # the left panel's
-SEEDS = 3
+SEEDS = 5
 EPOCHS = 10
 NAMES = {
     "torch.nn": "torch.nn.BatchNorm1d, without a mask",
@@ -66,6 +66,7 @@ def measure(
             name: {
                 "accuracy": [run[-1] for run in measured.accuracy],
                 "mean_error": measured.mean_error,
+                "var_error": measured.var_error,
             }
             for name, measured in found.items()
         }
@@ -113,8 +114,8 @@ def draw(record: dict[str, Any], path: Path, *, dark: bool) -> None:
     with plt.rc_context(style):
         figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
         _draw_channel(axes[0], record["channel"], COLOURS[dark])
-        _draw_levels(axes[1], record, "mean_error", COLOURS[dark])
-        axes[1].set(title="Error of the running mean", ylabel="deviations, worst channel")
+        _draw_levels(axes[1], record, "var_error", COLOURS[dark])
+        axes[1].set(title="Error of the running variance", ylabel="%, worst channel")
         _draw_levels(axes[2], record, "accuracy", COLOURS[dark])
         axes[2].set(title="Accuracy on the test digits", ylabel="%")
         for axis in axes:
@@ -138,11 +139,10 @@ def _draw_channel(axis: Any, channel: dict[str, Any], colours: Sequence[str]) ->
 
 
 def _draw_levels(axis: Any, record: dict[str, Any], figure: str, colours: Sequence[str]) -> None:
-    scale = 100.0 if figure == "accuracy" else 1.0
     levels = record["levels"]
     shares = [100.0 * level["padding"] for level in levels]
     for colour, (name, label) in zip(colours, NAMES.items(), strict=False):
-        runs = [[scale * v for v in level["norms"][name][figure]] for level in levels]
+        runs = [[100.0 * v for v in level["norms"][name][figure]] for level in levels]
         axis.plot(
             shares,
             [statistics.fmean(r) for r in runs],
