@@ -130,7 +130,8 @@ class _Model:
         self.model = model
         self.layers: list[FoundLayer] = find_layers(model)
         self.states = [found.state for found in self.layers]
-        self.cumulative = framework_of(model) == "torch"
+        in_torch = framework_of(model) == "torch"  # the explicit layer has no momentum
+        self.cumulative = in_torch and all(hasattr(f.layer, "momentum") for f in self.layers)
 
     def write(self, changes: Mapping[str, BatchNormState]) -> Any:
         written: list[FoundLayer] = []
