@@ -66,8 +66,7 @@ def fold_model(
     before, after = _run(old, given), _run(new, given)
     types = [a.dtype for a in before if jnp.issubdtype(a.dtype, jnp.floating)]
     precision = max((float(jnp.finfo(dtype).eps) for dtype in types), default=0.0)
-    wide = [[np.asarray(a, np.float64) for a in outputs] for outputs in (before, after)]
-    return Folding(new, check_same(change, *wide, precision, tolerance))
+    return Folding(new, check_same(change, before, after, precision, tolerance))
 
 
 def _at(model: nnx.Module, paths: dict[str, Any], name: str) -> Any:
@@ -142,16 +141,18 @@ def _neighbours(model: nnx.Module) -> list[tuple[str, str]]:
 
 
 def _run(model: Any, example: Any) -> list[Any]:
-    """All arrays in the model's output."""
+    """All arrays in the model's output, as NumPy's."""
     if isinstance(example, dict):
-        return list(jax.tree.leaves(model(**example)))
-    args = example if isinstance(example, tuple) else (example,)
-    return list(jax.tree.leaves(model(*args)))
+        outputs = model(**example)
+    else:
+        outputs = model(*(example if isinstance(example, tuple) else (example,)))
+    return [np.asarray(a) for a in jax.tree.leaves(outputs)]
 
 
 def _make_example(model: nnx.Module) -> Any:
     """A random batch that the model accepts."""
     failure: Exception | None = None
+    module: Any
     for _, module in nnx.iter_modules(model):
         if not is_map(module):
             continue
