@@ -23,7 +23,7 @@ def parse_options(description: str | None, seeds: int) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=seeds, help=f"runs ({seeds})")
-    parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a short run of one seed")
     parser.add_argument("--out", type=Path, help="where to write the picture, a .png")
     options = parser.parse_args()
     if options.seeds < 1:
@@ -33,7 +33,7 @@ def parse_options(description: str | None, seeds: int) -> argparse.Namespace:
     if options.out is not None and not options.out.resolve().parent.is_dir():
         parser.error(f"--out: the folder {options.out.resolve().parent} does not exist.")
     if options.quick:
-        options.seeds = min(options.seeds, 2)
+        options.seeds = 1
     return options
 
 

@@ -7,9 +7,9 @@ few images of 5 to 9 in batches of 4, written with a fainter pen: to train the h
 whole network, with statistics that move or that `freeze()` holds.
 
 What one sees: a body whose weights are held fixed still changes while its statistics move, and
-forgets what it knew; frozen, it does not change by a bit. The price is that frozen statistics are
-not those of the new images. `train()` leaves a frozen layer frozen, where one that was put into
-evaluation mode by hand would silently wake up.
+forgets some of what it knew; frozen, it does not change by a bit. The price is that frozen
+statistics are not those of the new images. `train()` leaves a frozen layer frozen, where one that
+was put into evaluation mode by hand would silently wake up.
 """
 
 from __future__ import annotations
