@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
+from mkdocs.structure.files import File, InclusionLevel
 from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,9 @@ def on_files(files: Any, config: Any) -> Any:
     for pattern in CARRIED:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, name, abs_src_path=str(path)))
+            carried = File.generated(config, name, abs_src_path=str(path))
+            carried.inclusion = InclusionLevel.NOT_IN_NAV  # unless mkdocs.yml puts it there
+            files.append(carried)
     return files
 
 
