@@ -8,7 +8,7 @@ CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 FUZZ ?= 250
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test lint format bench dist sanitize clean
+.PHONY: demo test lint format bench dist docs pictures sanitize clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -32,6 +32,14 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/run_jax.py
 	$(BIN)/python benchmarks/run_keras.py
+
+# The site, in build/site; a link or reference that leads nowhere is an error.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The start page's picture, from a new measurement: minutes.
+pictures: $(VENV)/.installed
+	$(BIN)/python docs/pictures/padding.py
 
 # The packages, and that they install and run where there is no compiler.
 dist: $(VENV)/.installed

@@ -16,10 +16,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 
 def show_config() -> None:
-    """Print versions and the kernels in use; imports no framework.
-
-    Source: architecture, public names.
-    """
+    """Print versions and the kernels in use; imports no framework."""
     from batchnorm.kernels.select import extension_status
 
     print(f"python      {platform.python_version()} ({platform.machine()}, {platform.system()})")
