@@ -8,7 +8,7 @@ CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 FUZZ ?= 250
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test lint format bench bench-gpu dist sanitize clean
+.PHONY: demo test lint format bench bench-gpu dist docs pictures sanitize clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -36,6 +36,14 @@ bench: $(VENV)/.installed
 # Needs a CUDA device; writes benchmarks/results/gpu.json. Without one: --check-only.
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/run_gpu.py $(GPU)
+
+# The site, in build/site; a link or reference that leads nowhere is an error.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The start page's picture, from a new measurement: minutes.
+pictures: $(VENV)/.installed
+	$(BIN)/python docs/pictures/padding.py
 
 # The packages, and that they install and run where there is no compiler.
 dist: $(VENV)/.installed

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import batchnorm
+from batchnorm.benchmark.timing import summarize, take_turns
 from batchnorm.torch import BatchNorm
 from cases import OFFSETS, Case, count_bytes
 from problem import Expected, Problem, check_solution, make_problem, solve
-from timing import summarize, take_turns
 from variants import Variant, make_default_variants, make_unmasked, make_variants
 
 _ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8}  # of y and dx to their type, relative

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from batchnorm.benchmark.machine import describe_machine, describe_versions
 from cases import Case, select_cases
 from chart import draw
-from machine import describe_machine, describe_versions
 from measure import measure, measure_accuracy
 from report import print_report, write_markdown
 from targets import HUGE, RESULTS, judge, print_targets

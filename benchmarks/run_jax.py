@@ -26,6 +26,9 @@ import numpy as np
 from flax import linen, nnx
 
 import batchnorm
+from batchnorm.benchmark.jax_steps import make_step
+from batchnorm.benchmark.machine import describe_machine, describe_versions
+from batchnorm.benchmark.timing import summarize, take_turns
 from batchnorm.jax import (
     BatchNorm,
     RunningStatistics,
@@ -33,8 +36,6 @@ from batchnorm.jax import (
     batch_norm_inference,
     update_running,
 )
-from machine import describe_machine, describe_versions
-from timing import summarize, take_turns
 
 RESULTS = Path(__file__).parent / "results"
 EPS = 1e-5
@@ -115,39 +116,18 @@ def make_variants(case: Case, problem: Problem) -> dict[str, Step]:
         "ours, plain": BatchNorm(channels, fused=False, rngs=nnx.Rngs(0)),
         "flax nnx": nnx.BatchNorm(channels, rngs=nnx.Rngs(0)),
     }
-    mask = problem.mask
+    x, dy, mask = problem.x, problem.dy, problem.mask
     wide = None if mask is None else mask[..., None]  # flax takes no other shape
     found = {}
     for name, layer in layers.items():
         layer.set_attributes(use_running_average=case.inference)
         given = wide if name == "flax nnx" else mask
-        found[name] = _nnx_step(layer, problem, given, case.inference)
+        found[name] = make_step(layer, x, dy, given, inference=case.inference)
     found["ours, function"] = _function_step(channels, problem, mask, case.inference)
     found["flax linen"] = _linen_step(channels, problem, wide, case.inference)
     if case.masked:
-        found["ours, no mask"] = _nnx_step(layers["ours"], problem, None, False)
+        found["ours, no mask"] = make_step(layers["ours"], x, dy, None, inference=False)
     return found
-
-
-def _nnx_step(layer: Any, problem: Problem, mask: Any, inference: bool) -> Step:
-    graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
-    if inference:
-        forward = jax.jit(lambda p, r, x: nnx.merge(graph, p, r)(x))
-        return lambda: jax.block_until_ready((forward(parameters, rest, problem.x),))
-
-    @jax.jit
-    def step(parameters: Any, rest: Any, x: Any, dy: Any, mask: Any) -> Any:
-        def forward(parameters: Any, x: Any) -> Any:
-            module = nnx.merge(graph, parameters, rest, copy=True)
-            y = module(x, mask=mask)
-            return y, nnx.state(module, nnx.BatchStat)
-
-        y, transpose, statistics = jax.vjp(forward, parameters, x, has_aux=True)
-        gradients, dx = transpose(dy)
-        return y, dx, gradients["scale"][...], gradients["bias"][...], statistics
-
-    arguments = (parameters, rest, problem.x, problem.dy, mask)
-    return lambda: jax.block_until_ready(step(*arguments))
 
 
 def _function_step(channels: int, problem: Problem, mask: Any, inference: bool) -> Step:

@@ -16,15 +16,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from machine import describe_machine, describe_versions
-from timing import summarize, take_turns
+from batchnorm.benchmark.machine import describe_machine, describe_versions
+from batchnorm.benchmark.timing import summarize, take_turns
 
 RESULTS = Path(__file__).parent / "results"
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -105,6 +104,7 @@ def measure(case: Case) -> dict[str, Any]:
     """
     import keras
 
+    from batchnorm.benchmark.keras_steps import make_step
     from batchnorm.keras import BatchNormalization
 
     rng = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def measure(case: Case) -> dict[str, Any]:
     ):
         layer.build(case.shape)
         given = [None if a is None else keras.ops.convert_to_tensor(a) for a in (x, dy, mask)]
-        steps[name] = _STEPS[keras.backend.backend()](layer, *given, case.inference)
+        steps[name] = make_step(layer, *given, inference=case.inference)
         _check(case, name, steps[name](), expected, mask)
     times = take_turns(steps, _SECONDS, _LEAST)
     size = x.nbytes * (2 if case.inference else 8)
@@ -164,65 +164,6 @@ def _check(case: Case, name: str, found: Any, expected: Any, mask: Any) -> None:
         off = float(np.max(np.abs(a - b)[rows] / (1.0 + np.abs(b[rows]))))
         if not off <= (_OURS if name == "ours" else _THEIRS):
             raise RuntimeError(f"{case.name}, {name}: off by {off:.1e}; no speed without accuracy")
-
-
-def _tensorflow(layer: Any, x: Any, dy: Any, mask: Any, inference: bool) -> Callable[[], Any]:
-    import tensorflow as tf
-
-    def step(x: Any, dy: Any) -> Any:
-        if inference:
-            return (layer(x, training=False),)
-        weights = [w.value for w in layer.trainable_weights]
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x, training=True, mask=mask)
-        return y, *tape.gradient(y, [x, *weights], dy)
-
-    graph = tf.function(step)
-    return lambda: graph(x, dy)
-
-
-def _jax(layer: Any, x: Any, dy: Any, mask: Any, inference: bool) -> Callable[[], Any]:
-    import jax
-
-    values = [[w.value for w in a] for a in (layer.trainable_weights, layer.non_trainable_weights)]
-
-    @jax.jit
-    def step(values: Any, x: Any, dy: Any, mask: Any) -> Any:
-        trained, kept = values
-
-        def forward(x: Any, trained: Any) -> Any:
-            call = layer.stateless_call
-            return call(trained, kept, x, mask=mask, training=not inference)
-
-        if inference:
-            return (forward(x, trained)[0],)
-        y, pull, moved = jax.vjp(forward, x, trained, has_aux=True)
-        return y, *pull(dy), moved
-
-    return lambda: jax.block_until_ready(step(values, x, dy, mask))
-
-
-def _torch(layer: Any, x: Any, dy: Any, mask: Any, inference: bool) -> Callable[[], Any]:
-    import torch
-
-    weights = [w.value for w in layer.trainable_weights]
-    leaves = [x.detach().requires_grad_(not inference), *weights]
-
-    def step() -> Any:
-        if inference:
-            with torch.no_grad():
-                return (layer(leaves[0], training=False),)
-        for leaf in leaves:
-            leaf.grad = None
-        y = layer(leaves[0], training=True, mask=mask)
-        y.backward(dy)
-        return y.detach(), leaves[0].grad
-
-    return step
-
-
-_STEPS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
 
 
 def _write_markdown(record: dict[str, Any]) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.benchmark.torch_steps import pack, pick_layer
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.torch import BatchNorm, compiled, fused
 from problem import EPS, Problem
 
 Step = Callable[[], Tensor]
-_LAYERS = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 @dataclass
@@ -66,9 +66,10 @@ def _masked(problem: Problem, ours: nn.Module) -> dict[str, Variant]:
     torch._dynamo.reset()  # a formula compiled for another case is in nobody's way
     formula = _formula(problem)
     compiled = torch.compile(formula, dynamic=False)
+    packed = pack(_load(nn.BatchNorm1d(problem.x.shape[1], EPS), problem))
     return {
         "ours": _step(problem, ours, problem.mask, exact=True),
-        "pack": _step(problem, _pack(problem), problem.mask),
+        "pack": _step(problem, packed, problem.mask),
         "formula": _step(problem, formula, problem.real),
         "formula, compiled": _step(problem, compiled, problem.real),
     }
@@ -184,18 +185,6 @@ def _reused(problem: Problem) -> Variant:
     return Variant(step, [lambda: dx], exact=True, padding=True)
 
 
-def _pack(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
-    """torch's layer on the real rows, scattered into zeros."""
-    layer = _load(nn.BatchNorm1d(problem.x.shape[1], EPS), problem)
-
-    def pack(x: Tensor, mask: Tensor) -> Tensor:
-        rows = x.movedim(1, -1)
-        y = torch.zeros(rows.shape, dtype=x.dtype, device=x.device)
-        return y.index_put_((mask,), layer(rows[mask])).movedim(-1, 1)
-
-    return pack
-
-
 def _formula(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
     """Masked normalization in elementwise operations; without running statistics."""
     row = (1, -1, *(1,) * (problem.x.dim() - 2))
@@ -220,7 +209,7 @@ def _ours(problem: Problem) -> BatchNorm:
 
 
 def _torch(problem: Problem) -> Any:
-    return _load(_LAYERS[problem.x.dim()](problem.x.shape[1], EPS), problem)
+    return _load(pick_layer(problem.x.dim())(problem.x.shape[1], EPS), problem)
 
 
 def _load(layer: Any, problem: Problem) -> Any:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-import batchnorm
-from batchnorm import cli
 from batchnorm.cli import app
 from batchnorm.demo import data, experiment
 from batchnorm.demo.network import Framework
@@ -121,52 +118,3 @@ def test_same_seed_gives_the_same_results() -> None:
         assert measured.accuracy == other.accuracy
         assert measured.moved == other.moved
         assert (measured.mean_error, measured.var_error) == (other.mean_error, other.var_error)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["demo", "--out", "/nowhere/at/all.png"], "--out: cannot write"),
-        (["demo", "--out", "picture.txt"], "must end in .png"),
-        (["demo", "--out", "a" * 300 + ".png"], "--out: cannot write"),
-        (["demo", "--seeds", "0"], "--seeds"),
-        (["demo", "--epochs", "many"], "--epochs"),
-        (
-            ["demo", "--framework", "theano"],
-            "torch or jax or keras; got theano",
-        ),
-        (["dance"], "dance"),
-    ],
-)
-def test_bad_arguments_end_with_a_message(arguments: list[str], message: str) -> None:
-    done = runner.invoke(app, arguments)
-    assert done.exit_code != 0
-    assert message in done.output
-    assert "Traceback" not in done.output
-
-
-def test_unwritable_picture_is_noticed_before_training(tmp_path: Path) -> None:
-    folder = tmp_path / "folder.png"
-    folder.mkdir()
-    done = runner.invoke(app, ["demo", "--out", str(folder)])
-    assert done.exit_code == 1
-    assert "cannot write" in done.output
-
-
-def test_dangling_link_survives_the_check(tmp_path: Path) -> None:
-    link = tmp_path / "link.png"
-    link.symlink_to(tmp_path / "target.png")
-    cli._check_writable(link)
-    assert link.is_symlink()
-
-
-def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    done = runner.invoke(app, ["demo"])
-    assert done.exit_code == 1
-    assert "the demo needs rich; install it with: pip install" in done.output
-
-
-def test_version_and_config() -> None:
-    assert runner.invoke(app, ["--version"]).output == f"batchnorm {batchnorm.__version__}\n"
-    assert "kernels" in runner.invoke(app, ["config"]).output

@@ -1,18 +1,38 @@
 """Batch normalization, exact on padded batches, for PyTorch, JAX and Keras.
 
 This module holds the float64 reference functions and imports no framework. The layers live in
-`batchnorm.torch`.
+`batchnorm.torch`, `batchnorm.jax` and `batchnorm.keras`, what looks after models that have them in
+`batchnorm.tools`.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from batchnorm.core.moments import Moments
-from batchnorm.environment import show_config
-from batchnorm.reference import batch_norm, batch_norm_gradient
+import importlib
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("batchnorm")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from batchnorm.core.moments import Moments
+    from batchnorm.environment import __version__, show_config
+    from batchnorm.reference import batch_norm, batch_norm_gradient
+
+# Imported when first asked for: the command line starts in a third of the time without numpy.
+_HOME = {
+    "Moments": "batchnorm.core.moments",
+    "__version__": "batchnorm.environment",
+    "batch_norm": "batchnorm.reference",
+    "batch_norm_gradient": "batchnorm.reference",
+    "show_config": "batchnorm.environment",
+}
 
 __all__ = ["Moments", "__version__", "batch_norm", "batch_norm_gradient", "show_config"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,31 +1,58 @@
-"""The command line: parse, call, print."""
+"""The command line: its options, its commands, and what becomes of their errors."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated
-
-import batchnorm
-
-_INSTALL = "pip install 'batchnorm[cli,torch]'"
+from collections.abc import Callable, Sequence
+from inspect import cleandoc
+from typing import Annotated, Any
 
 try:
     import typer
+    from typer.core import TyperGroup
 except ImportError:
-    sys.exit(f"batchnorm: the command line needs typer; install it with: {_INSTALL}")
+    _install = "pip install 'batchnorm[cli]'"
+    sys.exit(f"batchnorm: the command line needs typer; install it with: {_install}")
 
-app = typer.Typer(help="Batch normalization, exact on padded batches.", no_args_is_help=True)
+from batchnorm.commands.bench import bench
+from batchnorm.commands.convert import convert
+from batchnorm.commands.demo import demo
+from batchnorm.commands.errors import UserError
+from batchnorm.commands.info import info
+from batchnorm.commands.inspect import inspect
+
+# Every module above is cheap: a command imports what it works with when it runs.
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
+class _Group(TyperGroup):
+    """Ends with a sentence where the user made the mistake; a bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            if ctx.params.get("debug"):
+                raise
+            typer.echo(f"batchnorm: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Batch normalization, exact on padded batches.",
+    epilog="batchnorm COMMAND --help has examples.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"batchnorm {batchnorm.__version__}")
+        from batchnorm import __version__
+
+        typer.echo(f"batchnorm {__version__}")
         raise typer.Exit
 
 
@@ -35,72 +62,46 @@ def _options(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback behind an error message.")
+    ] = False,
 ) -> None:
     pass
 
 
-@app.command()
-def config() -> None:
-    """Print versions, and the kernels in use."""
-    batchnorm.show_config()
+_EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+    inspect: (
+        "inspect model.safetensors",
+        "inspect model.keras --html report.html",
+        "inspect model.pt --json --strict > report.json",
+    ),
+    convert: (
+        "convert resnet50.pt resnet50.h5",
+        "convert mlp.msgpack mlp.pt --count 256",
+        "convert model.keras batch_norms.safetensors --names torch",
+    ),
+    demo: ("demo", "demo --framework jax --seeds 5 --out picture.png"),
+    bench: (
+        "bench",
+        "bench --shape 32,256,56,56 --masked 0.3",
+        "bench --framework jax --shape 262144,64 --json",
+    ),
+    info: ("info",),
+}
 
 
-@app.command()
-def demo(
-    framework: Annotated[
-        str, typer.Option(help="torch, jax or keras: whose batch norm this one is compared with.")
-    ] = "torch",
-    seeds: Annotated[int, typer.Option(min=1, help="Pairs of networks to train.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 20,
-    out: Annotated[Path, typer.Option(help="Where the picture goes, a .png.")] = Path("demo.png"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One seed, two epochs, less data.")
-    ] = False,
-) -> None:
-    """Train two networks on padded batches of real data: the framework's norm, and this one."""
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        from batchnorm.demo import experiment, report
-
-        if framework not in experiment.FRAMEWORKS:
-            names = " or ".join(experiment.FRAMEWORKS)
-            raise _failure(f"--framework must be {names}; got {framework}")
-        chosen = experiment.load_framework(framework)
-    except ImportError as error:
-        missing = (error.name or str(error)).partition(".")[0]
-        install = _INSTALL.replace("torch", framework)
-        raise _failure(f"the demo needs {missing}; install it with: {install}") from error
-    _check_writable(out)
-    if quick:
-        seeds, epochs = 1, 2
-    console = Console()
-    with Progress(console=console) as progress:
-        task = progress.add_task("training", total=seeds * epochs)
-        results = experiment.run(
-            chosen, seeds, epochs, lambda: progress.advance(task), limit=320 if quick else None
-        )
-    report.draw(results, out)
-    console.print(report.make_table(results))
-    console.print(report.explain(seeds))
-    console.print(f"picture: {out.resolve()}", soft_wrap=True)
+def _register(command: Callable[..., None], examples: Sequence[str]) -> None:
+    # Typer keeps the line breaks of all paragraphs but the first.
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    lines = "\n\n".join(f"batchnorm {example}" for example in examples)
+    app.command(help=text, epilog=f"Examples:\n\n{lines}")(command)
 
 
-def _check_writable(path: Path) -> None:
-    """Fail before minutes of training rather than after."""
-    if path.suffix.lower() != ".png":
-        raise _failure(f"--out: the picture is a PNG; its name must end in .png, got {path}")
-    try:
-        existed = path.exists() or path.is_symlink()  # a dangling link is not ours to remove
-        with path.open("ab"):
-            pass
-    except OSError as error:
-        raise _failure(f"--out: cannot write {path}: {error.strerror}") from error
-    if not existed:
-        path.unlink()
+for _command, _examples in _EXAMPLES.items():
+    _register(_command, _examples)
 
 
-def _failure(message: str) -> typer.Exit:
-    typer.echo(f"batchnorm: {message}", err=True)
-    return typer.Exit(1)
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -5,16 +5,20 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from batchnorm.kernels.select import extension_status, triton_status
+__all__ = ["__version__", "show_config"]
 
 _PACKAGES = ("batchnorm", "numpy", "torch", "jax", "flax", "keras", "tensorflow", "tensorflow-cpu")
 
+try:
+    __version__ = version("batchnorm")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
 
 def show_config() -> None:
-    """Print versions and the kernels in use; imports no framework.
+    """Print versions and the kernels in use; imports no framework."""
+    from batchnorm.kernels.select import extension_status, triton_status
 
-    Source: architecture, public names.
-    """
     print(f"python      {platform.python_version()} ({platform.machine()}, {platform.system()})")
     for name in _PACKAGES:
         try:

@@ -133,14 +133,15 @@ def batch_norm_gradient(
 ) -> tuple[Any, Any, Any]:
     """The gradient of `batch_norm`'s y, in float64 and closed form.
 
+    Arguments that are not listed are those of `batch_norm`.
+
     Args:
         dy: gradient with respect to y, of x's shape; ignored at padded rows.
-        x: as in `batch_norm`, like every further argument.
+        x: as in `batch_norm`.
         gamma: as in `batch_norm`.
         beta: as in `batch_norm`; matters only with an activation.
         residual: as in `batch_norm`; its own gradient is the one that reaches the activation.
         activation: as in `batch_norm`.
-        **options: mask, axis, eps and whatever else `batch_norm` takes.
 
     Returns:
         dx of x's shape, zero at padded rows; dgamma and dbeta, shaped like gamma. float64.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,14 +29,28 @@ def is_served(case: Case) -> bool:
     )
 
 
-def run(case: Case, data: Data, *, fused: bool | None) -> Result:
-    """Run a case under jit, through what the layer calls."""
+Call = Callable[[Callable[..., Any], Any, Any], Any]
+
+
+def jit(step: Callable[..., Any], rows: Any, others: Any) -> Any:
+    """How a step is called on one device."""
+    return jax.jit(step)(rows, others)
+
+
+def run(
+    case: Case, data: Data, *, fused: bool | None, axis_name: str | None = None, call: Call = jit
+) -> Result:
+    """Run a case through what the layer calls.
+
+    `call(step, rows, others)` calls the step: `rows` are arrays that may be spread over devices,
+    `others` those that every device has, and results are y, dx and what every device gets alike.
+    """
     strict = jax.numpy_dtype_promotion("strict")
     with strict, jax.enable_x64(case.dtype == "float64"):
-        return _run(case, data, fused)
+        return _run(case, data, fused, axis_name, call)
 
 
-def _run(case: Case, data: Data, fused: bool | None) -> Result:
+def _run(case: Case, data: Data, fused: bool | None, axis_name: str | None, call: Call) -> Result:
     dtype = jnp.dtype(case.dtype)
     wide = jnp.float64 if case.dtype == "float64" else jnp.float32
     training = case.mode == "train"
@@ -50,26 +65,32 @@ def _run(case: Case, data: Data, fused: bool | None) -> Result:
     running = Running(
         **{f: _array(a, jnp.int32 if f == "batches" else wide) for f, a in kept.items()}
     )
-    mask = None if data.mask is None else jnp.asarray(data.mask)
     settings: dict[str, Any] = {"axis": case.axis, "options": options, "owner": "case"}
-    adjusted = {"s": _array(data.s, wide), "t": _array(data.t, wide)} if case.adjusted else {}
+    rows = {
+        "x": _array(data.x, dtype),
+        "dy": _array(data.dy, dtype),
+        "mask": None if data.mask is None else jnp.asarray(data.mask),
+        "s": _array(data.s, wide) if case.adjusted else None,
+        "t": _array(data.t, wide) if case.adjusted else None,
+    }
 
-    def forward(x: Any, gamma: Any, beta: Any) -> Any:
-        if not training:
-            return normalize_running(
-                x, mask, gamma, beta, running, fused=fused, **settings
-            ), running
-        step = normalize_batch(x, mask, gamma, beta, running, fused=fused, **adjusted, **settings)
-        return step.y, step.running
+    def step(rows: dict[str, Any], others: Any) -> Any:
+        mask, s, t = rows["mask"], rows["s"], rows["t"]
+        *parameters, running = others
 
-    @jax.jit
-    def step(x: Any, gamma: Any, beta: Any, dy: Any) -> Any:
-        y, transpose, state = jax.vjp(forward, x, gamma, beta, has_aux=True)
-        return y, transpose(dy), state
+        def forward(x: Any, gamma: Any, beta: Any) -> Any:
+            given = (x, mask, gamma, beta, running)
+            if not training:
+                return normalize_running(*given, fused=fused, **settings), running
+            step = normalize_batch(*given, s=s, t=t, fused=fused, axis_name=axis_name, **settings)
+            return step.y, step.running
 
-    x, dy = _array(data.x, dtype), _array(data.dy, dtype)
-    gamma, beta = _array(data.gamma, wide), _array(data.beta, wide)
-    y, (dx, dgamma, dbeta), state = step(x, gamma, beta, dy)
+        y, transpose, state = jax.vjp(forward, rows["x"], *parameters, has_aux=True)
+        dx, *gradients = transpose(rows["dy"])
+        return y, dx, (gradients, state)
+
+    others = (_array(data.gamma, wide), _array(data.beta, wide), running)
+    y, dx, ((dgamma, dbeta), state) = call(step, rows, others)
     assert y.dtype == dx.dtype == dtype
     assert all(
         a.dtype == b.dtype

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import keras
@@ -59,6 +61,9 @@ def _tensorflow(
         dx, *rest = tape.gradient(y, [x, *values], dy, unconnected_gradients="zero")
         return y, dx, rest
 
+    if tf.distribute.has_strategy():
+        replicated = partial(tf.distribute.get_strategy().run, step)
+        return tf.function(lambda x, dy: replicated((x, dy)))(x, dy)
     if compiled is not None:
         step = tf.function(step, jit_compile=compiled == "xla")
     return step(x, dy)
@@ -129,6 +134,16 @@ def trace(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+@contextmanager
+def pure(*variables: Any) -> Iterator[Callable[[Any], Any]]:
+    """Where variables are assigned in traced code; gives what reads a variable there."""
+    if NAME != "jax":  # whose traced functions may change nothing
+        yield lambda variable: variable.value
+        return
+    with keras.StatelessScope([(v, v.value) for v in variables]) as scope:
+        yield scope.get_current_value
+
+
 def second_gradient(layer: Any, x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The gradient with respect to x of Σ c·dx², dx being that of Σ dy·y in training."""
     rng = np.random.default_rng(0)
@@ -172,7 +187,7 @@ def _second_jax(layer: Any, x: Any, mask: Any, dy: Any, weight: Any) -> Any:
     def total(x: Any) -> Any:
         return (weight * jax.vjp(forward, x)[1](dy)[0] ** 2).sum()
 
-    return jax.grad(total)(x)
+    return jax.jit(jax.grad(total))(x)
 
 
 _SECOND = {"tensorflow": _second_tensorflow, "torch": _second_torch, "jax": _second_jax}

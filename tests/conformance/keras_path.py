@@ -26,10 +26,15 @@ def applies(case: Case) -> bool:
 
 
 def run(
-    case: Case, data: Data, *, fused: bool | None = None, compiled: str | None = None
+    case: Case,
+    data: Data,
+    *,
+    fused: bool | None = None,
+    compiled: str | None = None,
+    synchronized: bool = False,
 ) -> Result:
     """Run a case through `BatchNormalization`."""
-    layer = _layer(case, data, fused)
+    layer = _layer(case, data, fused, synchronized)
     mask = None if data.mask is None else keras.ops.convert_to_tensor(data.mask)
 
     def call(x: Any) -> Any:
@@ -61,7 +66,7 @@ def run(
     )
 
 
-def _layer(case: Case, data: Data, fused: bool | None) -> BatchNormalization:
+def _layer(case: Case, data: Data, fused: bool | None, synchronized: bool) -> BatchNormalization:
     adjustment = None
     if case.adjusted:
         work = "float64" if case.dtype == "float64" else "float32"
@@ -78,6 +83,7 @@ def _layer(case: Case, data: Data, fused: bool | None) -> BatchNormalization:
         fused=fused,
         virtual_batch_size=case.ghost,
         adjustment=adjustment,
+        synchronized=synchronized,
         dtype={"float16": "mixed_float16", "bfloat16": "mixed_bfloat16"}.get(
             case.dtype, case.dtype
         ),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from pages import PAGES, python_blocks, run
 
 from batchnorm.jax import BatchNorm
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes-jax.md"
-RECIPES = dict(re.findall(r"^## (.*?)\n.*?```python\n(.*?)```", PAGE.read_text(), re.S | re.M))
+RECIPES = {b.heading: b for b in python_blocks(PAGES["docs/recipes-jax.md"], keras=False)}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32, sums of a few dozen terms
 MASK = jnp.arange(8) < 5
 
@@ -31,12 +29,6 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
-def run(title: str) -> dict[str, Any]:
-    names: dict[str, Any] = {"__name__": __name__}
-    exec(compile(RECIPES[title], f"{PAGE}: {title}", "exec"), names)
-    return names
-
-
 def check(y: Any, evaluated: Any, x: Any) -> None:
     """y of a masked training step, and another call in evaluation, are those of the layer."""
     layer = BatchNorm(3, rngs=nnx.Rngs(0))
@@ -46,13 +38,13 @@ def check(y: Any, evaluated: Any, x: Any) -> None:
 
 def test_recipes_are_short() -> None:
     assert len(RECIPES) == 4
-    for title, code in RECIPES.items():
-        assert len([line for line in code.splitlines() if line.strip()]) <= 20, title
+    for title, block in RECIPES.items():
+        assert len([line for line in block.code.splitlines() if line.strip()]) <= 20, title
 
 
 def test_linen() -> None:
     x = normal(8, 3)
-    module = run("flax linen")["MaskedBatchNorm"]()
+    module = run([RECIPES["flax linen"]])["MaskedBatchNorm"]()
     variables = module.init(jax.random.key(0), x)
     y, moved = jax.jit(lambda v, x: module.apply(v, x, MASK, mutable=["batch_stats"]))(variables, x)
     check(y, module.apply(variables | moved, x, training=False), x)
@@ -61,7 +53,7 @@ def test_linen() -> None:
 def test_equinox() -> None:
     equinox = pytest.importorskip("equinox")
     x = normal(8, 3)
-    module, state = equinox.nn.make_with_state(run("Equinox")["MaskedBatchNorm"])(3)
+    module, state = equinox.nn.make_with_state(run([RECIPES["Equinox"]])["MaskedBatchNorm"])(3)
     y, state = equinox.filter_jit(module)(x, state, MASK)
     check(y, module(x, state, training=False)[0], x)
 
@@ -69,7 +61,7 @@ def test_equinox() -> None:
 def test_haiku() -> None:
     haiku = pytest.importorskip("haiku")
     x = normal(8, 3)
-    kind = run("Haiku")["MaskedBatchNorm"]
+    kind = run([RECIPES["Haiku"]])["MaskedBatchNorm"]
     model = haiku.transform_with_state(lambda x, **options: kind()(x, **options))
     parameters, state = model.init(None, x, training=False)
     y, state = jax.jit(lambda p, s, x: model.apply(p, s, None, x, mask=MASK))(parameters, state, x)
@@ -77,7 +69,7 @@ def test_haiku() -> None:
 
 
 def test_optax() -> None:
-    names = run("Training a flax nnx layer with optax")
+    names = run([RECIPES["Training a flax nnx layer with optax"]])
     x, target = normal(8, 4, 3), normal(8, 4, 3, seed=1)
     mask = jnp.asarray(np.random.default_rng(2).random((8, 4)) < 0.7)
     x = jnp.where(mask[..., None], x, jnp.nan)

@@ -6,3 +6,5 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+collect_ignore = ["data"]  # what writes the files there needs Keras 2

@@ -150,64 +150,6 @@ def ghost() -> None:
     near(found[1][::2], expected, "y")
 
 
-def workers() -> None:
-    """Two processes of tf.distribute."""
-    import tensorflow as tf
-
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    rank = strategy.cluster_resolver.task_id
-    x, mask, dy = draw(14, 3)
-    expected, single = alone(x, mask, dy)
-    with strategy.scope():
-        layer = SyncBatchNormalization(momentum=0.5)
-        layer.build((None, 4))
-    mine = slice(0, 3) if rank == 0 else slice(3, None)
-
-    @tf.function
-    def step(x: Any, mask: Any, dy: Any) -> Any:
-        return strategy.run(lambda *a: train(layer, *a), (x, mask, dy))
-
-    y, dx, *_ = step(tf.constant(x[mine]), tf.constant(mask[mine]), tf.constant(dy[mine]))
-    near(y, expected[0][mine], "y")
-    near(dx, expected[1][mine], "dx")
-    near(layer.moving_mean.numpy(), single.moving_mean.numpy(), "mean")
-    near(layer.moving_variance.numpy(), single.moving_variance.numpy(), "var")
-
-
-def ranks() -> None:
-    """Two processes of torch.distributed, at the address and with the rank that follow."""
-    import torch
-    import torch.distributed as dist
-
-    address, rank = sys.argv[2], int(sys.argv[3])
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-
-    def step(layer: Any, x: Any, mask: Any, dy: Any) -> list[np.ndarray]:
-        x = torch.tensor(x, requires_grad=True)
-        y = layer(x, mask=torch.tensor(mask), training=True)
-        y.backward(torch.tensor(dy))
-        weights = layer.gamma.value.grad, layer.beta.value.grad
-        return [a.detach().numpy() for a in (y, x.grad, *weights)]
-
-    for seed, split in enumerate(SPLITS):
-        x, mask, dy = draw(sum(split), seed)
-        single, layer = BatchNormalization(momentum=0.5), SyncBatchNormalization(momentum=0.5)
-        for each in (single, layer):
-            each.build((None, 4))
-        y, dx, dgamma, dbeta = step(single, x, mask, dy)
-        mine = slice(0, split[0]) if rank == 0 else slice(split[0], None)
-        found = step(layer, x[mine], mask[mine], dy[mine])
-        near(found[0], y[mine], f"y {split}")
-        near(found[1], dx[mine], f"dx {split}")
-        for own, expected in zip(found[2:], (dgamma, dbeta), strict=True):
-            total = torch.tensor(own)
-            dist.all_reduce(total)
-            near(total.numpy(), expected, f"parameters {split}")
-        for a, b in zip(layer.non_trainable_weights, single.non_trainable_weights, strict=True):
-            near(a.numpy(), b.numpy(), f"{a.name} {split}")
-    dist.destroy_process_group()
-
-
 def data_parallel() -> None:
     """keras.distribution.DataParallel, in `fit`."""
     import jax

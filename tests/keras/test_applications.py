@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 
+import tolerances
 from batchnorm.keras import BatchNormalization
 
 MODELS: dict[str, Callable[[], keras.Model]] = {
@@ -47,60 +48,91 @@ def data() -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(16, 64, 64, 3)).astype("float32"), rng.integers(0, 5, 16)
 
 
-def fit(model: keras.Model) -> list[float]:
-    model.compile(keras.optimizers.SGD(1e-5), "sparse_categorical_crossentropy")
+def fit(model: keras.Model, order: Any = slice(None)) -> dict[str, np.ndarray]:
+    """Losses of two epochs, and the predictions and the weights that they lead to."""
     x, labels = data()
-    history = model.fit(x, labels, batch_size=8, epochs=2, shuffle=False, verbose=0)
-    return history.history["loss"]
+    history = model.fit(x[order], labels[order], batch_size=8, epochs=2, shuffle=False, verbose=0)
+    return {
+        "losses": np.array(history.history["loss"]),
+        "predictions": predict(model, x),
+        "weights": flatten(model.trainable_weights),
+        "statistics": flatten(model.non_trainable_weights),
+    }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_swapped_model_trains_evaluates_saves_and_loads_alike(name: str, tmp_path: Path) -> None:
-    keras.utils.set_random_seed(0)
-    stock = MODELS[name]()
-    ours = swap(stock)
-    norms = [layer for layer in ours.layers if isinstance(layer, BatchNormalization)]
-    assert len(norms) == len(
-        [a for a in stock.layers if isinstance(a, keras.layers.BatchNormalization)]
-    )
-    x, _ = data()
-    np.testing.assert_allclose(predict(ours, x), predict(stock, x), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(fit(ours), fit(stock), rtol=2e-3)
-    np.testing.assert_allclose(predict(ours, x), predict(stock, x), rtol=2e-2, atol=2e-3)
-    ours.save(tmp_path / "model.keras")
-    again = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(predict(again, x), predict(ours, x))
-    stock.save_weights(tmp_path / "stock.weights.h5")
-    ours.load_weights(tmp_path / "stock.weights.h5")
-    np.testing.assert_allclose(predict(ours, x), predict(stock, x), rtol=1e-4, atol=1e-5)
+def flatten(weights: list[Any]) -> np.ndarray:
+    return np.concatenate([keras.ops.convert_to_numpy(w).ravel() for w in weights])
+
+
+def compile_model(model: keras.Model) -> None:
+    model.compile(keras.optimizers.SGD(1e-3), "sparse_categorical_crossentropy")
 
 
 def predict(model: keras.Model, x: np.ndarray) -> np.ndarray:
     return np.asarray(model.predict(x, verbose=0))
 
 
+def rounding(model: keras.Model) -> float:
+    """What a prediction, at most 1, may differ by: S3's tolerance for each normalization."""
+    return tolerances.FLOAT32 * len(norms(model))
+
+
+def norms(model: keras.Model) -> list[Any]:
+    return [a for a in model.layers if isinstance(a, keras.layers.BatchNormalization)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_swapped_model_trains_evaluates_saves_and_loads_alike(name: str, tmp_path: Path) -> None:
+    keras.utils.set_random_seed(0)
+    stock = MODELS[name]()
+    ours, start = swap(stock), stock.get_weights()
+    assert {type(layer) for layer in norms(ours)} == {BatchNormalization}
+    x, _ = data()
+    np.testing.assert_allclose(predict(ours, x), predict(stock, x), atol=rounding(stock))
+    for model in (stock, ours):
+        compile_model(model)
+    found, expected = fit(ours), fit(stock)
+    # Training amplifies rounding errors. By how much, the stock model itself shows: samples in
+    # another order within their batch change nothing but the rounding of its sums.
+    stock.set_weights(start)
+    shuffled = fit(stock, np.concatenate([np.arange(8)[::-1], 8 + np.arange(8)[::-1]]))
+    for name, value in expected.items():
+        spread = np.abs(shuffled[name] - value).max() + np.spacing(np.abs(value).max())
+        assert np.abs(found[name] - value).max() <= 8 * spread, name
+    stock.set_weights(ours.get_weights())
+    np.testing.assert_allclose(predict(ours, x), predict(stock, x), atol=rounding(stock))
+    ours.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(predict(again, x), predict(ours, x))
+    stock.set_weights(start)
+    stock.save_weights(tmp_path / "stock.weights.h5")
+    ours.load_weights(tmp_path / "stock.weights.h5")
+    np.testing.assert_allclose(predict(ours, x), predict(stock, x), atol=rounding(stock))
+
+
 @pytest.mark.filterwarnings("ignore:.*native_serialization:DeprecationWarning")  # jax2tf's
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras exports torch models as ONNX")
 def test_swapped_model_exports(tmp_path: Path) -> None:
     ours = swap(MODELS["mobilenet"]())
+    compile_model(ours)
     fit(ours)
     x, _ = data()
     ours.export(tmp_path / "saved", verbose=False)
     tf = pytest.importorskip("tensorflow")
     loaded = tf.saved_model.load(str(tmp_path / "saved"))
-    np.testing.assert_allclose(loaded.serve(x), predict(ours, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loaded.serve(x), predict(ours, x), atol=rounding(ours))
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporters warn about themselves
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="needs jax2onnx by way of TensorFlow")
 def test_swapped_model_exports_to_onnx(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    if keras.backend.backend() == "tensorflow":
-        pytest.importorskip("tf2onnx")
+    exporter = {"tensorflow": "tf2onnx", "jax": "jax2onnx", "torch": "onnxscript"}
+    pytest.importorskip(exporter[keras.backend.backend()])
     ours = swap(MODELS["mobilenet"]())
     x, _ = data()
+    compile_model(ours)
     fit(ours)
     ours.export(tmp_path / "model.onnx", format="onnx", verbose=False)
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x})
-    np.testing.assert_allclose(found, predict(ours, x), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found, predict(ours, x), atol=rounding(ours))

@@ -1,4 +1,7 @@
-"""Synchronized statistics over replicas, workers and devices equal those of one batch (S14)."""
+"""Synchronized statistics over replicas and devices equal those of one batch (S14).
+
+Several workers and ranks, processes each, are tested in tests/sync.
+"""
 
 from __future__ import annotations
 
@@ -10,69 +13,25 @@ from pathlib import Path
 import keras
 import pytest
 
-HERE = Path(__file__).parent
-PROGRAMS = {
+PROGRAM = Path(__file__).parent / "distributed.py"
+KINDS = {
     "tensorflow": ["mirrored", "mirrored_fit", "unsynchronized", "ghost"],
     "jax": ["data_parallel", "named_axis"],
-    "torch": [],
-}[keras.backend.backend()]
+}
+BACKEND = keras.backend.backend()
+if BACKEND not in KINDS:
+    pytest.skip("torch has one device a process", allow_module_level=True)
 
 
-def start(program: str, *arguments: str, **extra: str) -> subprocess.Popen[str]:
-    """A program of `distributed.py`, in a process of its own: devices are counted at the start."""
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "distributed.py"), program, *arguments],
-        env=os.environ | {"KERAS_BACKEND": keras.backend.backend()} | extra,
+@pytest.mark.parametrize("kind", KINDS[BACKEND])
+def test_devices_of_one_process(kind: str) -> None:
+    """In a process of its own: devices are counted at the start."""
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), kind],
+        env=os.environ | {"KERAS_BACKEND": BACKEND},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=300,
     )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    try:
-        output, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-    assert process.returncode == 0, output[-4000:]
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_devices_of_one_process(program: str) -> None:
-    finish(start(program))
-
-
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="needs tf.distribute")
-def test_two_workers() -> None:
-    ports = free_ports(2)
-    workers = ", ".join(f'"127.0.0.1:{port}"' for port in ports)
-    processes = [
-        start(
-            "workers",
-            TF_CONFIG=f'{{"cluster": {{"worker": [{workers}]}}, '
-            f'"task": {{"type": "worker", "index": {index}}}}}',
-        )
-        for index in range(2)
-    ]
-    for process in processes:
-        finish(process)
-
-
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="needs torch.distributed")
-def test_two_ranks() -> None:
-    address = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-    for process in [start("ranks", address, str(rank)) for rank in range(2)]:
-        finish(process)
-
-
-def free_ports(count: int) -> list[int]:
-    import socket
-
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    assert done.returncode == 0, done.stdout[-4000:]

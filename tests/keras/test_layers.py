@@ -1,7 +1,8 @@
-"""The layer within Keras: masks, training flags, types, models, files."""
+"""The layer within Keras: masks, training flags, types, config."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,11 @@ def test_mask_as_pair_and_as_argument(way: str) -> None:
     np.testing.assert_allclose(array(layer.moving_mean), x[mask].mean(0), rtol=1e-5)
 
 
-def test_mask_of_a_masking_layer_is_used_and_carried_on() -> None:
+@pytest.mark.parametrize("cls", CLASSES)
+def test_mask_of_a_masking_layer_is_used_and_carried_on(cls: Any) -> None:
     x = draw(4, 6, 3)
     x[:, 4:] = 0.0
-    y = BatchNormalization()(keras.layers.Masking()(x), training=True)
+    y = cls()(keras.layers.Masking()(x), training=True)
     mask = np.broadcast_to(np.arange(6) < 4, (4, 6))
     np.testing.assert_allclose(array(y), normalized(x, mask), atol=1e-5)
     np.testing.assert_array_equal(array(y._keras_mask), mask)
@@ -241,10 +243,14 @@ def test_stateless_call_changes_nothing_in_place() -> None:
 # Types.
 
 POLICIES = ["float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16"]
+TYPES = ["float32", "float16", "bfloat16", "int32"]
+if keras_backend.has_float64():
+    POLICIES.append("float64")
+    TYPES.append("float64")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int32"])
+@pytest.mark.parametrize("dtype", TYPES)
 def test_types_are_those_of_the_stock_layer(policy: str, dtype: str) -> None:
     ours, stock = BatchNormalization(dtype=policy), keras.layers.BatchNormalization(dtype=policy)
     x = ops.cast(ops.convert_to_tensor(draw(16, 3)), dtype)
@@ -253,21 +259,23 @@ def test_types_are_those_of_the_stock_layer(policy: str, dtype: str) -> None:
         assert y.dtype == expected.dtype
         difference = array(ops.cast(y, "float32")) - array(ops.cast(expected, "float32"))
         # Half inputs to a float16 policy: the stock layer keeps float16 statistics.
-        assert np.abs(difference).max() < {"float32": 1e-4}.get(policy, 0.05)
-    assert {keras.backend.standardize_dtype(w.dtype) for w in ours.weights} == {"float32"}
+        exact = {"float32": 1e-4, "float64": 1e-4}
+        assert np.abs(difference).max() < exact.get(policy, 0.05)
+    kept = "float64" if policy == "float64" else "float32"
+    assert {keras.backend.standardize_dtype(w.dtype) for w in ours.weights} == {kept}
     symbolic = ours.compute_output_spec(keras.KerasTensor((2, 3), dtype))
     assert symbolic.dtype == keras.backend.standardize_dtype(y.dtype)
 
 
 def test_half_precision_statistics_do_not_stall() -> None:
-    layer = BatchNormalization(dtype="bfloat16", momentum=0.99)
+    layer = BatchNormalization(dtype="bfloat16", momentum=0.9)
     x = ops.cast(ops.full((16, 2), 100.0), "bfloat16")
-    for _ in range(700):
+    for _ in range(80):  # bfloat16 ones would stay at 97.5, where the step is half an ulp
         layer(x, training=True)
     np.testing.assert_allclose(array(layer.moving_mean), 100.0, rtol=1e-2)
 
 
-# Config and files.
+# Config.
 
 
 def test_config_is_loadable_by_the_stock_layer() -> None:
@@ -276,7 +284,8 @@ def test_config_is_loadable_by_the_stock_layer() -> None:
     assert not {"fused", "adjustment", "renorm", "virtual_batch_size", "axis_name"} & set(config)
     stock = keras.layers.BatchNormalization.from_config(config)
     assert stock.momentum == 0.8
-    assert set(stock.get_config()) >= set(config)
+    renorm = {"renorm", "renorm_clipping", "renorm_momentum"}
+    assert set(config) == set(stock.get_config()) - renorm
 
 
 @pytest.mark.parametrize("axis", [-1, 1, [1, 3], (3, 1), [-2]])
@@ -315,112 +324,32 @@ def test_synchronized_layer_round_trips() -> None:
         SyncBatchNormalization(synchronized=False)
 
 
-def model_of(layer: Any, shape: tuple[int, ...] = (4, 3)) -> keras.Model:
-    return keras.Sequential([keras.Input(shape), layer])
+# As a drop-in.
 
-
-def trained(model: keras.Model, shape: tuple[int, ...] = (8, 4, 3)) -> keras.Model:
-    for layer in model.layers:
-        for seed, w in enumerate(layer.trainable_weights):
-            w.assign(draw(*w.shape, seed=seed))
-    for seed in range(3):
-        model(draw(*shape, seed=seed), training=True)
-    return model
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_model_and_weights_files(cls: Any, tmp_path: Path) -> None:
-    model, x = trained(model_of(cls(momentum=0.7))), draw(8, 4, 3, seed=9)
-    expected = array(model(x))
-    model.save(tmp_path / "model.keras")
-    model.save_weights(tmp_path / "model.weights.h5")
-    again = keras.models.load_model(tmp_path / "model.keras")
-    assert type(again.layers[0]) is cls
-    np.testing.assert_array_equal(array(again(x)), expected)
-    other = model_of(cls(momentum=0.7))
-    other.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_array_equal(array(other(x)), expected)
-
-
-MAKERS = {
-    "stock": keras.layers.BatchNormalization,
-    "ours": BatchNormalization,
-    "packed": MaskedBatchNormalization,
+OPTIONS = {
+    "renorm": False,
+    "renorm_clipping": None,
+    "renorm_momentum": 0.99,
+    "fused": None,
+    "trainable": True,
+    "virtual_batch_size": None,
+    "adjustment": None,
+    "synchronized": False,
+    "name": None,
 }
 
 
-@pytest.mark.parametrize("scale", [True, False])
-@pytest.mark.parametrize("source", MAKERS)
-@pytest.mark.parametrize("target", ["ours", "packed", "renorm", "several axes", "ghost"])
-def test_weights_of_other_layers_load(
-    source: str, target: str, scale: bool, tmp_path: Path
-) -> None:
-    model, x = trained(model_of(MAKERS[source](scale=scale))), draw(8, 4, 3, seed=9)
-    model.save_weights(tmp_path / "model.weights.h5")
-    make = {
-        **MAKERS,
-        "renorm": lambda **kw: BatchNormalization(renorm=True, **kw),
-        "several axes": lambda **kw: BatchNormalization(axis=[-1], **kw),
-        "ghost": lambda **kw: BatchNormalization(virtual_batch_size=2, **kw),
-    }[target]
-    loaded = [model_of(make(scale=scale)) for _ in range(2)]
-    loaded[0].layers[0].set_weights([array(w) for w in model.layers[0].weights])
-    if type(loaded[1].layers[0]).__name__ == type(model.layers[0]).__name__:  # files go by it
-        loaded[1].load_weights(tmp_path / "model.weights.h5")
-    else:
-        del loaded[1]
-    for other in loaded:
-        np.testing.assert_allclose(array(other(x)), array(model(x)), rtol=1e-5, atol=1e-5)
-        if target == "renorm":
-            layer = other.layers[0]
-            stddev = np.sqrt(array(layer.moving_variance) + EPS)
-            np.testing.assert_allclose(array(layer.moving_stddev), stddev, rtol=1e-6)
-            np.testing.assert_allclose(array(layer.renorm_stddev), stddev, rtol=1e-6)
-            np.testing.assert_array_equal(array(layer.renorm_mean), array(layer.moving_mean))
+def defaults(function: Any) -> dict[str, Any]:
+    """Arguments that have a name and a default, in their order."""
+    found = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in found if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
-def test_weights_that_do_not_fit_are_refused() -> None:
-    layer = BatchNormalization()
-    layer.build((None, 3))
-    with pytest.raises(ValueError, match=r"expected 4 weights, .*; got 5"):
-        layer.set_weights([np.zeros(3)] * 5)
-    with pytest.raises(ValueError, match=r"gamma must have shape \(3,\)"):
-        layer.set_weights([np.zeros(4)] * 4)
-
-
-def test_keras_2_ghost_weights_lose_their_extra_axis() -> None:
-    layer = BatchNormalization(virtual_batch_size=2)
-    layer.build((None, 4, 3))
-    values = [draw(1, 1, 1, 3, seed=i) for i in range(4)]  # (1, groups' axis, 1, C)
-    layer.set_weights(values)
-    for w, value in zip(layer.weights, values, strict=True):
-        np.testing.assert_array_equal(array(w), value[:, 0])
-
-
-def test_keras_2_files_load(tmp_path: Path) -> None:
-    model, x = trained(model_of(keras.layers.BatchNormalization(name="norm"))), draw(8, 4, 3)
-    write_keras_2(tmp_path / "old.h5", {"norm": {w.name: array(w) for w in model.weights}})
-    ours = model_of(BatchNormalization(name="norm"))
-    ours.load_weights(tmp_path / "old.h5")
-    np.testing.assert_allclose(array(ours(x)), array(model(x)), rtol=1e-5, atol=1e-5)
-
-
-def write_keras_2(path: Path, layers: dict[str, dict[str, np.ndarray]]) -> None:
-    """Weights as Keras 2's `model.save_weights(path)` laid them out."""
-    import h5py
-
-    with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = [name.encode() for name in layers]
-        file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"
-        for layer, weights in layers.items():
-            group = file.create_group(layer)
-            names = [f"{layer}/{name}:0" for name in weights]
-            group.attrs["weight_names"] = [name.encode() for name in names]
-            for name, value in zip(names, weights.values(), strict=True):
-                group[name] = value
-
-
-# As a drop-in.
+def test_arguments_are_those_of_the_stock_layer_and_more() -> None:
+    stock = list(defaults(keras.layers.BatchNormalization).items())[:13]
+    assert stock[-1] == ("gamma_constraint", None)
+    assert list(defaults(MaskedBatchNormalization).items()) == stock
+    assert list(defaults(BatchNormalization).items()) == [*stock, *OPTIONS.items()]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -458,10 +387,12 @@ def test_time_distributed_and_nested_models() -> None:
 
 
 def test_layer_clones_and_quantization_answer_like_the_stock_layer() -> None:
-    model = trained(model_of(BatchNormalization(momentum=0.7)))
+    model = keras.Sequential([keras.Input((3,)), BatchNormalization(momentum=0.7)])
     clone = keras.models.clone_model(model)
     assert clone.layers[0].get_config() == model.layers[0].get_config()
-    for layer in (model.layers[0], trained(model_of(keras.layers.BatchNormalization())).layers[0]):
+    stock = keras.layers.BatchNormalization()
+    stock.build((None, 3))
+    for layer in (model.layers[0], stock):
         with pytest.raises(NotImplementedError):
             layer.quantize("int8")
 

@@ -296,6 +296,45 @@ def test_rows_are_usable_in_traced_code() -> None:
     np.testing.assert_array_equal(array(keras_backend.trace(read)()), [2.0, 2.0])
 
 
+def test_rows_are_assignable_in_traced_code() -> None:
+    layer = MaskedBatchNormalization()
+    layer.build((None, 2))
+
+    def write(value: Any) -> Any:
+        with keras_backend.pure(layer.moving_stats) as read:
+            layer.moving_variance.assign(value)
+            layer.moving_mean.assign(layer.moving_variance * 2.0)
+            return read(layer.moving_stats)
+
+    found = keras_backend.trace(write)(ops.convert_to_tensor([1.0, 3.0]))
+    np.testing.assert_array_equal(array(found), [[2.0, 6.0], [1.0, 3.0]])
+
+
+def test_symbolic_output_has_the_type_of_the_input() -> None:
+    for policy, dtype, expected in [
+        ("float32", "float16", "float16"),
+        ("mixed_bfloat16", "float32", "float32"),
+        ("mixed_bfloat16", "int32", "bfloat16"),
+    ]:
+        layer = MaskedBatchNormalization(dtype=policy)
+        x, mask = keras.KerasTensor((4, 3), dtype), keras.KerasTensor((4,), "bool")
+        found = layer.compute_output_spec((x, mask))
+        assert (found.shape, found.dtype) == ((4, 3), expected)
+        assert keras.backend.standardize_dtype(layer(ops.ones((4, 3), dtype)).dtype) == expected
+
+
+@pytest.mark.parametrize("option", [{"renorm": True}, {"virtual_batch_size": 2}])
+def test_options_with_other_statistics_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="does not go with one weight of shape"):
+        MaskedBatchNormalization(**option)
+
+
+def test_synchronized_layer_round_trips() -> None:
+    layer = MaskedBatchNormalization(synchronized=True)
+    assert MaskedBatchNormalization.from_config(layer.get_config()).synchronized
+    assert "synchronized" not in MaskedBatchNormalization().get_config()
+
+
 @pytest.mark.parametrize("pair", [tuple, list])
 def test_pair_may_be_a_tuple_or_a_list(pair: Any) -> None:
     x, mask = (ops.convert_to_tensor(a) for a in (rows(), np.arange(64) < 30))

@@ -195,6 +195,23 @@ def test_options_are_refused_at_construction(
         BatchNormalization(**options)
 
 
+@pytest.mark.parametrize("shape", [(12, 3), (12, 4, 3), (12, 2, 5, 3)])
+def test_kernel_demanded_serves_any_rank(shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).normal(1.0, 2.0, shape).astype("float32")
+    y = array(BatchNormalization(fused=True)(x, training=True))
+    axes = tuple(range(len(shape) - 1))
+    expected = (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-3)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch's kernels take any axes")
+def test_kernel_demanded_for_axes_apart_is_refused_when_built() -> None:
+    layer = BatchNormalization(axis=[1, 3], fused=True)
+    with pytest.raises(ValueError, match=r"channel axes \(1, 3\) are apart in memory"):
+        layer.build((None, 2, 4, 3))
+    assert layer.weights == []
+
+
 @pytest.mark.parametrize(
     ("message", "options", "shape"),
     [

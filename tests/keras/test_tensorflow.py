@@ -143,13 +143,6 @@ def test_kernel_demanded_under_xla_says_why_there_is_none() -> None:
     )
 
 
-def test_kernel_demanded_for_axes_apart_is_refused_when_built() -> None:
-    layer = BatchNormalization(axis=[1, 3], fused=True)
-    with pytest.raises(ValueError, match=r"channel axes \(1, 3\) are apart in memory"):
-        layer.build((None, 2, 4, 3))
-    assert layer.weights == []
-
-
 def test_third_derivatives_are_right() -> None:
     x = tf.constant(draw(9, 2) / 10, tf.float64)
     weight = tf.constant(np.random.default_rng(1).normal(size=(9, 2)))

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["batchnorm.torch"])  # which takes seconds
+_TORCH = multiprocessing.get_context("forkserver")
+_TORCH.set_forkserver_preload(["batchnorm.torch"])  # which takes seconds
+_FRESH = multiprocessing.get_context("spawn")
 
 
 class Answer(NamedTuple):
@@ -33,6 +34,7 @@ class World:
             form a process group; `address` is None on rank 0, which returns the one for others.
         stop: runs last in each.
         timeout: seconds that `start` may take for an operation's timeout, or None.
+        fresh: processes that have not imported torch, which other frameworks may not bear.
     """
 
     def __init__(
@@ -41,14 +43,17 @@ class World:
         start: Callable[..., Any],
         stop: Callable[[], None],
         timeout: float | None = None,
+        *,
+        fresh: bool = False,
     ) -> None:
         self.size = size
+        context = _FRESH if fresh else _TORCH
         self._pipes, self._processes = [], []
         address = None
         for rank in range(size):
-            ours, theirs = _CONTEXT.Pipe()
+            ours, theirs = context.Pipe()
             arguments = (theirs, start, stop, rank, size, address, timeout)
-            process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)

@@ -7,6 +7,7 @@ in each process with that process's part; `Split.join` puts the results together
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -35,6 +36,24 @@ class Split:
     def cut(self, data: Data) -> list[tuple[Case, Data]]:
         """Each process's case and data."""
         return [self._part(data, part) for part in self.parts]
+
+    def cut_evenly(self, data: Data, multiple: int) -> list[tuple[Case, Data]]:
+        """The same for frameworks whose arrays have parts of one size, here of so many rows.
+
+        Shorter parts end in rows of NaN that the mask calls padding; `trim` undoes that.
+        """
+        longest = max(part.stop - part.start for part in self.parts)
+        rows = max(math.ceil(longest / multiple), 1) * multiple
+        cut = self.cut(data)
+        if all(case.shape[self.axis] == rows for case, _ in cut):
+            return cut
+        return [self._fill(case, part, data, rows) for case, part in cut]
+
+    def trim(self, result: Result, rank: int) -> Result:
+        """A process's result without the rows that `cut_evenly` put at its end."""
+        part = self.parts[rank]
+        real = (slice(None),) * self.axis + (slice(part.stop - part.start),)
+        return result._replace(y=result.y[real], dx=result.dx[real])
 
     def join(self, found: Sequence[Result]) -> Result:
         """The result on the whole batch; parameter gradients are summed, states must agree."""
@@ -73,6 +92,31 @@ class Split:
             data._replace(**rows, dy=cut(data.dy), mask=self._cut_mask(data.mask, part)),
         )
 
+    def _fill(self, case: Case, data: Data, whole: Data, rows: int) -> tuple[Case, Data]:
+        own = case.shape[self.axis]
+
+        def extend(a: np.ndarray, axis: int, value: float) -> np.ndarray:
+            widths = [(0, rows - own if i == axis else 0) for i in range(a.ndim)]
+            return np.pad(a, widths, constant_values=value)
+
+        def fill(name: str, value: float) -> np.ndarray | None:
+            before = getattr(whole, name)
+            if before is None or before.shape[self.axis] != self.case.shape[self.axis]:
+                return before  # one row that stands for all
+            return extend(getattr(data, name), self.axis, value)
+
+        mask = np.ones(own, bool) if data.mask is None else data.mask
+        axis = self.axis if mask.ndim == len(case.shape) else 0
+        if mask.shape[axis] != own:  # one row that stands for all
+            mask = np.repeat(mask, own, axis)
+        shape = (*case.shape[: self.axis], rows, *case.shape[self.axis + 1 :])
+        values = {"x": np.nan, "dy": np.nan, "s": 1.0, "t": 1.0}
+        filled = {name: fill(name, value) for name, value in values.items()}
+        return (
+            replace(case, shape=shape),
+            data._replace(**filled, mask=extend(mask, axis, 0)),
+        )
+
     def _cut_mask(self, mask: np.ndarray | None, part: slice) -> np.ndarray | None:
         if mask is None:
             return None
@@ -87,3 +131,10 @@ def random_split(case: Case, size: int, rng: np.random.Generator) -> Split:
     split = Split(case, ())
     rows = case.shape[split.axis]
     return Split(case, tuple(sorted(rng.integers(0, rows, size - 1, endpoint=True).tolist())))
+
+
+def even_split(case: Case, size: int) -> Split:
+    """Parts of one size, or of sizes that differ by one."""
+    split = Split(case, ())
+    rows = case.shape[split.axis]
+    return Split(case, tuple(rows * rank // size for rank in range(1, size)))

@@ -24,6 +24,11 @@ SIZE = 3
 BAD = 1  # the rank that misbehaves
 LAYER = r"BatchNorm2d #\d+( \(\d+ channels, eps=|: cannot reach)"
 GROUP = r"process group of 3 ranks \(0, 1, 2; gloo\)"
+WAITED = (
+    r"(forward|backward) pass: (waited for (rank [012]|the other ranks) of the process group"
+    r"|the ranks of the process group .* do not agree on layer and options)"
+    r"|cannot reach the other ranks, since"
+)
 
 
 class Outcome(NamedTuple):
@@ -68,6 +73,7 @@ def expect_errors(world: World, function, *arguments, ranks=range(SIZE)) -> list
         assert outcome.unchanged, rank
         assert re.search(LAYER, outcome.error), outcome.error
         assert re.search(f"{GROUP}|process group is gone", outcome.error), outcome.error
+        assert re.search(WAITED, outcome.error), outcome.error
     return outcomes
 
 
@@ -220,8 +226,11 @@ def test_a_rank_with_another_option(world, kind, fused) -> None:
 
 def change(rank: int, kind: str, fused: bool | None) -> Outcome:
     """All make a step together; then one rank is changed."""
-    layer = make(fused=fused)
+    layer, wider, channels = make(fused=fused), make(8, fused=fused), 4
     layer(batch(rank))
+    if rank == BAD and kind == "channels":
+        wider.name_for_ranks(layer._synchronizer.name)
+        layer, channels = wider, 8
     if rank == BAD and kind == "eps":
         layer.eps = 1e-3
     mask = None
@@ -235,14 +244,15 @@ def change(rank: int, kind: str, fused: bool | None) -> Outcome:
     if rank == BAD and kind in ("training", "frozen"):
         y = layer(batch(rank))  # asks nobody, and goes on
         return Outcome(None, 0.0, bool(torch.isfinite(y).all()))
-    return attempt([layer], lambda: layer(batch(rank), mask))
+    return attempt([layer], lambda: layer(batch(rank, channels), mask))
 
 
 @PATHS
-@pytest.mark.parametrize("kind", ["eps", "mask", "training", "frozen"])
+@pytest.mark.parametrize("kind", ["channels", "eps", "mask", "training", "frozen"])
 def test_a_rank_that_changes_its_mind(world, kind, fused) -> None:
     ranks = (0, 2) if kind in ("training", "frozen") else range(SIZE)
-    expect_errors(world, change, kind, fused, ranks=ranks)
+    outcomes = expect_errors(world, change, kind, fused, ranks=ranks)
+    assert any(f"waited for rank {BAD} of" in outcome.error for outcome in outcomes)
 
 
 # A process group that is gone

@@ -8,6 +8,8 @@ import torch
 
 from batchnorm.core.moments import Moments, merge_moments
 from batchnorm.reference import XP
+from batchnorm.torch import synchronize
+from batchnorm.torch.namespace import HOST_OVER_RANKS, OVER_RANKS
 from batchnorm.torch.synchronize import merge_parts
 
 TOLERANCE = 5e-6  # S3, relative to the standard deviation, for mean and (relative) variance
@@ -102,6 +104,18 @@ def test_order_is_a_fixed_tree_over_ranks(size: int) -> None:
         torch.set_num_threads(threads)
         assert np.array_equal(merge(ranks)[1 : 1 + CHANNELS], terms[0])
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("size", [3, 1024])
+def test_numpy_and_torch_merge_to_the_same_bits(size: int, pooled: bool) -> None:
+    """Ranks on a GPU merge in torch, those on a CPU in numpy."""
+    parts = np.stack([message(rows) for rows in make_ranks(size, "drifting", 1e6)])
+    on_host = synchronize._merge_rows(parts, CHANNELS, pooled, HOST_OVER_RANKS)
+    rows = torch.from_numpy(parts)
+    elsewhere = synchronize._merge_rows(rows, CHANNELS, pooled, OVER_RANKS)
+    for one, other in zip(on_host, elsewhere, strict=True):
+        assert np.array_equal(one, other.numpy())
 
 
 @pytest.mark.parametrize("size", [16, 4096])

@@ -45,6 +45,7 @@ def run(
     advance: Callable[[], None],
     *,
     limit: int | None = None,
+    most_extra: int = MOST_EXTRA,
 ) -> dict[str, Measured]:
     """Train and measure both kinds of network.
 
@@ -54,6 +55,7 @@ def run(
         epochs: passes over the training digits.
         advance: called after each epoch of a pair.
         limit: use that many training digits only.
+        most_extra: padded points that a batch may have more than its longest digit.
     """
     training, testing = data.load_samples()
     training = training[:limit]
@@ -62,7 +64,7 @@ def run(
         networks = dict(zip(framework.names, framework.make_pair(seed), strict=True))
 
         def batches(number: int) -> Iterator[data.Batch]:
-            return data.batches(training, BATCH_SIZE, number, MOST_EXTRA, framework.multiple)
+            return data.batches(training, BATCH_SIZE, number, most_extra, framework.multiple)
 
         _train_pair(networks, batches, testing, seed, epochs, results, advance)
         for name, network in networks.items():

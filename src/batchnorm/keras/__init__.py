@@ -8,7 +8,13 @@ except ImportError as error:
         "install it with: pip install 'batchnorm[keras]', and one of tensorflow, jax and torch"
     ) from error
 
+from batchnorm.keras.files import load_weights
 from batchnorm.keras.layers import BatchNormalization, SyncBatchNormalization
 from batchnorm.keras.masked import MaskedBatchNormalization
 
-__all__ = ["BatchNormalization", "MaskedBatchNormalization", "SyncBatchNormalization"]
+__all__ = [
+    "BatchNormalization",
+    "MaskedBatchNormalization",
+    "SyncBatchNormalization",
+    "load_weights",
+]

@@ -1,4 +1,4 @@
-"""The layers: state in Keras's own way, around the active backend's functional."""
+"""The layers: options and calls, around the active backend's functional."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from typing import Any
 import keras
 
 from batchnorm.core.config import Adjustment
-from batchnorm.core.layout import normalize_axis
-from batchnorm.core.running import Running
 from batchnorm.keras.call import Call
 from batchnorm.keras.functional import BACKEND
-from batchnorm.keras.loading import fit_weights
-from batchnorm.keras.masks import is_pair_of_shapes, propagate_mask, split_pair
-from batchnorm.keras.options import check_ghost_axes, check_options
-from batchnorm.keras.variables import add_statistic, clone, square_root_of
+from batchnorm.keras.masks import propagate_mask, split_pair
+from batchnorm.keras.options import check_options
+from batchnorm.keras.state import WeightedNormalization
 from batchnorm.kernels.select import refuse_fused
 
 __all__ = ["BatchNormalization", "SyncBatchNormalization"]
 
-_RENORM_WEIGHTS = ("moving_stddev", "renorm_mean", "renorm_stddev")
 _SERIALIZED = {
     **{f"{name}_initializer": keras.initializers for name in ("beta", "gamma")},
     **{f"moving_{name}_initializer": keras.initializers for name in ("mean", "variance")},
@@ -31,7 +27,7 @@ _SERIALIZED = {
 
 
 @keras.saving.register_keras_serializable(package="batchnorm")
-class BatchNormalization(keras.layers.BatchNormalization):
+class BatchNormalization(WeightedNormalization):
     """Batch normalization over every axis but the channel axes, on all Keras backends.
 
     Takes the place of `keras.layers.BatchNormalization`: same arguments, weights and config, same
@@ -80,8 +76,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Source: S1-S16; Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithms 1 and 2; Ioffe 2017
     (arXiv 1702.03275), algorithm 1. Unlike Keras's it takes masks of every kind, padding may hold
     NaN, empty and overflowing batches leave the statistics alone (S6, S9), and no digit is lost
-    at offsets (S3). Unlike Keras 2's it always stores the biased variance, and
-    `virtual_batch_size` need not divide the batch in inference.
+    at offsets (S3). Unlike Keras 2's it always stores the biased variance, uses a mask that
+    earlier layers propagate, fuses any rank, and `virtual_batch_size` need not divide the batch in
+    inference. `batchnorm.keras.load_weights` loads the weights of Keras 2's ghost batches.
 
     >>> layer = BatchNormalization()
     >>> layer((keras.ops.ones((4, 3)), keras.ops.array([True, True, True, False]))).shape[1]
@@ -155,41 +152,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.supports_masking = True
         self.gamma = self.beta = None
         self._options = checked.options
-        self._channel_axes: tuple[int, ...] = ()
-        self._channels: tuple[int, ...] = ()
         self._start_statistics()
         self._check_kernel(rank=None)
-
-    def build(self, input_shape: Any) -> None:
-        """Make the weights for inputs of this shape, or for a pair whose x has it."""
-        owner, shape = type(self).__name__, self._check_shape(input_shape)
-        axes = normalize_axis(owner, self._plain_axis(), len(shape))
-        if any(shape[a] is None for a in axes):
-            raise ValueError(
-                f"{owner}: channel sizes must be known when the layer is built; got shape {shape} "
-                f"with axis={self._plain_axis()!r}. Give the input a static size there."
-            )
-        check_ghost_axes(owner, self.virtual_batch_size, axes, self._plain_axis())
-        self._channel_axes = axes
-        self._channels = tuple(n for n in (shape[a] for a in axes) if n is not None)
-        self._check_kernel(rank=len(shape))
-        kept = self._weight_shape(len(shape))
-        for name, wanted in (("gamma", self.scale), ("beta", self.center)):
-            if wanted:
-                weight = self.add_weight(
-                    shape=kept,
-                    name=name,
-                    initializer=getattr(self, f"{name}_initializer"),
-                    regularizer=getattr(self, f"{name}_regularizer"),
-                    constraint=getattr(self, f"{name}_constraint"),
-                    dtype=self._weight_type,
-                    trainable=True,
-                    autocast=False,
-                )
-                setattr(self, name, weight)
-        self._make_statistics(kept)
-        named = (self.axis,) if isinstance(self.axis, int) else axes
-        self.input_spec = keras.layers.InputSpec(ndim=len(shape), axes={a: shape[a] for a in named})
 
     def __call__(self, inputs: Any, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
         """Normalize inputs; arguments as the class says."""
@@ -219,12 +183,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
         x, mask = split_pair(type(self).__name__, inputs, previous_mask)
         return None if mask is None else propagate_mask(mask, x, self._channel_axes)
 
-    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
-        """x's shape."""
-        shape = self._check_shape(input_shape)
-        normalize_axis(type(self).__name__, self._plain_axis(), len(shape))
-        return shape
-
     def get_config(self) -> dict[str, Any]:
         """What Keras's own layer takes, and options of this one where they are set."""
         if self.adjustment is not None:
@@ -248,64 +206,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
             config["virtual_batch_size"] = self.virtual_batch_size
         return config
 
-    def load_own_variables(self, store: Mapping[str, Any]) -> None:
-        """Load weights of this layer, of Keras's own ones, or in the packed layout."""
-        self.set_weights([store[str(i)] for i in range(len(store.keys()))])
-
-    def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set all weights; layouts as in `load_own_variables`."""
-        if not self.built:
-            self._check_load_own_variables({str(i): w for i, w in enumerate(weights)})
-        super().set_weights(fit_weights(self, weights))
-
-    def _start_statistics(self) -> None:
-        self.moving_mean: Any = None
-        self.moving_variance: Any = None
-
-    def _make_statistics(self, shape: tuple[int, ...]) -> None:
-        """Add the weights that training moves."""
-        mean, variance = self.moving_mean_initializer, self.moving_variance_initializer
-        initializers = {"moving_mean": mean, "moving_variance": variance}
-        if self.renorm:
-            stddev = square_root_of(variance)
-            initializers |= dict(zip(_RENORM_WEIGHTS, (stddev, clone(mean), stddev), strict=True))
-        for name, initializer in initializers.items():
-            setattr(self, name, add_statistic(self, name, shape, initializer, self._weight_type))
-
-    def _running(self) -> Running:
-        mean, variance = (
-            self._per_channel(self.moving_mean),
-            self._per_channel(self.moving_variance),
-        )
-        if not self.renorm:
-            return Running(mean, variance)
-        rest = (self._per_channel(getattr(self, name)) for name in _RENORM_WEIGHTS)
-        return Running(mean, variance, None, *rest)
-
-    def _store(self, moved: Running) -> None:
-        names = ("moving_mean", "moving_variance", *(_RENORM_WEIGHTS if self.renorm else ()))
-        for name, value in zip(names, (a for a in moved if a is not None), strict=True):
-            variable = getattr(self, name)
-            variable.assign(keras.ops.reshape(value, tuple(variable.shape)))
-
-    def _pack(self, statistics: list[Any]) -> list[Any]:
-        """Statistics as this layer's weights hold them."""
-        return statistics
-
     def _cast_input(self, x: Any) -> Any:
         """x in the type of the output."""
         if keras.backend.standardize_dtype(x.dtype) == self.compute_dtype:
             return x
         return keras.ops.cast(x, self.compute_dtype)
-
-    def _per_channel(self, weight: Any) -> Any:
-        """A weight's value with the channel axes' sizes."""
-        value = weight.value
-        return (
-            value
-            if len(value.shape) == len(self._channels)
-            else keras.ops.reshape(value, self._channels)
-        )
 
     def _make_call(self, training: Any) -> Call:
         return Call(
@@ -326,29 +231,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if isinstance(training, (bool, int)):
             return bool(training)
         return BACKEND.resolve_training(training)
-
-    def _plain_axis(self) -> Any:
-        """The axis as the user gave it; Keras keeps lists in a class of its own."""
-        return list(self.axis) if isinstance(self.axis, list) else self.axis
-
-    def _weight_shape(self, rank: int) -> tuple[int, ...]:
-        if len(self._channels) == 1 and self.virtual_batch_size is None:
-            return self._channels
-        sizes = dict(zip(self._channel_axes, self._channels, strict=True))
-        return tuple(sizes.get(a, 1) for a in range(rank))
-
-    @property
-    def _weight_type(self) -> str:
-        """float32 under 16-bit policies (S16)."""
-        return "float32" if self.variable_dtype in ("float16", "bfloat16") else self.variable_dtype
-
-    def _check_shape(self, input_shape: Any) -> tuple[int | None, ...]:
-        shape = input_shape[0] if is_pair_of_shapes(input_shape) else input_shape
-        if shape is None:
-            raise ValueError(
-                f"{type(self).__name__}: inputs must have a known rank; got an unknown one."
-            )
-        return tuple(shape)
 
     def _check_kernel(self, rank: int | None) -> None:
         """Raise if fused=True demands what there cannot be."""

@@ -35,13 +35,16 @@ class MaskedBatchNormalization(BatchNormalization):
         gamma_regularizer: of gamma.
         beta_constraint: of beta.
         gamma_constraint: of gamma.
-        **kwargs: `name`, `trainable`, `dtype` and what else `keras.layers.Layer` takes.
+        **kwargs: `fused`, `adjustment`, `synchronized`, `axis_name` and `process_group`, as for
+            `BatchNormalization`; `name`, `trainable`, `dtype` and what else `keras.layers.Layer`
+            takes.
 
     Calls are those of `BatchNormalization`; `(x, None)` and x alone mean no mask.
 
     Raises:
         TypeError: an option of the wrong type.
-        ValueError: an option out of range; when the layer is built, an axis but the last.
+        ValueError: an option out of range; `renorm` or `virtual_batch_size`; when the layer is
+            built, an axis but the last.
 
     Source: S1-S10, S15, S16.
 
@@ -69,6 +72,12 @@ class MaskedBatchNormalization(BatchNormalization):
         gamma_constraint: Any = None,
         **kwargs: Any,
     ) -> None:
+        for option in ("renorm", "virtual_batch_size"):
+            if kwargs.get(option):
+                raise ValueError(
+                    f"{type(self).__name__}: {option} does not go with one weight of shape "
+                    f"(2, C); got {option}={kwargs[option]!r}. Use BatchNormalization."
+                )
         super().__init__(
             axis=axis,
             momentum=momentum,
@@ -112,9 +121,10 @@ class MaskedBatchNormalization(BatchNormalization):
         return keras.KerasTensor(self.compute_output_shape(x.shape), self._output_type(x))
 
     def get_config(self) -> dict[str, Any]:
-        """Everything that the constructor takes."""
+        """The keys of the constructor, and `synchronized` where it is set."""
         config = super().get_config()
-        del config["synchronized"]
+        if not self.synchronized:
+            del config["synchronized"]
         return config
 
     def _start_statistics(self) -> None:

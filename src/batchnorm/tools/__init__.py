@@ -1,1 +1,26 @@
 """Tools for models that hold batch normalizations; each imports a framework when asked for it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# The functions' modules have other names: importing a submodule sets an attribute of this package.
+_HOME = {
+    "fold": "batchnorm.tools.folding",
+    "inspect": "batchnorm.tools.inspection",
+    "recalibrate": "batchnorm.tools.recalibration",
+    "transfer": "batchnorm.tools.transferring",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

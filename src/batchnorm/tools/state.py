@@ -38,9 +38,11 @@ class BatchNormState:
             `layer1.0.bn1`; empty for a layer by itself.
         kind: what it was, like `torch.nn.BatchNorm2d` or `flax.nnx.BatchNorm`, or the family of
             names in a checkpoint, like `torch`.
-        mean, var: running statistics, shape (C,), in the type in which they were stored (half
-            types as float32, and `stored` keeps the name); None where the layer keeps none.
-        gamma, beta: parameters, shape (C,), or None where the layer has none.
+        mean: running mean, shape (C,), in the type in which it was stored (half types as float32,
+            and `stored` keeps the name); None where the layer keeps none.
+        var: running variance, like mean.
+        gamma: scale, shape (C,), or None where the layer has none.
+        beta: offset, like gamma.
         variance: which variance `var` holds (S10); None where the source does not say.
         eps: added to the variance; None where the source does not say, as in most checkpoints.
         decay: weight of the old value in the running update (S9); None where the source does not

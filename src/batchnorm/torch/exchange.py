@@ -39,6 +39,7 @@ class SynchronizationError(RuntimeError):
 class Expected(NamedTuple):
     """Messages that other ranks may send by now."""
 
+    peers: Peers
     parts: Tensor
     tag: int
     timeout: float
@@ -149,7 +150,7 @@ class Peers:
             return None
         tag = zlib.crc32(self._next(text).encode()) & 0x7FFFFFFF
         parts = torch.empty((self.size, size), dtype=torch.float64)
-        expected = Expected(parts, tag, backend.options._timeout.total_seconds(), [])
+        expected = Expected(self, parts, tag, backend.options._timeout.total_seconds(), [])
         for peer in self._others:
             try:
                 expected.works.append((peer, backend.recv([parts[peer]], peer, tag)))
@@ -159,22 +160,28 @@ class Peers:
 
     def receive(self, expected: Expected, message: Tensor, waiting: str) -> Tensor:
         """Send the message to all, and wait for theirs."""
-        sent = message.cpu().contiguous()
-        expected.parts[self.rank] = sent
-        backend = self._backend_on(message.device)
         deadline = time.monotonic() + expected.timeout
+        self.send(expected, message, waiting)
         peer = self.rank
-        # The memory of tensors in use is theirs until the last one is done.
-        works = expected.works
         try:
-            for peer in self._others:
-                works.append((peer, backend.send([sent], peer, expected.tag)))
-            for other, work in works:
+            for other, work in expected.works:
                 peer = other  # whom an error names
                 work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001)))
         except RuntimeError as error:
             raise self._failure(waiting, peer, error) from error
         return expected.parts.to(message.device)
+
+    def send(self, expected: Expected, message: Tensor, waiting: str) -> None:
+        """Send the message to all."""
+        # Its memory is in use until the last one has it, and is kept with theirs.
+        expected.parts[self.rank] = message.cpu()
+        sent, backend = expected.parts[self.rank], self._backend_on(message.device)
+        peer = self.rank
+        try:
+            for peer in self._others:
+                expected.works.append((peer, backend.send([sent], peer, expected.tag)))
+        except RuntimeError as error:
+            raise self._failure(waiting, peer, error) from error
 
     def _failure(self, waiting: str, peer: int | None, error: Exception) -> SynchronizationError:
         whom = "the other ranks" if peer is None else f"rank {self._ranks[peer]}"

@@ -69,6 +69,12 @@ def normalize_values(
     return torch.nested.nested_tensor_from_jagged(y, packed.offsets, jagged_dim=ragged)
 
 
+def real_values(owner: str, x: Any, mask: Any) -> tuple[Tensor, Any]:
+    """The packed values of x, whose channel axes lie one earlier than in x, and their mask."""
+    packed = _pack(x)
+    return packed.values, _mask_values(owner, mask, packed, x._ragged_idx)
+
+
 def check_axes(owner: str, axes: tuple[int, ...], x: Any) -> None:
     """Raise if a channel axis of a jagged x is its batch axis or its ragged one."""
     if 0 in axes or x._ragged_idx in axes:

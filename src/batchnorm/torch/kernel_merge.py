@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.torch.synchronize import Participation, find_by_key, unpack
+from batchnorm.torch.synchronize import Participation, find_by_key
 
 __all__ = ["merge_kept", "moments_of_kernel", "total_of_kernel"]
 
@@ -24,8 +24,8 @@ def merge_kept(
     kept = find()
     local = moments_of_kernel(passes, kept)
     merged = synchronizer.merge(local, part.text, channels, False, expected)
-    count, mean, var = unpack(merged, channels, (channels,))
-    passes.count(kept).copy_(count.reshape(-1)[:1])
+    count, mean, var = torch.split(merged, [1, channels, channels])
+    passes.count(kept).copy_(count)
     for name, value in (("mean", mean), ("low", torch.zeros_like(mean)), ("var", var)):
         passes.row(kept, name).copy_(value)
     return kept

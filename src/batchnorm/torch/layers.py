@@ -31,7 +31,8 @@ class BatchNorm(RunningStatistics):
     results where torch's are right.
 
     Args:
-        num_features: C; with several axes their sizes in the order of the axes, like `(A, B)`.
+        num_features: C; with several axes their sizes in increasing order of axis, like
+            `(A, B)`.
         eps: added to the variance, at least 0.
         momentum: weight of the *new* value in the running statistics, between 0 and 1; None for
             the cumulative average.

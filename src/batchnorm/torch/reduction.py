@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,15 +24,19 @@ def sum_axes(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return _Sum.apply(x, axes)
 
 
-def sum_pairwise(x: Tensor) -> Tensor:
+def sum_pairwise(x: Any) -> Any:
     """The sum of x over axis 0, which is kept with size 1: a tree of elementwise additions.
 
-    Every machine gets the same bits, whatever its instructions and threads.
+    Every machine gets the same bits, whatever its instructions and threads, and in torch the same
+    as in numpy.
     """
-    while len(x) > 1:
-        half = len(x) // 2
+    join: Any = torch.cat if isinstance(x, Tensor) else np.concatenate
+    size = x.shape[0]
+    while size > 1:
+        half = size // 2
         total = x[:half] + x[half : 2 * half]
-        x = torch.cat([total, x[2 * half :]]) if len(x) % 2 else total
+        x = join([total, x[2 * half :]]) if size % 2 else total
+        size -= half
     return x
 
 

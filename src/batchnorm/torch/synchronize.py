@@ -11,8 +11,10 @@ import itertools
 import math
 import weakref
 from collections import deque
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,9 +23,10 @@ from batchnorm.core import config
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Moments, merge_moments
+from batchnorm.core.namespace import Namespace
 from batchnorm.core.synchronize import merge_averages
 from batchnorm.torch.exchange import Expected, Peers, SynchronizationError, find_peers
-from batchnorm.torch.namespace import OVER_RANKS
+from batchnorm.torch.namespace import HOST_OVER_RANKS, OVER_RANKS
 from batchnorm.torch.runtime import in_backward
 
 __all__ = [
@@ -151,7 +154,7 @@ class Synchronizer:
         """
         if in_backward():
             return self._recall(local, text)
-        peers = self.find_peers(text)
+        peers = self.find_peers(text) if expected is None else expected.peers
         if peers is None:
             merged = local.clone()
         else:
@@ -166,7 +169,7 @@ class Synchronizer:
 
     def total(self, sums: Tensor, text: str, expected: Expected | None = None) -> Tensor:
         """The sum over all ranks, in the same order on each."""
-        peers = self.find_peers(text)
+        peers = self.find_peers(text) if expected is None else expected.peers
         if peers is None:
             return sums.clone()
         return peers.total(sums, f"backward {text}", f"{text}, backward pass", expected)
@@ -183,13 +186,22 @@ class Synchronizer:
 
 def merge_parts(parts: Tensor, channels: int, pooled: bool) -> Tensor:
     """The ranks' vectors, one row each, as one; `pooled` as in `Synchronizer.merge`."""
+    if not parts.is_cpu:
+        return torch.cat(_merge_rows(parts, channels, pooled, OVER_RANKS))
+    with np.errstate(all="ignore"):  # as torch, which does not warn of what is not finite
+        return torch.from_numpy(
+            np.concatenate(_merge_rows(parts.numpy(), channels, pooled, HOST_OVER_RANKS))
+        )
+
+
+def _merge_rows(parts: Any, channels: int, pooled: bool, xp: Namespace) -> Moments:
     first = parts.shape[1] - 2 * channels  # 1, or one count for each channel
     means, variances = parts[:, first:-channels], parts[:, -channels:]
     # Mixed-up messages are NaN; as a count, NaN would pass for no rows, and be hidden (S6).
-    counts = torch.where(torch.isfinite(parts[:, :first]), parts[:, :first], 1.0)
+    counts = xp.where(xp.isfinite(parts[:, :first]), parts[:, :first], 1.0)
     combine = merge_averages if pooled else merge_moments
-    found = combine(Moments(counts.expand_as(means), means, variances), 0, OVER_RANKS)
-    return pack(found, first > 1)
+    found = combine(Moments(xp.broadcast_like(counts, means), means, variances), 0, xp)
+    return found._replace(count=found.count[:first])
 
 
 class Participation(NamedTuple):
@@ -218,7 +230,8 @@ def participate(
     if mask is not None:
         sizes = layout.mask_shape(tuple(mask.shape), owner)
         varying = any(sizes[a] != 1 for a in layout.channel_axes)
-    text = _describe(owner, synchronizer.name, channels, options, varying)
+    describe = _describe if torch.compiler.is_compiling() else _cached_description
+    text = describe(owner, synchronizer.name, channels, options, varying)
     return Participation(synchronizer.key, text, channels, varying)
 
 
@@ -234,6 +247,9 @@ def _describe(owner: str, name: str, channels: int, options: Options, varying: b
     if options.activation is not None:
         shown = f"{shown}, activation={options.activation}"
     return f"{shown}, mask varies along channels)" if varying else f"{shown})"
+
+
+_cached_description = lru_cache(maxsize=1024)(_describe)
 
 
 def pack(moments: Moments, varying: bool) -> Tensor:

@@ -1,0 +1,51 @@
+"""What the site does to its pages: files from outside docs/, and links to the specification."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, InclusionLevel
+from mkdocs.utils import get_relative_url
+
+ROOT = Path(__file__).parent.parent
+SPEC = "spec.html"
+# Pages link to these by paths that work in the repository, and the site carries them along.
+CARRIED = ("benchmarks/results/*.md", "benchmarks/results/*.png", "examples/*.py")
+_OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|examples)/)")
+_NUMBER = re.compile(r"\bS(1?\d)\b")
+_TAG = re.compile(r"(<[^>]+>)")
+_OPAQUE = re.compile(r"</?(a|code|pre|h[1-6]|title|script|svg)\b")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the files that the site carries along."""
+    for pattern in CARRIED:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            carried = File.generated(config, name, abs_src_path=str(path))
+            carried.inclusion = InclusionLevel.NOT_IN_NAV  # unless mkdocs.yml puts it there
+            files.append(carried)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Let links that leave docs/ lead to the files carried along."""
+    up = "../" * page.file.src_uri.count("/")
+    return _OUTSIDE.sub(rf"]({up}\1", markdown)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Give every paragraph S1 ... S19 an anchor, and make every other mention a link to it."""
+    if page.url == SPEC:
+        html = re.sub(r"<strong>S(\d+) ", r'<strong id="s\1">S\1 ', html)
+    spec = get_relative_url(SPEC, page.url)
+    depth, parts = 0, _TAG.split(html)
+    for i, part in enumerate(parts):
+        if part.startswith("<"):
+            if _OPAQUE.match(part):
+                depth += -1 if part.startswith("</") else 1
+        elif depth == 0 and 'id="s' not in parts[i - 1]:
+            parts[i] = _NUMBER.sub(rf'<a href="{spec}#s\1">S\1</a>', part)
+    return "".join(parts)

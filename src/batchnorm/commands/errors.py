@@ -1,0 +1,28 @@
+"""What goes wrong by the user's doing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["UserError", "needs"]
+
+
+class UserError(Exception):
+    """A mistake of the user's, in one sentence with its remedy; the command line exits with 2."""
+
+
+@contextmanager
+def needs(what: str, extras: str) -> Iterator[None]:
+    """Turn a missing package into the command that installs it.
+
+    Args:
+        what: wants it, like "the demo".
+        extras: of this package, like "cli,torch".
+    """
+    try:
+        yield
+    except ImportError as error:
+        missing = (error.name or str(error)).partition(".")[0]
+        install = f"pip install 'batchnorm[{extras}]'"
+        raise UserError(f"{what} needs {missing}; install it with: {install}") from error

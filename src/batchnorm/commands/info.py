@@ -1,0 +1,10 @@
+"""`batchnorm info`."""
+
+from __future__ import annotations
+
+
+def info() -> None:
+    """Print versions, and the kernels in use: what a bug report should have."""
+    from batchnorm.environment import show_config
+
+    show_config()

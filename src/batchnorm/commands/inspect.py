@@ -1,0 +1,63 @@
+"""`batchnorm inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchnorm.commands.errors import UserError, needs
+from batchnorm.commands.files import check_writable
+
+
+def inspect(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint: .safetensors, .pt, .keras, .weights.h5, .h5, .msgpack, or a folder "
+            "of orbax."
+        ),
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of the table.")
+    ] = False,
+    per_channel: Annotated[
+        bool, typer.Option("--per-channel", help="With --json: every channel's numbers.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a report to this .html, too.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 for warnings, too.")
+    ] = False,
+    eps: Annotated[
+        float, typer.Option(min=0.0, help="Of layers for which the file does not say.")
+    ] = 1e-5,
+) -> None:
+    """Find every batch norm of a checkpoint, and what is wrong with it.
+
+    Exits with 0 if nothing is, 1 if there is an error or no batch norm at all, and 2 if the file
+    cannot be read. A file never runs code.
+    """
+    if per_channel and not as_json:
+        raise UserError("--per-channel is about JSON; add --json.")
+    if html is not None:
+        check_writable("--html", html, ".html")
+    from batchnorm.tools.health import Thresholds
+    from batchnorm.tools.inspection import inspect as look
+
+    with needs(f"reading {file.name}", "files,cli"):
+        try:
+            report = look(file, thresholds=Thresholds(eps=eps))
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+    if html is not None:
+        report.save_html(html)
+    if as_json:
+        typer.echo(report.to_json(per_channel=per_channel))
+    else:
+        from rich.console import Console
+
+        Console().print(report)
+    wrong = report.errors or (strict and report.warnings)
+    if wrong or not report.layers:
+        raise typer.Exit(1)

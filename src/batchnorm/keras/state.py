@@ -1,0 +1,143 @@
+"""What a layer keeps: its weights, their shapes, and how they change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+
+from batchnorm.core.layout import normalize_axis
+from batchnorm.core.running import Running
+from batchnorm.keras.loading import fit_weights
+from batchnorm.keras.masks import is_pair_of_shapes
+from batchnorm.keras.options import check_ghost_axes
+from batchnorm.keras.variables import add_statistic, clone, square_root_of
+
+_RENORM_WEIGHTS = ("moving_stddev", "renorm_mean", "renorm_stddev")
+
+
+class WeightedNormalization(keras.layers.BatchNormalization):
+    """Keras's layer with the weights of this package's; `layers.py` gives it options and calls."""
+
+    _channel_axes: tuple[int, ...] = ()
+    _channels: tuple[int, ...] = ()
+
+    def build(self, input_shape: Any) -> None:
+        """Make the weights for inputs of this shape, or for a pair whose x has it."""
+        owner, shape = type(self).__name__, self._check_shape(input_shape)
+        axes = normalize_axis(owner, self._plain_axis(), len(shape))
+        if any(shape[a] is None for a in axes):
+            raise ValueError(
+                f"{owner}: channel sizes must be known when the layer is built; got shape {shape} "
+                f"with axis={self._plain_axis()!r}. Give the input a static size there."
+            )
+        check_ghost_axes(owner, self.virtual_batch_size, axes, self._plain_axis())
+        self._channel_axes = axes
+        self._channels = tuple(n for n in (shape[a] for a in axes) if n is not None)
+        self._check_kernel(rank=len(shape))
+        kept = self._weight_shape(len(shape))
+        for name, wanted in (("gamma", self.scale), ("beta", self.center)):
+            if wanted:
+                setattr(self, name, self._make_parameter(name, kept))
+        self._make_statistics(kept)
+        named = (self.axis,) if isinstance(self.axis, int) else axes
+        self.input_spec = keras.layers.InputSpec(ndim=len(shape), axes={a: shape[a] for a in named})
+
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
+        """x's shape."""
+        shape = self._check_shape(input_shape)
+        normalize_axis(type(self).__name__, self._plain_axis(), len(shape))
+        return shape
+
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+        """Load weights of this layer, of Keras's own ones, or in the packed layout."""
+        count = len(store.keys())
+        if self.weights and not count:
+            raise ValueError(
+                f"{type(self).__name__}: the file has no weights for layer {self.name!r}. Files "
+                "name layers by their class: one of another kind of batch normalization loads "
+                "with batchnorm.keras.load_weights(model, path)."
+            )
+        self.set_weights([store[str(i)] for i in range(count)])
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set all weights; layouts as in `load_own_variables`."""
+        if not self.built:
+            self._check_load_own_variables({str(i): w for i, w in enumerate(weights)})
+        super().set_weights(fit_weights(self, weights))
+
+    def _start_statistics(self) -> None:
+        self.moving_mean: Any = None
+        self.moving_variance: Any = None
+
+    def _make_parameter(self, name: str, shape: tuple[int, ...]) -> Any:
+        return self.add_weight(
+            shape=shape,
+            name=name,
+            initializer=getattr(self, f"{name}_initializer"),
+            regularizer=getattr(self, f"{name}_regularizer"),
+            constraint=getattr(self, f"{name}_constraint"),
+            dtype=self._weight_type,
+            trainable=True,
+            autocast=False,
+        )
+
+    def _make_statistics(self, shape: tuple[int, ...]) -> None:
+        """Add the weights that training moves."""
+        mean, variance = self.moving_mean_initializer, self.moving_variance_initializer
+        initializers = {"moving_mean": mean, "moving_variance": variance}
+        if self.renorm:
+            stddev = square_root_of(variance)
+            initializers |= dict(zip(_RENORM_WEIGHTS, (stddev, clone(mean), stddev), strict=True))
+        for name, initializer in initializers.items():
+            setattr(self, name, add_statistic(self, name, shape, initializer, self._weight_type))
+
+    def _running(self) -> Running:
+        mean, variance = map(self._per_channel, (self.moving_mean, self.moving_variance))
+        if not self.renorm:
+            return Running(mean, variance)
+        rest = (self._per_channel(getattr(self, name)) for name in _RENORM_WEIGHTS)
+        return Running(mean, variance, None, *rest)
+
+    def _store(self, moved: Running) -> None:
+        names = ("moving_mean", "moving_variance", *(_RENORM_WEIGHTS if self.renorm else ()))
+        for name, value in zip(names, (a for a in moved if a is not None), strict=True):
+            variable = getattr(self, name)
+            variable.assign(keras.ops.reshape(value, tuple(variable.shape)))
+
+    def _pack(self, statistics: list[Any]) -> list[Any]:
+        """Statistics as this layer's weights hold them."""
+        return statistics
+
+    def _per_channel(self, weight: Any) -> Any:
+        """A weight's value with the channel axes' sizes."""
+        value = weight.value
+        return (
+            value
+            if len(value.shape) == len(self._channels)
+            else keras.ops.reshape(value, self._channels)
+        )
+
+    def _plain_axis(self) -> Any:
+        """The axis as the user gave it; Keras keeps lists in a class of its own."""
+        return list(self.axis) if isinstance(self.axis, list) else self.axis
+
+    def _weight_shape(self, rank: int) -> tuple[int, ...]:
+        if len(self._channels) == 1 and self.virtual_batch_size is None:
+            return self._channels
+        sizes = dict(zip(self._channel_axes, self._channels, strict=True))
+        return tuple(sizes.get(a, 1) for a in range(rank))
+
+    @property
+    def _weight_type(self) -> str:
+        """float32 under 16-bit policies (S16)."""
+        return "float32" if self.variable_dtype in ("float16", "bfloat16") else self.variable_dtype
+
+    def _check_shape(self, input_shape: Any) -> tuple[int | None, ...]:
+        shape = input_shape[0] if is_pair_of_shapes(input_shape) else input_shape
+        if shape is None:
+            raise ValueError(
+                f"{type(self).__name__}: inputs must have a known rank; got an unknown one."
+            )
+        return tuple(shape)

@@ -1,0 +1,205 @@
+"""Writing batch norms as a checkpoint of some library's names."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm.tools.checkpoints import msgpack, safetensors
+from batchnorm.tools.checkpoints.limits import CheckpointError
+from batchnorm.tools.state import BatchNormState
+
+__all__ = ["FORMATS", "NAMES", "Names", "format_of", "write_checkpoint"]
+
+Names = Literal["torch", "flax", "nnx", "keras"]
+NAMES: tuple[Names, ...] = ("torch", "flax", "nnx", "keras")
+
+_ROLES: Mapping[str, Mapping[str, str]] = {
+    "torch": {
+        "gamma": "weight",
+        "beta": "bias",
+        "mean": "running_mean",
+        "var": "running_var",
+        "moving_stddev": "running_stddev",
+    },
+    "flax": {
+        "gamma": "scale",
+        "beta": "bias",
+        "mean": "mean",
+        "var": "var",
+        "moving_stddev": "stddev",
+    },
+    "keras": {
+        "gamma": "gamma",
+        "beta": "beta",
+        "mean": "moving_mean",
+        "var": "moving_variance",
+        "moving_stddev": "moving_stddev",
+    },
+}
+_PARAMETERS = ("gamma", "beta")
+
+# Suffix: names that files of this kind have unless asked otherwise, and may have.
+FORMATS: Mapping[str, tuple[Names, ...]] = {
+    ".safetensors": NAMES,
+    ".pt": NAMES,
+    ".pth": NAMES,
+    ".msgpack": ("flax", "nnx"),
+    ".weights.h5": ("keras",),
+    ".h5": ("keras",),
+}
+
+Path_ = tuple[str, ...]
+
+
+def format_of(path: Path) -> str:
+    """The suffix in `FORMATS` that a path has.
+
+    Raises:
+        CheckpointError: none of them.
+    """
+    for suffix in FORMATS:
+        if path.name.lower().endswith(suffix):
+            return suffix
+    got = path.suffix or "no suffix"
+    raise CheckpointError(f"{path}: files to write must end in {', '.join(FORMATS)}; got {got}.")
+
+
+def write_checkpoint(
+    path: Path, states: Sequence[BatchNormState], names: Names, *, force: bool = False
+) -> None:
+    """Write the states to a file that appears complete or not at all.
+
+    Args:
+        path: its suffix, one of `FORMATS`, decides the format.
+        states: in the convention of the variance that `names` implies.
+        names: whose names the arrays get.
+        force: replace an existing file.
+
+    Raises:
+        CheckpointError: the file exists, or cannot be written; two layers have one name.
+        ImportError: a `.pt` needs torch, a `.h5` needs h5py.
+    """
+    suffix = format_of(path)
+    if path.exists() and not force:
+        raise CheckpointError(f"{path}: it exists; force=True (--force) replaces it.")
+    arrays: dict[Path_, NDArray[Any]] = {}
+    for state in states:
+        for key, array in _arrays(state, names):
+            if key in arrays:
+                raise CheckpointError(f"{path}: two layers would be named {'/'.join(key[:-1])!r}.")
+            arrays[key] = array
+    try:
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise CheckpointError(f"{path}: it cannot be written: {error.strerror}.") from error
+    os.close(handle)
+    try:
+        _WRITERS[suffix](Path(part), arrays)
+        Path(part).chmod(0o666 & ~_umask())
+        Path(part).replace(path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def _arrays(state: BatchNormState, names: Names) -> list[tuple[Path_, NDArray[Any]]]:
+    found = {role: getattr(state, role) for role in (*_PARAMETERS, "mean", "var")}
+    if state.renorm is not None:
+        found |= vars(state.renorm)
+    roles = _ROLES["flax" if names == "nnx" else names]
+    layer = _layer_path(state.name, names)
+    arrays: list[tuple[Path_, NDArray[Any]]] = []
+    for role, array in found.items():
+        if array is None:
+            continue
+        collection: Path_ = ()
+        if names == "flax":
+            collection = ("params",) if role in _PARAMETERS else ("batch_stats",)
+        shaped = array if state.shape is None else array.reshape(state.shape)
+        arrays.append(((*collection, *layer, roles.get(role, role)), shaped))
+    if names == "torch" and state.mean is not None:
+        arrays.append(((*layer, "num_batches_tracked"), np.array(state.steps or 0, np.int64)))
+    return arrays
+
+
+def _layer_path(name: str, names: Names) -> Path_:
+    parts = tuple(part for part in re.split(r"[./]", name) if part)
+    if names == "keras":  # a layer's name, which may not have slashes
+        return ("_".join(parts) or "batch_normalization",)
+    return parts if parts or names == "torch" else ("BatchNorm_0",)
+
+
+def _write_safetensors(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
+    flat = {".".join(key): array for key, array in arrays.items()}
+    path.write_bytes(safetensors.encode(flat, {"format": "np"}))
+
+
+def _write_torch(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
+    import torch
+
+    torch.save({".".join(k): torch.from_numpy(np.array(a)) for k, a in arrays.items()}, path)
+
+
+def _write_msgpack(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
+    tree: dict[str, Any] = {}
+    for key, array in arrays.items():
+        node = tree
+        for part in key[:-1]:
+            node = node.setdefault(part, {})
+        node[key[-1]] = array
+    path.write_bytes(msgpack.encode(tree))
+
+
+def _write_weights(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
+    """As Keras 3 does: weights are numbers, in the order of the layer; layers too."""
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        groups: dict[str, Any] = {}
+        for (layer, _), array in arrays.items():
+            if layer not in groups:
+                i = len(groups)
+                name = f"batch_normalization_{i}" if i else "batch_normalization"
+                groups[layer] = file.create_group(f"layers/{name}/vars")
+                groups[layer].attrs["name"] = layer
+            groups[layer][str(len(groups[layer]))] = array
+
+
+def _write_named_weights(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
+    """As Keras 2 does, for `load_weights(path, by_name=True)`."""
+    import h5py
+
+    layers: dict[str, dict[str, NDArray[Any]]] = {}
+    for (layer, role), array in arrays.items():
+        layers.setdefault(layer, {})[f"{layer}/{role}"] = array
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [layer.encode() for layer in layers]
+        file.attrs["keras_version"] = b"2.15.0"
+        for layer, weights in layers.items():
+            group = file.create_group(layer)
+            group.attrs["weight_names"] = [name.encode() for name in weights]
+            for name, array in weights.items():
+                group[name] = array
+
+
+_WRITERS: Mapping[str, Callable[[Path, Mapping[Path_, NDArray[Any]]], None]] = {
+    ".safetensors": _write_safetensors,
+    ".pt": _write_torch,
+    ".pth": _write_torch,
+    ".msgpack": _write_msgpack,
+    ".weights.h5": _write_weights,
+    ".h5": _write_named_weights,
+}
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # reading it takes setting it
+    os.umask(mask)
+    return mask

@@ -1,0 +1,65 @@
+"""Inference models without batch norms (S19)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from batchnorm.tools.folding.report import OWNER, Folded, Folding, FoldReport, Kept
+from batchnorm.tools.models import find_layers
+
+__all__ = ["FoldReport", "Folded", "Folding", "Kept", "fold"]
+
+
+def fold(
+    model: Any,
+    example: Any = None,
+    *,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    tolerance: float | None = None,
+) -> Folding:
+    """Fold the batch norms of a model in evaluation into the linear maps beside them.
+
+    The new model computes the same with fewer operations. It is compared with the old one on a
+    batch before it is returned; the old one stays as it is.
+
+    Args:
+        model: a `torch.nn.Module` in evaluation mode, a functional or sequential Keras model, or a
+            `flax.nnx.Module`.
+        example: input to compare on: an array, a tuple of arguments, or a mapping of keyword
+            arguments (Keras: whatever the model is called with). None makes a random batch where
+            model and framework say which shape that has. torch models are read on it too:
+            arguments that are left out, or are no tensors, become constants of the new model.
+        pairs: nnx only, since nothing there says what runs after what: names of a linear map and
+            a batch norm in the order in which they run, like `[("conv", "norm")]`. Neighbours in
+            `nnx.Sequential` need none.
+        tolerance: largest difference of an output, relative to the largest one; None derives it
+            from the type and the number of layers.
+
+    Returns:
+        The new model, and a report: which layer went into which, which stayed, and why. A torch
+        model comes back as a `torch.fx.GraphModule` with the same names; one that torch.fx does
+        not trace as a copy in which neighbours in `nn.Sequential` are folded.
+
+    Raises:
+        TypeError: not a model, or a Keras model of a class of its own.
+        ValueError: a torch model in training mode; no example where one is needed; pairs that are
+            none; outputs that differ by more than the tolerance.
+
+    Source: S19. Folded are Linear, Dense, (separable, depthwise, grouped, transposed)
+    convolutions with a batch norm behind them, or in front of them where padding does not meet
+    its offset. Parameters are computed in float64 and rounded once.
+    """
+    layers = find_layers(model)
+    if not layers:
+        raise ValueError(f"{OWNER}: model must hold a batch norm; {type(model).__name__} has none.")
+    framework = layers[0].framework
+    if pairs is not None and framework != "nnx":
+        raise ValueError(
+            f"{OWNER}: pairs are for flax nnx; the order in a {framework} model is found by itself."
+        )
+    folding = importlib.import_module(f"batchnorm.tools.folding.{framework}")
+    options = {"pairs": pairs} if framework == "nnx" else {}
+    result: Folding = folding.fold_model(model, layers, example, tolerance, **options)
+    return result

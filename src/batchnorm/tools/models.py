@@ -1,0 +1,119 @@
+"""The batch norms of a model, whatever framework made it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from batchnorm.tools.state import BatchNormState
+
+__all__ = ["FoundLayer", "Framework", "find_layers", "framework_of", "put_state", "take_state"]
+
+Framework = Literal["torch", "nnx", "keras"]
+
+# Keras first: on its torch backend a Keras layer is a torch.nn.Module too.
+_FRAMEWORKS: tuple[tuple[Framework, str], ...] = (
+    ("keras", "keras"),
+    ("nnx", "flax.nnx"),
+    ("torch", "torch"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FoundLayer:
+    """A batch norm inside a model.
+
+    Args:
+        name: its path in the model, as the framework spells it; empty for the model itself.
+        layer: the layer, not a copy.
+        framework: whose it is.
+        state: its state when it was found, copied.
+    """
+
+    name: str
+    layer: Any
+    framework: Framework
+    state: BatchNormState
+
+
+def find_layers(model: Any) -> list[FoundLayer]:
+    """Every batch norm of a model, this library's and the framework's own, subclasses included.
+
+    Args:
+        model: a `torch.nn.Module`, `flax.nnx.Module`, Keras model or layer, or one of this
+            library's layers.
+
+    Returns:
+        The layers in the order in which the model defines them; one that is used or held several
+        times is there once, under its first name.
+
+    Raises:
+        TypeError: model is none of these.
+        ValueError: a batch norm that has no weights yet.
+    """
+    framework = framework_of(model)
+    if framework is None:
+        raise TypeError(
+            "find_layers: model must be a torch.nn.Module, a flax.nnx.Module or a Keras layer; "
+            f"got {type(model).__name__}."
+        )
+    adapter = _adapter(framework)
+    return [
+        FoundLayer(name, layer, framework, adapter.take_state(layer, name))
+        for name, layer in adapter.find(model)
+    ]
+
+
+def take_state(layer: Any, name: str = "") -> BatchNormState:
+    """The state of one batch norm, copied.
+
+    Args:
+        layer: a batch norm of torch, flax nnx or Keras, theirs or ours.
+        name: what the state is to be called.
+
+    Raises:
+        TypeError: no batch norm.
+        ValueError: it has no weights yet.
+    """
+    return _adapter_of("take_state", layer).take_state(layer, name)
+
+
+def put_state(layer: Any, state: BatchNormState) -> None:
+    """Write a state into a layer, in place; everything is checked first.
+
+    Args:
+        layer: as in `take_state`.
+        state: its variance is written as it is, whichever kind the layer keeps (S10); `transfer`
+            converts. Fields that are None where the layer has them keep the layer's values,
+            except that a missing gamma or beta counts as 1 or 0.
+
+    Raises:
+        TypeError: no batch norm.
+        ValueError: the state does not fit the layer, which is unchanged then.
+    """
+    _adapter_of("put_state", layer).put_state(layer, state)
+
+
+def framework_of(model: Any) -> Framework | None:
+    """Whose model it is; imports nothing."""
+    for framework, module in _FRAMEWORKS:
+        if module in sys.modules and _adapter(framework).owns(model):
+            return framework
+    return None
+
+
+def _adapter_of(owner: str, layer: Any) -> Any:
+    framework = framework_of(layer)
+    adapter = None if framework is None else _adapter(framework)
+    if adapter is None or not adapter.is_batch_norm(layer):
+        raise TypeError(
+            f"{owner}: layer must be a batch norm of torch, flax nnx or Keras; got "
+            f"{type(layer).__name__}. find_layers(model) lists those of a model."
+        )
+    return adapter
+
+
+def _adapter(framework: Framework) -> Any:
+    return importlib.import_module(f"batchnorm.tools.frameworks.{framework}")

@@ -1,0 +1,1 @@
+"""How to watch the layers of each framework; a module imports its framework."""

@@ -1,0 +1,60 @@
+"""Names and numbers from models and files, for people to read."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["format_number", "plural", "printable"]
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def printable(text: str, longest: int = 200) -> str:
+    """Text that cannot steer a terminal or a page: what is not printable is written as its code.
+
+    A file may name a layer with escape sequences, characters that turn the direction of writing,
+    or halves of surrogate pairs.
+
+    Args:
+        text: any.
+        longest: more characters than that are cut out of the middle.
+
+    >>> printable("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    if len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]}…{text[-half:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def plural(count: int, noun: str) -> str:
+    """The count with its noun.
+
+    >>> plural(1, "layer"), plural(1200, "layer")
+    ('1 layer', '1,200 layers')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """The number in a few digits; powers of ten only where zeros would have to be counted.
+
+    Args:
+        value: any.
+        digits: how many matter.
+
+    >>> [format_number(v) for v in (0.25, 12345.6, 3.2e-8, 1e6, float("nan"))]
+    ['0.25', '12,346', '3.2·10⁻⁸', '10⁶', 'nan']
+    """
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e5:
+        text = f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+        return text.replace("-", "−")
+    mantissa, exponent = f"{value:.1e}".split("e")
+    mantissa = mantissa.removesuffix(".0").replace("-", "−")
+    raised = str(int(exponent)).translate(_SUPERSCRIPT)
+    return f"10{raised}" if mantissa == "1" else f"{mantissa}·10{raised}"

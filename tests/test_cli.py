@@ -1,0 +1,262 @@
+"""The command line: what it prints, what it exits with, and how soon."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import batchnorm
+from batchnorm.benchmark.problem import error_of, make_copy, make_problem, solve
+from batchnorm.cli import app
+from batchnorm.commands.files import check_writable
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+from files import write_hdf5, write_keras, write_safetensors, write_torch
+
+runner = CliRunner()
+COMMANDS = ("inspect", "convert", "demo", "bench", "info")
+HEAVY = {"torch", "jax", "flax", "keras", "tensorflow", "matplotlib", "sklearn"}
+
+
+def run_fresh(*arguments: str) -> tuple[int, float, set[str]]:
+    """Exit status, seconds of processor time, and modules of a command in its own process."""
+    code = (
+        "import sys, time\n"
+        f"sys.argv = {['batchnorm', *arguments]}\n"
+        "status = 0\n"
+        "try:\n"
+        "    from batchnorm.cli import main\n"
+        "    main()\n"
+        "except SystemExit as end:\n"
+        "    status = end.code or 0\n"
+        "print(status, time.process_time(), *sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    status, seconds, *modules = done.stderr.splitlines()[-1].split()
+    return int(status), float(seconds), {module.partition(".")[0] for module in modules}
+
+
+def test_help_starts_in_300_ms_and_without_numpy() -> None:
+    runs = [run_fresh("--help") for _ in range(3)]
+    assert min(seconds for _, seconds, _ in runs) < 0.3
+    assert not runs[0][2] & (HEAVY | {"numpy"})
+
+
+def test_info_imports_no_framework() -> None:
+    status, _, modules = run_fresh("info")
+    assert status == 0
+    assert not modules & HEAVY
+
+
+@pytest.mark.parametrize("write", [write_safetensors, write_hdf5, write_torch])
+def test_files_are_inspected_without_a_framework(write: object, tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    write(path)  # type: ignore[operator]
+    status, _, modules = run_fresh("inspect", str(path))
+    assert status == 0
+    assert not modules & HEAVY
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_help_has_every_command_and_examples(command: tuple[str, ...]) -> None:
+    done = runner.invoke(app, [*command, "--help"])
+    assert done.exit_code == 0
+    expected = COMMANDS if not command else ("Examples:", f"batchnorm {command[0]}")
+    assert all(text in done.output for text in expected)
+    assert runner.invoke(app, [*command, "-h"]).output == done.output
+
+
+def test_version_and_info() -> None:
+    assert runner.invoke(app, ["--version"]).output == f"batchnorm {batchnorm.__version__}\n"
+    assert "kernels" in runner.invoke(app, ["info"]).output
+
+
+def test_shell_completion_is_offered() -> None:
+    assert "--install-completion" in runner.invoke(app, ["--help"]).output
+
+
+def test_inspect_prints_a_table_and_exits_with_0(tmp_path: Path) -> None:
+    path = tmp_path / "model.keras"
+    write_keras(path)
+    done = runner.invoke(app, ["inspect", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "2 layers, 9 channels: nothing wrong" in " ".join(done.output.split())
+
+
+def write_state(path: Path, **arrays: object) -> None:
+    """A torch state dict of one layer, as safetensors."""
+    names = {"mean": "running_mean", "var": "running_var", "gamma": "weight", "beta": "bias"}
+    healthy = {"mean": np.ones(4), "var": np.full(4, 2.0), "gamma": np.ones(4), "beta": np.zeros(4)}
+    tensors = {
+        f"bn.{names[key]}": np.asarray(value, np.float32)
+        for key, value in (healthy | arrays).items()
+    }
+    header, data = {}, b""
+    for name, array in tensors.items():
+        offsets = [len(data), len(data) + array.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": offsets}
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "status"),
+    [
+        ({}, [], 0),
+        ({"var": [2.0, -1.0, 2.0, 2.0]}, [], 1),
+        ({"var": [2.0, 0.0, 2.0, 2.0]}, [], 0),  # a warning
+        ({"var": [2.0, 0.0, 2.0, 2.0]}, ["--strict"], 1),
+        ({"var": [2.0, 1e-8, 2.0, 2.0], "mean": np.zeros(4)}, ["--strict"], 0),
+        ({"var": [2.0, 1e-8, 2.0, 2.0], "mean": np.zeros(4)}, ["--strict", "--eps", "1e-3"], 1),
+    ],
+)
+def test_exit_status_serves_in_ci(
+    arrays: dict[str, object], options: list[str], status: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    write_state(path, **arrays)
+    done = runner.invoke(app, ["inspect", str(path), *options])
+    assert done.exit_code == status, done.output
+
+
+def test_file_without_batch_norms_is_no_success(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((2).to_bytes(8, "little") + b"{}")
+    done = runner.invoke(app, ["inspect", str(path)])
+    assert done.exit_code == 1
+    assert "no batch normalization found" in done.output
+
+
+def test_inspect_writes_json_and_html(tmp_path: Path) -> None:
+    path, page = tmp_path / "model.safetensors", tmp_path / "report.html"
+    write_state(path, var=[2.0, -1.0, 2.0, 2.0])
+    done = runner.invoke(
+        app, ["inspect", str(path), "--json", "--per-channel", "--html", str(page)]
+    )
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert found["layers"][0]["name"] == "bn"
+    assert found["layers"][0]["per_channel"]["var"] == [2.0, -1.0, 2.0, 2.0]
+    assert found["layers"][0]["findings"][0]["channels"] == [1]
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("options", [[], ["--masked", "0.5"], ["--inference"]])
+def test_bench_checks_and_times_both_layers(framework: str, options: list[str]) -> None:
+    arguments = ["bench", "--framework", framework, "--shape", "64,5,3", "--seconds", "0.1"]
+    done = runner.invoke(app, [*arguments, *options, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    ours, theirs, copy = found["variants"].values()
+    assert list(found["variants"])[::2] == ["batchnorm", "copy"]
+    assert 0 < ours["error"] <= 5e-6
+    assert theirs["error"] <= 1e-3
+    assert found["times as fast"] == pytest.approx(theirs["ms"] / ours["ms"], rel=0.01)
+    assert found["bytes"] == 64 * 5 * 3 * 4 * (2 if options == ["--inference"] else 8)
+    assert copy["rounds"] == ours["rounds"] >= 7
+
+
+def test_bench_prints_a_table() -> None:
+    done = runner.invoke(app, ["bench", "--shape", "32,4", "--masked", "0.5", "--seconds", "0.1"])
+    assert done.exit_code == 0, done.output
+    shown = ("torch on x[mask], scattered", "copy", "ratio", "cores", "50% padded")
+    assert all(text in done.output for text in shown)
+
+
+def test_a_wrong_result_has_no_speed() -> None:
+    problem = make_problem((16, 3), 1, masked=0.25)
+    expected = solve(problem, 1e-5)
+    right = (expected.y, expected.dx)
+    assert error_of(right, expected, None) == 0.0
+    wrong = np.array(expected.y)
+    wrong[np.flatnonzero(~problem.mask)[0]] += 1.0
+    assert error_of((wrong, expected.dx), expected, None) > 0.1
+    assert error_of((wrong, expected.dx), expected, problem.real) == 0.0
+    wrong[0] = np.nan
+    assert np.isnan(error_of((wrong, expected.dx), expected, None))
+
+
+def test_copy_moves_what_it_says() -> None:
+    problem = make_problem((1 << 17, 2), 1)  # large enough for all cores
+    step = make_copy(problem)
+    step()
+    copied = step.__closure__  # the array that it copies to
+    assert copied is not None
+    targets = [cell.cell_contents for cell in copied]
+    arrays = [a for a in targets if isinstance(a, np.ndarray)]
+    assert any(a is not problem.x and np.array_equal(a, problem.x.reshape(-1)) for a in arrays)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--out", "/nowhere/at/all.png"], "--out: cannot write"),
+        (["demo", "--out", "picture.txt"], "must end in .png"),
+        (["demo", "--out", "a" * 300 + ".png"], "--out: cannot write"),
+        (["demo", "--seeds", "0"], "--seeds"),
+        (["demo", "--epochs", "many"], "--epochs"),
+        (["demo", "--framework", "theano"], "torch or jax or keras; got theano"),
+        (["dance"], "dance"),
+        (["inspect"], "Missing argument"),
+        (["inspect", "/nowhere/model.pt"], "cannot be read: No such file"),
+        (["inspect", __file__], "it is in no known format"),
+        (["inspect", __file__, "--html", "report.txt"], "must end in .html"),
+        (["inspect", __file__, "--per-channel"], "add --json"),
+        (["inspect", __file__, "--eps", "-1"], "--eps"),
+        (["bench", "--shape", "8xC"], "--shape must be sizes with commas"),
+        (["bench", "--shape", "8"], "shape must have two or more sizes"),
+        (["bench", "--shape", "8,8", "--masked", "1"], "share of padded rows"),
+        (["bench", "--shape", "8,8", "--masked", "0.5", "--inference"], "masked is for training"),
+        (["bench", "--shape", "1,1,1,1,1,1"], "2 to 5 axes; got a shape of 6"),
+        (["bench", "--framework", "theano"], "torch or jax or keras; got theano"),
+    ],
+)
+def test_mistakes_end_with_a_sentence_and_2(arguments: list[str], message: str) -> None:
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+
+
+def test_debug_shows_what_is_behind_a_message() -> None:
+    done = runner.invoke(app, ["--debug", "inspect", __file__])
+    assert done.exception is not None
+    assert isinstance(done.exception.__cause__, ValueError)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("batchnorm.environment.show_config", break_down)
+    assert isinstance(runner.invoke(app, ["info"]).exception, RuntimeError)
+
+
+def test_unwritable_file_is_noticed_before_the_work(tmp_path: Path) -> None:
+    folder = tmp_path / "folder.png"
+    folder.mkdir()
+    done = runner.invoke(app, ["demo", "--out", str(folder)])
+    assert done.exit_code == 2
+    assert "cannot write" in done.output
+
+
+def test_dangling_link_survives_the_check(tmp_path: Path) -> None:
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "target.png")
+    check_writable("--out", link, ".png")
+    assert link.is_symlink()
+
+
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    done = runner.invoke(app, ["demo"])
+    assert done.exit_code == 2
+    assert "the demo needs rich; install it with: pip install 'batchnorm[cli,torch]'" in done.output
