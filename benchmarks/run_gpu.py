@@ -25,12 +25,13 @@ from torch import Tensor
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from cases import Case, count_bytes
 from machine import describe_versions
+from timing import summarize
+
+from cases import Case, count_bytes
 from measure import check_variant
 from problem import check_solution, make_problem, solve
 from targets import RESULTS, Target, print_targets, quotient
-from timing import summarize
 from variants import make_unmasked, make_variants
 
 ROWS = (4194304, 64)  # 1 GiB of float32: any card's L2 cache is a small part of it
