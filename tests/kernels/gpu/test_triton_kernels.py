@@ -10,6 +10,7 @@ from torch import Tensor
 
 import batchnorm
 import torch_path
+from batchnorm.core.config import Options
 from batchnorm.core.layout import make_layout
 from batchnorm.kernels import cpu
 from batchnorm.kernels.triton import arguments, launch, tiling
@@ -224,3 +225,40 @@ def test_tiles_cover_an_array_within_the_limits(shape: tuple[int, ...], dtype: s
     assert cut.width * cut.length * cpu.BYTES[dtype] <= tiling.LIMITS.tile
     assert 1 <= cut.blocks * cut.parts <= max(tiling.LIMITS.programs, cut.parts)
     assert cut.blocks <= cut.tiles
+
+
+def test_a_step_in_halves_is_the_step() -> None:
+    """What a synchronized layer does, with an exchange between the halves."""
+    x, dy, nothing = torch.randn(40, 3), torch.randn(40, 3), arguments.Array(None)
+    mask = arguments.Mask((torch.rand(40) < 0.5).to(torch.uint8), 1, 1, 0)
+    layout = make_layout("test", (40, 3), 1)
+    geometry = cpu.find_geometry(layout, x.stride())
+    assert geometry is not None
+    plan = launch.Plan(layout, geometry, "float32")
+    parameters = arguments.Parameters(torch.rand(3), torch.rand(3))
+    found = []
+    for halves in (False, True):
+        y, dx, dgamma, dbeta = (
+            torch.empty(40, 3),
+            torch.empty(40, 3),
+            torch.empty(3),
+            torch.empty(3),
+        )
+        arrays = [arguments.Array(a, geometry.dense) for a in (x, dy, y, dx)]
+        gradients = arguments.Parameters(dgamma, dbeta)
+        kept = plan.forward(
+            *(arrays[0], nothing, mask, arrays[2], parameters, None, Options()),
+            batch=True,
+            update=False,
+            kept=plan.moments(arrays[0], mask) if halves else None,
+        )
+        if halves:
+            rows = (arrays[0], arrays[1], nothing)
+            sums = plan.reduce(*rows, nothing, mask, gradients, kept, Options())
+            plan.apply(*rows, arrays[3], nothing, mask, sums, kept, Options())
+        else:
+            rows = (arrays[0], arrays[1], nothing, arrays[3], nothing)
+            plan.backward(*rows, mask, gradients, kept, Options(), batch=True)
+        found.append((y, dx, dgamma, dbeta))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 5e-6
