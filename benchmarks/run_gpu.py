@@ -25,9 +25,8 @@ from torch import Tensor
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from machine import describe_versions
-from timing import summarize
-
+from batchnorm.benchmark.machine import describe_versions
+from batchnorm.benchmark.timing import summarize
 from cases import Case, count_bytes
 from measure import check_variant
 from problem import check_solution, make_problem, solve
