@@ -8,7 +8,7 @@ CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 FUZZ ?= 250
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test lint format bench dist docs pictures sanitize clean
+.PHONY: demo test lint format bench bench-gpu dist docs pictures sanitize clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -32,6 +32,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/run_jax.py
 	$(BIN)/python benchmarks/run_keras.py
+
+# Needs a CUDA device; writes benchmarks/results/gpu.json. Without one: --check-only.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/run_gpu.py $(GPU)
 
 # The site, in build/site; a link or reference that leads nowhere is an error.
 docs: $(VENV)/.installed

@@ -1,8 +1,13 @@
-"""Which tests a process collects: Keras has one backend a process, chosen before it is imported."""
+"""Which tests a process collects.
+
+Keras has one backend a process, and Triton interprets kernels or does not: both are decided by
+the environment before the import.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import pytest
 
@@ -16,6 +21,13 @@ else:
     collect_ignore_glob = [f"src/batchnorm/keras/backends/{name}*" for name in others]
 
 
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob.append("tests/kernels/gpu/*")
+if find_spec("triton") is None:  # there are wheels for Linux only
+    collect_ignore_glob += ["src/batchnorm/kernels/triton/*", "src/batchnorm/torch/launched.py"]
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the marker that Keras's own tests have."""
+    """Name the markers."""
     config.addinivalue_line("markers", "requires_trainable_backend: Keras's own")
+    config.addinivalue_line("markers", "gpu: runs on a CUDA device, skipped without one")

@@ -40,10 +40,10 @@ def measure(
     problem = make_problem(case)
     variants = (make_default_variants if default_only else make_variants)(problem)
     expected = solve(problem)
-    errors = {name: _check(name, problem, v, expected) for name, v in variants.items()}
+    errors = {name: check_variant(name, problem, v, expected) for name, v in variants.items()}
     if case.padded is not None and not default_only:
         name, variant, bare = "ours, no mask", make_unmasked(problem), _unmask(problem)
-        errors[name] = _check(name, bare, variant, solve(bare))
+        errors[name] = check_variant(name, bare, variant, solve(bare))
         variants[name] = variant
     del expected
     gc.collect()
@@ -99,7 +99,7 @@ def _describe(case: Case, size: int) -> dict[str, Any]:
     }
 
 
-def _check(name: str, problem: Problem, variant: Variant, expected: Expected) -> float:
+def check_variant(name: str, problem: Problem, variant: Variant, expected: Expected) -> float:
     """The variant's largest error, relative to 1 + |expected|, once it is known to be allowed."""
     y = variant.step().detach()
     if variant.copies:

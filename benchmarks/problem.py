@@ -25,6 +25,7 @@ class Problem:
         x, dy, residual: of the case's shape; the last or None.
         mask: true at real rows, x's shape without channels, or fewer axes; or None.
         gamma, beta, mean, var: per channel; the last two are running statistics.
+        fused: what this library's layers are told.
     """
 
     case: Case
@@ -36,6 +37,7 @@ class Problem:
     beta: Tensor
     mean: Tensor
     var: Tensor
+    fused: bool | None = None
 
     @property
     def real(self) -> Tensor | None:
@@ -56,9 +58,14 @@ class Expected:
     dresidual: Tensor | None = None
 
 
-def make_problem(case: Case) -> Problem:
-    """Random tensors: the same ones for the same case, whatever ran before."""
+def make_problem(case: Case, device: str = "cpu", fused: bool | None = None) -> Problem:
+    """Random tensors: the same ones for the same case and device, whatever ran before."""
     torch.manual_seed(0)
+    with torch.device(device):
+        return _make_problem(case, fused)
+
+
+def _make_problem(case: Case, fused: bool | None) -> Problem:
     channels, dtype = case.shape[1], getattr(torch, case.dtype)
     memory = torch.channels_last if case.channels_last else torch.contiguous_format
     x = torch.empty(case.shape, dtype=dtype, memory_format=memory).normal_()
@@ -78,6 +85,7 @@ def make_problem(case: Case) -> Problem:
         torch.randn(channels),
         torch.randn(channels),
         0.5 + torch.rand(channels),
+        fused,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from batchnorm.benchmark.torch_steps import pack, pick_layer
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.torch import BatchNorm, fused
+from batchnorm.torch import BatchNorm, compiled, fused
 from problem import EPS, Problem
 
 Step = Callable[[], Tensor]
@@ -49,7 +49,7 @@ def make_variants(problem: Problem) -> dict[str, Variant]:
         found = _activated(problem, ours)
     else:
         found = {"ours": _step(problem, ours, exact=True), "torch": _step(problem, _torch(problem))}
-        if case.copied:
+        if case.copied and problem.x.is_cpu and not problem.fused:
             found["ours, reused buffers"] = _reused(problem)
     if case.copied:
         found["copy"] = _copy(problem)
@@ -94,11 +94,15 @@ def _activated(problem: Problem, ours: nn.Module) -> dict[str, Variant]:
     def fused_step(x: Tensor, residual: Tensor | None = None) -> Tensor:
         return ours(x, residual=residual)
 
-    return {
+    found = {
         "ours": _step(problem, fused_step, exact=True),
         "torch": _step(problem, separate),
         "torch, in place": _step(problem, in_place),
     }
+    if problem.x.is_cuda:
+        torch._dynamo.reset()
+        found["torch, compiled"] = _step(problem, torch.compile(separate, dynamic=False))
+    return found
 
 
 def _step(
@@ -167,7 +171,7 @@ def _reused(problem: Problem) -> Variant:
     row, kind, threads = geometry.dense, cpu.TYPES["float32"], torch.get_num_threads()
 
     def step() -> Tensor:
-        state = fused.find_state(layer.weight, layer.bias, running)
+        state = compiled.find_state(layer.weight, layer.bias, running)
         kept = plan.forward(
             *(x.data_ptr(), row, 0, 0, 0, y.data_ptr(), row, *state),
             *(None, EPS, 0.9, True, True, True, threads),
@@ -199,7 +203,8 @@ def _formula(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _ours(problem: Problem) -> BatchNorm:
-    layer = BatchNorm(problem.x.shape[1], EPS, axis=1, activation=problem.case.activation)
+    case, channels = problem.case, problem.x.shape[1]
+    layer = BatchNorm(channels, EPS, axis=1, activation=case.activation, fused=problem.fused)
     return _load(layer, problem)
 
 
@@ -208,6 +213,7 @@ def _torch(problem: Problem) -> Any:
 
 
 def _load(layer: Any, problem: Problem) -> Any:
+    layer = layer.to(problem.x.device)
     with torch.no_grad():
         layer.weight.copy_(problem.gamma)
         layer.bias.copy_(problem.beta)

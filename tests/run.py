@@ -1,4 +1,4 @@
-"""All tests: those of each Keras backend in a process of its own, and one summary.
+"""All tests, in processes of their own what needs its own environment, and one summary.
 
 python tests/run.py -n 2 --dist worksteal     # arguments go to every pytest
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 KERAS = ["tests/keras", "src/batchnorm/keras"]
 PARTS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "everything but Keras": ([], {}),
+    "all but the parts below": ([], {}),
+    "GPU kernels, interpreted": (["tests/kernels/gpu"], {"TRITON_INTERPRET": "1"}),
     "Keras on TensorFlow": (KERAS, {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}),
     "Keras on JAX": (KERAS, {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}),
     "Keras on torch": (KERAS, {"KERAS_BACKEND": "torch"}),
@@ -23,7 +24,7 @@ PARTS: dict[str, tuple[list[str], dict[str, str]]] = {
 
 def main() -> int:
     """Run every part; 1 if one of them failed."""
-    clean = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
+    clean = {k: v for k, v in os.environ.items() if k not in ("KERAS_BACKEND", "TRITON_INTERPRET")}
     summary, failed = [], False
     for name, (paths, extra) in PARTS.items():
         print(f"\n=== {name}", flush=True)

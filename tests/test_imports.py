@@ -94,6 +94,8 @@ def test_source_imports_only_what_its_part_may(part: str) -> None:
     for path in (ROOT / part).rglob("*.py"):
         for module in _imports(path):
             top, *rest = module.split(".")
+            if part == "kernels" and "triton" in path.parts and top in ("torch", "triton"):
+                continue  # the only kernels that know a framework
             if top == "batchnorm":
                 used = rest[0] if rest else ""
                 assert used in {part} | (ALLOWED[part] & PARTS), f"{path}: {module}"
@@ -136,3 +138,4 @@ def test_show_config_reports_versions_and_kernels(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert f"batchnorm   {batchnorm.__version__}" in shown
     assert "kernels     compiled, " in shown
+    assert "on GPUs     " in shown

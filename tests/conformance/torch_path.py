@@ -26,23 +26,24 @@ def run(
     compiled: str | None = None,
     fused: bool | None = None,
     synchronized: bool = False,
+    device: str = "cpu",
 ) -> Result:
     """Run a case through `BatchNorm`; `compiled` names a torch.compile backend."""
-    layer = _layer(case, data, fused)
+    layer = _layer(case, data, fused, device)
     layer.synchronized = synchronized
     dtype = getattr(torch, case.dtype)
-    x = torch.tensor(data.x, dtype=dtype, requires_grad=True)
+    x = torch.tensor(data.x, dtype=dtype, device=device, requires_grad=True)
     residual = None
     if data.residual is not None:
-        residual = torch.tensor(data.residual, dtype=dtype, requires_grad=True)
-    mask = None if data.mask is None else torch.tensor(data.mask)
+        residual = torch.tensor(data.residual, dtype=dtype, device=device, requires_grad=True)
+    mask = None if data.mask is None else torch.tensor(data.mask, device=device)
     call: Any = layer
     if compiled:
         torch._dynamo.reset()
         call = torch.compile(layer, fullgraph=True, backend=compiled)
     y = call(x, mask, residual)
     assert y.dtype == dtype
-    y.backward(torch.tensor(data.dy, dtype=dtype))
+    y.backward(torch.tensor(data.dy, dtype=dtype, device=device))
     found = {f: _numpy(getattr(layer, b, None)) for f, b in _BUFFERS.items()}
     return Result(
         _numpy(y),
@@ -54,7 +55,7 @@ def run(
     )
 
 
-def _layer(case: Case, data: Data, fused: bool | None) -> BatchNorm:
+def _layer(case: Case, data: Data, fused: bool | None, device: str) -> BatchNorm:
     adjusted = None
     if case.adjusted:
         adjusted = (torch.tensor(data.s), torch.tensor(data.t))
@@ -66,6 +67,7 @@ def _layer(case: Case, data: Data, fused: bool | None) -> BatchNorm:
         affine=case.gamma,
         axis=case.axis,
         bias=case.beta,
+        device=device,
         dtype=torch.float64 if case.dtype == "float64" else torch.float32,
         virtual_batch_size=case.ghost,
         renorm=case.renorm is not None,
@@ -87,4 +89,4 @@ def _layer(case: Case, data: Data, fused: bool | None) -> BatchNorm:
 
 
 def _numpy(a: Any) -> np.ndarray | None:
-    return None if a is None else a.detach().double().numpy()
+    return None if a is None else a.detach().double().cpu().numpy()

@@ -603,7 +603,7 @@ def test_mask_per_channel_is_refused_by_fused():
 
 
 def test_meta_device_is_refused_by_fused():
-    with pytest.raises(ValueError, match=REASON.format("there is none for .* device meta")):
+    with pytest.raises(ValueError, match=REASON.format("there is none for device meta")):
         BatchNorm(3, fused=True, device="meta")(torch.randn(4, 3, device="meta"))
 
 

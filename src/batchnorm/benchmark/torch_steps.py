@@ -41,7 +41,7 @@ def pack(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
     def forward(x: Tensor, mask: Tensor) -> Tensor:
         rows = x.movedim(1, -1)
-        y = torch.zeros(rows.shape, dtype=x.dtype)
+        y = torch.zeros(rows.shape, dtype=x.dtype, device=x.device)
         return y.index_put_((mask,), layer(rows[mask])).movedim(-1, 1)
 
     return forward

@@ -19,6 +19,7 @@ except ImportError as error:
     _reason = f"the compiled extension is missing ({error})"
 
 TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Rows of what a forward step keeps: Statistics::Row in native/batchnorm.hpp.
 STATISTICS = {
     name: row

@@ -1,10 +1,22 @@
-"""Which kernel serves a call, or why none does."""
+"""Which kernel serves a call, or why none does.
+
+On a GPU the kernels are this library's own, and torch's (ATen, cuDNN) are never chosen. In
+training torch's subtract a mean that is one float32, and miss S3 as soon as the mean exceeds some
+hundred deviations, which no one can know before the data has been read; nor do they take masks,
+groups, or a finite row count. In evaluation they would move the same bytes as ours.
+"""
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from batchnorm.kernels import cpu
+
+_TRITON = (3, 7)  # 3.7 takes named tuples of arguments, and double-precision numbers
 
 
 class Choice(NamedTuple):
@@ -15,34 +27,62 @@ class Choice(NamedTuple):
 
 
 def extension_status() -> Choice:
-    """Whether this installation holds compiled kernels."""
+    """Whether this installation holds compiled kernels for the CPU."""
     missing = cpu.missing_reason()
     if missing is not None:
         return Choice(None, missing)
     return Choice("cpu", f"compiled, {cpu.instructions()} instructions")
 
 
-def select_kernel(device: str, dtype: str, *, adjusted: bool, per_channel_mask: bool) -> Choice:
+@lru_cache(maxsize=1)
+def triton_status() -> Choice:
+    """Whether this installation can compile kernels for a GPU; imports nothing."""
+    needs = f"triton {_TRITON[0]}.{_TRITON[1]} or newer"
+    if find_spec("triton") is None:
+        return Choice(None, f"{needs} is not installed (pip install 'batchnorm[gpu]')")
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return Choice(None, f"the version of triton is unknown, and {needs} is needed")
+    if tuple(int(part) for part in found.split(".")[:2]) < _TRITON:
+        return Choice(None, f"{needs} is needed, and {found} is installed")
+    return Choice("triton", f"triton {found}")
+
+
+def is_interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on any device: for tests without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def select_kernel(
+    device: str, dtype: str, *, adjusted: bool, per_channel_mask: bool, demanded: bool = False
+) -> Choice:
     """The kernel for a call.
 
     Args:
-        device: of the input, by name ("cpu").
+        device: of the input, by name ("cpu", "cuda").
         dtype: of the input, by name ("float32").
         adjusted: whether an adjustment applies (S13).
         per_channel_mask: whether the mask differs between channels (S1 c).
+        demanded: whether the caller will take no other path. On the CPU that reaches the GPU's
+            kernels where Triton interprets them.
+
+    Returns:
+        Choice: "cpu" (compiled), "triton", or None and why.
     """
-    status = extension_status()
+    if device not in ("cpu", "cuda"):
+        return Choice(None, f"there is none for device {device}")
+    interpreted = device == "cpu" and demanded and is_interpreting()
+    status = triton_status() if device == "cuda" or interpreted else extension_status()
     if status.kernel is None:
         return status
-    if device != "cpu":
-        return Choice(None, f"there is none for device {device}")
     if dtype not in cpu.TYPES:
         return Choice(None, f"there is none for {dtype}")
     if adjusted:
         return Choice(None, "none takes an adjustment")
     if per_channel_mask:
         return Choice(None, "none takes a mask that differs between channels")
-    return Choice("cpu")
+    return Choice(status.kernel)
 
 
 def refuse_fused(owner: str, reason: str) -> ValueError:

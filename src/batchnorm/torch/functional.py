@@ -219,6 +219,8 @@ def normalize(
             adjusted,
             options.activation,
             None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
+            x.device.type,
+            fused is True,
         )
         layout = prepared.layout
     else:
@@ -271,7 +273,7 @@ def _by_kernel(
     refusal = (
         prepared.refusal
         or kernels.refuse_parameters(parameters)
-        or kernels.refuse_tensors((x, mask, *parameters, residual), running)
+        or kernels.refuse_tensors(x, (mask, *parameters, residual), running)
     )
     if refusal is None and part is not None and prepared.layout.groups is not None:
         refusal = "none merges the averages of ghost batches over ranks"

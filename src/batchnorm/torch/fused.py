@@ -1,7 +1,8 @@
-"""The compiled kernels as one differentiable function, with the plain path behind it.
+"""The kernels as one differentiable function, with the plain path behind it.
 
-Everything a step does runs in two calls of the extension, one forward and one backward. What the
-kernels cannot do, transformations and higher derivatives, goes to the differentiable path (S8).
+Everything a step does runs in two calls of the kernels, one forward and one backward: those of
+the extension (`compiled`) or, on a GPU, those of Triton (`launched`). What the kernels cannot do,
+transformations and higher derivatives, goes to the differentiable path (S8).
 
 A small step is dominated by what surrounds the kernels, so that what depends on shapes and
 options alone is found once (`prepare`), and the rest is kept short.
@@ -18,10 +19,9 @@ from torch.autograd.graph import increment_version
 from batchnorm.core import config
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
-from batchnorm.kernels import cpu
+from batchnorm.torch import compiled
 from batchnorm.torch.kernel_merge import merge_kept, total_of_kernel
 from batchnorm.torch.prepared import (
-    NAMES,
     Prepared,
     empty_output,
     has_memory,
@@ -31,7 +31,6 @@ from batchnorm.torch.prepared import (
     rearrange,
     refuse_parameters,
     refuse_tensors,
-    row_of,
 )
 from batchnorm.torch.replay import differentiable_backward
 from batchnorm.torch.runtime import StepHistory
@@ -40,7 +39,7 @@ from batchnorm.torch.synchronize import Participation
 __all__ = [
     "Call",
     "Prepared",
-    "find_state",
+    "find_passes",
     "is_plain",
     "normalize",
     "prepare",
@@ -48,8 +47,6 @@ __all__ = [
     "refuse_tensors",
     "run",
 ]
-
-_CODES = {dtype: cpu.TYPES[name] for dtype, name in NAMES.items()}
 
 
 class Call:
@@ -84,7 +81,7 @@ class Call:
         self.prepared = prepared
         self.mask = mask
         self.running = running
-        self.state = state  # from `find_state`
+        self.state = state  # the per-channel tensors as the kernels take them
         self.options = options
         self.batch = batch  # normalize by the batch's own statistics
         self.update = update  # move the running ones
@@ -98,21 +95,17 @@ class Call:
         return self.options.renorm is not None and self.batch and self.running is not None
 
 
-def find_state(
-    weight: Tensor | None, bias: Tensor | None, running: Running | None
-) -> tuple[int, ...]:
-    """Addresses and types of the per-channel tensors, as the kernels take them."""
-    mean, var, batches = (None, None, None) if running is None else running[:3]
-    return (
-        0 if weight is None else weight.data_ptr(),
-        2 if weight is None else _CODES[weight.dtype],
-        0 if bias is None else bias.data_ptr(),
-        2 if bias is None else _CODES[bias.dtype],
-        0 if mean is None else mean.data_ptr(),
-        2 if mean is None else _CODES[mean.dtype],
-        0 if var is None else var.data_ptr(),
-        0 if batches is None else batches.data_ptr(),
-    )
+def find_passes(prepared: Prepared) -> Any:
+    """The kernels that serve such calls: `compiled` or `launched`, modules of one interface.
+
+    In both, outputs are tensors to be filled, None where they are not wanted, and `kept` is what
+    a forward step leaves for its backward step.
+    """
+    if prepared.kernel == "cpu":
+        return compiled
+    from batchnorm.torch import launched  # imports Triton
+
+    return launched
 
 
 def normalize(
@@ -159,7 +152,8 @@ def normalize(
         bias = bias.contiguous()
     if residual is not None:
         residual = like(residual, x, prepared)
-    state = find_state(weight, bias, running)
+    passes = find_passes(prepared)
+    state = passes.find_state(weight, bias, running)
     residuals = residual is not None
     call = Call(prepared, mask, running, state, options, batch, update, residuals, None, part)
     if call.renorm:
@@ -167,7 +161,7 @@ def normalize(
         if again:  # the statistics have moved since the step that is recomputed
             moments = find_moments(call, x)
             call.running = history.recall(owner, running.renorm_mean, moments)
-            call.state = find_state(weight, bias, call.running)
+            call.state = passes.find_state(weight, bias, call.running)
         else:
             call.history = history
     return run(call, x, weight, bias, residual)
@@ -184,7 +178,7 @@ def run(
         or (residual is not None and residual.requires_grad)
     ):
         return _apply(x, weight, bias, residual, call)
-    return _forward(call, x, residual)[0]
+    return _forward(call, x, weight, bias, residual)[0]
 
 
 class _Fused(torch.autograd.Function):
@@ -199,7 +193,7 @@ class _Fused(torch.autograd.Function):
         residual: Tensor | None,
         call: Call,
     ) -> Tensor:
-        y, ctx.kept = _forward(call, x, residual)
+        y, ctx.kept = _forward(call, x, weight, bias, residual)
         ctx.save_for_backward(x, weight, call.mask, None if call.options.activation is None else y)
         ctx.memory = _memory(x, call.mask, y)
         ctx.renorm, ctx.bias_type = call.renorm, None if bias is None else bias.dtype
@@ -218,7 +212,8 @@ class _Fused(torch.autograd.Function):
             # Hooks on saved tensors may bring them back in other memory.
             or _memory(x, mask, y) != (*ctx.memory[:2], None if y is None else ctx.memory[2])
         ):
-            return differentiable_backward(ctx, dy, x, weight, mask, y)
+            passes = find_passes(ctx.call.prepared)
+            return differentiable_backward(passes, ctx, dy, x, weight, mask, y)
         return _backward(ctx, dy, x, weight, mask, y)
 
 
@@ -235,39 +230,18 @@ def _memory(x: Tensor, mask: Tensor | None, y: Tensor | None) -> tuple[Any, ...]
 _apply: Any = super(torch.autograd.Function, _Fused).apply
 
 
-def _forward(call: Call, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Any]:
+def _forward(
+    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Any]:
     """y, and what the kernels keep for the backward step."""
-    prepared, options, running, mask = call.prepared, call.options, call.running, call.mask
-    geometry = prepared.geometry
-    assert geometry is not None
+    prepared, running = call.prepared, call.running
     y = empty_output(x, prepared)
-    before, renorm = None, None
-    if call.renorm:
+    before = None
+    if call.history is not None:
         assert running is not None
-        renorm = _renorm(options.renorm, running)
-        if call.history is not None:
-            before = Running(*(None if a is None else a.clone() for a in running))
+        before = Running(*(None if a is None else a.clone() for a in running))
     merged = None if call.part is None else _find_kept(call, x)
-    kept = prepared.plan.forward(
-        x.data_ptr(),
-        geometry.row,
-        0 if residual is None else residual.data_ptr(),
-        0 if residual is None else row_of(residual, x, prepared),
-        0 if mask is None else mask.data_ptr(),
-        y.data_ptr(),
-        geometry.dense,
-        *call.state,
-        renorm,
-        options.eps,
-        -1.0 if options.decay is None else options.decay,
-        call.batch,
-        call.update,
-        options.unbiased,
-        torch.get_num_threads(),
-        merged,
-    )
-    if kept is None:
-        kept = merged
+    kept = find_passes(prepared).forward(call, x, weight, bias, residual, y, merged)
     if call.update:
         assert running is not None
         increment_version([a for a in running if a is not None])
@@ -289,43 +263,24 @@ def _backward(
     call: Call = ctx.call
     wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
     prepared, gated = call.prepared, call.options.activation is not None
-    geometry = prepared.geometry
-    assert geometry is not None
-    dense = geometry.dense
     dy = like(dy, x, prepared)
     dx = empty_output(x, prepared) if wants_x or (gated and wants_residual) else None
     dresidual = empty_output(x, prepared) if gated and wants_residual else None
-    dweight = None
+    channels, dweight, dbias = prepared.layout.channels, None, None
     if wants_weight:
         assert weight is not None
-        dweight = torch.empty(prepared.layout.channels, dtype=weight.dtype)
-    dbias = torch.empty(prepared.layout.channels, dtype=ctx.bias_type) if wants_bias else None
-    threads = torch.get_num_threads()
+        dweight = torch.empty(channels, dtype=weight.dtype, device=x.device)
+    if wants_bias:
+        dbias = torch.empty(channels, dtype=ctx.bias_type, device=x.device)
     # y decides where the activation's input was not x's doing alone.
-    rows = (
-        dy.data_ptr(),
-        row_of(dy, x, prepared),
-        x.data_ptr(),
-        geometry.row,
-        0 if y is None or not call.residual else y.data_ptr(),
-        dense,
-        0 if mask is None else mask.data_ptr(),
-    )
-    into = (0 if dx is None else dx.data_ptr(), dense)
-    residuals = (0 if dresidual is None else dresidual.data_ptr(), dense)
-    parameters = (
-        0 if dweight is None else dweight.data_ptr(),
-        2 if dweight is None else _CODES[dweight.dtype],
-        0 if dbias is None else dbias.data_ptr(),
-        2 if dbias is None else _CODES[dbias.dtype],
-    )
-    plan, kept = prepared.plan, ctx.kept
+    rows = (dy, x, y if call.residual else None, mask)
+    passes = find_passes(prepared)
     if call.part is None or not wants_x:
-        plan.backward(*rows, *into, *residuals, *parameters, kept, call.batch, threads)
+        passes.backward(call, *rows, dx, dresidual, dweight, dbias, ctx.kept)
     else:
-        arguments = (*rows, *residuals, *parameters, kept, threads)
-        total = total_of_kernel(lambda: plan.reduce(*arguments), call.part)
-        plan.apply(*rows, *into, *residuals, total, kept, threads)
+        arguments = (call, *rows, dresidual, dweight, dbias, ctx.kept)
+        sums = total_of_kernel(lambda: passes.reduce(*arguments), call.part, x.device)
+        passes.apply(call, *rows, dx, dresidual, sums, ctx.kept)
     if wants_residual and not gated:
         dresidual = dy
     return dx if wants_x else None, dweight, dbias, dresidual, None
@@ -338,26 +293,13 @@ def find_moments(call: Call, x: Tensor) -> Moments:
 
 def _find_kept(call: Call, x: Tensor) -> Any:
     """What the first pass of a forward step keeps, merged with what it keeps on other ranks."""
-    prepared = call.prepared
-    assert prepared.geometry is not None
-    mask = 0 if call.mask is None else call.mask.data_ptr()
-    threads = torch.get_num_threads()
-    arguments = (x.data_ptr(), prepared.geometry.row, mask, threads)
+    passes = find_passes(call.prepared)
     if call.part is None:
-        return prepared.plan.moments(*arguments)
-    return merge_kept(lambda: prepared.plan.moments(*arguments), call.part)
+        return passes.moments(call, x)
+    return merge_kept(passes, lambda: passes.moments(call, x), call.part, x.device)
 
 
 def _moments(call: Call, kept: Any) -> Moments:
-    shape = call.prepared.layout.moments
-    mean, var = (
-        torch.from_numpy(kept.row(cpu.STATISTICS[name])).clone().reshape(shape)
-        for name in ("mean", "var")
-    )
-    return Moments(torch.from_numpy(kept.count()).clone(), mean, var)
-
-
-def _renorm(renorm: config.Renorm | None, running: Running) -> tuple[Any, ...]:
-    assert renorm is not None
-    addresses = (a.data_ptr() for a in running[3:] if a is not None)
-    return (*addresses, renorm.decay, renorm.rmin, renorm.rmax, renorm.dmax)
+    passes, shape = find_passes(call.prepared), call.prepared.layout.moments
+    mean, var = (passes.row(kept, name).clone().reshape(shape) for name in ("mean", "var"))
+    return Moments(passes.count(kept).clone(), mean, var)

@@ -5,38 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import cpu
 from batchnorm.torch.synchronize import Participation, find_by_key
 
 __all__ = ["merge_kept", "moments_of_kernel", "total_of_kernel"]
 
 
-def merge_kept(find: Callable[[], Any], part: Participation) -> Any:
+def merge_kept(
+    passes: Any, find: Callable[[], Any], part: Participation, device: torch.device
+) -> Any:
     """What a kernel's first pass leaves, merged with what it leaves on other ranks."""
     synchronizer, channels = find_by_key(part.key), part.channels
-    expected = synchronizer.expect(part.text, 2 * channels + 1, "forward")
+    expected = None
+    if device.type == "cpu":
+        expected = synchronizer.expect(part.text, 2 * channels + 1, "forward")
     kept = find()
-    local = moments_of_kernel(kept)
+    local = moments_of_kernel(passes, kept)
     merged = synchronizer.merge(local, part.text, channels, False, expected)
-    count, mean, var = np.split(merged.numpy(), [1, 1 + channels])
-    kept.count()[:] = count
-    for name, value in {"mean": mean, "low": 0.0, "var": var}.items():
-        kept.row(cpu.STATISTICS[name])[:] = value
+    count, mean, var = torch.split(merged, [1, channels, channels])
+    passes.count(kept).copy_(count)
+    for name, value in (("mean", mean), ("low", torch.zeros_like(mean)), ("var", var)):
+        passes.row(kept, name).copy_(value)
     return kept
 
 
-def total_of_kernel(reduce: Callable[[], Any], part: Participation) -> Any:
+def total_of_kernel(
+    reduce: Callable[[], Tensor], part: Participation, device: torch.device
+) -> Tensor:
     """The sums of a kernel's gradient reduction, of all ranks."""
-    synchronizer = find_by_key(part.key)
-    expected = synchronizer.expect(part.text, 2 * part.channels, "backward")
-    return synchronizer.total(torch.from_numpy(reduce()), part.text, expected).numpy()
+    synchronizer, expected = find_by_key(part.key), None
+    if device.type == "cpu":
+        expected = synchronizer.expect(part.text, 2 * part.channels, "backward")
+    return synchronizer.total(reduce(), part.text, expected)
 
 
-def moments_of_kernel(kept: Any) -> Tensor:
+def moments_of_kernel(passes: Any, kept: Any) -> Tensor:
     """The moments that a kernel keeps, as a vector."""
-    count, mean, var = kept.count(), *(kept.row(cpu.STATISTICS[n]) for n in ("mean", "var"))
-    return torch.from_numpy(np.concatenate([count, mean, var]))
+    return torch.cat([passes.count(kept), *(passes.row(kept, n) for n in ("mean", "var"))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.kernels.select import select_kernel
+from batchnorm.kernels.select import select_kernel, triton_status
 
 NAMES = {
     torch.float16: "float16",
@@ -35,10 +36,12 @@ class Prepared(NamedTuple):
     Attributes:
         layout: of x.
         refusal: why no kernel serves such calls, or None.
-        plan: compiled side; None where x or the mask must be copied into other memory first.
+        plan: the kernels' side; None where x or the mask must be copied into other memory first.
         geometry: of x's memory; None like plan.
         mask_shape: the mask's shape in x's rank, or None.
         gapped: whether there are gaps between the rows of x, which outputs do not have.
+        kernel: which kernels, "cpu" or "triton".
+        view: how the mask is read, or None.
     """
 
     layout: Layout
@@ -47,6 +50,8 @@ class Prepared(NamedTuple):
     geometry: cpu.Geometry | None = None
     mask_shape: tuple[int, ...] | None = None
     gapped: bool = False
+    kernel: str = "cpu"
+    view: cpu.MaskView | None = None
 
 
 @lru_cache(maxsize=4096)
@@ -60,8 +65,18 @@ def prepare(
     adjusted: bool,
     activation: str | None,
     mask: tuple[tuple[int, ...], tuple[int, ...], int] | None,
+    device: str = "cpu",
+    demanded: bool = False,
 ) -> Prepared:
-    """Decide how calls of these shapes run; `mask` is its shape, strides and bytes an element.
+    """Decide how calls of these shapes run.
+
+    Args:
+        owner: whose name error messages carry.
+        shape, strides, dtype: of x.
+        axis, virtual_batch_size, adjusted, activation: the options that matter.
+        mask: its shape, strides and bytes an element, or None.
+        device: of x, its kind.
+        demanded: whether fused=True demands a kernel.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -70,21 +85,60 @@ def prepare(
     layout = make_layout(owner, tuple(shape), axis, virtual_batch_size)
     mask_shape = None if mask is None else layout.mask_shape(tuple(mask[0]), owner)
     per_channel = mask_shape is not None and any(mask_shape[a] != 1 for a in layout.channel_axes)
-    choice = select_kernel("cpu", NAMES[dtype], adjusted=adjusted, per_channel_mask=per_channel)
+    choice = select_kernel(
+        device,
+        NAMES[dtype],
+        adjusted=adjusted,
+        per_channel_mask=per_channel,
+        demanded=demanded,
+    )
     if choice.kernel is None:
+        _warn_without_triton(device)
         return Prepared(layout, choice.reason)
     geometry = cpu.find_geometry(layout, strides)
+    unsuited = Prepared(layout, None, mask_shape=mask_shape, kernel=choice.kernel)
     if geometry is None:
-        return Prepared(layout, None, mask_shape=mask_shape)
+        return unsuited
     view, width = None, 1
     if mask is not None:
         assert mask_shape is not None
         width = mask[2]
         view = cpu.view_mask(geometry, shape, mask_shape, _strides_in(mask_shape, mask))
         if view is None:
-            return Prepared(layout, None, mask_shape=mask_shape)
-    plan = cpu.make_plan(layout, geometry, NAMES[dtype], activation, view, width, _TEAM)
-    return Prepared(layout, None, plan, geometry, mask_shape, geometry.row != geometry.dense)
+            return unsuited
+    return _with_plan(unsuited, geometry, dtype, activation, view, width)
+
+
+def _with_plan(
+    prepared: Prepared,
+    geometry: cpu.Geometry,
+    dtype: torch.dtype,
+    activation: str | None,
+    view: cpu.MaskView | None,
+    mask_width: int,
+) -> Prepared:
+    layout, name = prepared.layout, NAMES[dtype]
+    if prepared.kernel == "cpu":
+        plan = cpu.make_plan(layout, geometry, name, activation, view, mask_width, _TEAM)
+    else:
+        from batchnorm.kernels.triton.launch import Plan  # imports Triton
+
+        plan = Plan(layout, geometry, name)
+    gapped = geometry.row != geometry.dense
+    return prepared._replace(plan=plan, geometry=geometry, gapped=gapped, view=view)
+
+
+@lru_cache(maxsize=1)
+def _warn_without_triton(device: str) -> None:
+    """Say once that a GPU's kernels are missing."""
+    status = triton_status()
+    if device == "cuda" and status.kernel is None:
+        warnings.warn(
+            f"batchnorm: {status.reason}; on GPUs layers use plain array code, which moves "
+            "several times the bytes.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def rearrange(
@@ -116,9 +170,7 @@ def rearrange(
             mask = dense.permute([order.index(a) for a in range(x.dim())])
             view = cpu.view_mask(geometry, layout.shape, tuple(sizes), mask.stride())
             prepared = prepared._replace(mask_shape=tuple(sizes))
-    plan = cpu.make_plan(layout, geometry, NAMES[x.dtype], activation, view, width, _TEAM)
-    gapped = geometry.row != geometry.dense
-    return x, mask, prepared._replace(plan=plan, geometry=geometry, gapped=gapped)
+    return x, mask, _with_plan(prepared, geometry, x.dtype, activation, view, width)
 
 
 def _strides_in(
@@ -173,12 +225,15 @@ def refuse_parameters(parameters: Sequence[Tensor | None]) -> str | None:
     return None
 
 
-def refuse_tensors(tensors: Sequence[Tensor | None], running: Running | None) -> str | None:
-    """What the kernels have against these tensors, or None."""
-    for a in tensors:
+def refuse_tensors(
+    x: Tensor, tensors: Sequence[Tensor | None], running: Running | None
+) -> str | None:
+    """What the kernels that serve x have against x and these tensors, or None."""
+    device = x.device
+    for a in (x, *tensors):
         if a is None:
             continue
-        if not (a.is_cpu and type(a) in _PLAIN):
+        if not (a.device == device and type(a) in _PLAIN):
             return f"there is none for a {type(a).__name__} on device {a.device}"
         if a.is_neg():
             return "it reads memory, where a lazily negated tensor holds other values"
@@ -189,16 +244,16 @@ def refuse_tensors(tensors: Sequence[Tensor | None], running: Running | None) ->
         return f"it keeps float32 or float64 statistics, and got {dtype}"
     for a in (running.mean, running.var, *running[3:]):
         if a is not None and not (
-            a.is_cpu
+            a.device == device
             and type(a) in _PLAIN
             and a.dtype is dtype
             and a.is_contiguous()
             and not a.is_neg()
         ):
-            return "it takes contiguous running statistics of one type, on the CPU"
+            return f"it takes contiguous running statistics of one type, on {device}"
     batches = running.batches
-    if batches is not None and not (batches.is_cpu and batches.dtype is torch.int64):
-        return f"it counts batches in int64 on the CPU, and got {batches.dtype}"
+    if batches is not None and not (batches.device == device and batches.dtype is torch.int64):
+        return f"it counts batches in int64 on {device}, and got {batches.dtype}"
     return None
 
 
@@ -208,7 +263,7 @@ def empty_output(x: Tensor, prepared: Prepared) -> Tensor:
         return torch.empty_like(x)
     assert prepared.geometry is not None
     strides = cpu.dense_strides(prepared.geometry, prepared.layout.shape)
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
 def like(a: Tensor, x: Tensor, prepared: Prepared) -> Tensor:

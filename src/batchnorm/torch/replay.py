@@ -16,13 +16,13 @@ from batchnorm.core.normalize import (
     normalize_running,
 )
 from batchnorm.core.synchronize import recentre
-from batchnorm.kernels import cpu
 from batchnorm.torch.kernel_merge import moments_of_kernel
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.rank_merge import RankMerge
 
 
 def differentiable_backward(
+    passes: Any,
     ctx: Any,
     dy: Tensor,
     x: Tensor,
@@ -42,7 +42,7 @@ def differentiable_backward(
     found: list[Any] = []
     if inputs:
         with torch.enable_grad():
-            z = _replay(call, ctx, x.to(work), weight, real)
+            z = _replay(passes, call, ctx, x.to(work), weight, real)
             z = z.to(x.dtype)
         again = torch.is_grad_enabled()
         found = list(torch.autograd.grad(z, inputs, dy, create_graph=again))
@@ -56,12 +56,14 @@ def differentiable_backward(
     return dx, dweight, dbias, dy if wants_residual else None, None
 
 
-def _replay(call: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
+def _replay(
+    passes: Any, call: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tensor | None
+) -> Tensor:
     """What the forward step made of x and gamma, in differentiable operations."""
     layout, options = call.prepared.layout, call.options
 
     def row(name: str) -> Tensor:
-        values = torch.from_numpy(ctx.kept.row(cpu.STATISTICS[name]))
+        values = passes.row(ctx.kept, name)
         return values.to(x.dtype, copy=True).reshape(layout.statistics)
 
     affine = Affine(gamma=layout.expand(None if weight is None else weight.to(x.dtype), XP))
@@ -73,7 +75,7 @@ def _replay(call: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tensor 
     split, real = layout.split(x, XP), layout.split(mask, XP)
     centred = centre(split, real, layout.reduced, eps=options.eps, xp=XP)
     if call.part is not None:
-        merge = RankMerge(call.part, options.eps, moments_of_kernel(ctx.kept))
+        merge = RankMerge(call.part, options.eps, moments_of_kernel(passes, ctx.kept))
         centred = recentre(split, real, merge.moments(centred), XP)
     # Where a group is empty all its rows are padding, whose values no gradient depends on.
     fallback = (torch.zeros_like(centred.power), torch.ones_like(centred.power))

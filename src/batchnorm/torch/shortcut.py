@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchnorm.core import config
 from batchnorm.core.running import Running
-from batchnorm.torch import fused, masking
+from batchnorm.torch import compiled, fused, masking
 
 if TYPE_CHECKING:
     from batchnorm.torch.layers import BatchNorm
@@ -87,7 +87,7 @@ class Shortcut:
         # What may change about a tensor that stays the same object.
         self.tensors = [(a, None if a is None else (a.data_ptr(), a.dtype, a.shape)) for a in state]
         self.running = None if statistics[0] is None else Running(*statistics)
-        self.addresses = fused.find_state(weight, bias, self.running)
+        self.addresses = compiled.find_state(weight, bias, self.running)
         self.prepared, self.options = prepared, options
         self.batch, self.update = batch, update
 
@@ -154,7 +154,11 @@ def find_shortcut(layer: BatchNorm, x: Tensor, options: config.Options) -> Short
     )
     weight, bias, mean, var, batches = state
     running = None if mean is None else Running(mean, var, batches)
-    if prepared.plan is None or fused.refuse_tensors((weight, bias), running) is not None:
+    if (
+        prepared.kernel != "cpu"
+        or prepared.plan is None
+        or fused.refuse_tensors(x, (weight, bias), running) is not None
+    ):
         return None
     if any(a is not None and not a.is_contiguous() for a in (weight, bias)):
         return None

@@ -1,0 +1,267 @@
+"""Speed of the GPU's kernels against torch's and what people write by hand, on a CUDA device.
+
+    python benchmarks/run_gpu.py                # all of it; writes benchmarks/results/gpu.json
+    python benchmarks/run_gpu.py --case rows    # a few cases; writes nothing
+    python benchmarks/run_gpu.py --check-only   # small shapes, no times; without a GPU too
+
+Each variant's results are compared with float64 before it is timed. Times are those of CUDA
+events around a block of steps, in turns; small shapes are also timed as replayed CUDA graphs.
+Without a GPU, `--check-only` runs the kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():  # before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from batchnorm.benchmark.machine import describe_versions
+from batchnorm.benchmark.timing import summarize
+from cases import Case, count_bytes
+from measure import check_variant
+from problem import check_solution, make_problem, solve
+from targets import RESULTS, Target, print_targets, quotient
+from variants import make_unmasked, make_variants
+
+ROWS = (4194304, 64)  # 1 GiB of float32: any card's L2 cache is a small part of it
+IMAGE = (256, 256, 56, 56)
+_SECONDS, _LEAST, _BLOCK = 2.0, 15, 0.02  # of taking turns; rounds; of one turn
+GRAPH = ", graph"
+
+
+def _make_cases() -> list[Case]:
+    cases = []
+    for dtype in ("float32", "bfloat16"):
+        kind = {"dtype": dtype, "copied": True}
+        cases += [
+            Case(f"rows-{dtype}", "(4194304, 64)", ROWS, **kind),
+            Case(f"image-{dtype}", "(256, 256, 56, 56)", IMAGE, **kind),
+            Case(
+                f"image-last-{dtype}",
+                "(256, 256, 56, 56), channels last",
+                IMAGE,
+                channels_last=True,
+                **kind,
+            ),
+            Case(f"mask-rows-{dtype}", "(4194304, 64), half padded", ROWS, padded=0.5, **kind),
+            Case(
+                f"mask-image-{dtype}", "(256, 256, 56, 56), half padded", IMAGE, padded=0.5, **kind
+            ),
+            Case(
+                f"add-relu-{dtype}",
+                "(256, 256, 56, 56), add, ReLU",
+                IMAGE,
+                activation="relu",
+                residual=True,
+                **kind,
+            ),
+        ]
+    cases += [
+        Case("small-rows", "(32, 64)", (32, 64)),
+        Case("small-image", "(32, 64, 7, 7)", (32, 64, 7, 7)),
+    ]
+    return cases
+
+
+CASES = _make_cases()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = _parse()
+    chosen = [c for c in CASES if not options.case or any(n in c.name for n in options.case)]
+    if not chosen:
+        sys.exit(
+            f"run_gpu: no case has a name like {options.case}; there are "
+            f"{', '.join(c.name for c in CASES)}."
+        )
+    if options.check_only:
+        for case in chosen:
+            _check_small(case)
+        return
+    if not torch.cuda.is_available():
+        sys.exit("run_gpu: there is no CUDA device here; --check-only compares results without.")
+    record = _describe_run() | {"cases": {case.name: _measure(case) for case in chosen}}
+    record["targets"] = [target.judge(record) for target in TARGETS]
+    _print(record)
+    if not options.case:
+        (RESULTS / "gpu.json").write_text(json.dumps(record, indent=2) + "\n")
+        print(f"Written: {RESULTS / 'gpu.json'}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure batchnorm against torch on a GPU.")
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only cases with NAME in their name; may be repeated",
+    )
+    parser.add_argument("--check-only", action="store_true", help="small shapes, and no times")
+    return parser.parse_args()
+
+
+def _describe_run() -> dict[str, Any]:
+    card = torch.cuda.get_device_properties(0)
+    return {
+        "measured": True,
+        "command": " ".join(["python", "benchmarks/run_gpu.py", *sys.argv[1:]]),
+        "card": card.name,
+        "multiprocessors": card.multi_processor_count,
+        "memory, GiB": round(card.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "versions": describe_versions("torch", "triton"),
+    }
+
+
+def _check_small(case: Case) -> None:
+    """Every variant's result on a small copy of the case, wherever it can run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and case.dtype == "bfloat16":
+        return  # the interpreter cuts off where a GPU rounds
+    shape = (min(case.shape[0], 16), min(case.shape[1], 8), *(min(n, 7) for n in case.shape[2:]))
+    problem = make_problem(replace(case, shape=shape), device, fused=True)
+    expected = solve(problem)
+    for name, variant in make_variants(problem).items():
+        if device == "cpu" and "compiled" in name:
+            continue  # what the CPU's compiler makes of it says nothing of a GPU's
+        error = check_variant(name, problem, variant, expected)
+        print(f"{case.name:<22}{name:<24}error {error:.0e}")
+
+
+def _measure(case: Case) -> dict[str, Any]:
+    """The case's record: what it is, and each variant's figures."""
+    check_solution(case)
+    problem = make_problem(case, "cuda", fused=True)
+    variants = make_variants(problem)
+    expected = solve(problem)
+    errors = {name: check_variant(name, problem, v, expected) for name, v in variants.items()}
+    if case.padded is not None:
+        bare = replace(problem, mask=None)
+        variants["ours, no mask"] = make_unmasked(problem)
+        errors["ours, no mask"] = check_variant(
+            "ours, no mask", bare, variants["ours, no mask"], solve(bare)
+        )
+    del expected
+    steps: dict[str, Callable[[], object]] = {name: v.step for name, v in variants.items()}
+    if case.name.startswith("small"):
+        for name in ("ours", "torch"):
+            steps[name + GRAPH] = _capture(variants[name].step)
+            errors[name + GRAPH] = errors[name]
+    size = count_bytes(case, problem.mask)
+    print(f"{case.name} ...", file=sys.stderr, flush=True)
+    found = {
+        name: summarize(seen, _bytes_of(name, case, size)) | {"error": float(f"{errors[name]:.1e}")}
+        for name, seen in _take_turns(steps).items()
+    }
+    return {"title": case.title, "dtype": case.dtype, "bytes": size, "variants": found}
+
+
+def _bytes_of(name: str, case: Case, size: int) -> int:
+    if name == "copy":
+        return count_bytes(replace(case, activation=None, residual=False), None)
+    return count_bytes(case, None) if name == "ours, no mask" else size
+
+
+def _capture(step: Callable[[], Tensor]) -> Callable[[], None]:
+    """The step as a CUDA graph, replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _take_turns(steps: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Seconds a step by CUDA events, one figure for each round."""
+    calls = {name: max(1, round(_BLOCK / _time(step, 5))) for name, step in steps.items()}
+    total = sum(_time(step, calls[name]) * calls[name] for name, step in steps.items())
+    rounds = max(_LEAST, min(200, int(_SECONDS / total)))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
+            times[name].append(_time(steps[name], calls[name]))
+    return times
+
+
+def _time(step: Callable[[], object], calls: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    step()  # what the previous variant left in the caches is not this one's
+    begin.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls
+
+
+def _print(record: dict[str, Any]) -> None:
+    print(record["card"])
+    for case in record["cases"].values():
+        for name, v in case["variants"].items():
+            figures = f"{v['ms']:>9g} ms{v['GB/s']:>8g} GB/s"
+            print(f"{case['title']:<36}{case['dtype']:<10}{name:<24}{figures}")
+    print_targets(record["targets"])
+
+
+def _worst(
+    prefix: str, above: str, below: str = "ours"
+) -> Callable[[dict[str, Any]], tuple[float, str] | None]:
+    """The least quotient of two variants over the cases whose name begins so."""
+
+    def find(record: dict[str, Any]) -> tuple[float, str] | None:
+        names = [name for name in record["cases"] if name.startswith(prefix)]
+        found = [(quotient(record, name, above, below), name) for name in names]
+        return min(((value, name) for value, name in found if value is not None), default=None)
+
+    return find
+
+
+def _of_copy(record: dict[str, Any]) -> tuple[float, str] | None:
+    """The least share of the copy's bandwidth, in bytes that the job must move."""
+    found = []
+    for name, case in record["cases"].items():
+        v = case["variants"]
+        if "copy" in v:
+            found.append((v["ours"]["GB/s"] / v["copy"]["GB/s"], name))
+    return min(found, default=None)
+
+
+_FIRST = ("image-float32", "image-bfloat16")
+TARGETS = (
+    Target("half padded, against the compiled formula", 2.0, _worst("mask", "formula, compiled")),
+    Target("half padded, times as fast as packing", 4.0, _worst("mask", "pack")),
+    *(Target(f"{name}, against torch", 1.0, _worst(name, "torch")) for name in _FIRST),
+    Target("channels last, against torch", 1.2, _worst("image-last", "torch")),
+    Target("rows, against torch", 1.2, _worst("rows", "torch")),
+    Target("add and ReLU, against separate operators", 1.8, _worst("add-relu", "torch")),
+    Target("share of the copy's bandwidth", 0.8, _of_copy),
+    Target(
+        "small, replayed graphs, against torch",
+        1 / 1.1,
+        _worst("small", f"torch{GRAPH}", f"ours{GRAPH}"),
+    ),
+)
+
+
+if __name__ == "__main__":
+    main()

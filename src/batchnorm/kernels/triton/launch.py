@@ -1,0 +1,287 @@
+"""The passes over tensors: what is launched for a call, in which order, with which arguments.
+
+Nothing here waits for the device, and no decision depends on values: a step can be captured into
+a CUDA graph after a first one has compiled its kernels. Launches go to the current stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from batchnorm.core.config import Options
+from batchnorm.core.layout import Layout
+from batchnorm.core.running import Running
+from batchnorm.kernels import cpu
+from batchnorm.kernels.triton import backward, channels, forward, tiling
+from batchnorm.kernels.triton.arguments import (
+    ACTIVATIONS,
+    Array,
+    Kept,
+    Mask,
+    Parameters,
+    Task,
+    Walk,
+    make_task,
+    make_walk,
+    rates_of,
+)
+from batchnorm.kernels.triton.tiling import divide_up, power_above
+
+_NO_RUNNING = Running(None, None)
+
+
+class Plan:
+    """The launches for arrays of one layout and type."""
+
+    def __init__(self, layout: Layout, geometry: cpu.Geometry, dtype: str) -> None:
+        self.sizes = sizes = cpu.sizes_of(layout, geometry)
+        self._bytes = cpu.BYTES[dtype]
+        self._type = tl.float64 if dtype == "float64" else tl.float32
+        self.tiling = tiling.find_tiling(sizes, self._bytes, tiling.LIMITS)
+        self._statistics = sizes.groups * sizes.channels
+        self._walks: dict[Any, Walk] = {}
+
+    def moments(self, x: Array, mask: Mask) -> Kept:
+        """The moments of every group."""
+        kept = self._new_kept(x)
+        partials, walk = self._partial_moments(x, mask)
+        self._merge_moments(partials, kept, walk)
+        return kept
+
+    def forward(
+        self,
+        x: Array,
+        residual: Array,
+        mask: Mask,
+        y: Array,
+        parameters: Parameters,
+        running: Running | None,
+        options: Options,
+        *,
+        batch: bool,
+        update: bool,
+        kept: Kept | None,
+    ) -> Kept:
+        """Fill y and move the running statistics; `kept`: moments that are known already."""
+        task = make_task(options, batch, update, running is not None)
+        statistics = _NO_RUNNING if running is None else running
+        rates = rates_of(options)
+        if not batch:
+            kept = self._new_kept(x)
+        elif kept is None and self.tiling.whole:
+            kept = self._new_kept(x)
+            flags = self._new_flags(self.tiling.parts, statistics, update)
+            walk = self._walk(1, 1, x, residual, y)
+            arguments = (x, mask, residual, y, kept.data, flags, parameters, statistics, walk)
+            depth = self._depth(self.sizes.groups, self.tiling.width)
+            self._launch(forward.forward_whole, walk.parts, *arguments, *rates, task, depth)
+            _count_batch(flags, statistics)
+            return kept._replace(renorm=bool(task.renorm.value))
+        else:
+            kept = self._finish(x, mask, parameters, statistics, rates, task, kept)
+        walk = self._elementwise(x, residual, y)
+        inputs = (x, residual, y, kept.data, parameters, statistics, walk, options.eps, task)
+        self._launch(forward.normalize, self._programs(walk), *inputs)
+        return kept._replace(renorm=bool(task.renorm.value))
+
+    def backward(
+        self,
+        x: Array,
+        dy: Array,
+        y: Array,
+        dx: Array,
+        dresidual: Array,
+        mask: Mask,
+        gradients: Parameters,
+        kept: Kept,
+        options: Options,
+        *,
+        batch: bool,
+    ) -> None:
+        """Fill the gradients that are given."""
+        task = make_task(options, batch, False, kept.renorm)
+        if batch and self.tiling.whole:
+            sums = self._new(x, 2 * self._statistics)
+            walk = self._walk(1, 1, x, dy, y, dx, dresidual)
+            arguments = (x, dy, y, dx, dresidual, mask, sums, kept.data, gradients, walk, task)
+            depth = self._depth(self.sizes.groups, self.tiling.width)
+            self._launch(backward.backward_whole, walk.parts, *arguments, depth)
+            return
+        found: Tensor | None = None
+        wanted = (gradients.gamma, gradients.beta, dresidual.data)
+        if batch or any(a is not None for a in wanted):
+            found = self._reduce(x, dy, y, dresidual, mask, gradients, kept, task)
+        if dx.data is not None:
+            self._apply(x, dy, y, dx, dresidual, mask, found, kept, task)
+
+    def reduce(
+        self,
+        x: Array,
+        dy: Array,
+        y: Array,
+        dresidual: Array,
+        mask: Mask,
+        gradients: Parameters,
+        kept: Kept,
+        options: Options,
+    ) -> Tensor:
+        """The sums of g and of g·(x - mean); fills dresidual and the gradients that are given."""
+        task = make_task(options, True, False, kept.renorm)
+        return self._reduce(x, dy, y, dresidual, mask, gradients, kept, task)
+
+    def apply(
+        self,
+        x: Array,
+        dy: Array,
+        y: Array,
+        dx: Array,
+        dresidual: Array,
+        mask: Mask,
+        sums: Tensor,
+        kept: Kept,
+        options: Options,
+    ) -> None:
+        """Fill dx from sums that `reduce` has returned; `kept` holds the count that goes with."""
+        task = make_task(options, True, False, False)
+        self._apply(x, dy, y, dx, dresidual, mask, sums, kept, task)
+
+    def _partial_moments(self, x: Array, mask: Mask) -> tuple[Tensor, Walk]:
+        walk = self._walk(self.tiling.blocks, 1, x)
+        counts = walk.blocks * self.sizes.groups
+        partials = self._new(x, 3 * walk.blocks * self._statistics + counts)
+        programs = self._programs(walk)
+        self._launch(forward.partial_moments, programs, x, mask, partials, walk)
+        return partials, walk
+
+    def _merge_moments(self, partials: Tensor, kept: Kept, walk: Walk) -> None:
+        width, depth = self._merging(walk.blocks)
+        programs = self.sizes.groups * divide_up(self.sizes.channels, width)
+        self._launch(forward.merge_moments, programs, partials, kept.data, walk, width, depth)
+
+    def _finish(
+        self,
+        x: Array,
+        mask: Mask,
+        parameters: Parameters,
+        running: Running,
+        rates: tuple[float, ...],
+        task: Task,
+        kept: Kept | None,
+    ) -> Kept:
+        """Everything between the sums and y."""
+        partials = None
+        walk = self._walk(self.tiling.blocks, 1, x)
+        if kept is None:
+            kept = self._new_kept(x)
+            partials, walk = self._partial_moments(x, mask)
+            if self.sizes.groups != 1:
+                self._merge_moments(partials, kept, walk)
+                partials = None
+        width, depth = self._merging(self.sizes.groups if partials is None else walk.blocks)
+        parts = divide_up(self.sizes.channels, width)
+        flags = self._new_flags(parts, running, bool(task.update.value))
+        arguments = (partials, kept.data, flags, parameters, running, walk, *rates, task)
+        self._launch(forward.finish_channels, parts, *arguments, width, depth)
+        _count_batch(flags, running)
+        return kept
+
+    def _reduce(
+        self,
+        x: Array,
+        dy: Array,
+        y: Array,
+        dresidual: Array,
+        mask: Mask,
+        gradients: Parameters,
+        kept: Kept,
+        task: Task,
+    ) -> Tensor:
+        walk = self._walk(self.tiling.blocks, 1, x, dy, y, dresidual)
+        partials = self._new(x, 2 * walk.blocks * self._statistics)
+        sums = self._new(x, 2 * self._statistics)
+        arguments = (x, dy, y, dresidual, mask, kept.data, partials, walk, task)
+        self._launch(backward.partial_gradients, self._programs(walk), *arguments)
+        width, depth = self._merging(walk.blocks)
+        parts = divide_up(self.sizes.channels, width)
+        rest = (sums, kept.data, gradients, walk, task)
+        programs = self.sizes.groups * parts
+        self._launch(backward.merge_gradients, programs, partials, *rest, width, depth)
+        if self.sizes.groups != 1:
+            width, depth = self._merging(self.sizes.groups)
+            parts = divide_up(self.sizes.channels, width)
+            self._launch(backward.finish_gradients, parts, *rest, width, depth)
+        return sums
+
+    def _apply(
+        self,
+        x: Array,
+        dy: Array,
+        y: Array,
+        dx: Array,
+        dresidual: Array,
+        mask: Mask,
+        sums: Tensor | None,
+        kept: Kept,
+        task: Task,
+    ) -> None:
+        # dresidual holds g already, unless a half type rounded it.
+        exact = self._bytes > 2 or task.activation.value == ACTIVATIONS["relu"]
+        if dresidual.data is not None and exact:
+            dy, y, task = dresidual, Array(None), task._replace(activation=tl.constexpr(0))
+        walk = self._elementwise(x, dy, y, dx)
+        arguments = (x, dy, y, dx, mask, sums, kept.data, walk, task)
+        self._launch(backward.apply_gradient, self._programs(walk), *arguments)
+
+    def _walk(self, blocks: int, together: int, *arrays: Array) -> Walk:
+        """How to walk over these arrays."""
+        rows = tuple(a.row for a in arrays)
+        walk = self._walks.get((blocks, together, rows))
+        if walk is None:
+            walk = make_walk(self.sizes, self.tiling, blocks, together, rows, self._type)
+            self._walks[blocks, together, rows] = walk
+        return walk
+
+    def _elementwise(self, *arrays: Array) -> Walk:
+        together = self.tiling.together
+        return self._walk(divide_up(self.tiling.tiles, together), together, *arrays)
+
+    def _programs(self, walk: Walk) -> int:
+        return walk.parts * walk.blocks * self.sizes.groups
+
+    def _merging(self, terms: int) -> tuple[int, int]:
+        """Channels, and partial sums of each, that a merging program holds at a time."""
+        depth = self._depth(terms, 8)
+        most = max(8, tiling.LIMITS.merged // depth // 4)
+        return min(power_above(self.sizes.channels), 64, most), depth
+
+    def _depth(self, terms: int, width: int) -> int:
+        return min(power_above(terms), max(1, tiling.LIMITS.merged // width))
+
+    def _new(self, x: Array, size: int) -> Tensor:
+        assert x.data is not None
+        return x.data.new_empty(size, dtype=torch.float64)
+
+    def _new_kept(self, x: Array) -> Kept:
+        size = len(cpu.STATISTICS) * self._statistics + self.sizes.groups
+        return Kept(self._new(x, size), self._statistics)
+
+    def _new_flags(self, parts: int, running: Running, update: bool) -> Tensor | None:
+        if not update or running.batches is None:
+            return None
+        return running.batches.new_empty(parts, dtype=torch.int32)
+
+    def _launch(self, kernel: Any, programs: int, *arguments: Any) -> None:
+        # Contraction into fused operations would round the mean that is subtracted and the mean
+        # that is kept differently (S3).
+        if programs > 0 and self.sizes.channels > 0:
+            kernel[(programs,)](*arguments, num_warps=self.tiling.warps, enable_fp_fusion=False)
+
+
+def _count_batch(flags: Tensor | None, running: Running) -> None:
+    if flags is not None and flags.numel() > 0:
+        width = min(1024, power_above(flags.numel()))
+        channels.count_batch[(1,)](flags, running.batches, flags.numel(), width)

@@ -1,0 +1,91 @@
+"""The GPU's kernels on a GPU: `pytest -m gpu tests/gpu`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import tolerances
+import torch_path
+from batchnorm.kernels.select import triton_status
+from batchnorm.torch import BatchNorm
+from cases import CASES, Case
+from comparison import Path, check
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(triton_status().kernel is None, reason=triton_status().reason),
+]
+# Both the cases that kernels take and those that they leave to the plain path.
+PATH = Path(partial(torch_path.run, device="cuda"), True, tolerances.FLOAT32)
+
+
+# Without a device one skip says it.
+@pytest.mark.parametrize(
+    "case", CASES if torch.cuda.is_available() else CASES[:1], ids=lambda case: case.name
+)
+def test_path_meets_the_specification_on_a_device(case: Case) -> None:
+    check(PATH, case)
+
+
+@pytest.mark.parametrize("shape", [(100003, 64), (64, 48, 31, 33), (32, 64)])
+def test_bits_are_the_same_each_time(shape: tuple[int, ...]) -> None:
+    x, mask = torch.randn(shape, device="cuda"), torch.rand(shape[0], device="cuda") < 0.5
+    found = []
+    for _ in range(2):
+        layer, leaf = BatchNorm(shape[1], device="cuda", fused=True), x.clone().requires_grad_()
+        layer(leaf, mask).square().sum().backward()
+        found.append((leaf.grad, layer.weight.grad, layer.running_mean, layer.running_var))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_waits_for_nothing_and_can_be_captured() -> None:
+    layer = BatchNorm(64, device="cuda", fused=True)
+    x = torch.randn(4096, 64, device="cuda")
+    mask = torch.zeros(4096, dtype=torch.bool, device="cuda")
+    layer(x, mask)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x, mask)
+    graph.replay()  # all rows are padding
+    assert layer.num_batches_tracked.item() == 0
+    assert y.isfinite().all()
+    mask.fill_(True)
+    graph.replay()
+    assert layer.num_batches_tracked.item() == 1
+    expected = BatchNorm(64, fused=False)(x.cpu())
+    assert (y.cpu() - expected).abs().max() <= 5e-6
+
+
+def test_each_stream_runs_its_own_step() -> None:
+    x = torch.randn(100000, 16, device="cuda")
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    found = []
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            found.append(BatchNorm(16, device="cuda", fused=True)(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
+def test_positions_beyond_32_bits() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GiB of memory")
+    x = torch.randn(1, 1, 2**31 + 2**20, dtype=torch.float16, device="cuda")
+    y = BatchNorm(1, affine=False, device="cuda", fused=True)(x)
+    end = x[..., -1000:].double()
+    mean, var = x.mean(dtype=torch.float64), x.float().var(unbiased=False).double()
+    assert ((end - mean) / var.sqrt() - y[..., -1000:]).abs().max() <= 2e-3
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_compiled_is_whole_and_right(mode: str) -> None:
+    case = next(c for c in CASES if c.name == f"residual_relu-half-{mode}")
+    path = partial(torch_path.run, device="cuda", compiled="inductor")
+    check(Path(path, True, tolerances.PLAIN_FLOAT32), case)

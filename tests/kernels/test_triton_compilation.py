@@ -1,0 +1,101 @@
+"""The GPU's kernels compile for a GPU, on a machine without one, to what their comments say."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from batchnorm.core.config import Options
+from batchnorm.core.layout import make_layout
+from batchnorm.core.running import Running
+from batchnorm.kernels import cpu
+from batchnorm.kernels.select import is_interpreting, triton_status
+
+pytestmark = pytest.mark.skipif(
+    triton_status().kernel is None or is_interpreting(),
+    reason=f"no compiler: {triton_status().reason}",
+)
+CASES = {
+    "rows": ((4194304, 64), torch.float32, False),
+    "image": ((256, 256, 56, 56), torch.bfloat16, True),
+    "small": ((32, 64), torch.float32, False),
+}
+
+
+class _Driver:
+    """As much of a driver as compiling takes."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
+    """The kernels that a step launches, compiled instead: pairs of name and assembly."""
+    import triton
+
+    from batchnorm.kernels.triton import launch
+
+    found: list[tuple[str, str]] = []
+
+    def compile_only(self: Any, kernel: Any, programs: int, *arguments: Any) -> None:
+        made = kernel.warmup(
+            *arguments, grid=(programs,), num_warps=self.tiling.warps, enable_fp_fusion=False
+        )
+        assert made.asm["cubin"]
+        found.append((kernel.__name__, made.asm["ptx"]))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    monkeypatch.setattr(launch.Plan, "_launch", compile_only)
+    monkeypatch.setattr(launch, "_count_batch", lambda flags, running: None)
+    # Sizes are those of large arrays, memory is not: nothing runs.
+    monkeypatch.setattr(
+        launch.Plan, "_new", lambda self, x, size: torch.empty(8, dtype=torch.float64)
+    )
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_compile(name: str, compiled: Any) -> None:
+    from batchnorm.kernels.triton.arguments import Array, Mask, Parameters
+    from batchnorm.kernels.triton.launch import Plan
+
+    shape, dtype, residual = CASES[name]
+    layout = make_layout("test", shape, 1)
+    geometry = cpu.find_geometry(layout, torch.empty(shape, device="meta").stride())
+    assert geometry is not None
+    plan = Plan(layout, geometry, str(dtype).removeprefix("torch."))
+    array, channels = Array(torch.empty(16, dtype=dtype), geometry.row), torch.empty(16)
+    extra = array if residual else Array(None)
+    mask = Mask(torch.empty(16, dtype=torch.uint8), 1, geometry.inner, int(geometry.inner > 1))
+    options = Options(activation="relu" if residual else None)
+    running = Running(channels, channels, torch.empty(16, dtype=torch.int64))
+    parameters = Parameters(channels, channels)
+    kept = plan.forward(
+        *(array, extra, mask, array, parameters, running, options),
+        batch=True,
+        update=True,
+        kept=None,
+    )
+    plan.backward(*(array,) * 2, extra, array, extra, mask, parameters, kept, options, batch=True)
+    names = [kernel for kernel, _ in compiled]
+    whole = ["forward_whole", "backward_whole"]
+    assert names == whole if name == "small" else len(names) == 6
+    for kernel, assembly in compiled:
+        # Rounds as the interpreter does, so that the tests that use it speak for the card.
+        assert not re.search(r"\b(fma|mad)\.(rn|rz)?\.?f(32|64)", assembly), kernel
+        assert not re.search(r"\b(atom|red)\.", assembly), kernel
+        if kernel not in ("finish_channels", "merge_gradients"):
+            assert ".v4.b32" in assembly, f"{kernel}: loads are not 16 bytes wide"
