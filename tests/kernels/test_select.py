@@ -14,7 +14,11 @@ from batchnorm.torch import compiled, prepared
 
 
 def choose(device: str = "cuda", dtype: str = "float32", **options: Any) -> select.Choice:
-    settings = {"adjusted": False, "per_channel_mask": False} | options
+    settings = {
+        "adjusted": False,
+        "per_channel_mask": False,
+        "demanded": device == "cuda",
+    } | options
     return select.select_kernel(device, dtype, **settings)
 
 
@@ -32,6 +36,15 @@ def test_a_gpu_gets_triton_s_kernels_whatever_the_options() -> None:
     assert choose(per_channel_mask=True).kernel is None
     assert "complex64" in choose(dtype="complex64").reason
     assert "xpu" in choose("xpu").reason
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_kernels_that_no_gpu_has_proven_are_there_for_who_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "take fused=True" in choose(demanded=False).reason
+    monkeypatch.setattr(select, "_PROVEN_ON_A_GPU", True)
+    assert choose(demanded=False).kernel == "triton"
 
 
 @pytest.mark.usefixtures("with_triton")

@@ -1,6 +1,7 @@
 """Which kernel serves a call, or why none does.
 
-On a GPU the kernels are this library's own, and torch's (ATen, cuDNN) are never chosen. In
+On a GPU the kernels are this library's own, for calls that demand them until they have been run on
+one; torch's (ATen, cuDNN) are never chosen. In
 training torch's subtract a mean that is one float32, and miss S3 as soon as the mean exceeds some
 hundred deviations, which no one can know before the data has been read; nor do they take masks,
 groups, or a finite row count. In evaluation they would move the same bytes as ours.
@@ -15,6 +16,10 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from batchnorm.kernels import cpu
+
+# The GPU's kernels have run in Triton's interpreter only. Until `pytest -m gpu` has passed on a
+# card, calls get them where they ask for them: a race, say, would be a wrong result without a word.
+_PROVEN_ON_A_GPU = False
 
 _TRITON = (3, 7)  # 3.7 takes named tuples of arguments, and double-precision numbers
 
@@ -64,8 +69,8 @@ def select_kernel(
         dtype: of the input, by name ("float32").
         adjusted: whether an adjustment applies (S13).
         per_channel_mask: whether the mask differs between channels (S1 c).
-        demanded: whether the caller will take no other path. On the CPU that reaches the GPU's
-            kernels where Triton interprets them.
+        demanded: whether the caller will take no other path (fused=True). On the CPU that reaches
+            the GPU's kernels where Triton interprets them.
 
     Returns:
         Choice: "cpu" (compiled), "triton", or None and why.
@@ -82,6 +87,8 @@ def select_kernel(
         return Choice(None, "none takes an adjustment")
     if per_channel_mask:
         return Choice(None, "none takes a mask that differs between channels")
+    if status.kernel == "triton" and not (demanded or _PROVEN_ON_A_GPU):
+        return Choice(None, "those for GPUs, not yet proven on one, take fused=True")
     return Choice(status.kernel)
 
 
