@@ -88,7 +88,7 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
     if left:
         warnings.warn(
             f"{owner}: left alone, because subclasses may compute something else: "
-            f"{', '.join(left)}.",
+            f"{', '.join(left)}. Put a BatchNorm in their place, followed by what they add.",
             stacklevel=2,
         )
     for name, layer in module.named_modules():
