@@ -77,11 +77,18 @@ def test_a_gpu_without_triton_warns_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(prepared, "triton_status", lambda: select.Choice(None, "it is missing"))
     prepared._warn_without_triton.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"it is missing; on GPUs layers use plain array code"):
-        prepared._warn_without_triton("cuda")
+        prepared.choose("cuda", "float32", False, False, False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prepared._warn_without_triton("cuda")
-        prepared._warn_without_triton("cpu")
+        prepared.choose("cuda", "float32", False, False, False)
+
+
+def test_a_processor_without_triton_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "triton_status", lambda: select.Choice(None, "it is missing"))
+    prepared._warn_without_triton.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared.choose("cpu", "float32", False, False, False)
 
 
 @pytest.mark.skipif(

@@ -621,13 +621,6 @@ def test_forward_mode_is_refused_by_fused():
         jvp(layer, (x,), (x,))
 
 
-def test_whole_compiled_graph_is_refused_by_fused():
-    torch._dynamo.reset()
-    layer = torch.compile(BatchNorm(3, fused=True), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="fused=True demands a kernel"):
-        layer(torch.randn(4, 3))
-
-
 def test_subclass_of_tensor_is_refused_by_fused():
     class Named(torch.Tensor):
         pass
@@ -677,13 +670,6 @@ def test_forward_mode_falls_back_without_fused():
     step = 1e-6
     expected = (layer(x + step * v) - layer(x - step * v)) / (2 * step)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_whole_compiled_graph_falls_back_without_fused():
-    torch._dynamo.reset()
-    x, layer = torch.randn(4, 3), BatchNorm(3)
-    expected = copy.deepcopy(layer)(x)
-    assert_same(torch.compile(layer, backend="eager", fullgraph=True)(x), expected, **CLOSE)
 
 
 @every_mode

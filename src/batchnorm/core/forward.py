@@ -9,7 +9,13 @@ from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Centred, Moments, centre
 from batchnorm.core.namespace import Array, Namespace
 from batchnorm.core.normalize import Affine, activate, normalize_batch, normalize_running
-from batchnorm.core.running import Running, average_groups, renorm_correction, update_running
+from batchnorm.core.running import (
+    BatchAverage,
+    Running,
+    average_groups,
+    renorm_correction,
+    update_running,
+)
 from batchnorm.core.synchronize import Merge, recentre
 
 
@@ -97,14 +103,28 @@ def forward_batch(
         x, centred, mask, affine, fallback, eps=options.eps, correction=options.correction, xp=xp
     )
     if expanded is not None and update:
-        axes = tuple(range(len(layout.working)))
-        running = update_running(expanded, average, options, axes, xp)
-        running = _reshape_running(running, layout.channels, xp)
+        running = _moved(expanded, average, layout, options, xp)
     y = activate(layout.merge(y, xp), inputs.residual, options.activation, xp)
     # Groups of other participants have moments, but no gradient comes back to them.
     foreign = merge is not None and layout.groups is not None
     moments = _returned(average.centred if foreign else centred, layout, xp)
     return Outcome(y, moments, running, centred, affine)
+
+
+def move_running(
+    running: Running, centred: Centred, layout: Layout, options: Options, xp: Namespace
+) -> Running:
+    """The running statistics, per channel, after a step that found these moments (S9)."""
+    average = average_groups(centred, None if layout.groups is None else 1, xp)
+    return _moved(expand_running(running, layout, xp), average, layout, options, xp)
+
+
+def _moved(
+    expanded: Running, average: BatchAverage, layout: Layout, options: Options, xp: Namespace
+) -> Running:
+    axes = tuple(range(len(layout.working)))
+    running = update_running(expanded, average, options, axes, xp)
+    return _reshape_running(running, layout.channels, xp)
 
 
 def forward_running(

@@ -10,7 +10,7 @@ from torch import Tensor
 from batchnorm.core.config import Renorm
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.torch.prepared import NAMES, row_of
+from batchnorm.torch.prepared import NAMES, Prepared, row_of
 
 if TYPE_CHECKING:
     from batchnorm.torch.fused import Call
@@ -156,6 +156,16 @@ def row(kept: Any, name: str) -> Tensor:
 def count(kept: Any) -> Tensor:
     """Real rows of each group: memory of `kept` itself."""
     return torch.from_numpy(kept.count())
+
+
+def pack(kept: Any) -> Tensor:
+    """All of `kept` as one array: its memory itself."""
+    return torch.from_numpy(kept.all())
+
+
+def unpack(prepared: Prepared, data: Tensor) -> Any:
+    """What a step kept, without renormalization, from the array that `pack` gave."""
+    return prepared.plan.restore(data.data_ptr(), data.numel(), False)
 
 
 def _rows(

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from batchnorm.core import config
-from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
+from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running, move_running
 from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
 from batchnorm.core.running import Running
 from batchnorm.kernels.select import refuse_fused
-from batchnorm.torch import checks, jagged
+from batchnorm.torch import checks, jagged, operators
 from batchnorm.torch import fused as kernels
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.rank_merge import RankMerge
-from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot
+from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot, untraced
 from batchnorm.torch.synchronize import (
     Participation,
     Synchronizer,
@@ -230,7 +230,11 @@ def normalize(
     if synchronizer is not None and mode.training:
         part = participate(synchronizer, owner, layout, options, mask)
     if fused is not False:
-        y = _by_kernel(x, mask, parameters, residual, running, prepared, options, mode, owner, part)
+        tensors = (x, mask, parameters, residual, running)
+        if torch.compiler.is_compiling():
+            y = _by_operator(*tensors, layout, options, mode, owner, part, adjusted, fused)
+        else:
+            y = _by_kernel(*tensors, prepared, options, mode, owner, part)
         if not isinstance(y, str):
             return y
         if fused:
@@ -255,6 +259,7 @@ def normalize(
     return y.to(x.dtype)
 
 
+@untraced
 def _by_kernel(
     x: Tensor,
     mask: Tensor | None,
@@ -297,6 +302,47 @@ def _by_kernel(
         owner=owner,
         part=part,
     )
+
+
+def _by_operator(
+    x: Tensor,
+    mask: Tensor | None,
+    parameters: Parameters,
+    residual: Tensor | None,
+    running: Running | None,
+    layout: Layout,
+    options: config.Options,
+    mode: Mode,
+    owner: str,
+    part: Participation | None,
+    adjusted: bool,
+    fused: bool | None,
+) -> Tensor | str:
+    """y by an operator of a compiled graph, or why there is none for it."""
+    if part is not None:
+        return "compiled graphs merge with other ranks in array code"
+    batch = mode.own_statistics or running is None
+    refusal = operators.refuse(
+        x,
+        mask,
+        parameters,
+        residual,
+        running,
+        layout,
+        adjusted=adjusted,
+        renormalized=options.renorm is not None and batch,
+        batch=batch,
+        demanded=fused is True,
+        owner=owner,
+    )
+    if refusal is not None:
+        return refusal
+    y, centred = operators.step(
+        x, mask, parameters, residual, running, layout, options, batch=batch, owner=owner
+    )
+    if mode.update and running is not None:
+        _store(running, move_running(running, centred, layout, options, XP), x)
+    return y
 
 
 def _by_batch(

@@ -10,7 +10,7 @@ options alone is found once (`prepare`), and the rest is kept short.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,13 +33,17 @@ from batchnorm.torch.prepared import (
     refuse_tensors,
 )
 from batchnorm.torch.replay import differentiable_backward
-from batchnorm.torch.runtime import StepHistory
+from batchnorm.torch.runtime import StepHistory, untraced
 from batchnorm.torch.synchronize import Participation
 
 __all__ = [
     "Call",
     "Prepared",
+    "Wanted",
+    "arrange",
+    "backward",
     "find_passes",
+    "forward",
     "is_plain",
     "normalize",
     "prepare",
@@ -138,20 +142,10 @@ def normalize(
         owner: whose name error messages carry.
         part: how the call takes part in synchronization, or None (S14).
     """
-    if prepared.plan is None:
-        x, mask, prepared = rearrange(x, mask, prepared, options.activation)
-        if prepared.plan is None:
-            return f"channel axes {prepared.layout.channel_axes} are apart in memory"
-    if mask is not None:
-        assert prepared.mask_shape is not None
-        mask = mask.view(prepared.mask_shape)
-    weight, bias = parameters
-    if weight is not None and not weight.is_contiguous():
-        weight = weight.contiguous()
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    if residual is not None:
-        residual = like(residual, x, prepared)
+    arranged = arrange(x, mask, parameters, residual, prepared, options.activation)
+    if isinstance(arranged, str):
+        return arranged
+    x, mask, weight, bias, residual, prepared = arranged
     passes = find_passes(prepared)
     state = passes.find_state(weight, bias, running)
     residuals = residual is not None
@@ -167,6 +161,32 @@ def normalize(
     return run(call, x, weight, bias, residual)
 
 
+def arrange(
+    x: Tensor,
+    mask: Tensor | None,
+    parameters: tuple[Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    prepared: Prepared,
+    activation: str | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Prepared] | str:
+    """x, mask, weight, bias and residual in memory that suits the kernels; or why there is none."""
+    if prepared.plan is None:
+        x, mask, prepared = rearrange(x, mask, prepared, activation)
+        if prepared.plan is None:
+            return f"channel axes {prepared.layout.channel_axes} are apart in memory"
+    if mask is not None:
+        assert prepared.mask_shape is not None
+        mask = mask.view(prepared.mask_shape)
+    weight, bias = parameters
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if residual is not None:
+        residual = like(residual, x, prepared)
+    return x, mask, weight, bias, residual, prepared
+
+
 def run(
     call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
@@ -178,7 +198,7 @@ def run(
         or (residual is not None and residual.requires_grad)
     ):
         return _apply(x, weight, bias, residual, call)
-    return _forward(call, x, weight, bias, residual)[0]
+    return forward(call, x, weight, bias, residual)[0]
 
 
 class _Fused(torch.autograd.Function):
@@ -193,7 +213,7 @@ class _Fused(torch.autograd.Function):
         residual: Tensor | None,
         call: Call,
     ) -> Tensor:
-        y, ctx.kept = _forward(call, x, weight, bias, residual)
+        y, ctx.kept = forward(call, x, weight, bias, residual)
         ctx.save_for_backward(x, weight, call.mask, None if call.options.activation is None else y)
         ctx.memory = _memory(x, call.mask, y)
         ctx.renorm, ctx.bias_type = call.renorm, None if bias is None else bias.dtype
@@ -203,6 +223,7 @@ class _Fused(torch.autograd.Function):
         return y
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, mask, y = ctx.saved_tensors
         if (
@@ -214,7 +235,17 @@ class _Fused(torch.autograd.Function):
         ):
             passes = find_passes(ctx.call.prepared)
             return differentiable_backward(passes, ctx, dy, x, weight, mask, y)
-        return _backward(ctx, dy, x, weight, mask, y)
+        wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
+        gated = ctx.call.options.activation is not None
+        wanted = Wanted(
+            wants_x,
+            weight.dtype if wants_weight else None,
+            ctx.bias_type if wants_bias else None,
+            wants_residual and gated,
+        )
+        dy = like(dy, x, ctx.call.prepared)
+        found = backward(ctx.call, dy, x, y, mask, ctx.kept, wanted)
+        return (*found[:3], dy if wants_residual and not gated else found[3], None)
 
 
 def _memory(x: Tensor, mask: Tensor | None, y: Tensor | None) -> tuple[Any, ...]:
@@ -230,7 +261,7 @@ def _memory(x: Tensor, mask: Tensor | None, y: Tensor | None) -> tuple[Any, ...]
 _apply: Any = super(torch.autograd.Function, _Fused).apply
 
 
-def _forward(
+def forward(
     call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, Any]:
     """y, and what the kernels keep for the backward step."""
@@ -252,38 +283,42 @@ def _forward(
     return y, kept
 
 
-def _backward(
-    ctx: Any,
+class Wanted(NamedTuple):
+    """Which gradients a backward step computes; weight's and bias's by their types."""
+
+    x: bool
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+    residual: bool  # where an activation comes between; otherwise it is dy
+
+
+def backward(
+    call: Call,
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
     y: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    call: Call = ctx.call
-    wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
-    prepared, gated = call.prepared, call.options.activation is not None
-    dy = like(dy, x, prepared)
-    dx = empty_output(x, prepared) if wants_x or (gated and wants_residual) else None
-    dresidual = empty_output(x, prepared) if gated and wants_residual else None
-    channels, dweight, dbias = prepared.layout.channels, None, None
-    if wants_weight:
-        assert weight is not None
-        dweight = torch.empty(channels, dtype=weight.dtype, device=x.device)
-    if wants_bias:
-        dbias = torch.empty(channels, dtype=ctx.bias_type, device=x.device)
+    mask: Tensor | None,
+    kept: Any,
+    wanted: Wanted,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight, dbias and dresidual, each None where it is not wanted."""
+    prepared, channels = call.prepared, call.prepared.layout.channels
+    dx = empty_output(x, prepared) if wanted.x or wanted.residual else None
+    dresidual = empty_output(x, prepared) if wanted.residual else None
+    dweight, dbias = (
+        None if dtype is None else torch.empty(channels, dtype=dtype, device=x.device)
+        for dtype in wanted[1:3]
+    )
     # y decides where the activation's input was not x's doing alone.
     rows = (dy, x, y if call.residual else None, mask)
     passes = find_passes(prepared)
-    if call.part is None or not wants_x:
-        passes.backward(call, *rows, dx, dresidual, dweight, dbias, ctx.kept)
+    if call.part is None or not wanted.x:
+        passes.backward(call, *rows, dx, dresidual, dweight, dbias, kept)
     else:
-        arguments = (call, *rows, dresidual, dweight, dbias, ctx.kept)
+        arguments = (call, *rows, dresidual, dweight, dbias, kept)
         sums = total_of_kernel(lambda: passes.reduce(*arguments), call.part, x.device)
-        passes.apply(call, *rows, dx, dresidual, sums, ctx.kept)
-    if wants_residual and not gated:
-        dresidual = dy
-    return dx if wants_x else None, dweight, dbias, dresidual, None
+        passes.apply(call, *rows, dx, dresidual, sums, kept)
+    return dx if wanted.x else None, dweight, dbias, dresidual
 
 
 def find_moments(call: Call, x: Tensor) -> Moments:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm.core.running import Running
 from batchnorm.kernels.triton.arguments import Array, Kept, Mask, Parameters
-from batchnorm.torch.prepared import row_of
+from batchnorm.torch.prepared import Prepared, row_of
 
 if TYPE_CHECKING:
     from batchnorm.torch.fused import Call
@@ -144,6 +144,16 @@ def row(kept: Kept, name: str) -> Tensor:
 def count(kept: Kept) -> Tensor:
     """Real rows of each group: memory of `kept` itself."""
     return kept.counts()
+
+
+def pack(kept: Kept) -> Tensor:
+    """All of `kept` as one array: its memory itself."""
+    return kept.data
+
+
+def unpack(prepared: Prepared, data: Tensor) -> Kept:
+    """What a step kept, without renormalization, from the array that `pack` gave."""
+    return Kept(data, prepared.plan.statistics)
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.kernels.select import select_kernel, triton_status
+from batchnorm.kernels.select import Choice, select_kernel, triton_status
 
 NAMES = {
     torch.float16: "float16",
@@ -85,15 +85,8 @@ def prepare(
     layout = make_layout(owner, tuple(shape), axis, virtual_batch_size)
     mask_shape = None if mask is None else layout.mask_shape(tuple(mask[0]), owner)
     per_channel = mask_shape is not None and any(mask_shape[a] != 1 for a in layout.channel_axes)
-    choice = select_kernel(
-        device,
-        NAMES[dtype],
-        adjusted=adjusted,
-        per_channel_mask=per_channel,
-        demanded=demanded,
-    )
+    choice = choose(device, NAMES[dtype], adjusted, per_channel, demanded)
     if choice.kernel is None:
-        _warn_without_triton(device)
         return Prepared(layout, choice.reason)
     geometry = cpu.find_geometry(layout, strides)
     unsuited = Prepared(layout, None, mask_shape=mask_shape, kernel=choice.kernel)
@@ -128,11 +121,21 @@ def _with_plan(
     return prepared._replace(plan=plan, geometry=geometry, gapped=gapped, view=view)
 
 
+def choose(
+    device: str, dtype: str, adjusted: bool, per_channel_mask: bool, demanded: bool
+) -> Choice:
+    """`select_kernel`, with one warning where a GPU's kernels are missing."""
+    if device == "cuda":
+        _warn_without_triton()
+    return select_kernel(
+        device, dtype, adjusted=adjusted, per_channel_mask=per_channel_mask, demanded=demanded
+    )
+
+
 @lru_cache(maxsize=1)
-def _warn_without_triton(device: str) -> None:
-    """Say once that a GPU's kernels are missing."""
+def _warn_without_triton() -> None:
     status = triton_status()
-    if device == "cuda" and status.kernel is None:
+    if status.kernel is None:
         warnings.warn(
             f"batchnorm: {status.reason}; on GPUs layers use plain array code, which moves "
             "several times the bytes.",
@@ -226,16 +229,19 @@ def refuse_parameters(parameters: Sequence[Tensor | None]) -> str | None:
 
 
 def refuse_tensors(
-    x: Tensor, tensors: Sequence[Tensor | None], running: Running | None
+    x: Tensor, tensors: Sequence[Tensor | None], running: Running | None, *, traced: bool = False
 ) -> str | None:
-    """What the kernels that serve x have against x and these tensors, or None."""
+    """What the kernels that serve x have against x and these tensors, or None.
+
+    `traced`: they are of a graph, whose operators get lazily negated tensors resolved.
+    """
     device = x.device
     for a in (x, *tensors):
         if a is None:
             continue
         if not (a.device == device and type(a) in _PLAIN):
             return f"there is none for a {type(a).__name__} on device {a.device}"
-        if a.is_neg():
+        if not traced and a.is_neg():
             return "it reads memory, where a lazily negated tensor holds other values"
     if running is None:
         return None
@@ -248,7 +254,7 @@ def refuse_tensors(
             and type(a) in _PLAIN
             and a.dtype is dtype
             and a.is_contiguous()
-            and not a.is_neg()
+            and (traced or not a.is_neg())
         ):
             return f"it takes contiguous running statistics of one type, on {device}"
     batches = running.batches

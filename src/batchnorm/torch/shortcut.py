@@ -13,6 +13,7 @@ from torch import Tensor
 from batchnorm.core import config
 from batchnorm.core.running import Running
 from batchnorm.torch import compiled, fused, masking
+from batchnorm.torch.runtime import untraced
 
 if TYPE_CHECKING:
     from batchnorm.torch.layers import BatchNorm
@@ -95,6 +96,7 @@ class Shortcut:
         """A copied or pickled layer finds its own."""
         return _no_shortcut, ()
 
+    @untraced
     def repeat(self, layer: BatchNorm, x: Tensor) -> Tensor | None:
         """y, or None if anything is not as it was."""
         if (

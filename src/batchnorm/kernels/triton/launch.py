@@ -42,7 +42,7 @@ class Plan:
         self._bytes = cpu.BYTES[dtype]
         self._type = tl.float64 if dtype == "float64" else tl.float32
         self.tiling = tiling.find_tiling(sizes, self._bytes, tiling.LIMITS)
-        self._statistics = sizes.groups * sizes.channels
+        self.statistics = sizes.groups * sizes.channels
         self._walks: dict[Any, Walk] = {}
 
     def moments(self, x: Array, mask: Mask) -> Kept:
@@ -105,7 +105,7 @@ class Plan:
         """Fill the gradients that are given."""
         task = make_task(options, batch, False, kept.renorm)
         if batch and self.tiling.whole:
-            sums = self._new(x, 2 * self._statistics)
+            sums = self._new(x, 2 * self.statistics)
             walk = self._walk(1, 1, x, dy, y, dx, dresidual)
             arguments = (x, dy, y, dx, dresidual, mask, sums, kept.data, gradients, walk, task)
             depth = self._depth(self.sizes.groups, self.tiling.width)
@@ -152,7 +152,7 @@ class Plan:
     def _partial_moments(self, x: Array, mask: Mask) -> tuple[Tensor, Walk]:
         walk = self._walk(self.tiling.blocks, 1, x)
         counts = walk.blocks * self.sizes.groups
-        partials = self._new(x, 3 * walk.blocks * self._statistics + counts)
+        partials = self._new(x, 3 * walk.blocks * self.statistics + counts)
         programs = self._programs(walk)
         self._launch(forward.partial_moments, programs, x, mask, partials, walk)
         return partials, walk
@@ -201,8 +201,8 @@ class Plan:
         task: Task,
     ) -> Tensor:
         walk = self._walk(self.tiling.blocks, 1, x, dy, y, dresidual)
-        partials = self._new(x, 2 * walk.blocks * self._statistics)
-        sums = self._new(x, 2 * self._statistics)
+        partials = self._new(x, 2 * walk.blocks * self.statistics)
+        sums = self._new(x, 2 * self.statistics)
         arguments = (x, dy, y, dresidual, mask, kept.data, partials, walk, task)
         self._launch(backward.partial_gradients, self._programs(walk), *arguments)
         width, depth = self._merging(walk.blocks)
@@ -266,8 +266,8 @@ class Plan:
         return x.data.new_empty(size, dtype=torch.float64)
 
     def _new_kept(self, x: Array) -> Kept:
-        size = len(cpu.STATISTICS) * self._statistics + self.sizes.groups
-        return Kept(self._new(x, size), self._statistics)
+        size = len(cpu.STATISTICS) * self.statistics + self.sizes.groups
+        return Kept(self._new(x, size), self.statistics)
 
     def _new_flags(self, parts: int, running: Running, update: bool) -> Tensor | None:
         if not update or running.batches is None:

@@ -1,0 +1,318 @@
+"""The kernels inside graphs of `torch.compile`."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, vmap
+
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, fused, operators
+
+BACKEND = "aot_eager"
+STATISTICS = {"rtol": 1e-6, "atol": 1e-7}  # moved in float64 here, inside the kernel there
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def operators_in(layer, *arguments, **options):
+    """How often the graph of a call holds a step of the kernels."""
+    counter = CompileCounterWithBackend(BACKEND)
+    torch.compile(layer, fullgraph=True, backend=counter, **options)(*arguments)
+    assert counter.frame_count == 1
+    (graph,) = counter.graphs
+    return sum(node.target is torch.ops.batchnorm.step.default for node in graph.graph.nodes)
+
+
+def step(layer, x, mask=None, residual=None):
+    """y and every gradient."""
+    layer.zero_grad()
+    leaves = [None if a is None else a.detach().clone().requires_grad_() for a in (x, residual)]
+    # detach and clone keep strides, but for gaps: those come from the operand itself
+    if not x.is_contiguous():
+        leaves[0] = x.detach().requires_grad_()
+    y = layer(leaves[0], mask, leaves[1])
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
+    found = [a.grad for a in (*leaves, layer.weight, layer.bias) if a is not None]
+    leaves[0].requires_grad_(False).grad = None
+    return y.detach(), *found
+
+
+def assert_bits(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype is b.dtype
+        assert a.stride() == b.stride()
+        assert torch.equal(a, b)
+
+
+def assert_same_step(eager, *arguments, steps=2, **options):
+    layer = copy.deepcopy(eager)
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND, **options)
+    for _ in range(steps):
+        assert_bits(step(compiled, *arguments), step(eager, *arguments))
+        torch.testing.assert_close(layer.state_dict(), eager.state_dict(), **STATISTICS)
+
+
+def randomize(layer):
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+# What a graph holds
+
+
+def test_training_holds_the_kernels():
+    assert operators_in(BatchNorm(3), torch.randn(4, 3, 5)) == 1
+
+
+def test_frozen_and_evaluating_layers_are_left_to_the_compiler():
+    assert operators_in(BatchNorm(3).freeze(), torch.randn(4, 3, 5)) == 0
+    assert operators_in(BatchNorm(3).eval(), torch.randn(4, 3, 5)) == 0
+
+
+def test_demanded_kernels_are_there_in_evaluation_too():
+    assert operators_in(BatchNorm(3, fused=True).eval(), torch.randn(4, 3, 5)) == 1
+
+
+def test_fused_false_keeps_array_code():
+    assert operators_in(BatchNorm(3, fused=False), torch.randn(4, 3, 5)) == 0
+
+
+def test_two_layers_hold_two_steps():
+    model = nn.Sequential(BatchNorm(3), nn.ReLU(), BatchNorm(3))
+    assert operators_in(model, torch.randn(4, 3, 5)) == 2
+
+
+REFUSED = {
+    "renorm": ({"renorm": True}, "whenever the limits of renormalization move"),
+    "adjustment": ({"adjustment": lambda shape: (1.5, 0.5)}, "none takes an adjustment"),
+    "axes-apart": ({"axis": (1, 3), "num_features": (3, 2)}, r"axes \(1, 3\) are apart in memory"),
+}
+
+
+@pytest.mark.parametrize(("option", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_no_operator_serves_is_array_code_or_refused(option, reason):
+    option = {"num_features": 3, **option}
+    x = torch.randn(4, 3, 5, 2)
+    assert operators_in(BatchNorm(**option), x) == 0
+    torch._dynamo.reset()
+    compiled = torch.compile(BatchNorm(**option, fused=True), fullgraph=True, backend=BACKEND)
+    with pytest.raises(Exception, match=f"fused=True demands a kernel, but .*{reason}"):
+        compiled(x)
+
+
+def test_a_mask_for_each_channel_is_array_code():
+    assert operators_in(BatchNorm(3), torch.randn(4, 3, 5), torch.rand(4, 3, 5) < 0.5) == 0
+
+
+def test_a_residual_of_another_type_is_array_code():
+    x = torch.randn(4, 3, 5)
+    assert operators_in(BatchNorm(3), x, None, x.double()) == 0
+
+
+def test_exported_programs_hold_no_operator():
+    program = torch.export.export(BatchNorm(3), (torch.randn(4, 3, 5),))
+    assert "batchnorm" not in program.graph_module.code
+
+
+# The same bits as eager code
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+def test_types_give_the_bits_of_eager(dtype, masked):
+    layer = randomize(BatchNorm(3)).to(dtype)
+    assert_same_step(
+        layer, torch.randn(6, 3, 5).to(dtype), torch.rand(6, 5) < 0.6 if masked else None
+    )
+
+
+OPTIONS = {
+    "ghost": {"virtual_batch_size": 3},
+    "cumulative": {"momentum": None},
+    "no-affine": {"affine": False},
+    "no-bias": {"bias": False},
+    "no-running": {"track_running_stats": False},
+    "relu": {"activation": "relu"},
+    "leaky-relu": {"activation": "leaky_relu"},
+    "last-axis": {"axis": -1, "num_features": 5},
+    "two-axes": {"axis": (1, 2), "num_features": (3, 5)},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_options_give_the_bits_of_eager(option, residual):
+    layer = randomize(BatchNorm(**{"num_features": 3, **option}))
+    x = torch.randn(6, 3, 5)
+    assert_same_step(layer, x, None, torch.randn(6, 3, 5) if residual else None)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("fused", [True, None])
+def test_frozen_layers_give_the_values_of_eager(activation, fused):
+    eager = randomize(BatchNorm(3, activation=activation, fused=fused))
+    eager(torch.randn(8, 3, 5) + 1)
+    layer = copy.deepcopy(eager.freeze())
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    x, mask, residual = torch.randn(6, 3, 5), torch.rand(6, 5) < 0.6, torch.randn(6, 3, 5)
+    found, expected = step(compiled, x, mask, residual), step(eager, x, mask, residual)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_channels_without_real_rows_use_running_statistics():
+    layer = BatchNorm(3)
+    layer.running_mean.fill_(2.0)
+    assert_same_step(layer, torch.randn(6, 3, 5), torch.zeros(6, 5, dtype=torch.bool), steps=1)
+
+
+MEMORY = {
+    "channels-last": lambda: torch.randn(4, 6, 6, 3).permute(0, 3, 1, 2),
+    "gaps": lambda: torch.randn(8, 3, 6, 6)[::2],
+    "gaps-inside": lambda: torch.randn(4, 3, 6, 12)[..., ::2],
+    "turned": lambda: torch.randn(6, 6, 3, 4).permute(3, 2, 0, 1),
+    "expanded": lambda: torch.randn(4, 3, 1, 1).expand(4, 3, 6, 6),
+}
+
+
+@pytest.mark.parametrize("make", MEMORY.values(), ids=MEMORY)
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+def test_memory_orders_give_the_values_of_eager(make, masked):
+    eager = randomize(BatchNorm2d(3))
+    layer = copy.deepcopy(eager)
+    x, mask = make(), torch.rand(4, 6, 6) < 0.6 if masked else None
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    torch.testing.assert_close(step(compiled, x, mask), step(eager, x, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    compiled = torch.compile(BatchNorm(8), fullgraph=True)
+    x, threads, found = torch.randn(4096, 8), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(step(compiled, x))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert_bits(other, found[0])
+
+
+# What torch asks of operators
+
+
+def arguments_of(shape, *, masked=False, residual=False, axes=(1,), size=None, activation=None):
+    x = torch.randn(shape, requires_grad=True)
+    channels = [shape[a] for a in axes]
+    weight, bias = (torch.randn(channels, requires_grad=True) for _ in range(2))
+    rows = [n for a, n in enumerate(shape) if a not in axes]
+    mask = torch.rand(rows) < 0.6 if masked else None
+    added = torch.randn(shape, requires_grad=True) if residual else None
+    running = torch.zeros(channels), torch.ones(channels)
+    options = (list(axes), size, 1e-5, activation, True, "BatchNorm")
+    return x, mask, weight, bias, added, *running, *options
+
+
+CALLS = {
+    "plain": {},
+    "masked": {"masked": True},
+    "ghost": {"size": 3, "masked": True},
+    "residual-relu": {"residual": True, "activation": "relu"},
+    "two-axes": {"axes": (1, 2)},
+}
+
+
+@pytest.mark.parametrize("option", CALLS.values(), ids=CALLS)
+def test_operators_pass_the_checks_of_torch(option):
+    torch.library.opcheck(operators._step, arguments_of((6, 4, 5), **option))
+
+
+def test_gradients_agree_with_differences():
+    layer = torch.compile(randomize(BatchNorm(3)).double(), fullgraph=True, backend=BACKEND)
+    x, mask = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True), torch.rand(6, 4) < 0.7
+    assert torch.autograd.gradcheck(lambda x: torch.where(mask[:, None], layer(x, mask), 0), x)
+
+
+def test_a_second_derivative_through_a_graph_raises():
+    layer = torch.compile(BatchNorm(3), fullgraph=True, backend=BACKEND)
+    x = torch.randn(6, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        dx.sum().backward()
+
+
+def test_a_graph_whose_kernels_are_gone_says_so(monkeypatch):
+    layer = torch.compile(BatchNorm(3), fullgraph=True, backend=BACKEND)
+    x = torch.randn(6, 3)
+    layer(x)
+    refused = operators.fused.prepare(
+        "BatchNorm", (2, 3), (3, 1), x.dtype, 1, None, True, None, None
+    )
+    monkeypatch.setattr(fused, "prepare", lambda *arguments: refused)
+    with pytest.raises(RuntimeError, match="compiled for kernels that do not serve it here"):
+        layer(x)
+
+
+# Compiling once
+
+
+def test_a_schedule_of_momentum_compiles_a_second_time_only():
+    layer, eager = BatchNorm(3), BatchNorm(3)
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for n in range(12):
+        layer.momentum = eager.momentum = 0.5 / (n + 1)
+        x = torch.randn(4, 3)
+        compiled(x), eager(x)
+    assert counter.frame_count == 2
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict(), **STATISTICS)
+
+
+# Transformations and callers that are not compiled
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_transformations_take_array_code(inside):
+    layer = BatchNorm(3, track_running_stats=False)
+    x = torch.randn(5, 8, 3)
+
+    def loss(x):
+        return torch.sin(layer(x)).sum()
+
+    expected = vmap(grad(loss))(x)
+    if inside:
+        found = torch.compile(vmap(grad(loss)), fullgraph=True, backend=BACKEND)(x)
+    else:
+        found = vmap(grad(torch.compile(loss, backend=BACKEND)))(x)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_a_caller_that_the_compiler_gave_up_on_still_calls_the_kernels(track):
+    layer = BatchNorm1d(3, track_running_stats=track)
+    x = torch.randn(5, 8, 3)
+    # vmap over a compiled function makes the compiler skip that function, and go on inside of it.
+    compiled = torch.compile(lambda x: layer.eval()(x), backend=BACKEND)
+    vmap(compiled)(x)
+    expected = layer(x[0])
+    for _ in range(3):
+        assert torch.equal(compiled(x[0]), expected)
+
+
+def test_a_sequence_of_shapes_equals_eager():
+    eager = randomize(BatchNorm(3))
+    layer = copy.deepcopy(eager)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=BACKEND)
+    for n, length in itertools.product((2, 5, 4), (3, 7)):
+        x, mask = torch.randn(n, 3, length), torch.rand(n, length) < 0.7
+        assert_bits(step(compiled, x, mask), step(eager, x, mask))
