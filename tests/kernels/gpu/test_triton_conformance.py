@@ -22,6 +22,7 @@ def is_served(case: Case) -> bool:
     return not adjusted and case.mask != "channelwise" and not isinstance(case.axis, tuple)
 
 
+TRACED = PATH._replace(run=partial(torch_path.run, fused=True, compiled="aot_eager"))
 SERVED = [case for case in CASES if is_served(case)]
 
 
@@ -34,3 +35,15 @@ def test_kernels_meet_the_specification(case: Case) -> None:
 @pytest.mark.parametrize("case", SERVED[::3], ids=lambda case: case.name)
 def test_kernels_in_pieces_meet_the_specification(case: Case, pieces: Any) -> None:
     check(PATH, case)
+
+
+def is_traced(case: Case) -> bool:
+    """Whether compiled graphs hold the kernels: renormalization is array code in them."""
+    return case.renorm is None or case.mode != "train"
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in SERVED if is_traced(c)][::8], ids=lambda case: case.name
+)
+def test_kernels_in_graphs_meet_the_specification(case: Case) -> None:
+    check(TRACED, case)
