@@ -31,6 +31,7 @@ class Case:
         residual: whether one is added before the activation.
         copied: whether plain copies of the same size are timed too.
         quick: whether `--quick` measures it.
+        compiled: whether this library's layer is timed under torch.compile too.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     residual: bool = False
     copied: bool = False
     quick: bool = False
+    compiled: bool = False
 
     @property
     def plain(self) -> bool:
@@ -57,7 +59,7 @@ class Case:
 
 
 _LARGE = (
-    Case("rows", "(262144, 64)", ROWS, copied=True, quick=True),
+    Case("rows", "(262144, 64)", ROWS, copied=True, quick=True, compiled=True),
     Case(
         "channels-last",
         "(32, 256, 56, 56), channels last",
@@ -71,13 +73,13 @@ _LARGE = (
 _OTHER_SHAPES = (
     Case("wide", "(4096, 1024)", (4096, 1024)),
     Case("three-channels", "(65536, 3)", (65536, 3)),
-    Case("small", "(32, 64)", (32, 64), quick=True),
+    Case("small", "(32, 64)", (32, 64), quick=True, compiled=True),
     Case("one-row", "(1, 4096), evaluation", (1, 4096), mode="evaluation", quick=True),
     Case("bfloat16", "(32, 256, 56, 56), bfloat16", IMAGE, dtype="bfloat16"),
 )
 _MASKED = (
     Case("mask-0", "(262144, 64), 0 % padded", ROWS, padded=0.0),
-    Case("mask-50", "(262144, 64), 50 % padded", ROWS, padded=0.5, quick=True),
+    Case("mask-50", "(262144, 64), 50 % padded", ROWS, padded=0.5, quick=True, compiled=True),
     Case("mask-95", "(262144, 64), 95 % padded", ROWS, padded=0.95),
     Case("mask-image", "(32, 256, 56, 56), 50 % padded", IMAGE, padded=0.5),
 )
@@ -90,6 +92,7 @@ _INFERENCE = tuple(
         channels_last=case.channels_last,
         copied=True,
         quick=case.quick,
+        compiled=case.compiled,
     )
     for case in _LARGE
 )

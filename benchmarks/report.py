@@ -75,6 +75,9 @@ def _grids(record: Record) -> Iterator[Grid]:
     masked = [name for name, case in cases.items() if case["padded"] is not None]
     if masked:
         yield _without_empty_columns(_against_pack(record, masked))
+    compiled = [name for name, case in cases.items() if "ours, compiled" in case["variants"]]
+    if compiled:
+        yield _under_compile(record, compiled)
     if "accuracy" in record:
         yield _accuracy(record)
 
@@ -129,6 +132,20 @@ def _against_pack(record: Record, names: list[str]) -> Grid:
     return grid
 
 
+def _under_compile(record: Record, names: list[str]) -> Grid:
+    variants = ("ours", "ours, compiled")
+    grid = Grid("Under torch.compile", ["", *variants, "eager ÷ compiled"], [])
+    for name in names:
+        case = record["cases"][name]
+        times = [_ms(case, variant) for variant in variants]
+        grid.rows.append([_kind(case) + case["title"], *times, _times(record, name, *variants)])
+    return grid
+
+
+def _kind(case: Record) -> str:
+    return "inference, " if case["mode"] == "inference" else ""
+
+
 def _accuracy(record: Record) -> Grid:
     titles = {"ours": "ours", "plain": "ours, plain array code", "torch": "torch"}
     rows = [
@@ -156,11 +173,16 @@ def _all_variants(record: Record) -> Grid:
     headings = ["", "variant", "median, ms", "quartiles", "GB/s", "rounds", "error"]
     grid = Grid("Every variant", headings, [])
     for case in record["cases"].values():
-        kind = "inference, " if case["mode"] == "inference" else ""
         for name, v in case["variants"].items():
             low, high = v["quartiles"]
             figures = [_figure(v["ms"]), f"{_figure(low)} to {_figure(high)}", f"{v['GB/s']:.3g}"]
-            row = [kind + case["title"], name, *figures, str(v["rounds"]), f"{v['error']:.0e}"]
+            row = [
+                _kind(case) + case["title"],
+                name,
+                *figures,
+                str(v["rounds"]),
+                f"{v['error']:.0e}",
+            ]
             grid.rows.append(row)
     return grid
 

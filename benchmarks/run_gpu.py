@@ -42,8 +42,9 @@ GRAPH = ", graph"
 def _make_cases() -> list[Case]:
     cases = []
     for dtype in ("float32", "bfloat16"):
-        kind = {"dtype": dtype, "copied": True}
+        kind = {"dtype": dtype, "copied": True, "compiled": True}
         cases += [
+            Case(f"inference-{dtype}", "(256, 256, 56, 56), inference", IMAGE, "inference", **kind),
             Case(f"rows-{dtype}", "(4194304, 64)", ROWS, **kind),
             Case(f"image-{dtype}", "(256, 256, 56, 56)", IMAGE, **kind),
             Case(
@@ -246,6 +247,13 @@ def _of_copy(record: dict[str, Any]) -> tuple[float, str] | None:
     return min(found, default=None)
 
 
+def _compiled(record: dict[str, Any]) -> tuple[float, str] | None:
+    """The least quotient of eager code and torch.compile, in training and inference."""
+    names = [name for name, case in record["cases"].items() if "ours, compiled" in case["variants"]]
+    found = [(quotient(record, name, "ours", "ours, compiled"), name) for name in names]
+    return min(((value, name) for value, name in found if value is not None), default=None)
+
+
 _FIRST = ("image-float32", "image-bfloat16")
 TARGETS = (
     Target("half padded, against the compiled formula", 2.0, _worst("mask", "formula, compiled")),
@@ -255,6 +263,7 @@ TARGETS = (
     Target("rows, against torch", 1.2, _worst("rows", "torch")),
     Target("add and ReLU, against separate operators", 1.8, _worst("add-relu", "torch")),
     Target("share of the copy's bandwidth", 0.8, _of_copy),
+    Target("under torch.compile, against eager", 1.0, _compiled),
     Target(
         "small, replayed graphs, against torch",
         1 / 1.1,

@@ -41,6 +41,7 @@ def make_variants(problem: Problem) -> dict[str, Variant]:
     """Every variant of a case, by name."""
     case = problem.case
     ours = _ours(problem)
+    torch._dynamo.reset()  # what was compiled for another case is in nobody's way
     if case.mode == "inference":
         found = {"ours": _forward(problem, ours, True), "torch": _forward(problem, _torch(problem))}
     elif case.padded is not None:
@@ -51,6 +52,8 @@ def make_variants(problem: Problem) -> dict[str, Variant]:
         found = {"ours": _step(problem, ours, exact=True), "torch": _step(problem, _torch(problem))}
         if case.copied and problem.x.is_cpu and not problem.fused:
             found["ours, reused buffers"] = _reused(problem)
+    if case.compiled:
+        found["ours, compiled"] = _compiled(problem)
     if case.copied:
         found["copy"] = _copy(problem)
     return found
@@ -63,7 +66,6 @@ def make_default_variants(problem: Problem) -> dict[str, Variant]:
 
 
 def _masked(problem: Problem, ours: nn.Module) -> dict[str, Variant]:
-    torch._dynamo.reset()  # a formula compiled for another case is in nobody's way
     formula = _formula(problem)
     compiled = torch.compile(formula, dynamic=False)
     packed = pack(_load(nn.BatchNorm1d(problem.x.shape[1], EPS), problem))
@@ -100,9 +102,18 @@ def _activated(problem: Problem, ours: nn.Module) -> dict[str, Variant]:
         "torch, in place": _step(problem, in_place),
     }
     if problem.x.is_cuda:
-        torch._dynamo.reset()
         found["torch, compiled"] = _step(problem, torch.compile(separate, dynamic=False))
     return found
+
+
+def _compiled(problem: Problem) -> Variant:
+    """The library's layer under torch.compile."""
+    layer = torch.compile(_ours(problem), dynamic=False, fullgraph=True)
+    if problem.case.mode == "inference":
+        return _forward(problem, layer, exact=True)
+    if problem.residual is None:
+        return _step(problem, layer, problem.mask, exact=True)
+    return _step(problem, lambda x, residual: layer(x, residual=residual), exact=True)
 
 
 def _step(
