@@ -255,10 +255,8 @@ def test_a_graph_whose_kernels_are_gone_says_so(monkeypatch):
     layer = torch.compile(BatchNorm(3), fullgraph=True, backend=BACKEND)
     x = torch.randn(6, 3)
     layer(x)
-    refused = operators.fused.prepare(
-        "BatchNorm", (2, 3), (3, 1), x.dtype, 1, None, True, None, None
-    )
-    monkeypatch.setattr(fused, "prepare", lambda *arguments: refused)
+    refused = fused.prepare("BatchNorm", (2, 3), (3, 1), x.dtype, 1, None, True, None, None)
+    monkeypatch.setattr(operators, "prepare", lambda *arguments: refused)
     with pytest.raises(RuntimeError, match="compiled for kernels that do not serve it here"):
         layer(x)
 

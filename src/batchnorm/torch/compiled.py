@@ -1,4 +1,4 @@
-"""The compiled kernels as `fused` calls them: tensors become addresses and sizes."""
+"""The compiled kernels as `steps` calls them: tensors become addresses and sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchnorm.kernels import cpu
 from batchnorm.torch.prepared import NAMES, Prepared, row_of
 
 if TYPE_CHECKING:
-    from batchnorm.torch.fused import Call
+    from batchnorm.torch.steps import Call
 
 _CODES = {dtype: cpu.TYPES[name] for dtype, name in NAMES.items()}
 

@@ -9,25 +9,16 @@ import torch
 from torch import Tensor
 
 from batchnorm.core import config
-from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running, move_running
 from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
 from batchnorm.core.running import Running
 from batchnorm.kernels.select import refuse_fused
-from batchnorm.torch import checks, jagged, operators
+from batchnorm.torch import checks, jagged
 from batchnorm.torch import fused as kernels
-from batchnorm.torch.namespace import XP
-from batchnorm.torch.rank_merge import RankMerge
-from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot, untraced
-from batchnorm.torch.synchronize import (
-    Participation,
-    Synchronizer,
-    find_synchronizer,
-    participate,
-)
+from batchnorm.torch.paths import Job, Mode, Parameters, by_array, by_kernel, by_operator
+from batchnorm.torch.synchronize import Synchronizer, find_synchronizer, participate
 
 __all__ = ["RenormStatistics", "batch_norm"]
 
-_history = StepHistory()
 _STATISTICS = ("running_mean", "running_var", "", "running_stddev", *("renorm statistics",) * 2)
 
 
@@ -153,25 +144,6 @@ def batch_norm(
     )
 
 
-class Parameters(NamedTuple):
-    """gamma and beta, each per channel or None."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-
-class Mode(NamedTuple):
-    """What a call does about statistics (S15).
-
-    own_statistics: normalize by the batch's own; training: with ghost batches, renormalization
-    and adjustment; update: move the running ones.
-    """
-
-    own_statistics: bool
-    training: bool
-    update: bool
-
-
 def normalize(
     x: Tensor,
     mask: Any,
@@ -206,7 +178,7 @@ def normalize(
         )
     mask = checks.check_mask(owner, mask, x.device)
     size = options.virtual_batch_size if mode.training else None
-    adjusted = adjustment is not None and mode.training
+    adjustment = adjustment if mode.training else None
     prepared = None
     if fused is not False and kernels.is_plain(x):
         prepared = kernels.prepare(
@@ -216,7 +188,7 @@ def normalize(
             x.dtype,
             axis,
             size,
-            adjusted,
+            adjustment is not None,
             options.activation,
             None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
             x.device.type,
@@ -229,185 +201,17 @@ def normalize(
     part = None
     if synchronizer is not None and mode.training:
         part = participate(synchronizer, owner, layout, options, mask)
+    job = Job(
+        x, mask, parameters, residual, running, layout, options, adjustment, mode, owner, part
+    )
     if fused is not False:
-        tensors = (x, mask, parameters, residual, running)
-        if torch.compiler.is_compiling():
-            y = _by_operator(*tensors, layout, options, mode, owner, part, adjusted, fused)
-        else:
-            y = _by_kernel(*tensors, prepared, options, mode, owner, part)
+        compiling = torch.compiler.is_compiling()
+        y = by_operator(job, fused is True) if compiling else by_kernel(job, prepared)
         if not isinstance(y, str):
             return y
         if fused:
             raise refuse_fused(owner, y)
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    s, t = config.call_adjustment(owner, adjustment if adjusted else None, layout.shape)
-    inputs = Inputs(
-        x.to(work),
-        checks.to_boolean(mask),
-        gamma=_cast(parameters.weight, work),
-        beta=_cast(parameters.bias, work),
-        residual=_cast(residual, work),
-        s=checks.check_adjusted(owner, "scale", s, x, work),
-        t=checks.check_adjusted(owner, "bias", t, x, work),
-    )
-    if mode.own_statistics or running is None:
-        y = _by_batch(inputs, running, layout, options, mode, owner, part)
-    else:
-        if not torch.is_grad_enabled():
-            inputs = inputs._replace(mask=None)  # it matters to gradients only
-        y = forward_running(inputs, _in(running, work), layout, options, owner=owner, xp=XP)
-    return y.to(x.dtype)
-
-
-@untraced
-def _by_kernel(
-    x: Tensor,
-    mask: Tensor | None,
-    parameters: Parameters,
-    residual: Tensor | None,
-    running: Running | None,
-    prepared: kernels.Prepared | None,
-    options: config.Options,
-    mode: Mode,
-    owner: str,
-    part: Participation | None,
-) -> Tensor | str:
-    """y, or why no kernel can compute it."""
-    if prepared is None:
-        return "x is not a plain tensor, or a compiler or transformation of torch is at work"
-    refusal = (
-        prepared.refusal
-        or kernels.refuse_parameters(parameters)
-        or kernels.refuse_tensors(x, (mask, *parameters, residual), running)
-    )
-    if refusal is None and part is not None and prepared.layout.groups is not None:
-        refusal = "none merges the averages of ghost batches over ranks"
-    if refusal is None and residual is not None and residual.dtype is not x.dtype:
-        refusal = f"it takes a residual of x's type {x.dtype}, and got {residual.dtype}"
-    if refusal is not None:
-        return refusal
-    again = recomputation_flag(x) is True
-    return kernels.normalize(
-        x,
-        mask,
-        parameters,
-        residual,
-        running,
-        prepared,
-        options,
-        batch=mode.own_statistics or running is None,
-        update=mode.update and running is not None and not again,
-        history=_history,
-        again=again,
-        owner=owner,
-        part=part,
-    )
-
-
-def _by_operator(
-    x: Tensor,
-    mask: Tensor | None,
-    parameters: Parameters,
-    residual: Tensor | None,
-    running: Running | None,
-    layout: Layout,
-    options: config.Options,
-    mode: Mode,
-    owner: str,
-    part: Participation | None,
-    adjusted: bool,
-    fused: bool | None,
-) -> Tensor | str:
-    """y by an operator of a compiled graph, or why there is none for it."""
-    if part is not None:
-        return "compiled graphs merge with other ranks in array code"
-    batch = mode.own_statistics or running is None
-    refusal = operators.refuse(
-        x,
-        mask,
-        parameters,
-        residual,
-        running,
-        layout,
-        adjusted=adjusted,
-        renormalized=options.renorm is not None and batch,
-        batch=batch,
-        demanded=fused is True,
-        owner=owner,
-    )
-    if refusal is not None:
-        return refusal
-    y, centred = operators.step(
-        x, mask, parameters, residual, running, layout, options, batch=batch, owner=owner
-    )
-    if mode.update and running is not None:
-        _store(running, move_running(running, centred, layout, options, XP), x)
-    return y
-
-
-def _by_batch(
-    inputs: Inputs,
-    running: Running | None,
-    layout: Layout,
-    options: config.Options,
-    mode: Mode,
-    owner: str,
-    part: Participation | None,
-) -> Tensor:
-    merge = None if part is None else RankMerge(part, options.eps)
-
-    def forward(statistics: Running | None) -> Outcome:
-        return forward_batch(inputs, statistics, layout, options, owner=owner, xp=XP, merge=merge)
-
-    if running is None:
-        return forward(None).y
-    before = _in(_before_step(running, layout, options), inputs.x.dtype)
-    remembers = options.renorm is not None and not torch.compiler.is_compiling()
-    again = remembers and recomputation_flag(inputs.x) is True
-    if again:
-        # The statistics have moved since the step that is recomputed (S9).
-        with torch.no_grad():
-            moments = forward(before).moments
-        before = _history.recall(owner, running.renorm_mean, moments)
-    outcome = forward(before)
-    if remembers and not again:
-        _history.record(running.renorm_mean, outcome.moments, before)
-    if mode.update:
-        _store(running, outcome.running, inputs.x)
-    return outcome.y
-
-
-def _before_step(running: Running, layout: Layout, options: config.Options) -> Running:
-    """The statistics, where gradients depend on them out of reach of this step's update."""
-    renormalizes = options.renorm is not None
-    if not renormalizes and (layout.groups is None or options.activation is None):
-        return running
-    statistics = running._replace(batches=None)
-    copies = iter(snapshot([a for a in statistics if a is not None], repeatable=not renormalizes))
-    kept = (None if a is None else next(copies) for a in statistics)
-    return Running(*kept)._replace(batches=running.batches)
-
-
-def _in(running: Running, dtype: torch.dtype) -> Running:
-    """Statistics in the working type; the number of batches stays an integer."""
-    cast = Running(*(_cast(a, dtype) for a in running))
-    return cast._replace(batches=running.batches)
-
-
-def _store(running: Running, new: Running | None, x: Tensor) -> None:
-    """Write `new` into `running` in place, unless this forward pass is a recomputation (S9)."""
-    again: Any = recomputation_flag(x)
-    if again is True:
-        return
-    assert new is not None
-    for old, value in zip(running, new, strict=True):
-        if old is not None:
-            value = value.to(old.dtype)
-            old.copy_(value if again is None else torch.where(again, old, value))
-
-
-def _cast(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if a is None else a.to(dtype)
+    return by_array(job)
 
 
 def _check_shapes(

@@ -1,4 +1,4 @@
-"""The Triton kernels as `fused` calls them: launches on the device of the tensors."""
+"""The Triton kernels as `steps` calls them: launches on the device of the tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchnorm.kernels.triton.arguments import Array, Kept, Mask, Parameters
 from batchnorm.torch.prepared import Prepared, row_of
 
 if TYPE_CHECKING:
-    from batchnorm.torch.fused import Call
+    from batchnorm.torch.steps import Call
 
 
 def find_state(

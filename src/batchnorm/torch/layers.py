@@ -14,8 +14,9 @@ from torch.fx import Proxy
 from batchnorm.core import config
 from batchnorm.core.layout import check_axis, normalize_axis
 from batchnorm.torch import checks, jagged, masking
-from batchnorm.torch.functional import Mode, Parameters, normalize
+from batchnorm.torch.functional import normalize
 from batchnorm.torch.masking import ambient_mask
+from batchnorm.torch.paths import Mode, Parameters
 from batchnorm.torch.runtime import recomputation_flag
 from batchnorm.torch.shortcut import Shortcut, find_shortcut
 from batchnorm.torch.statistics import RunningStatistics

@@ -19,12 +19,13 @@ from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Centred
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.torch import fused
+from batchnorm.torch import steps
 from batchnorm.torch.prepared import (
     NAMES,
     Prepared,
     choose,
     like,
+    prepare,
     refuse_parameters,
     refuse_tensors,
 )
@@ -68,8 +69,6 @@ def refuse(
         return f"channel axes {axes} are apart in memory"
     shape = None if mask is None else layout.mask_shape(tuple(mask.shape), owner)
     per_channel = shape is not None and any(shape[a] != 1 for a in axes)
-    if residual is not None and residual.dtype is not x.dtype:
-        return f"it takes a residual of x's type {x.dtype}, and got {residual.dtype}"
     return (
         refuse_parameters(parameters)
         or refuse_tensors(x, (mask, *parameters, residual), running, traced=True)
@@ -162,12 +161,12 @@ def _step(
         running = Running(running_mean, running_var)
     arranged = _arrange(x, mask, (weight, bias), residual, axes, size, activation, owner)
     there, mask, weight, bias, residual, prepared = arranged
-    passes = fused.find_passes(prepared)
+    passes = steps.find_passes(prepared)
     state = passes.find_state(weight, bias, running)
-    call = fused.Call(
+    call = steps.Call(
         prepared, mask, running, state, options, batch, False, residual is not None, None
     )
-    y, kept = fused.forward(call, there, weight, bias, residual)
+    y, kept = steps.forward(call, there, weight, bias, residual)
     packed = passes.pack(kept)
     # Pairs of rows that this step has not written, which no operator may return.
     row = math.prod(prepared.layout.moments)
@@ -220,15 +219,15 @@ def _gradient(
     arranged = _arrange(x, mask, (None, None), None, axes, size, activation, owner)
     there, mask, _, _, _, prepared = arranged
     options = config.Options(virtual_batch_size=size, activation=activation)
-    call = fused.Call(prepared, None, None, (), options, batch, False, residual, None)
-    found = fused.backward(
+    call = steps.Call(prepared, None, None, (), options, batch, False, residual, None)
+    found = steps.backward(
         call,
         like(dy, there, prepared),
         there,
         None if y is None else like(y, there, prepared),
         mask,
-        fused.find_passes(prepared).unpack(prepared, kept),
-        fused.Wanted(wants_x, weight, bias, wants_residual),
+        steps.find_passes(prepared).unpack(prepared, kept),
+        steps.Wanted(wants_x, weight, bias, wants_residual),
     )
     dx, dweight, dbias, dresidual = found
     arrays = (_laid_like(dx, x), dweight, dbias, _laid_like(dresidual, x))
@@ -301,7 +300,7 @@ def _arrange(
     owner: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Prepared]:
     """The tensors in memory that suits the kernels, which `refuse` has found to exist."""
-    prepared = fused.prepare(
+    prepared = prepare(
         owner,
         x.shape,
         x.stride(),
@@ -314,7 +313,7 @@ def _arrange(
         x.device.type,
         True,
     )
-    arranged = fused.arrange(x, mask, parameters, residual, prepared, activation)
+    arranged = steps.arrange(x, mask, parameters, residual, prepared, activation)
     if prepared.refusal is not None or isinstance(arranged, str):
         raise RuntimeError(
             f"{owner}: a graph was compiled for kernels that do not serve it here: "

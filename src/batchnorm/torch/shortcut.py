@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchnorm.core import config
 from batchnorm.core.running import Running
-from batchnorm.torch import compiled, fused, masking
+from batchnorm.torch import compiled, fused, masking, steps
 from batchnorm.torch.runtime import untraced
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Shortcut:
                 (a.data_ptr(), a.dtype, a.shape) != seen or not a.is_contiguous()
             ):
                 return None
-        call = fused.Call(
+        call = steps.Call(
             self.prepared,
             None,
             self.running,

@@ -168,12 +168,12 @@ def test_the_cut_changes_no_more_than_rounding(request: pytest.FixtureRequest) -
 
 
 def test_outputs_are_written_everywhere(monkeypatch: pytest.MonkeyPatch, pieces: Any) -> None:
-    from batchnorm.torch import fused
+    from batchnorm.torch import steps
 
     def poisoned(x: Tensor, prepared: Any) -> Tensor:
         return torch.full_like(x, torch.nan)
 
-    monkeypatch.setattr(fused, "empty_output", poisoned)
+    monkeypatch.setattr(steps, "empty_output", poisoned)
     residual = torch.randn(37, 5, 3, requires_grad=True)
     mask = torch.rand(37) < 0.5
     y, dx = train(torch.randn(37, 5, 3), mask, residual=residual, activation="leaky_relu")
