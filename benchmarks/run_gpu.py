@@ -27,6 +27,7 @@ if not torch.cuda.is_available():  # before Triton is imported
 
 from batchnorm.benchmark.machine import describe_versions
 from batchnorm.benchmark.timing import summarize
+from batchnorm.torch.prepared import choose
 from cases import Case, count_bytes
 from measure import check_variant
 from problem import check_solution, make_problem, solve
@@ -92,6 +93,9 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("run_gpu: there is no CUDA device here; --check-only compares results without.")
+    kernel = choose("cuda", "float32", False, False, False)
+    if kernel.kernel is None:
+        sys.exit(f"run_gpu: there are no kernels to measure: {kernel.reason}.")
     record = _describe_run() | {"cases": {case.name: _measure(case) for case in chosen}}
     record["targets"] = [target.judge(record) for target in TARGETS]
     _print(record)
@@ -133,7 +137,8 @@ def _check_small(case: Case) -> None:
     if device == "cpu" and case.dtype == "bfloat16":
         return  # the interpreter cuts off where a GPU rounds
     shape = (min(case.shape[0], 16), min(case.shape[1], 8), *(min(n, 7) for n in case.shape[2:]))
-    problem = make_problem(replace(case, shape=shape), device, fused=True)
+    fused = None if device == "cuda" else True  # which reaches the interpreter
+    problem = make_problem(replace(case, shape=shape), device, fused=fused)
     expected = solve(problem)
     for name, variant in make_variants(problem).items():
         if device == "cpu" and "compiled" in name:
@@ -145,7 +150,7 @@ def _check_small(case: Case) -> None:
 def _measure(case: Case) -> dict[str, Any]:
     """The case's record: what it is, and each variant's figures."""
     check_solution(case)
-    problem = make_problem(case, "cuda", fused=True)
+    problem = make_problem(case, "cuda")
     variants = make_variants(problem)
     expected = solve(problem)
     errors = {name: check_variant(name, problem, v, expected) for name, v in variants.items()}

@@ -19,6 +19,7 @@ PATHS = {
     "torch-plain": Path(partial(torch_path.run, fused=False), True, tolerances.FLOAT32),
     "torch-traced": Path(partial(torch_path.run, compiled="aot_eager"), True, tolerances.FLOAT32),
 }
+TRACED_ARRAYS = partial(torch_path.run, compiled="aot_eager", fused=False)
 # Compiling takes seconds a case: a sample that holds every mode, option and hard data.
 COMPILED = Path(partial(torch_path.run, compiled="inductor"), True, tolerances.PLAIN_FLOAT32)
 COMPILED_CASES = [
@@ -43,6 +44,14 @@ def test_path_meets_the_specification(path: str, case: Case) -> None:
     check(PATHS[path], case)
 
 
+# A sample: what graphs hold where no kernel serves is the same array code as eager's.
+@pytest.mark.parametrize("case", CASES[::6], ids=lambda case: case.name)
+def test_traced_array_code_meets_the_specification(case: Case) -> None:
+    check(Path(TRACED_ARRAYS, True, tolerances.FLOAT32), case)
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["", "arrays"])
 @pytest.mark.parametrize("name", COMPILED_CASES)
-def test_compiled_torch_meets_the_specification(name: str) -> None:
-    check(COMPILED, next(case for case in CASES if case.name == name))
+def test_compiled_torch_meets_the_specification(name: str, fused: bool | None) -> None:
+    run = partial(COMPILED.run, fused=fused)
+    check(COMPILED._replace(run=run), next(case for case in CASES if case.name == name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from batchnorm.kernels.select import triton_status
 from batchnorm.torch import BatchNorm
 from cases import CASES, Case
 from comparison import Path, check
+
+if triton_status().kernel is not None:
+    from batchnorm.kernels.triton import launch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +45,22 @@ def test_bits_are_the_same_each_time(shape: tuple[int, ...]) -> None:
         found.append((leaf.grad, layer.weight.grad, layer.running_mean, layer.running_var))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_layer_takes_the_kernels_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    launch_once = launch.Plan._launch
+
+    def count(self: launch.Plan, *arguments: Any) -> None:
+        launched.append(arguments[0])
+        launch_once(self, *arguments)
+
+    monkeypatch.setattr(launch.Plan, "_launch", count)
+    layer, x = BatchNorm(8, device="cuda"), torch.randn(64, 8, device="cuda", requires_grad=True)
+    layer(x).sum().backward()
+    assert len(launched) >= 2
+    torch.compile(layer, fullgraph=True)(x).sum().backward()
+    assert len(launched) >= 4
 
 
 def test_a_step_waits_for_nothing_and_can_be_captured() -> None:

@@ -14,11 +14,7 @@ from batchnorm.torch import compiled, prepared
 
 
 def choose(device: str = "cuda", dtype: str = "float32", **options: Any) -> select.Choice:
-    settings = {
-        "adjusted": False,
-        "per_channel_mask": False,
-        "demanded": device == "cuda",
-    } | options
+    settings = {"adjusted": False, "per_channel_mask": False} | options
     return select.select_kernel(device, dtype, **settings)
 
 
@@ -39,12 +35,13 @@ def test_a_gpu_gets_triton_s_kernels_whatever_the_options() -> None:
 
 
 @pytest.mark.usefixtures("with_triton")
-def test_kernels_that_no_gpu_has_proven_are_there_for_who_asks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert "take fused=True" in choose(demanded=False).reason
-    monkeypatch.setattr(select, "_PROVEN_ON_A_GPU", True)
-    assert choose(demanded=False).kernel == "triton"
+def test_a_gpu_of_amd_gets_them_only_if_demanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no test compiles them for AMD's GPUs" in choose("hip").reason
+    assert choose("hip", demanded=True).kernel == "triton"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert prepared.choose("cuda", "float32", False, False, False).kernel is None
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert prepared.choose("cuda", "float32", False, False, False).kernel == "triton"
 
 
 @pytest.mark.usefixtures("with_triton")

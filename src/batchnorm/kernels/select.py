@@ -1,10 +1,9 @@
 """Which kernel serves a call, or why none does.
 
-On a GPU the kernels are this library's own, for calls that demand them until they have been run on
-one; torch's (ATen, cuDNN) are never chosen. In
-training torch's subtract a mean that is one float32, and miss S3 as soon as the mean exceeds some
-hundred deviations, which no one can know before the data has been read; nor do they take masks,
-groups, or a finite row count. In evaluation they would move the same bytes as ours.
+On a GPU the kernels are this library's own; torch's (ATen, cuDNN) are never chosen. In training
+torch's subtract a mean that is one float32, and miss S3 as soon as the mean exceeds some hundred
+deviations, which no one can know before the data has been read; nor do they take masks, groups, or
+a finite row count. In evaluation they would move the same bytes as ours.
 """
 
 from __future__ import annotations
@@ -16,10 +15,6 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from batchnorm.kernels import cpu
-
-# The GPU's kernels have run in Triton's interpreter only. Until `pytest -m gpu` has passed on a
-# card, calls get them where they ask for them: a race, say, would be a wrong result without a word.
-_PROVEN_ON_A_GPU = False
 
 _TRITON = (3, 7)  # 3.7 takes named tuples of arguments, and double-precision numbers
 
@@ -65,7 +60,8 @@ def select_kernel(
     """The kernel for a call.
 
     Args:
-        device: of the input, by name ("cpu", "cuda").
+        device: of the input, by name ("cpu", "cuda", or "hip" for what torch built for AMD calls
+            "cuda").
         dtype: of the input, by name ("float32").
         adjusted: whether an adjustment applies (S13).
         per_channel_mask: whether the mask differs between channels (S1 c).
@@ -75,10 +71,10 @@ def select_kernel(
     Returns:
         Choice: "cpu" (compiled), "triton", or None and why.
     """
-    if device not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda", "hip"):
         return Choice(None, f"there is none for device {device}")
     interpreted = device == "cpu" and demanded and is_interpreting()
-    status = triton_status() if device == "cuda" or interpreted else extension_status()
+    status = triton_status() if device != "cpu" or interpreted else extension_status()
     if status.kernel is None:
         return status
     if dtype not in cpu.TYPES:
@@ -87,8 +83,8 @@ def select_kernel(
         return Choice(None, "none takes an adjustment")
     if per_channel_mask:
         return Choice(None, "none takes a mask that differs between channels")
-    if status.kernel == "triton" and not (demanded or _PROVEN_ON_A_GPU):
-        return Choice(None, "those for GPUs, not yet proven on one, take fused=True")
+    if device == "hip" and not demanded:
+        return Choice(None, "no test compiles them for AMD's GPUs, where they take fused=True")
     return Choice(status.kernel)
 
 

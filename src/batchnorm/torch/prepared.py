@@ -127,6 +127,7 @@ def choose(
     """`select_kernel`, with one warning where a GPU's kernels are missing."""
     if device == "cuda":
         _warn_without_triton()
+        device = "hip" if torch.version.hip else device
     return select_kernel(
         device, dtype, adjusted=adjusted, per_channel_mask=per_channel_mask, demanded=demanded
     )
