@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
-from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, fused, operators
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, batch_norm, fused, operators
 
 BACKEND = "aot_eager"
 STATISTICS = {"rtol": 1e-6, "atol": 1e-7}  # moved in float64 here, inside the kernel there
@@ -174,6 +174,37 @@ def test_channels_without_real_rows_use_running_statistics():
     layer = BatchNorm(3)
     layer.running_mean.fill_(2.0)
     assert_same_step(layer, torch.randn(6, 3, 5), torch.zeros(6, 5, dtype=torch.bool), steps=1)
+
+
+@pytest.mark.parametrize("size", [None, 3], ids=["", "ghost"])
+def test_an_empty_batch_changes_nothing(size):
+    assert_same_step(BatchNorm(3, virtual_batch_size=size), torch.randn(0, 3, 5))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_parameters_that_are_not_trained_get_no_gradient(frozen):
+    layer = BatchNorm(3)
+    getattr(layer, frozen).requires_grad_(False)
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    x = torch.randn(6, 3)
+    compiled(x).square().sum().backward()
+    assert getattr(layer, frozen).grad is None
+    eager = copy.deepcopy(layer)
+    eager.zero_grad()
+    eager(x).square().sum().backward()
+    for a, b in zip(layer.parameters(), eager.parameters(), strict=True):
+        assert a.grad is b.grad is None or torch.equal(a.grad, b.grad)
+
+
+def test_the_function_moves_the_statistics_that_it_is_given():
+    x, found, expected = torch.randn(6, 3), torch.zeros(2, 3), torch.zeros(2, 3)
+    compiled = torch.compile(batch_norm, fullgraph=True, backend=BACKEND)
+    for call, running in ((compiled, found), (batch_norm, expected)):
+        for _ in range(2):
+            y = call(x, running[0], running[1], training=True)
+    assert found.any()
+    torch.testing.assert_close(found, expected, **STATISTICS)
+    assert torch.equal(y, compiled(x, found[0], found[1], training=True))
 
 
 MEMORY = {

@@ -109,7 +109,7 @@ def step(
         batch: normalize by the batch's own statistics; the moments have no meaning otherwise.
         owner: whose name error messages carry.
     """
-    size = None if layout.groups is None else layout.shape[0] // layout.groups
+    size = None if layout.groups is None else options.virtual_batch_size
     y, kept = _step(
         x,
         mask,
@@ -129,7 +129,7 @@ def step(
 def _moments(kept: Tensor, layout: Layout) -> Centred:
     """What a step keeps as the core takes moments, in the shape of `layout.statistics`."""
     groups = 1 if layout.groups is None else layout.groups
-    rows, counts = kept[:-groups], kept[-groups:]
+    rows, counts = torch.split(kept, [kept.shape[0] - groups, groups])
     rows = rows.reshape(len(cpu.STATISTICS), *layout.statistics)
     anchor, shift, var = (rows[cpu.STATISTICS[name]] for name in ("mean", "low", "var"))
     per_group = [n if a == 1 and layout.groups is not None else 1 for a, n in enumerate(var.shape)]
