@@ -293,15 +293,17 @@ def _reduce(machine: Machine, at: Instruction, active: np.ndarray) -> np.ndarray
 
 
 def _load_matrix(machine: Machine, at: Instruction, active: np.ndarray) -> np.ndarray:
-    """ldmatrix of one matrix: lanes 0 to 7 point at 8 rows of 16 bytes, 4 lanes share a row."""
+    """ldmatrix: each 8 lanes point at the rows, of 16 bytes, of a matrix; 4 lanes share a row."""
     threads, place = np.flatnonzero(active), at.operands[1]
     assert isinstance(place, Address)
     memory, offsets = machine._locate(place, "shared", threads, 16)
-    rows = offsets.reshape(-1, WARP)[:, :8].repeat(4, axis=1).ravel()
-    if (rows % 16).any():
-        raise ProgramError(f"misaligned: {at.text}")
-    found = np.zeros(active.size, np.uint32)
-    found[threads] = memory.load(rows + threads % 4 * 4, 4, 1, threads)[0]
+    matrices = int(at.name.split(".x")[1][0])
+    found = np.zeros((active.size, matrices), np.uint32)
+    for i in range(matrices):
+        rows = offsets.reshape(-1, WARP)[:, 8 * i : 8 * i + 8].repeat(4, axis=1).ravel()
+        if (rows % 16).any():
+            raise ProgramError(f"misaligned: {at.text}")
+        found[threads, i] = memory.load(rows + threads % 4 * 4, 4, 1, threads)[0]
     return found
 
 
@@ -309,5 +311,5 @@ _EXCHANGES = {
     "shfl.sync.bfly.b32": _shuffle,
     "shfl.sync.idx.b32": _shuffle,
     "redux.sync.max.s32": _reduce,
-    "ldmatrix.sync.aligned.m8n8.x1.shared.b16": _load_matrix,
+    **{f"ldmatrix.sync.aligned.m8n8.x{n}.shared.b16": _load_matrix for n in (1, 2, 4)},
 }

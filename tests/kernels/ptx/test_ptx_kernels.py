@@ -30,7 +30,7 @@ PATH = Path(partial(torch_path.run, fused=True), True, tolerances.FLOAT32)
 NAMES = """
 1d_signal-half 1d_signal-empty image_last-prefix first_axis-own_rank renorm_clipped-half-train
 ghost2-half_samples-train leaky_relu-half-eval frozen-half many_channels-half one_value-ghost
-narrow_image-bfloat16-samples long_sample-float64-half mask-int32 empty-eval empty-renorm
+narrow_image-bfloat16-samples long_sample-float16-half mask-int32 empty-eval empty-renorm
 """
 TABLE = [case for case in CASES if case.name in NAMES.split()]
 

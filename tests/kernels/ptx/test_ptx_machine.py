@@ -334,6 +334,19 @@ def test_a_matrix_is_loaded_by_rows() -> None:
     assert (run(body) == lanes ^ 4).all()  # rows of four words; each pair of rows is exchanged
 
 
+def test_matrices_are_loaded_one_register_each() -> None:
+    body = """
+    st.shared.b32 [%r3], %r1;
+    bar.sync 0;
+    and.b32 %r5, %r1, 15; shl.b32 %r5, %r5, 4;
+    ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r6, %r7}, [%r5];
+    shl.b32 %r7, %r7, 8; or.b32 %r6, %r6, %r7;
+    st.global.b32 [%rd3], %r6;
+    """
+    lanes = np.arange(64) % 32
+    assert (run(body) == lanes + (lanes + 32) * 256).all()
+
+
 def test_threads_go_through_loops_and_meet_again() -> None:
     body = """
     mov.b32 %r5, 0; mov.b32 %r6, 0;
