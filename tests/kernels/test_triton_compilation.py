@@ -96,6 +96,7 @@ def test_kernels_compile(name: str, compiled: Any) -> None:
     for kernel, assembly in compiled:
         # Rounds as the interpreter does, so that the tests that use it speak for the card.
         assert not re.search(r"\b(fma|mad)\.(rn|rz)?\.?f(32|64)", assembly), kernel
+        assert not re.search(r"\.(approx|full|ftz)\b", assembly), kernel
         assert not re.search(r"\b(atom|red)\.", assembly), kernel
         if kernel not in ("finish_channels", "merge_gradients"):
             assert ".v4.b32" in assembly, f"{kernel}: loads are not 16 bytes wide"

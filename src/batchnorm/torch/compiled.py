@@ -159,7 +159,7 @@ def count(kept: Any) -> Tensor:
 
 
 def pack(kept: Any) -> Tensor:
-    """All of `kept` as one array: its memory itself."""
+    """What a backward step needs of `kept` as one array: its memory itself."""
     return torch.from_numpy(kept.all())
 
 

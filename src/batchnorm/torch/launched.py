@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.core.running import Running
+from batchnorm.kernels import cpu
 from batchnorm.kernels.triton.arguments import Array, Kept, Mask, Parameters
 from batchnorm.torch.prepared import Prepared, row_of
 
@@ -147,13 +148,13 @@ def count(kept: Kept) -> Tensor:
 
 
 def pack(kept: Kept) -> Tensor:
-    """All of `kept` as one array: its memory itself."""
-    return kept.data
+    """What a backward step needs of `kept` as one array: its memory itself."""
+    return kept.data[: len(cpu.STATISTICS) * kept.size + kept.groups]
 
 
 def unpack(prepared: Prepared, data: Tensor) -> Kept:
     """What a step kept, without renormalization, from the array that `pack` gave."""
-    return Kept(data, prepared.plan.statistics)
+    return Kept(data, prepared.plan.statistics, prepared.plan.sizes.groups)
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[object]:

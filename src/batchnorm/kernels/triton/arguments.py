@@ -79,6 +79,7 @@ class Kept(NamedTuple):
 
     data: Tensor
     size: int  # of a row
+    groups: int
     renorm: bool = False  # whether r and d are there
 
     def row(self, name: str) -> Tensor:
@@ -87,8 +88,9 @@ class Kept(NamedTuple):
         return self.data[begin : begin + self.size]
 
     def counts(self) -> Tensor:
-        """Real rows of each group."""
-        return self.data[len(cpu.STATISTICS) * self.size :]
+        """Real rows of each group, as the first part of the channels has them."""
+        begin = len(cpu.STATISTICS) * self.size
+        return self.data[begin : begin + self.groups]
 
 
 def make_walk(

@@ -2,7 +2,8 @@
 
 The formulas are those of `batchnorm.core`; the conformance table compares the two. Results are
 kept in one array of doubles: the rows that STATISTICS names, one value for each group and channel,
-and behind them the count of each group.
+and behind them the count of each group, once for each part of the channels: a program that reads
+counts which it has written itself must not meet those that another one is writing.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ def finish_moments(count, anchor, total, square):
 
 
 @triton.jit
-def store_moments(kept, count, mean, low, var, group, channels, exists, walk):
-    """Keep a group's moments; every part of the channels writes the same count."""
+def store_moments(kept, count, mean, low, var, part, group, channels, exists, walk):
+    """Keep a group's moments, and the count as that of a part of the channels."""
     size = walk.groups * walk.channels
     at = kept + group * walk.channels + channels
     tl.store(at + MEAN * size, mean, mask=exists)
     tl.store(at + LOW * size, low, mask=exists)
     tl.store(at + VAR * size, var, mask=exists)
-    tl.store(kept + COUNT * size + group, count)
+    tl.store(kept + COUNT * size + part * walk.groups + group, count)
 
 
 @triton.jit
-def average_groups(kept, channels, exists, walk, depth: tl.constexpr):
+def average_groups(kept, counts, channels, exists, walk, depth: tl.constexpr):
     """Moments as the running statistics see them: averaged over groups that are not empty (S12).
 
     Returns the mean, the variance, the unbiased variance, and whether something was counted and
@@ -66,7 +67,7 @@ def average_groups(kept, channels, exists, walk, depth: tl.constexpr):
     spoilt = mean
     for start in tl.range(0, walk.groups, depth):
         group = start + tl.arange(0, depth)
-        count = tl.load(kept + COUNT * size + group, mask=group < walk.groups, other=0.0)
+        count = tl.load(counts + group, mask=group < walk.groups, other=0.0)
         own = (count > 0)[:, None]
         at = kept + (group * walk.channels)[:, None] + channels[None, :]
         means = tl.load(at + MEAN * size, mask=own & exists[None, :], other=0.0)
@@ -132,9 +133,13 @@ def update_running(running, mean, var, unbiased, channels, usable, rates, task):
 
 @triton.jit
 def finish_groups(
-    kept, flags, parameters, running, channels, exists, walk, rates, task, depth: tl.constexpr
+    kept, flags, parameters, running, part, channels, exists, walk, rates, task, depth: tl.constexpr
 ):
-    """From the moments of all groups: running statistics, and coefficients of what follows."""
+    """From the moments of all groups: running statistics, and coefficients of what follows.
+
+    `part`: whose counts are read, of the parts of the channels.
+    """
+    counts = kept + COUNT * walk.groups * walk.channels + part * walk.groups
     old_mean = load_channels(running.mean, channels, exists, 0.0)
     old_var = load_channels(running.var, channels, exists, 1.0)
     gamma = load_channels(parameters.gamma, channels, exists, 1.0)
@@ -142,7 +147,7 @@ def finish_groups(
     r = tl.full(channels.shape, 1.0, tl.float64)
     d = tl.zeros(channels.shape, tl.float64)
     if task.renorm or task.update:
-        mean, var, unbiased, usable = average_groups(kept, channels, exists, walk, depth)
+        mean, var, unbiased, usable = average_groups(kept, counts, channels, exists, walk, depth)
         if task.renorm:
             r, d = renormalize(running, mean, var, channels, exists, rates)
         if task.update:
@@ -154,7 +159,7 @@ def finish_groups(
     for start in tl.range(0, walk.groups, depth):
         group = start + tl.arange(0, depth)
         valid = group < walk.groups
-        own = (tl.load(kept + COUNT * size + group, mask=valid, other=0.0) > 0)[:, None]
+        own = (tl.load(counts + group, mask=valid, other=0.0) > 0)[:, None]
         here = valid[:, None] & exists[None, :]
         at = kept + (group * walk.channels)[:, None] + channels[None, :]
         variances = tl.load(at + VAR * size, mask=here, other=0.0)
@@ -246,4 +251,6 @@ def count_batch(flags, batches, parts, width: tl.constexpr):
         part = start + tl.arange(0, width)
         found = tl.load(flags + part, mask=part < parts, other=0)
         updated = tl.maximum(updated, tl.max(found, 0))
-    tl.store(batches, tl.load(batches) + updated)
+    count = tl.load(batches)
+    tl.debug_barrier()  # see `move`
+    tl.store(batches, count + updated)

@@ -16,6 +16,12 @@ GROW = tl.constexpr(256.0)
 
 
 @triton.jit
+def invert(n):
+    """1 / n, rounded as IEEE has it: float32's `/` is an approximation, another on each card."""
+    return tl.div_rn(1.0, n) if n.dtype == tl.float32 else 1.0 / n
+
+
+@triton.jit
 def add_moments(x, mask, tile, group, channels, exists, walk, count, anchor, total, square):
     """Add a tile to the count and the sums of x - anchor and of its square, all in double.
 
@@ -30,11 +36,11 @@ def add_moments(x, mask, tile, group, channels, exists, walk, count, anchor, tot
     values = tiles.load_tile(x, rows, within, channels, here, walk)
     keep = tiles.along(real, walk)
     n = tl.sum(real.to(walk.wide), 0)
-    part = 1.0 / tl.maximum(n, 1.0)
-    first = tiles.add_positions(tl.where(keep, values, 0.0), walk) * part
+    share = invert(tl.maximum(n, 1.0))
+    first = tiles.add_positions(tl.where(keep, values, 0.0), walk) * share
     d = tl.where(keep, values - tiles.across(first, walk), 0.0)
     around = tiles.add_positions(d, walk)
-    step = around * part
+    step = around * share
     d = tl.where(keep, (d - tiles.across(step, walk)) * SHRINK, 0.0)
     squares = tiles.add_positions(d * d, walk)
     n, first, step = n.to(tl.float64), first.to(tl.float64), step.to(tl.float64)
@@ -66,7 +72,10 @@ def sum_moments(x, mask, block, group, channels, exists, walk):
 
 @triton.jit
 def partial_moments(x, mask, partials, walk):
-    """A block's sums. `partials`: anchors, sums and squares of each block, then its counts."""
+    """A block's sums. `partials`: anchors, sums and squares of each block, then its counts.
+
+    Counts are those of the first part of the channels; the others find the same.
+    """
     part, block, group = tiles.find_program(walk)
     channels, exists = tiles.find_channels(part, walk)
     count, anchor, total, square = sum_moments(x, mask, block, group, channels, exists, walk)
@@ -75,11 +84,12 @@ def partial_moments(x, mask, partials, walk):
     tl.store(at, anchor, mask=exists)
     tl.store(at + walk.blocks * size, total, mask=exists)
     tl.store(at + 2 * walk.blocks * size, square, mask=exists)
-    tl.store(partials + 3 * walk.blocks * size + block * walk.groups + group, count)
+    counts = partials + 3 * walk.blocks * size
+    tl.store(counts + block * walk.groups + group, count, mask=part == 0)
 
 
 @triton.jit
-def merge_partials(partials, kept, group, channels, exists, walk, depth: tl.constexpr):
+def merge_partials(partials, kept, part, group, channels, exists, walk, depth: tl.constexpr):
     """Keep the moments of a group, from the sums of its blocks in their order."""
     size = walk.groups * walk.channels
     counts = partials + 3 * walk.blocks * size + group
@@ -107,16 +117,16 @@ def merge_partials(partials, kept, group, channels, exists, walk, depth: tl.cons
         total += tl.sum(sums + moved, 0)
         square += tl.sum(squares + tl.where(here, far * (2.0 * sums + moved), 0.0), 0)
     mean, low, var = per_channel.finish_moments(count, anchor, total, square)
-    per_channel.store_moments(kept, count, mean, low, var, group, channels, exists, walk)
+    per_channel.store_moments(kept, count, mean, low, var, part, group, channels, exists, walk)
 
 
 @triton.jit
 def merge_moments(partials, kept, walk, width: tl.constexpr, depth: tl.constexpr):
     """The moments of every group from the sums of its blocks."""
     parts = tl.cdiv(walk.channels, width)
-    channels = tl.program_id(0) % parts * width + tl.arange(0, width)
-    group = tl.program_id(0) // parts
-    merge_partials(partials, kept, group, channels, channels < walk.channels, walk, depth)
+    part, group = tl.program_id(0) % parts, tl.program_id(0) // parts
+    channels = part * width + tl.arange(0, width)
+    merge_partials(partials, kept, part, group, channels, channels < walk.channels, walk, depth)
 
 
 @triton.jit
@@ -142,17 +152,18 @@ def finish_channels(
     Those of a single group are merged from `partials` first, if they are given.
     """
     rates = (eps, decay, renorm_decay, rmin, rmax, dmax)
-    channels = tl.program_id(0) * width + tl.arange(0, width)
+    part = tl.program_id(0)
+    channels = part * width + tl.arange(0, width)
     exists = channels < walk.channels
     if partials is not None:
-        merge_partials(partials, kept, 0, channels, exists, walk, depth)
+        merge_partials(partials, kept, part, 0, channels, exists, walk, depth)
         tl.debug_barrier()  # other threads of this program read them
         per_channel.finish_groups(
-            kept, flags, parameters, running, channels, exists, walk, rates, task, 1
+            kept, flags, parameters, running, part, channels, exists, walk, rates, task, 1
         )
     else:
         per_channel.finish_groups(
-            kept, flags, parameters, running, channels, exists, walk, rates, task, depth
+            kept, flags, parameters, running, 0, channels, exists, walk, rates, task, depth
         )
 
 
@@ -223,14 +234,15 @@ def forward_whole(
 ):
     """A small step in one launch: a program has its channels to itself."""
     rates = (eps, decay, renorm_decay, rmin, rmax, dmax)
-    channels, exists = tiles.find_channels(tl.program_id(0), walk)
+    part = tl.program_id(0)
+    channels, exists = tiles.find_channels(part, walk)
     for group in tl.range(0, walk.groups):
         count, anchor, total, square = sum_moments(x, mask, 0, group, channels, exists, walk)
         mean, low, var = per_channel.finish_moments(count, anchor, total, square)
-        per_channel.store_moments(kept, count, mean, low, var, group, channels, exists, walk)
+        per_channel.store_moments(kept, count, mean, low, var, part, group, channels, exists, walk)
     tl.debug_barrier()  # other threads of this program read them
     per_channel.finish_groups(
-        kept, flags, parameters, running, channels, exists, walk, rates, task, depth
+        kept, flags, parameters, running, part, channels, exists, walk, rates, task, depth
     )
     tl.debug_barrier()
     for group in tl.range(0, walk.groups):

@@ -246,8 +246,9 @@ class Plan:
         return walk
 
     def _elementwise(self, *arrays: Array) -> Walk:
+        # One program even of an empty x: in evaluation it keeps what the backward step reads.
         together = self.tiling.together
-        return self._walk(divide_up(self.tiling.tiles, together), together, *arrays)
+        return self._walk(max(1, divide_up(self.tiling.tiles, together)), together, *arrays)
 
     def _programs(self, walk: Walk) -> int:
         return walk.parts * walk.blocks * self.sizes.groups
@@ -266,8 +267,11 @@ class Plan:
         return x.data.new_empty(size, dtype=torch.float64)
 
     def _new_kept(self, x: Array) -> Kept:
-        size = len(cpu.STATISTICS) * self.statistics + self.sizes.groups
-        return Kept(self._new(x, size), self.statistics)
+        groups = self.sizes.groups
+        # No kernel that writes counts has more programs for a group.
+        parts = max(self.tiling.parts, divide_up(self.sizes.channels, 8))
+        size = len(cpu.STATISTICS) * self.statistics + parts * groups
+        return Kept(self._new(x, size), self.statistics, groups)
 
     def _new_flags(self, parts: int, running: Running, update: bool) -> Tensor | None:
         if not update or running.batches is None:
