@@ -31,7 +31,7 @@ def card(monkeypatch: pytest.MonkeyPatch, compiled_kernels: Any) -> Iterator[Any
 
     from batchnorm.kernels import select
     from batchnorm.kernels.triton import launch
-    from batchnorm.torch import fused, prepared
+    from batchnorm.torch import prepared, steps
     from ptx_driver import Driver, leave_out_binaries
 
     driver = Driver()
@@ -51,7 +51,7 @@ def card(monkeypatch: pytest.MonkeyPatch, compiled_kernels: Any) -> Iterator[Any
     for owner, name in (
         (launch.Plan, "_new"),
         (launch.Plan, "_new_flags"),
-        (fused, "empty_output"),
+        (steps, "empty_output"),
     ):
         monkeypatch.setattr(owner, name, unset(getattr(owner, name)))
     prepared.prepare.cache_clear()
