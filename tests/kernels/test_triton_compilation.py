@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from typing import Any
 
 import pytest
@@ -67,8 +68,22 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
     return found
 
 
+def spilled_bytes(assembly: str, folder: Any) -> int:
+    """What ptxas spills from registers to memory."""
+    import triton
+
+    source = folder / "kernel.ptx"
+    source.write_text(assembly)
+    target = re.search(r"\.target (\w+)", assembly)
+    assert target is not None
+    ptxas = triton.knobs.nvidia.ptxas.path
+    command = [ptxas, "-v", f"--gpu-name={target[1]}", source, "-o", folder / "kernel.cubin"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_compile(name: str, compiled: Any) -> None:
+def test_kernels_compile(name: str, compiled: Any, tmp_path: Any) -> None:
     from batchnorm.kernels.triton.arguments import Array, Mask, Parameters
     from batchnorm.kernels.triton.launch import Plan
 
@@ -98,5 +113,6 @@ def test_kernels_compile(name: str, compiled: Any) -> None:
         assert not re.search(r"\b(fma|mad)\.(rn|rz)?\.?f(32|64)", assembly), kernel
         assert not re.search(r"\.(approx|full|ftz)\b", assembly), kernel
         assert not re.search(r"\b(atom|red)\.", assembly), kernel
+        assert spilled_bytes(assembly, tmp_path) == 0, kernel
         if kernel not in ("finish_channels", "merge_gradients"):
             assert ".v4.b32" in assembly, f"{kernel}: loads are not 16 bytes wide"
