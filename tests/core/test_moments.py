@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from batchnorm.core.moments import Moments, centre, merge_moments
+from batchnorm.core.normalize import normalized, rstd_of
 from batchnorm.reference import XP
 
 
@@ -36,3 +37,13 @@ def test_float32_moments_are_accurate_at_any_scale(scale: float) -> None:
     exact = x.astype(np.float64)
     np.testing.assert_allclose(found.var[0], exact.var(axis=0), rtol=5e-6)
     np.testing.assert_allclose(found.mean[0], exact.mean(axis=0), atol=5e-6 * scale)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 123.4, 1e6, 1e18])
+def test_a_constant_has_no_deviation_whatever_its_size(value: float) -> None:
+    x = np.full((1000, 2), value, np.float32)
+    centred = centre(x, None, (0,), eps=1e-5, xp=XP)
+    xhat = normalized(centred, rstd_of(centred, eps=1e-5, correction=0, xp=XP))
+    # The anchor's own rounding, relative to what its square root leaves of it.
+    assert np.abs(xhat).max() <= 5e-6 + (1e-3 if value > 1e6 else 0.0)
+    assert (centred.var <= 1e-11 * np.square(np.float64(value))).all()

@@ -15,6 +15,7 @@ if keras.backend.backend() != "tensorflow":
 import tensorflow as tf
 
 from batchnorm.keras import BatchNormalization, MaskedBatchNormalization
+from batchnorm.keras.backends.tensorflow_sums import sum_axes
 
 EPS = 1e-3
 
@@ -141,6 +142,46 @@ def test_kernel_demanded_under_xla_says_why_there_is_none() -> None:
     np.testing.assert_allclose(  # without XLA there is one
         layer(draw(8, 3), training=True), normalized(draw(8, 3), np.ones(8, bool)), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("sizes", [(200_003, 2), (None, 2), (2, None, 2), (100_001, 2, 2)])
+def test_many_rows_at_an_offset(sizes: Any, jit_compile: bool) -> None:
+    # An offset whose multiples need all digits: sums of them one after another lose most.
+    shape = {200_003: sizes, None: (200_003, 2), 2: (2, 100_001, 2)}.get(sizes[0], sizes)
+    x = (np.random.default_rng(0).normal(size=shape) + 1.234567e6).astype("float32")
+    layer = BatchNormalization(epsilon=EPS, fused=False)
+    layer.build((*sizes[:-1], 2))
+    call = tf.function(
+        lambda x: layer(x, training=True), input_signature=[spec(*sizes)], jit_compile=jit_compile
+    )
+    y = call(x).numpy().reshape(-1, 2)
+    expected = normalized(x.reshape(-1, 2), np.ones(y.shape[0], bool))
+    assert (np.abs(y - expected) <= 5e-6 * (1 + np.abs(expected))).all()
+
+
+@pytest.mark.parametrize("sizes", [(300, 2), (None, 2), (3, 50, 2), (0, 2)])
+def test_sums_in_blocks_and_their_gradient(sizes: Any) -> None:
+    shape = (300, 2) if None in sizes else sizes
+    x = np.random.default_rng(0).integers(-100, 100, shape).astype("float32")
+    axes = list(range(len(shape) - 1))
+
+    @tf.function(input_signature=[spec(*sizes)])
+    def run(x: tf.Tensor) -> Any:
+        with tf.GradientTape() as second:
+            second.watch(x)
+            with tf.GradientTape() as first:
+                first.watch(x)
+                total = sum_axes(x, axes)
+                squared = tf.reduce_sum(total**2)
+            dx = first.gradient(squared, x)
+        return total, dx, second.gradient(dx, x, x)
+
+    total, dx, ddx = run(x)
+    exact = x.sum(tuple(axes), keepdims=True)  # of integers
+    np.testing.assert_array_equal(total, exact)
+    np.testing.assert_array_equal(dx, np.broadcast_to(2 * exact, shape))
+    np.testing.assert_array_equal(ddx, np.broadcast_to(2 * exact, shape))
 
 
 def test_third_derivatives_are_right() -> None:

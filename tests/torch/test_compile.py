@@ -263,8 +263,10 @@ def test_inductor_is_exact_at_offset_with_mask(option):
     assert ((y.detach().double() - exact).abs() / (1 + exact.abs())).max() <= EXACT
 
 
-def test_inductor_is_exact_over_a_million_rows():
-    x = offset_data(1e6, 10**6, 4)
+# The second is a number whose multiples need all digits of a float32, unlike those of 1e6.
+@pytest.mark.parametrize(("offset", "rows"), [(1e6, 10**6), (1.234567e6, 777_777)])
+def test_inductor_is_exact_over_a_million_rows(offset, rows):
+    x = offset_data(offset, rows, 4)
     assert error(torch.compile(BatchNorm1d(4), fullgraph=True)(x), x) <= EXACT
 
 

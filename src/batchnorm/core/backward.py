@@ -7,7 +7,7 @@ from batchnorm.core.forward import Inputs, Outcome, channel_affine, expand_runni
 from batchnorm.core.gradient import Gradients, gradient
 from batchnorm.core.layout import Layout
 from batchnorm.core.namespace import Array, Namespace
-from batchnorm.core.normalize import activation_gradient, rstd_of_deviation
+from batchnorm.core.normalize import activation_gradient, normalized, rstd_of
 from batchnorm.core.running import Running
 
 
@@ -36,13 +36,13 @@ def backward_batch(
         Gradients: dx, ds and dt of x's shape; dgamma and dbeta per channel.
     """
     centred = outcome.centred
-    factor = rstd_of_deviation(centred, eps=options.eps, correction=options.correction, xp=xp)
+    rstd = rstd_of(centred, eps=options.eps, correction=options.correction, xp=xp)
     dy = activation_gradient(dy, outcome.y, options.activation, xp)
     kept = layout.kept if layout.groups is None else layout.kept[1:]
     found = gradient(
         layout.split(dy, xp),
-        centred.deviation * factor,
-        factor / centred.scale,
+        normalized(centred, rstd),
+        rstd,
         centred.count,
         layout.mask(inputs.mask, owner, xp),
         outcome.affine,

@@ -57,24 +57,30 @@ def gradient(
     )
     dy = select(mask, dy, 0.0, xp)
     xhat = select(mask, xhat, 0.0, xp)
-    renormalized = xhat * r + d
-    dgamma = xp.sum(dy * (renormalized * s + t), axis=parameter_axes, keepdims=True)
-    dbeta = xp.sum(dy, axis=parameter_axes, keepdims=True)
-    g = dy * gamma * s * r
+    # Two sums, from which everything per channel follows, need dy and x only: one pass over both.
+    ds = dy if affine.s is None else dy * s
+    total = xp.sum(ds, axis=axes, keepdims=True)
+    along = xp.sum(ds * xhat, axis=axes, keepdims=True)
+    dgamma = xp.sum(along * r + total * d, axis=parameter_axes, keepdims=True)
+    dbeta = total if affine.s is None else xp.sum(dy, axis=axes, keepdims=True)
+    dbeta = xp.sum(dbeta, axis=parameter_axes, keepdims=True)
+    if affine.t is not None:
+        dgamma = dgamma + xp.sum(dy * t, axis=parameter_axes, keepdims=True)
+    weight = gamma * r
+    g = ds * weight
     if count is not None:
-        g = _project(g, xhat, count, axes, correction, xp)
+        g = _project(g, xhat, total * weight, along * weight, count, correction, xp)
     dx = select(mask, rstd * g, 0.0, xp)
-    return Gradients(dx, dgamma, dbeta, dy * gamma * renormalized, dy * gamma)
+    return Gradients(dx, dgamma, dbeta, dy * gamma * (xhat * r + d), dy * gamma)
 
 
 def _project(
-    g: Array, xhat: Array, count: Array, axes: Sequence[int], correction: int, xp: Namespace
+    g: Array, xhat: Array, total: Array, along: Array, count: Array, correction: int, xp: Namespace
 ) -> Array:
     """g less its mean and its part along x̂: what the batch's own statistics take away."""
-    mean = xp.sum(g, axis=axes, keepdims=True) / xp.where(count > 0, count, 1.0)
+    mean = total / xp.where(count > 0, count, 1.0)
     divisor = count - float(correction)
-    along = xp.sum(g * xhat, axis=axes, keepdims=True) / xp.where(divisor > 0, divisor, 1.0)
-    return g - mean - xhat * along
+    return g - mean - xhat * (along / xp.where(divisor > 0, divisor, 1.0))
 
 
 def _or(a: Array | None, default: int) -> Array:

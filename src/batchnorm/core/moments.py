@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from batchnorm.core.namespace import Array, Namespace, select
 
+_ROUNDING = 2.0**-22  # a few times what float32 may be off by, relative to 1
+_SMALLEST_SCALE = 2.0**-60
+
 
 class Moments(NamedTuple):
     """Number of real rows, their mean and their biased variance; 0 where there are none."""
@@ -28,9 +31,10 @@ class Centred(NamedTuple):
     count: Array  # real rows
     anchor: Array  # first mean, a constant
     shift: Array  # mean of x - anchor
-    scale: Array  # a constant of the size of the deviations
-    deviation: Array  # (x - mean) / scale, 0 at padded rows
-    power: Array  # mean of deviation²
+    scale: Array  # a constant of the size of the deviations from the mean
+    power: Array  # mean of ((x - mean) / scale)²
+    unit: Array  # a constant; that of `deviation`
+    deviation: Array  # (x - anchor) / unit, 0 at padded rows
 
     @property
     def mean(self) -> Array:
@@ -53,6 +57,9 @@ def centre(
 ) -> Centred:
     """Centre x over `axes` at real rows.
 
+    Two rounds of sums, the second of which needs the first; those of a round need only x, so
+    that compilers make one pass over x of them. A third pass is the caller's.
+
     Args:
         x: working view, float32 or float64.
         mask: boolean, broadcastable to x, or None.
@@ -65,16 +72,39 @@ def centre(
     count, weight = _count(x, mask, axes, xp)
     # The mean comes out of the sum itself: a compiler that contracts `x - total * weight` into a
     # fused operation in one loop and not in another would centre the two loops differently.
-    anchor = _sum(select(mask, x, 0.0, xp) * weight, axes, xp)
-    anchor = xp.stop_gradient(anchor)  # x - mean does not depend on it
+    weighted = xp.stop_gradient(select(mask, x, 0.0, xp)) * weight
+    anchor = _sum(weighted, axes, xp)  # constant: x - mean does not depend on it
+    size = _sum(xp.abs(weighted), axes, xp) + math.sqrt(eps)
+    unit = xp.where(size > 0, size, 1.0)
     deviation = select(mask, x - anchor, 0.0, xp)
     shift = _sum(deviation, axes, xp) * weight
-    deviation = select(mask, deviation - xp.broadcast_like(shift, x), 0.0, xp)
-    spread = _sum(xp.abs(xp.stop_gradient(deviation)), axes, xp) * weight + math.sqrt(eps)
-    scale = xp.where(spread > 0, spread, 1.0)
-    deviation = deviation * (1.0 / scale)
+    deviation = deviation * (1.0 / unit)
     power = _sum(xp.square(deviation), axes, xp) * weight
-    return Centred(xp.zeros_like(power) + count, anchor, shift, scale, deviation, power)
+    scale, power = _around_mean(power, shift / unit, unit, eps, xp)
+    count = xp.zeros_like(power) + count
+    return Centred(count, anchor, shift, scale, power, unit, deviation)
+
+
+def _around_mean(
+    power: Array, shift: Array, unit: Array, eps: float, xp: Namespace
+) -> tuple[Array, Array]:
+    """The scale of the deviations, and their power in it, from moments around the anchor.
+
+    The difference costs digits only where the anchor is more than a deviation away from the mean.
+    It misses it by the roundings of one sum, some 1e-7 of the mean's size, if sums are trees or
+    wider than x: less than a deviation for |mean|/std up to 1e6 and beyond.
+    """
+    moved = xp.square(shift)
+    power = power - moved
+    # Where that has no digit left, x is constant but for what rounding left of x - anchor; then
+    # no less than that is called its power. A constant, so that derivatives are the difference's.
+    least = moved * _ROUNDING
+    power = power + xp.stop_gradient(xp.where(power < least, least - power, 0.0))
+    # Bounded, so that its square is finite for a constant x too, whatever its size.
+    relative = xp.stop_gradient(xp.sqrt(power)) + _SMALLEST_SCALE
+    scale = relative * unit + math.sqrt(eps)
+    ratio = unit / scale
+    return scale, (power * ratio) * ratio
 
 
 def _count(

@@ -52,25 +52,25 @@ def normalize_batch(
         correction: k, the normalizer's variance divides by count - k.
         xp: array namespace.
     """
-    factor = rstd_of_deviation(centred, eps=eps, correction=correction, xp=xp)
-    y = _apply(centred.deviation, factor, affine, xp)
+    rstd = rstd_of(centred, eps=eps, correction=correction, xp=xp)
+    y = _apply(centred.deviation, *_to_xhat(centred, rstd), affine, xp)
     if mask is None:
         return y
     # All of padding's arithmetic is on constants, so that none of it reaches a gradient (S8).
-    factor, centred, affine = (
-        xp.stop_gradient(factor),
+    rstd, centred, affine = (
+        xp.stop_gradient(rstd),
         Centred(*(xp.stop_gradient(a) for a in centred)),
         affine.map(xp.stop_gradient),
     )
     real = centred.count > 0
     anchor = xp.where(real, centred.anchor, fallback[0])
     shift = xp.where(real, centred.shift, 0.0)
-    factor = xp.where(real, factor / centred.scale, 1.0 / xp.sqrt(fallback[1] + eps))
+    rstd = xp.where(real, rstd, 1.0 / xp.sqrt(fallback[1] + eps))
     affine = affine._replace(
         r=None if affine.r is None else xp.where(real, affine.r, 1.0),
         d=None if affine.d is None else xp.where(real, affine.d, 0.0),
     )
-    padded = _apply((xp.stop_gradient(x) - anchor) - shift, factor, affine, xp)
+    padded = _apply(xp.stop_gradient(x) - anchor, rstd, -(shift * rstd), affine, xp)
     return xp.where(mask, y, padded)
 
 
@@ -86,21 +86,36 @@ def normalize_running(
 ) -> Array:
     """Normalize x by statistics that are not its own; padded rows are constants (S3, S8)."""
     rstd = 1.0 / xp.sqrt(var + eps)
-    y = _apply(select(mask, x, 0.0, xp) - mean, rstd, affine, xp)
+    y = _apply(select(mask, x, 0.0, xp) - mean, rstd, None, affine, xp)
     if mask is None:
         return y
-    padded = _apply(xp.stop_gradient(x) - mean, rstd, affine.map(xp.stop_gradient), xp)
+    padded = _apply(xp.stop_gradient(x) - mean, rstd, None, affine.map(xp.stop_gradient), xp)
     return xp.where(mask, y, padded)
 
 
-def rstd_of_deviation(centred: Centred, *, eps: float, correction: int, xp: Namespace) -> Array:
-    """What turns `centred.deviation` into x̂: rstd times the scale."""
+def rstd_of(centred: Centred, *, eps: float, correction: int, xp: Namespace) -> Array:
+    """1 / sqrt(var + eps), also where var itself overflows or underflows."""
     power = centred.power
     if correction:
         divisor = centred.count - float(correction)
         power = power * (centred.count / xp.where(divisor > 0, divisor, 1.0))
     # (sqrt(eps) / scale)² instead of eps / scale²: scale² may overflow or underflow.
-    return 1.0 / xp.sqrt(power + xp.square(math.sqrt(eps) / centred.scale))
+    power = power + xp.square(math.sqrt(eps) / centred.scale)
+    return (1.0 / xp.sqrt(power)) / centred.scale
+
+
+def normalized(centred: Centred, rstd: Array) -> Array:
+    """x̂ at real rows."""
+    factor, offset = _to_xhat(centred, rstd)
+    return centred.deviation * factor + offset
+
+
+def _to_xhat(centred: Centred, rstd: Array) -> tuple[Array, Array]:
+    """Factor and offset, per channel, that make x̂ of `centred.deviation`.
+
+    The shift is a few deviations at most, so that nothing is lost by subtracting it last.
+    """
+    return rstd * centred.unit, -(centred.shift * rstd)
 
 
 def activate(y: Array, residual: Array | None, activation: str | None, xp: Namespace) -> Array:
@@ -120,10 +135,12 @@ def activation_gradient(dy: Array, y: Array, activation: str | None, xp: Namespa
     return xp.where(y <= 0, dy * NEGATIVE_SLOPE if activation == "leaky_relu" else 0.0, dy)
 
 
-def _apply(deviation: Array, factor: Array, affine: Affine, xp: Namespace) -> Array:
-    """((deviation·factor·r + d)·s + t)·gamma + beta; without s and t in one pass over x."""
+def _apply(
+    deviation: Array, factor: Array, offset: Array | None, affine: Affine, xp: Namespace
+) -> Array:
+    """(((deviation·factor + offset)·r + d)·s + t)·gamma + beta; without s, t in one pass over x."""
     gamma, beta, r, d, s, t = affine
-    factor = _times(factor, r)
+    factor, d = _times(factor, r), _plus(_times(offset, r), d)
 
     def across(a: Array | None) -> Array | None:
         return None if a is None else xp.broadcast_like(a, deviation)
@@ -131,7 +148,7 @@ def _apply(deviation: Array, factor: Array, affine: Affine, xp: Namespace) -> Ar
     if s is None and t is None:
         offset = _plus(_times(d, gamma), beta)
         return _plus(deviation * across(_times(factor, gamma)), across(offset))
-    z = _plus(_times(_plus(deviation * across(factor), d), across(s)), across(t))
+    z = _plus(_times(_plus(deviation * across(factor), across(d)), across(s)), across(t))
     return _plus(_times(z, across(gamma)), across(beta))
 
 

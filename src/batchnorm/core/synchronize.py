@@ -25,10 +25,8 @@ class Merge(Protocol):
 
 def recentre(x: Array, mask: Array | None, merged: Centred, xp: Namespace) -> Centred:
     """`merged`, the moments of x and of other participants, with x's own deviations from it."""
-    deviation = select(mask, x - merged.anchor, 0.0, xp)
-    shift = xp.broadcast_like(merged.shift, x)
-    deviation = select(mask, deviation - shift, 0.0, xp)
-    return merged._replace(deviation=deviation * (1.0 / merged.scale))
+    deviation = select(mask, (x - merged.anchor) * (1.0 / merged.scale), 0.0, xp)
+    return merged._replace(unit=merged.scale, deviation=deviation)
 
 
 def merge_averages(parts: Moments, axis: int, xp: Namespace) -> Moments:
@@ -88,7 +86,7 @@ class GatherMerge:
 
         parts = Parts(*(joined(a) for a in self._gather(Parts.of(average.centred))))
         count, anchor, shift, scale, power = parts
-        every = Centred(count, anchor, shift, scale, xp.zeros_like(power), power)
+        every = Centred(count, anchor, shift, scale, power, scale, xp.zeros_like(power))
         return average_groups(every, 1, xp)
 
 
@@ -109,4 +107,4 @@ def merge_parts(parts: Parts, xp: Namespace) -> Centred:
     shift = xp.sum(weight * shifts, axis=(0,), keepdims=False)
     powers = parts.power * xp.square(parts.scale / scale) + xp.square(shifts - shift)
     power = xp.sum(weight * xp.where(real, powers, 0.0), axis=(0,), keepdims=False)
-    return Centred(count, anchor, shift * scale, scale, xp.zeros_like(power), power)
+    return Centred(count, anchor, shift * scale, scale, power, scale, xp.zeros_like(power))

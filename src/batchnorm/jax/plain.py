@@ -20,7 +20,7 @@ from batchnorm.core.forward import (
 )
 from batchnorm.core.gradient import gradient
 from batchnorm.core.moments import centre
-from batchnorm.core.normalize import Affine, rstd_of_deviation
+from batchnorm.core.normalize import Affine, rstd_of
 from batchnorm.core.running import Running
 from batchnorm.jax.checks import working_type
 from batchnorm.jax.namespace import XP
@@ -63,14 +63,14 @@ def step(operands: Operands, call: Call) -> tuple[Array, Array, Array]:
     centred = outcome.centred
     real = centred.count > 0
     running = expand_running(_running(operands, call), layout, XP)
-    factor = rstd_of_deviation(centred, eps=call.eps, correction=0, xp=XP)
+    rstd = rstd_of(centred, eps=call.eps, correction=0, xp=XP)
     affine = outcome.affine
     rows = _rows(
         call,
         mean=jnp.where(real, centred.anchor, running.mean),
         low=jnp.where(real, centred.shift, 0.0),
         var=centred.var,
-        rstd=jnp.where(real, factor / centred.scale, 1.0 / jnp.sqrt(running.var + call.eps)),
+        rstd=jnp.where(real, rstd, 1.0 / jnp.sqrt(running.var + call.eps)),
         affine=affine._replace(
             r=1.0 if affine.r is None else jnp.where(real, affine.r, 1.0),
             d=0.0 if affine.d is None else jnp.where(real, affine.d, 0.0),

@@ -243,7 +243,8 @@ def move_statistics(
     grouped = moments.mean.ndim > running.mean.ndim
     nothing = jnp.zeros_like(moments.mean)
     high, low = (moments.mean, nothing) if mean is None else mean
-    centred = Centred(moments.count, high, low, jnp.ones_like(moments.var), nothing, moments.var)
+    one = jnp.ones_like(moments.var)
+    centred = Centred(moments.count, high, low, one, moments.var, one, nothing)
     constant = Centred(*(jax.lax.stop_gradient(a) for a in centred))
     average = average_groups(constant, 0 if grouped else None, XP)
     before = _before(running, moments.mean.dtype)

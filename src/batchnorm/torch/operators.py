@@ -134,7 +134,9 @@ def _moments(kept: Tensor, layout: Layout) -> Centred:
     anchor, shift, var = (rows[cpu.STATISTICS[name]] for name in ("mean", "low", "var"))
     per_group = [n if a == 1 and layout.groups is not None else 1 for a, n in enumerate(var.shape)]
     one = torch.ones_like(var)
-    return Centred(counts.reshape(per_group) * one, anchor, shift, one, anchor, var)
+    count = counts.reshape(per_group) * one
+    nothing = torch.zeros_like(var)
+    return Centred(count, anchor, shift, scale=one, power=var, unit=one, deviation=nothing)
 
 
 @torch.library.custom_op("batchnorm::step", mutates_args=())

@@ -64,7 +64,7 @@ class RankMerge:
         scale = torch.where(scale > 0, scale, 1.0)
         power = (var / torch.square(scale.double())).to(dtype)
         shift = (mean - anchor).to(dtype)
-        return Centred(count.to(dtype), anchor, shift, scale, anchor, power)
+        return Centred(count.to(dtype), anchor, shift, scale, power, scale, anchor)
 
 
 def _widen(centred: Centred) -> Centred:

@@ -19,6 +19,10 @@ _PARTS = 16  # few enough that rounding hardly grows, many enough that the sum s
 
 def sum_axes(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The sum of x over `axes`, which are kept with size 1."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32:
+        # Inductor's loops on a CPU add one row after another, which loses digits that the core
+        # counts on: a mean must not miss by a deviation.
+        return torch.sum(x, dim=axes, keepdim=True, dtype=torch.float64).float()
     if _is_serial(x):
         return torch.sum(x, dim=axes, keepdim=True)
     return _Sum.apply(x, axes)

@@ -24,6 +24,7 @@ from batchnorm.keras.backends.tensorflow_arrays import (
     place_given,
     sizes_of,
 )
+from batchnorm.keras.backends.tensorflow_devices import find_accelerator, is_compiled
 from batchnorm.keras.call import Call
 from batchnorm.kernels.select import refuse_fused
 
@@ -156,8 +157,8 @@ def _serves_one_pass(x: tf.Tensor, call: Call) -> bool:
         x.dtype in (tf.float32, tf.float16, tf.bfloat16)
         and call.axes == (x.shape.rank - 1,)
         and x.shape[-1] > 0
-        and not kernels.find_accelerator()
-        and not kernels.is_compiled()  # XLA makes x·a + b of it, which cancels at offsets (S3)
+        and not find_accelerator()
+        and not is_compiled()  # XLA makes x·a + b of it, which cancels at offsets (S3)
     )
 
 

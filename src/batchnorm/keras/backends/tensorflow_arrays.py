@@ -11,6 +11,7 @@ import tensorflow as tf
 from batchnorm.core.layout import Layout
 from batchnorm.core.namespace import Namespace
 from batchnorm.core.synchronize import GatherMerge, Merge, Parts
+from batchnorm.keras.backends.tensorflow_sums import sum_axes
 from batchnorm.keras.masks import find_axes
 
 
@@ -29,7 +30,9 @@ class _TensorFlowNamespace:
 
     @staticmethod
     def sum(a: tf.Tensor, *, axis: Sequence[int], keepdims: bool) -> tf.Tensor:
-        return tf.reduce_sum(a, axis=list(axis), keepdims=keepdims)
+        if keepdims:
+            return sum_axes(a, axis)
+        return tf.squeeze(sum_axes(a, axis), axis=list(axis))
 
     @staticmethod
     def max(a: tf.Tensor, *, axis: int) -> tf.Tensor:

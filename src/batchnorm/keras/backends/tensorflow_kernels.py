@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
 from batchnorm.keras.backends.tensorflow_arrays import place_given
+from batchnorm.keras.backends.tensorflow_devices import find_accelerator, is_compiled
 from batchnorm.keras.call import Call
 from batchnorm.kernels import cpu
 from batchnorm.kernels.select import extension_status, select_kernel
@@ -55,17 +55,6 @@ def refuse(x: tf.Tensor, mask: tf.Tensor | None, call: Call) -> str | None:
     per_channel = mask is not None and any(mask.shape[a] != 1 for a in call.axes)
     choice = select_kernel("cpu", x.dtype.name, adjusted=False, per_channel_mask=per_channel)
     return None if choice.kernel else choice.reason
-
-
-def is_compiled() -> bool:
-    """Whether what is traced now goes to XLA."""
-    return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
-
-
-def find_accelerator() -> str | None:
-    """The type of a device beside the CPU, on which TensorFlow may place a tensor."""
-    kinds = (device.device_type for device in tf.config.list_logical_devices())
-    return next((kind for kind in kinds if kind != "CPU"), None)
 
 
 def step(

@@ -1,0 +1,17 @@
+"""What runs the operations that TensorFlow is given."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+
+def is_compiled() -> bool:
+    """Whether what is traced now goes to XLA."""
+    return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
+def find_accelerator() -> str | None:
+    """The type of a device beside the CPU, on which TensorFlow may place a tensor."""
+    kinds = (device.device_type for device in tf.config.list_logical_devices())
+    return next((kind for kind in kinds if kind != "CPU"), None)
