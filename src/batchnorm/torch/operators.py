@@ -244,16 +244,9 @@ def _(
     mask: Tensor | None,
     kept: Tensor,
     axes: Sequence[int],
-    size: int | None,
-    activation: str | None,
-    batch: bool,
-    residual: bool,
-    wants_x: bool,
-    weight: torch.dtype | None,
-    bias: torch.dtype | None,
-    wants_residual: bool,
-    owner: str,
+    *options: Any,
 ) -> list[Tensor]:
+    wants_x, weight, bias, wants_residual, _ = options[-5:]
     channels = [x.shape[a] for a in axes]
     found = [torch.empty_like(x)] if wants_x else []
     found += [x.new_empty(channels, dtype=t) for t in (weight, bias) if t is not None]
