@@ -82,6 +82,16 @@ def test_a_step_waits_for_nothing_and_can_be_captured() -> None:
     assert (y.cpu() - expected).abs().max() <= 5e-6
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_array_code_loses_no_digit_over_a_million_rows_at_an_offset(compiled: bool) -> None:
+    x = torch.randn(1_000_003, 4, device="cuda", dtype=torch.float64).add_(1.234567e6).float()
+    layer = BatchNorm(4, device="cuda", fused=False)
+    y = (torch.compile(layer, fullgraph=True) if compiled else layer)(x)
+    var, mean = torch.var_mean(x.double(), dim=0, correction=0)
+    exact = (x.double() - mean) / torch.sqrt(var + layer.eps)
+    assert ((y.double() - exact).abs() / (1 + exact.abs())).max() <= 5e-5
+
+
 def test_each_stream_runs_its_own_step() -> None:
     x = torch.randn(100000, 16, device="cuda")
     streams = [torch.cuda.Stream() for _ in range(4)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
 from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, batch_norm, fused, operators
@@ -94,9 +95,12 @@ def test_two_layers_hold_two_steps():
 
 
 REFUSED = {
-    "renorm": ({"renorm": True}, "whenever the limits of renormalization move"),
+    "renorm": ({"renorm": True}, "compiled graphs renormalize in array code"),
     "adjustment": ({"adjustment": lambda shape: (1.5, 0.5)}, "none takes an adjustment"),
-    "axes-apart": ({"axis": (1, 3), "num_features": (3, 2)}, r"axes \(1, 3\) are apart in memory"),
+    "axes-apart": (
+        {"axis": (1, 3), "num_features": (3, 2)},
+        r"channel axes \(1, 3\) are no neighbours",
+    ),
 }
 
 
@@ -168,6 +172,20 @@ def test_frozen_layers_give_the_values_of_eager(activation, fused):
     x, mask, residual = torch.randn(6, 3, 5), torch.rand(6, 5) < 0.6, torch.randn(6, 3, 5)
     found, expected = step(compiled, x, mask, residual), step(eager, x, mask, residual)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [1e20, float("nan"), float("inf")])
+def test_a_batch_that_overflows_is_no_update(bad):
+    layer = BatchNorm(2)
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    x = torch.randn(8, 2)
+    x[:, 1] *= bad
+    eager = copy.deepcopy(layer)
+    for call in (compiled, eager):
+        call(x)
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict(), **STATISTICS)
+    assert layer.running_var[1] == 1
+    assert layer.running_mean[1] == 0
 
 
 def test_channels_without_real_rows_use_running_statistics():
@@ -274,6 +292,20 @@ def test_gradients_agree_with_differences():
     assert torch.autograd.gradcheck(lambda x: torch.where(mask[:, None], layer(x, mask), 0), x)
 
 
+@pytest.mark.parametrize("backend", [BACKEND, "inductor"])
+def test_batched_gradients_equal_those_one_by_one(backend):
+    layer = randomize(BatchNorm(3))
+    x, mask = torch.randn(5, 3, requires_grad=True), torch.rand(5) < 0.8
+    y = torch.compile(layer, fullgraph=True, backend=backend)(x, mask)
+    dys = torch.randn(4, 5, 3)
+    inputs = (x, layer.weight, layer.bias)
+    found = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        expected = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a[i], b)
+
+
 def test_a_second_derivative_through_a_graph_raises():
     layer = torch.compile(BatchNorm(3), fullgraph=True, backend=BACKEND)
     x = torch.randn(6, 3, requires_grad=True)
@@ -324,6 +356,22 @@ def test_transformations_take_array_code(inside):
     else:
         found = vmap(grad(torch.compile(loss, backend=BACKEND)))(x)
     torch.testing.assert_close(found, expected)
+
+
+def test_forward_mode_around_a_graph_takes_array_code():
+    def forward(x):
+        return batch_norm(x, None, None, training=True)
+
+    compiled = torch.compile(forward, fullgraph=True, backend=BACKEND)
+    x, tangent = torch.randn(2, 6, 3)
+    compiled(x)  # the graph of no forward mode is there already
+    found = []
+    for call in (compiled, forward):
+        with forward_ad.dual_level():
+            y = call(forward_ad.make_dual(x, tangent))
+            found.append(forward_ad.unpack_dual(y).tangent)
+    assert found[0] is not None
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("track", [True, False])

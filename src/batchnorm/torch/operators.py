@@ -6,13 +6,11 @@ arguments: a step returns moments, with which the graph moves the running statis
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm.core import config
 from batchnorm.core.layout import Layout
@@ -20,72 +18,9 @@ from batchnorm.core.moments import Centred
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.torch import steps
-from batchnorm.torch.prepared import (
-    NAMES,
-    Prepared,
-    choose,
-    like,
-    prepare,
-    refuse_parameters,
-    refuse_tensors,
-)
+from batchnorm.torch.prepared import Prepared, like, prepare
 
-__all__ = ["refuse", "step"]
-
-
-def refuse(
-    x: Tensor,
-    mask: Tensor | None,
-    parameters: tuple[Tensor | None, Tensor | None],
-    residual: Tensor | None,
-    running: Running | None,
-    layout: Layout,
-    *,
-    adjusted: bool,
-    renormalized: bool,
-    batch: bool,
-    demanded: bool,
-    owner: str,
-) -> str | None:
-    """Why a graph should not hold the operators for such a call, or None.
-
-    Args:
-        x, mask, parameters, residual, running: of the call.
-        layout: of x.
-        adjusted: whether an adjustment applies (S13).
-        renormalized: whether renormalization does (S11).
-        batch: whether x is normalized by its own statistics.
-        demanded: whether fused=True demands a kernel.
-        owner: whose name error messages carry.
-    """
-    if torch.compiler.is_exporting():
-        return "an exported program holds array code, which runs without this library"
-    if not batch and not demanded:
-        return "the compiler fuses evaluation with what surrounds it"
-    if renormalized:
-        return "a graph would be compiled anew whenever the limits of renormalization move"
-    axes = layout.channel_axes
-    if axes != tuple(range(axes[0], axes[0] + len(axes))):
-        return f"channel axes {axes} are apart in memory"
-    shape = None if mask is None else layout.mask_shape(tuple(mask.shape), owner)
-    per_channel = shape is not None and any(shape[a] != 1 for a in axes)
-    return (
-        refuse_parameters(parameters)
-        or refuse_tensors(x, (mask, *parameters, residual), running, traced=True)
-        or _choose(x.device.type, NAMES[x.dtype], adjusted, per_channel, demanded)
-        or None
-    )
-
-
-def _choose(device: str, dtype: str, adjusted: bool, per_channel: bool, demanded: bool) -> str:
-    """Why no kernel serves the call, or nothing; found while a graph is traced."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return "a transformation of torch is at work"
-    return choose(device, dtype, adjusted, per_channel, demanded).reason
-
-
-# torch.compiler.assume_constant_result, without importing the compiler: that takes seconds.
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+__all__ = ["step"]
 
 
 def step(
@@ -100,10 +35,10 @@ def step(
     batch: bool,
     owner: str,
 ) -> tuple[Tensor, Centred]:
-    """y, and the moments of x in float64, which gradients take for constants.
+    """y, and the moments of x, which gradients take for constants.
 
     Args:
-        x, mask, parameters, residual, running: what `refuse` has no objection to.
+        x, mask, parameters, residual, running: what the kernels have no objection to.
         layout: of x.
         options: as in Options.
         batch: normalize by the batch's own statistics; the moments have no meaning otherwise.
@@ -123,13 +58,17 @@ def step(
         batch,
         owner,
     )
-    return y, _moments(kept.detach(), layout)
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return y, _moments(kept.detach(), layout, work)
 
 
-def _moments(kept: Tensor, layout: Layout) -> Centred:
-    """What a step keeps as the core takes moments, in the shape of `layout.statistics`."""
+def _moments(kept: Tensor, layout: Layout, work: torch.dtype) -> Centred:
+    """What a step keeps as the core takes moments, in the shape of `layout.statistics`.
+
+    In x's working type, in which a variance that overflows is no update (S9).
+    """
     groups = 1 if layout.groups is None else layout.groups
-    rows, counts = torch.split(kept, [kept.shape[0] - groups, groups])
+    rows, counts = torch.split(kept.to(work), [kept.shape[0] - groups, groups])
     rows = rows.reshape(len(cpu.STATISTICS), *layout.statistics)
     anchor, shift, var = (rows[cpu.STATISTICS[name]] for name in ("mean", "low", "var"))
     per_group = [n if a == 1 and layout.groups is not None else 1 for a, n in enumerate(var.shape)]
@@ -166,16 +105,21 @@ def _step(
     passes = steps.find_passes(prepared)
     state = passes.find_state(weight, bias, running)
     call = steps.Call(
-        prepared, mask, running, state, options, batch, False, residual is not None, None
+        prepared,
+        mask,
+        running,
+        state,
+        options,
+        batch=batch,
+        update=False,
+        residual=residual is not None,
+        history=None,
     )
     y, kept = steps.forward(call, there, weight, bias, residual)
-    packed = passes.pack(kept)
-    # Pairs of rows that this step has not written, which no operator may return.
-    row = math.prod(prepared.layout.moments)
-    for name in ("r",) if batch else ("r", "low"):
-        begin = cpu.STATISTICS[name] * row
-        packed[begin : begin + 2 * row].zero_()
-    return _laid_like(y, x), packed
+    # This step has not written these, and no operator may return what nobody has written.
+    for name in ("r", "d") if batch else ("low", "var", "r", "d"):
+        passes.row(kept, name).zero_()
+    return _laid_like(y, x), passes.pack(kept)
 
 
 @_step.register_fake
@@ -212,16 +156,26 @@ def _gradient(
     batch: bool,
     residual: bool,
     wants_x: bool,
-    weight: torch.dtype | None,
-    bias: torch.dtype | None,
+    weight_type: torch.dtype | None,
+    bias_type: torch.dtype | None,
     wants_residual: bool,
     owner: str,
-) -> list[Tensor]:
-    """Those of dx, dweight, dbias and dresidual that are wanted; `weight`, `bias`: their types."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias and dresidual, each without elements where it is not wanted."""
     arranged = _arrange(x, mask, (None, None), None, axes, size, activation, owner)
     there, mask, _, _, _, prepared = arranged
     options = config.Options(virtual_batch_size=size, activation=activation)
-    call = steps.Call(prepared, None, None, (), options, batch, False, residual, None)
+    call = steps.Call(
+        prepared,
+        mask=None,
+        running=None,
+        state=(),
+        options=options,
+        batch=batch,
+        update=False,
+        residual=residual,
+        history=None,
+    )
     found = steps.backward(
         call,
         like(dy, there, prepared),
@@ -229,11 +183,10 @@ def _gradient(
         None if y is None else like(y, there, prepared),
         mask,
         steps.find_passes(prepared).unpack(prepared, kept),
-        steps.Wanted(wants_x, weight, bias, wants_residual),
+        steps.Wanted(wants_x, weight_type, bias_type, wants_residual),
     )
-    dx, dweight, dbias, dresidual = found
-    arrays = (_laid_like(dx, x), dweight, dbias, _laid_like(dresidual, x))
-    return [a for a in arrays if a is not None]
+    dx, dweight, dbias, dresidual = (x.new_empty(0) if a is None else a for a in found)
+    return _laid_like(dx, x), dweight, dbias, _laid_like(dresidual, x)
 
 
 @_gradient.register_fake
@@ -245,12 +198,31 @@ def _(
     kept: Tensor,
     axes: Sequence[int],
     *options: Any,
-) -> list[Tensor]:
-    wants_x, weight, bias, wants_residual, _ = options[-5:]
+) -> tuple[Tensor, ...]:
+    wants_x, weight_type, bias_type, wants_residual, _ = options[-5:]
     channels = [x.shape[a] for a in axes]
-    found = [torch.empty_like(x)] if wants_x else []
-    found += [x.new_empty(channels, dtype=t) for t in (weight, bias) if t is not None]
-    return found + ([torch.empty_like(x)] if wants_residual else [])
+
+    def like_x(wanted: bool) -> Tensor:
+        return torch.empty_like(x) if wanted else x.new_empty(0)
+
+    def per_channel(dtype: torch.dtype | None) -> Tensor:
+        return x.new_empty(0) if dtype is None else x.new_empty(channels, dtype=dtype)
+
+    per_channels = per_channel(weight_type), per_channel(bias_type)
+    return like_x(wants_x), *per_channels, like_x(wants_residual)
+
+
+class _Saved(NamedTuple):
+    """What a gradient needs beside tensors: arguments of `_gradient`, and types."""
+
+    axes: Sequence[int]
+    size: int | None
+    activation: str | None
+    batch: bool
+    residual: bool
+    weight_type: torch.dtype | None
+    bias_type: torch.dtype | None
+    owner: str
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -259,26 +231,31 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     # y decides where the activation's input was not x's doing alone.
     gate = y if activation is not None and residual is not None else None
     ctx.save_for_backward(x, gate, mask, kept)
-    ctx.call = (axes, size, activation, batch, residual is not None)
-    ctx.types = tuple(None if a is None else a.dtype for a in (weight, bias))
-    ctx.owner = owner
+    weight_type, bias_type = (None if a is None else a.dtype for a in (weight, bias))
+    ctx.saved = _Saved(
+        axes, size, activation, batch, residual is not None, weight_type, bias_type, owner
+    )
+    ctx.inputs = len(inputs)
 
 
 def _differentiate(ctx: Any, dy: Tensor, _kept: Any) -> tuple[Any, ...]:
-    x, y, mask, kept = ctx.saved_tensors
+    saved: _Saved = ctx.saved
     wants_x, _, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:5]
-    gated = ctx.call[2] is not None
-    wanted = (
+    gated = saved.activation is not None
+    wanted = steps.Wanted(
         wants_x,
-        ctx.types[0] if wants_weight else None,
-        ctx.types[1] if wants_bias else None,
+        saved.weight_type if wants_weight else None,
+        saved.bias_type if wants_bias else None,
         wants_residual and gated,
     )
-    found = iter(_gradient(dy, x, y, mask, kept, *ctx.call, *wanted, ctx.owner))
-    dx, dweight, dbias, dresidual = (next(found) if a else None for a in wanted)
+    x, y, mask, kept = ctx.saved_tensors
+    found = _gradient(dy, x, y, mask, kept, *saved[:5], *wanted, saved.owner)
+    pairs = zip(found, wanted, strict=True)
+    dx, dweight, dbias, dresidual = (a if is_wanted else None for a, is_wanted in pairs)
     if wants_residual and not gated:
         dresidual = dy
-    return (dx, None, dweight, dbias, dresidual, *(None,) * 8)
+    gradients = (dx, None, dweight, dbias, dresidual)
+    return (*gradients, *(None,) * (ctx.inputs - len(gradients)))
 
 
 _step.register_autograd(_differentiate, setup_context=_keep)
@@ -294,7 +271,7 @@ def _arrange(
     activation: str | None,
     owner: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Prepared]:
-    """The tensors in memory that suits the kernels, which `refuse` has found to exist."""
+    """The tensors in memory that suits the kernels, which there were when the graph was made."""
     prepared = prepare(
         owner,
         x.shape,
@@ -317,9 +294,9 @@ def _arrange(
     return arranged
 
 
-def _laid_like(a: Any, x: Tensor) -> Any:
-    """a in the memory order that the graph expects of an output of x's shape."""
-    if a is None or a.stride() == x.stride():
+def _laid_like(a: Tensor, x: Tensor) -> Tensor:
+    """a, if of x's shape, in the memory order that the graph expects of such an output."""
+    if a.shape != x.shape or a.stride() == x.stride():
         return a
     expected = torch.empty_like(x)
     return a if a.stride() == expected.stride() else expected.copy_(a)

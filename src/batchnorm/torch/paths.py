@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from batchnorm.core import config
 from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running, move_running
@@ -14,6 +15,7 @@ from batchnorm.core.running import Running
 from batchnorm.torch import checks, operators
 from batchnorm.torch import fused as kernels
 from batchnorm.torch.namespace import XP
+from batchnorm.torch.prepared import NAMES, choose
 from batchnorm.torch.rank_merge import RankMerge
 from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot, untraced
 from batchnorm.torch.synchronize import Participation
@@ -107,25 +109,54 @@ def by_kernel(job: Job, prepared: kernels.Prepared | None) -> Tensor | str:
 
 def by_operator(job: Job, demanded: bool) -> Tensor | str:
     """y by an operator of a compiled graph, or why there is none for it."""
-    if job.part is not None:
-        return "compiled graphs merge with other ranks in array code"
-    tensors = job[:5]
-    refusal = _refuse_residual(job) or operators.refuse(
-        *tensors,
-        job.layout,
-        adjusted=job.adjustment is not None,
-        renormalized=job.options.renorm is not None and job.batch,
-        batch=job.batch,
-        demanded=demanded,
-        owner=job.owner,
-    )
+    refusal = _refuse_operator(job, demanded)
     if refusal is not None:
         return refusal
-    y, centred = operators.step(*tensors, job.layout, job.options, batch=job.batch, owner=job.owner)
+    y, centred = operators.step(*job[:5], job.layout, job.options, batch=job.batch, owner=job.owner)
     if job.mode.update and job.running is not None:
         moved = move_running(job.running, centred, job.layout, job.options, XP)
         _store(job.running, moved, job.x)
     return y
+
+
+def _refuse_operator(job: Job, demanded: bool) -> str | None:
+    """Why a graph should not hold the operator for such a call, or None."""
+    if torch.compiler.is_exporting():
+        return "an exported program holds array code, which runs without this library"
+    if forward_ad._current_level >= 0:  # read where it is traced, so that graphs depend on it
+        return "forward-mode differentiation is at work"
+    if job.part is not None:
+        return "compiled graphs merge with other ranks in array code"
+    if not job.batch and not demanded:
+        return "the compiler fuses evaluation with what surrounds it"
+    if job.options.renorm is not None and job.batch:
+        return "compiled graphs renormalize in array code"
+    axes = job.layout.channel_axes
+    if axes != tuple(range(axes[0], axes[0] + len(axes))):
+        return f"channel axes {axes} are no neighbours, as compiled graphs need them"
+    x, mask, parameters, residual, running = job[:5]
+    shape = None if mask is None else job.layout.mask_shape(tuple(mask.shape), job.owner)
+    per_channel = shape is not None and any(shape[a] != 1 for a in axes)
+    return (
+        _refuse_residual(job)
+        or kernels.refuse_parameters(parameters)
+        or kernels.refuse_tensors(x, (mask, *parameters, residual), running, traced=True)
+        or _choose(x.device.type, NAMES[x.dtype], job.adjustment is not None, per_channel, demanded)
+    )
+
+
+def _choose(
+    device: str, dtype: str, adjusted: bool, per_channel: bool, demanded: bool
+) -> str | None:
+    """Why no kernel serves the call, or None; found while a graph is traced."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transformation of torch is at work"
+    choice = choose(device, dtype, adjusted, per_channel, demanded)
+    return None if choice.kernel else choice.reason
+
+
+# torch.compiler.assume_constant_result, without importing the compiler: that takes seconds.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_residual(job: Job) -> str | None:

@@ -125,9 +125,10 @@ def choose(
     device: str, dtype: str, adjusted: bool, per_channel_mask: bool, demanded: bool
 ) -> Choice:
     """`select_kernel`, with one warning where a GPU's kernels are missing."""
+    if device == "cuda" and torch.version.hip:
+        device = "hip"
     if device == "cuda":
         _warn_without_triton()
-        device = "hip" if torch.version.hip else device
     return select_kernel(
         device, dtype, adjusted=adjusted, per_channel_mask=per_channel_mask, demanded=demanded
     )

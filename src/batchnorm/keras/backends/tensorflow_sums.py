@@ -1,8 +1,9 @@
 """Sums that round like a tree's, where TensorFlow adds one row after another.
 
 On a CPU its sum of a million float32 rows may miss by a thousandth of its size, with and without
-XLA. The core needs a mean that misses by less than a deviation (S3). Sums on other devices are
-trees already.
+XLA. The core needs a mean that misses by less than a deviation (S3). Where there is a GPU or TPU
+its sums, which threads add in parallel, are taken as they are; what is placed on the CPU beside
+one adds row after row.
 """
 
 from __future__ import annotations
