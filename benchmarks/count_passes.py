@@ -66,35 +66,38 @@ def _size(sizes: str) -> int:
 def main() -> None:
     """Count and print."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-
-    def like(a: Any) -> Any:
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device)
-
+    card = jax.sharding.SingleDeviceSharding(topology.devices[0])
     for shape, axis in (((2**20, 64), -1), ((64, 256, 56, 56), 1)):
         for dtype in (jnp.float32, jnp.bfloat16):
             for fused in (None, False):
-
-                def forward(*arguments: Any, axis: int = axis, fused: Any = fused) -> Any:
-                    return batch_norm(*arguments, axis=axis, fused=fused)
-
-                def differentiate(*arguments: Any, forward: Any = forward) -> Any:
-                    return jax.vjp(lambda *a: forward(*a)[0], *arguments)
-
-                x = jax.ShapeDtypeStruct(shape, dtype, sharding=device)
-                channels = jax.ShapeDtypeStruct(shape[axis : axis + 1 or None], jnp.float32)
-                arguments = (x, like(channels), like(channels))
-                transpose = jax.tree.map(like, jax.eval_shape(differentiate, *arguments)[1])
-                whole = math.prod(shape)
-                for name, function, given in (
-                    ("forward", forward, arguments),
-                    ("backward", lambda transpose, dy: transpose(dy), (transpose, x)),
-                ):
-                    kernels, reads, writes = count(function, given, whole)
+                for name, (function, arguments) in _passes(shape, axis, dtype, fused, card).items():
+                    kernels, reads, writes = count(function, arguments, math.prod(shape))
                     print(
                         f"{shape!s:18} {jnp.dtype(dtype).name:9} fused={fused!s:6} {name:9}"
                         f"{kernels:3} kernels, whole arrays: {reads} read, {writes} written"
                     )
+
+
+def _passes(shape: tuple[int, ...], axis: int, dtype: Any, fused: Any, card: Any) -> dict[str, Any]:
+    """The forward and the backward pass as functions, each with the shapes of its arguments."""
+
+    def like(a: Any) -> Any:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=card)
+
+    def forward(*arguments: Any) -> Any:
+        return batch_norm(*arguments, axis=axis, fused=fused)
+
+    def differentiate(*arguments: Any) -> Any:
+        return jax.vjp(lambda *a: forward(*a)[0], *arguments)
+
+    x = like(jax.ShapeDtypeStruct(shape, dtype))
+    channels = like(jax.ShapeDtypeStruct((shape[axis],), jnp.float32))
+    arguments = (x, channels, channels)
+    transpose = jax.tree.map(like, jax.eval_shape(differentiate, *arguments)[1])
+    return {
+        "forward": (forward, arguments),
+        "backward": (lambda transpose, dy: transpose(dy), (transpose, x)),
+    }
 
 
 if __name__ == "__main__":

@@ -246,7 +246,9 @@ def test_exported_programs_run_without_the_kernels(size: Any) -> None:
     )
     program = export.export(jax.jit(lambda x, mask: batch_norm(x, mask=mask)))(*arguments)
     restored = export.deserialize(program.serialize())
-    assert "batchnorm_" not in restored.mlir_module()
+    # Locations, for debuggers, may name what the code was lowered from.
+    operations = [a for a in restored.mlir_module().splitlines() if not a.startswith("#loc")]
+    assert not [a for a in operations if "batchnorm_" in a]
     x, mask = normal(8, 3), jnp.arange(8) % 3 != 0
     assert_close(restored.call(x, mask), batch_norm(x, mask=mask))
 
