@@ -268,7 +268,7 @@ def arguments_of(shape, *, masked=False, residual=False, axes=(1,), size=None, a
     mask = torch.rand(rows) < 0.6 if masked else None
     added = torch.randn(shape, requires_grad=True) if residual else None
     running = torch.zeros(channels), torch.ones(channels)
-    options = (list(axes), size, 1e-5, activation, True, "BatchNorm")
+    options = (list(axes), size, 1e-5, activation, True, False, "BatchNorm")
     return x, mask, weight, bias, added, *running, *options
 
 

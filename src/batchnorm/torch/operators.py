@@ -33,6 +33,7 @@ def step(
     options: config.Options,
     *,
     batch: bool,
+    demanded: bool,
     owner: str,
 ) -> tuple[Tensor, Centred]:
     """y, and the moments of x, which gradients take for constants.
@@ -42,6 +43,7 @@ def step(
         layout: of x.
         options: as in Options.
         batch: normalize by the batch's own statistics; the moments have no meaning otherwise.
+        demanded: whether fused=True demands a kernel.
         owner: whose name error messages carry.
     """
     size = None if layout.groups is None else options.virtual_batch_size
@@ -56,6 +58,7 @@ def step(
         options.eps,
         options.activation,
         batch,
+        demanded,
         owner,
     )
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -92,6 +95,7 @@ def _step(
     eps: float,
     activation: str | None,
     batch: bool,
+    demanded: bool,
     owner: str,
 ) -> tuple[Tensor, Tensor]:
     """y, and what the backward step needs."""
@@ -100,7 +104,7 @@ def _step(
     if running_mean is not None:
         assert running_var is not None
         running = Running(running_mean, running_var)
-    arranged = _arrange(x, mask, (weight, bias), residual, axes, size, activation, owner)
+    arranged = _arrange(x, mask, (weight, bias), residual, axes, size, activation, demanded, owner)
     there, mask, weight, bias, residual, prepared = arranged
     passes = steps.find_passes(prepared)
     state = passes.find_state(weight, bias, running)
@@ -155,6 +159,7 @@ def _gradient(
     activation: str | None,
     batch: bool,
     residual: bool,
+    demanded: bool,
     wants_x: bool,
     weight_type: torch.dtype | None,
     bias_type: torch.dtype | None,
@@ -162,7 +167,7 @@ def _gradient(
     owner: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and dresidual, each without elements where it is not wanted."""
-    arranged = _arrange(x, mask, (None, None), None, axes, size, activation, owner)
+    arranged = _arrange(x, mask, (None, None), None, axes, size, activation, demanded, owner)
     there, mask, _, _, _, prepared = arranged
     options = config.Options(virtual_batch_size=size, activation=activation)
     call = steps.Call(
@@ -220,20 +225,30 @@ class _Saved(NamedTuple):
     activation: str | None
     batch: bool
     residual: bool
+    demanded: bool
     weight_type: torch.dtype | None
     bias_type: torch.dtype | None
     owner: str
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, mask, weight, bias, residual, _, _, axes, size, _, activation, batch, owner = inputs
+    x, mask, weight, bias, residual, _, _, axes, size, _, activation, batch = inputs[:12]
+    demanded, owner = inputs[12:]
     y, kept = output
     # y decides where the activation's input was not x's doing alone.
     gate = y if activation is not None and residual is not None else None
     ctx.save_for_backward(x, gate, mask, kept)
     weight_type, bias_type = (None if a is None else a.dtype for a in (weight, bias))
     ctx.saved = _Saved(
-        axes, size, activation, batch, residual is not None, weight_type, bias_type, owner
+        axes,
+        size,
+        activation,
+        batch,
+        residual is not None,
+        demanded,
+        weight_type,
+        bias_type,
+        owner,
     )
     ctx.inputs = len(inputs)
 
@@ -249,7 +264,7 @@ def _differentiate(ctx: Any, dy: Tensor, _kept: Any) -> tuple[Any, ...]:
         wants_residual and gated,
     )
     x, y, mask, kept = ctx.saved_tensors
-    found = _gradient(dy, x, y, mask, kept, *saved[:5], *wanted, saved.owner)
+    found = _gradient(dy, x, y, mask, kept, *saved[:6], *wanted, saved.owner)
     pairs = zip(found, wanted, strict=True)
     dx, dweight, dbias, dresidual = (a if is_wanted else None for a, is_wanted in pairs)
     if wants_residual and not gated:
@@ -269,6 +284,7 @@ def _arrange(
     axes: Sequence[int],
     size: int | None,
     activation: str | None,
+    demanded: bool,
     owner: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Prepared]:
     """The tensors in memory that suits the kernels, which there were when the graph was made."""
@@ -283,7 +299,7 @@ def _arrange(
         activation,
         None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
         x.device.type,
-        True,
+        demanded,
     )
     arranged = steps.arrange(x, mask, parameters, residual, prepared, activation)
     if prepared.refusal is not None or isinstance(arranged, str):

@@ -112,7 +112,14 @@ def by_operator(job: Job, demanded: bool) -> Tensor | str:
     refusal = _refuse_operator(job, demanded)
     if refusal is not None:
         return refusal
-    y, centred = operators.step(*job[:5], job.layout, job.options, batch=job.batch, owner=job.owner)
+    y, centred = operators.step(
+        *job[:5],
+        job.layout,
+        job.options,
+        batch=job.batch,
+        demanded=demanded,
+        owner=job.owner,
+    )
     if job.mode.update and job.running is not None:
         moved = move_running(job.running, centred, job.layout, job.options, XP)
         _store(job.running, moved, job.x)

@@ -46,16 +46,33 @@ def assert_close(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
         assert off.max() <= 5e-6
 
 
-def test_fused_on_the_cpu_reaches_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = []
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are launched."""
+    names: list[str] = []
     launch_once = launch.Plan._launch
-    monkeypatch.setattr(
-        launch.Plan,
-        "_launch",
-        lambda self, kernel, *rest: (launched.append(kernel), launch_once(self, kernel, *rest)),
-    )
+
+    def launch_and_note(self: launch.Plan, kernel: Any, *rest: Any) -> None:
+        names.append(kernel.__name__)
+        launch_once(self, kernel, *rest)
+
+    monkeypatch.setattr(launch.Plan, "_launch", launch_and_note)
+    return names
+
+
+def test_fused_on_the_cpu_reaches_the_interpreter(launched: list[str]) -> None:
     train(torch.randn(6, 3))
-    assert [kernel.__name__ for kernel in launched] == ["forward_whole", "backward_whole"]
+    assert launched == ["forward_whole", "backward_whole"]
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_graphs_run_the_kernels_that_they_were_made_for(
+    fused: bool | None, launched: list[str]
+) -> None:
+    torch._dynamo.reset()
+    layer = torch.compile(BatchNorm(3, fused=fused), fullgraph=True, backend="aot_eager")
+    layer(torch.randn(6, 3, requires_grad=True)).sum().backward()
+    assert launched == (["forward_whole", "backward_whole"] if fused else [])
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4, 1e6])
