@@ -108,6 +108,15 @@ def _around_mean(
     return scale, (power * ratio) * ratio
 
 
+def centred_from(count: Array, mean: Array, low: Array, var: Array, xp: Namespace) -> Centred:
+    """Moments that are known, as `centre` gives them, but without deviations.
+
+    `mean + low` is the mean; arrays of one shape.
+    """
+    one, nothing = xp.ones_like(var), xp.zeros_like(var)
+    return Centred(count, mean, low, scale=one, power=var, unit=one, deviation=nothing)
+
+
 def _count(
     x: Array, mask: Array | None, axes: Sequence[int], xp: Namespace
 ) -> tuple[Array | float, Array | float]:

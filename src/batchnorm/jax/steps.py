@@ -14,7 +14,7 @@ from jax import Array
 from batchnorm.core.config import Options
 from batchnorm.core.forward import forward_batch, forward_running
 from batchnorm.core.layout import Layout, make_layout
-from batchnorm.core.moments import Centred, Moments
+from batchnorm.core.moments import Centred, Moments, centred_from
 from batchnorm.core.running import Running, average_groups, update_running
 from batchnorm.jax import custom_calls
 from batchnorm.jax.checks import check_channels, check_input, check_mask, working_type
@@ -241,10 +241,8 @@ def move_statistics(
     `mean` is their mean as a sum of two, which holds more digits.
     """
     grouped = moments.mean.ndim > running.mean.ndim
-    nothing = jnp.zeros_like(moments.mean)
-    high, low = (moments.mean, nothing) if mean is None else mean
-    one = jnp.ones_like(moments.var)
-    centred = Centred(moments.count, high, low, one, moments.var, one, nothing)
+    high, low = (moments.mean, jnp.zeros_like(moments.mean)) if mean is None else mean
+    centred = centred_from(moments.count, high, low, moments.var, XP)
     constant = Centred(*(jax.lax.stop_gradient(a) for a in centred))
     average = average_groups(constant, 0 if grouped else None, XP)
     before = _before(running, moments.mean.dtype)

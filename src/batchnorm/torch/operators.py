@@ -14,10 +14,11 @@ from torch import Tensor
 
 from batchnorm.core import config
 from batchnorm.core.layout import Layout
-from batchnorm.core.moments import Centred
+from batchnorm.core.moments import Centred, centred_from
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.torch import steps
+from batchnorm.torch.namespace import XP
 from batchnorm.torch.prepared import Prepared, like, prepare
 
 __all__ = ["step"]
@@ -73,12 +74,10 @@ def _moments(kept: Tensor, layout: Layout, work: torch.dtype) -> Centred:
     groups = 1 if layout.groups is None else layout.groups
     rows, counts = torch.split(kept.to(work), [kept.shape[0] - groups, groups])
     rows = rows.reshape(len(cpu.STATISTICS), *layout.statistics)
-    anchor, shift, var = (rows[cpu.STATISTICS[name]] for name in ("mean", "low", "var"))
+    mean, low, var = (rows[cpu.STATISTICS[name]] for name in ("mean", "low", "var"))
     per_group = [n if a == 1 and layout.groups is not None else 1 for a, n in enumerate(var.shape)]
-    one = torch.ones_like(var)
-    count = counts.reshape(per_group) * one
-    nothing = torch.zeros_like(var)
-    return Centred(count, anchor, shift, scale=one, power=var, unit=one, deviation=nothing)
+    count = counts.reshape(per_group) * torch.ones_like(var)
+    return centred_from(count, mean, low, var, XP)
 
 
 @torch.library.custom_op("batchnorm::step", mutates_args=())
