@@ -33,4 +33,5 @@ if find_spec("triton") is None:  # there are wheels for Linux only
 def pytest_configure(config: pytest.Config) -> None:
     """Name the markers."""
     config.addinivalue_line("markers", "requires_trainable_backend: Keras's own")
+    config.addinivalue_line("markers", "exhaustive: large or slow; only `make test-all` runs it")
     config.addinivalue_line("markers", "gpu: runs on a CUDA device, skipped without one")

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "batchnorm.hpp"
+#include "float_mode.hpp"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -136,6 +137,7 @@ struct Call {
 
 template <class F>
 ffi::Error guarded(F f) {
+    const KeepSubnormals mode;  // the statistics are stored and loaded here
     try {
         f();
         return ffi::Error::Success();

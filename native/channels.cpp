@@ -129,7 +129,7 @@ double clip(double value, double low, double high) {  // NaN stays NaN
 void renormalize(const Step& step, Index first, Index n, const Averages& average, double* r,
                  double* d) {
     const Options& o = step.options;
-    const double floor = __builtin_sqrt(o.eps);
+    const double root = __builtin_sqrt(o.eps), floor = root < 0x1p-126 ? 0x1p-126 : root;
     const Values stddev(step.running.renorm_stddev, first, n, 1.0);
     const Values mean(step.running.renorm_mean, first, n, 0.0);
     for (Index i = 0; i < n; ++i) {
@@ -179,11 +179,13 @@ bool update_running(const Step& step, Index first, Index n, const Averages& aver
 }
 
 // A function of its own, since only its arguments can say that none of them overlap.
+// rstd is 0 where var + eps is at most `least`: such a channel counts as constant (S7).
 void find_affine(const double* __restrict var, const double* __restrict gamma,
-                 const double* __restrict beta, double eps, Index n, double* __restrict rstd,
-                 double* __restrict scale, double* __restrict offset) {
+                 const double* __restrict beta, double eps, double least, Index n,
+                 double* __restrict rstd, double* __restrict scale, double* __restrict offset) {
     for (Index i = 0; i < n; ++i) {
-        rstd[i] = 1.0 / __builtin_sqrt(var[i] + eps);
+        const double power = var[i] + eps;
+        rstd[i] = power >= 0 && power <= least ? 0.0 : 1.0 / __builtin_sqrt(power);
         scale[i] = rstd[i] * gamma[i];
         offset[i] = beta[i];
     }
@@ -195,6 +197,8 @@ bool finish_part(const Step& step, Index first, Index n) {
     const Values gamma(step.gamma, first, n, 1.0), beta(step.beta, first, n, 0.0);
     const Values running_mean(step.running.mean, first, n, 0.0);
     const Values running_var(step.running.var, first, n, 1.0);
+    // The square of the smallest deviation whose reciprocal x's arithmetic holds.
+    const double least = step.type == Type::f64 ? 0x1p-1022 : 0x1p-252;
     double r[kPart], d[kPart];
     bool updated = false;
     if (o.batch && (o.update || o.renorm)) {
@@ -209,7 +213,8 @@ bool finish_part(const Step& step, Index first, Index n) {
         double* scale = s.row(Statistics::scale) + at;
         double* offset = s.row(Statistics::offset) + at;
         const double* var = own ? s.row(Statistics::var) + at : running_var.at;
-        find_affine(var, gamma.at, beta.at, o.eps, n, s.row(Statistics::rstd) + at, scale, offset);
+        find_affine(var, gamma.at, beta.at, o.eps, least, n, s.row(Statistics::rstd) + at, scale,
+                    offset);
         if (!own) {
             double* low = s.row(Statistics::low) + at;
             for (Index i = 0; i < n; ++i) mean[i] = running_mean.at[i], low[i] = 0.0;

@@ -10,6 +10,8 @@
 #include <mutex>
 #include <thread>
 
+#include "float_mode.hpp"
+
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -26,31 +28,12 @@ inline void pause() {
 #endif
 }
 
-// Denormals and rounding as the caller has them, so that bits do not depend on who computes.
-#if defined(__SSE__)
-using FloatMode = unsigned;
-inline FloatMode float_mode() { return _mm_getcsr(); }
-inline void set_float_mode(FloatMode mode) { _mm_setcsr(mode); }
-#elif defined(__aarch64__)
-using FloatMode = unsigned long;
-inline FloatMode float_mode() {
-    FloatMode mode;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
-    return mode;
-}
-inline void set_float_mode(FloatMode mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode)); }
-#else
-using FloatMode = int;
-inline FloatMode float_mode() { return 0; }
-inline void set_float_mode(FloatMode) {}
-#endif
-
 struct Job {
     void (*task)(void*, std::int64_t);
     void* context;
     std::int64_t tasks;
-    int wanted;  // workers beside the caller
-    FloatMode mode;
+    int wanted;                  // workers beside the caller
+    FloatMode mode;              // the caller's, so that bits do not depend on who computes
     int joined = 0;              // workers that ever took part; guarded by the pool's mutex
     std::atomic<int> active{0};  // workers that are in it now
     std::atomic<std::int64_t> next{0};

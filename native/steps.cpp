@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "batchnorm.hpp"
+#include "float_mode.hpp"
 #include "huge_pages.hpp"
 #include "passes.hpp"
 #include "pool.hpp"
@@ -277,6 +278,7 @@ bool is_empty(const Layout& layout) { return layout.channels == 0; }
 }  // namespace
 
 void moments(const Step& step) {
+    const KeepSubnormals mode;
     if (is_empty(step.layout)) {
         std::fill_n(step.statistics.count(), step.layout.groups, 0.0);
         return;
@@ -305,6 +307,7 @@ void moments(const Step& step) {
 }
 
 void normalize(const Step& step) {
+    const KeepSubnormals mode;
     if (is_empty(step.layout)) return;
     std::atomic<bool> updated{false};
     for_channels(step, [&](Index first, Index end) {
@@ -319,6 +322,7 @@ void normalize(const Step& step) {
 }
 
 void reduce(const Step& step, double* sums) {
+    const KeepSubnormals mode;
     if (is_empty(step.layout)) return;
     Reduction reduction(step);
     advise_huge_pages(step.dresidual, step);
@@ -336,6 +340,7 @@ void reduce(const Step& step, double* sums) {
 }
 
 void apply(const Step& step, const double* sums) {
+    const KeepSubnormals mode;
     if (is_empty(step.layout)) return;
     advise_huge_pages(step.dx, step);
     for_each_block(step, [&](const Block& block) { passes(step).apply(step, block, sums); });

@@ -111,9 +111,11 @@ inline float widen(float f) { return f; }
 inline double widen(double f) { return f; }
 
 inline float widen(Half h) {
-    // Rebias the exponent by a multiplication, which handles subnormals too; then infinities.
-    float f = as_float(std::uint32_t(h.bits & 0x7fffu) << 13) * 0x1p112f;
-    std::uint32_t bits = as_bits(f) | (f >= 65536.0f ? 0x7f800000u : 0u);
+    const std::uint32_t magnitude = h.bits & 0x7fffu, shifted = magnitude << 13;
+    // Subnormals by a subtraction of normal numbers: it holds where threads flush subnormals.
+    const std::uint32_t small = as_bits(as_float(shifted + 0x38800000u) - 0x1p-14f);
+    const std::uint32_t rebias = magnitude < 0x7c00u ? 0x38000000u : 0x70000000u;
+    const std::uint32_t bits = magnitude < 0x0400u ? small : shifted + rebias;
     return as_float(bits | std::uint32_t(h.bits & 0x8000u) << 16);
 }
 

@@ -105,7 +105,7 @@ inline Layout draw_layout(Random& random, bool huge) {
 
 inline Options draw_options(Random& random) {
     Options o;
-    o.eps = random.pick({1e-5, 1e-3, 1e-8});
+    o.eps = random.pick({1e-5, 1e-3, 1e-8, 1e-12});
     o.decay = random.pick({0.9, 0.99, 0.0, 1.0, -1.0});
     o.batch = random.chance(0.8);
     o.update = random.chance(0.7);
@@ -183,6 +183,11 @@ inline void draw_mask(Random& random, Case& c) {
     }
 }
 
+// A size among the type's subnormal numbers.
+inline double subnormal(Type type) {
+    return type == Type::f16 ? 2e-5 : type == Type::f64 ? 1e-310 : 3e-40;
+}
+
 // How the values of one channel are spread.
 struct Spread {
     double centre, width;
@@ -190,7 +195,7 @@ struct Spread {
 
     Spread(Random& random, Type type) : centre(random.normal()), width(1), outlier(0) {
         const bool narrow = type == Type::f16;
-        switch (random.below(8)) {
+        switch (random.below(9)) {
             case 0:
                 centre = (narrow ? 100 : 1e6) * random.normal();
                 break;
@@ -209,6 +214,9 @@ struct Spread {
             case 5:
                 width = narrow ? 0.01 : random.pick({1e-3, 1e-42, 1e3});
                 centre *= width < 1e-40 ? 0 : 1;
+                break;
+            case 6:
+                centre = 0, width = subnormal(type);
                 break;
             default:
                 break;
@@ -290,6 +298,8 @@ inline void draw_parameters(Random& random, Problem& p) {
     if (random.chance(0.8)) p.gamma = draw_values(random, n, p.gamma_type, 0.5, 1);
     if (random.chance(0.8)) p.beta = draw_values(random, n, p.beta_type, 0, 1);
     if (!p.gamma.empty() && random.chance(0.2)) p.gamma[0] = 0;
+    if (!p.gamma.empty() && random.chance(0.1))
+        p.gamma[0] = rounded(p.gamma_type, subnormal(p.gamma_type));
     p.has_running = random.chance(0.8);
     if (p.has_running) draw_running(random, p);
 }
@@ -298,7 +308,8 @@ inline void draw_values(Random& random, Case& c) {
     Problem& p = c.problem;
     draw_x(random, p);
     const Index n = static_cast<Index>(p.x.size());
-    p.dy = draw_values(random, n, p.type, random.normal(), random.pick({1.0, 0.01}));
+    const double width = random.pick({1.0, 0.01, subnormal(p.type)});
+    p.dy = draw_values(random, n, p.type, width < 1e-4 ? 0 : random.normal(), width);
     if (random.chance(0.3)) p.residual = draw_values(random, n, p.type, 0, 1);
     spoil_padding(random, p, p.x);
     spoil_padding(random, p, p.dy);

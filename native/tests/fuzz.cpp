@@ -160,9 +160,9 @@ class OtherPool : public Scheduler {
 };
 
 void check_determinism(Inputs& inputs, const Result& first, const char* instructions) {
-    const auto check = [&](const std::string& name, Threads threads) {
+    const auto check = [&](const std::string& name, Threads threads, Flush flush = Flush::no) {
         try {
-            compare_bits(run(inputs, threads), first);
+            compare_bits(run(inputs, threads, flush), first);
         } catch (const Failure& failure) {
             throw Failure(std::string(instructions) + ", " + std::to_string(threads.count) + name +
                           " threads, unlike another run: " + failure.what());
@@ -170,9 +170,12 @@ void check_determinism(Inputs& inputs, const Result& first, const char* instruct
     };
     for (int threads : kThreadNumbers) check("", {threads});
     check(" lent", {4, lend_threads});
+    for (int threads : {1, 3}) check(" flushing", {threads}, Flush::yes);
+    check(" lent flushing", {4, lend_threads}, Flush::yes);
     for (bool busy : {false, true}) {
         const OtherPool pool(busy);
         check(busy ? " busy" : " scheduled", {4, nullptr, &pool});
+        check(busy ? " busy flushing" : " scheduled flushing", {4, nullptr, &pool}, Flush::yes);
     }
 }
 
@@ -201,19 +204,19 @@ void check_case(const Case& c, const std::vector<const char*>& sets) {
     }
 }
 
-// All values of a half type, times a float32 factor: exactly rounded (S16).
-void check_conversions(Type type, float factor) {
+// Values of a half type, times a float32 factor: exactly rounded (S16).
+void check_conversions(Type type, const Layout& layout, float factor, Flush flush) {
     Case c;
     Problem& p = c.problem;
     p.type = type, p.options.batch = false, p.options.eps = 0;
-    p.layout = {1, 1, 65536, 1, 1};
-    for (unsigned bits = 0; bits < 65536; ++bits)
+    p.layout = layout;
+    for (Index bits = 0; bits < layout.outer * layout.channels * layout.inner; ++bits)
         p.x.push_back(decode_half(static_cast<std::uint16_t>(bits), type));
     p.dy = p.x;
-    p.gamma = {factor};
+    p.gamma.assign(static_cast<std::size_t>(layout.channels), factor);
     c.placement.wants_dgamma = c.placement.wants_dbeta = false;
     Inputs inputs(c);
-    const Result found = run(inputs, {1});
+    const Result found = run(inputs, {1}, flush);
     for (std::size_t i = 0; i < p.x.size(); ++i) {
         const double expected = rounded(type, static_cast<float>(p.x[i]) * factor);
         for (double value : {found.y[i], found.dx[i]}) {
@@ -223,12 +226,20 @@ void check_conversions(Type type, float factor) {
     }
 }
 
+// All values in whole vectors, and in rows that end before one is full.
+constexpr Layout kAllHalves[] = {{1, 1, 65536, 1, 1}, {16384, 4, 1, 1, 1}, {9362, 7, 1, 1, 1},
+                                 {9362, 1, 7, 1, 1},  {4, 1, 16384, 1, 1}, {3, 1, 21845, 1, 1}};
+
 void check_conversions(const std::vector<const char*>& sets) {
     for (const char* set : sets) {
         use_instructions(set);
         for (Type type : {Type::f16, Type::bf16}) {
-            for (float factor : {1.0f, 0.33333334f, 1.7f, 1e-5f, 3e4f})
-                check_conversions(type, factor);
+            for (float factor : {1.0f, 0.33333334f, 1.7f, 1e-5f, 3e4f}) {
+                for (Flush flush : {Flush::no, Flush::yes}) {
+                    for (const Layout& layout : kAllHalves)
+                        check_conversions(type, layout, factor, flush);
+                }
+            }
         }
     }
 }

@@ -110,7 +110,8 @@ class Reference {
         const auto at = static_cast<std::size_t>(i);
         // Half types round twice, from double to float first.
         const Real ulps = half_ulp(type) + (type == Type::f64 ? 0 : half_ulp(Type::f32));
-        values.error[at] += ulps * std::fabs(values.value[at]) + smallest(type);
+        const Real size = std::fabs(values.value[at]) + values.error[at];  // of what is rounded
+        values.error[at] += ulps * size + smallest(type);
     }
 
     void list_rows() {
@@ -143,7 +144,7 @@ class Reference {
                 const Index at = g * p.layout.channels + c;
                 // Compared as one double.
                 batch_mean.set(at, k.mean, k.mean_error + half_ulp(Type::f64) * std::fabs(k.mean));
-                batch_var.set(at, k.var, k.var * k.var_error);
+                batch_var.set(at, k.var, k.var * k.var_error + 2 * smallest(Type::f64));
             }
         }
     }
@@ -166,8 +167,9 @@ class Reference {
 
     // The mean is carried in two numbers of the arithmetic; sums of gradients take it in double.
     Real mean_rounding(Real mean) const {
-        if (p.type == Type::f64) return std::ldexp(std::fabs(mean), -62);
-        return (2 * unit * unit + half_ulp(Type::f64)) * std::fabs(mean);
+        const Real least = 2 * smallest(Type::f64);
+        if (p.type == Type::f64) return std::ldexp(std::fabs(mean), -62) + least;
+        return (2 * unit * unit + half_ulp(Type::f64)) * std::fabs(mean) + least;
     }
 
     void find_averages() {
@@ -246,7 +248,7 @@ class Reference {
             std::fabs(along) + std::fabs(k.d * gamma) + std::fabs(beta) + std::fabs(residual);
         Real error = 8 * unit * terms + std::fabs(scale) * k.mean_error +
                      std::fabs(along) * k.var_error + std::fabs(gamma) * k.d_error +
-                     4 * tiny * (1 + std::fabs(scale));
+                     4 * tiny * (1 + std::fabs(scale) + std::fabs(value - k.mean));
         // Padding may hold what overflows on its way; it need not come out as anything.
         if (!p.is_real(o, i) && !(terms < largest(p.type) / 16)) error = kAnything;
         before_.set(at, before, error);
@@ -325,14 +327,16 @@ class Reference {
         const Real slope =
             p.options.activation == Activation::relu ? Real(0) : Real(kNegativeSlope);
         const Real dy = p.dy[i], g = !negative ? dy : slope == 0 ? 0 : dy * slope;
-        // Computed once more from x, the sign is that of a number that a float16 y may round to 0.
-        if (p.type == Type::f16 && !clear && !p.reads_y && actual == 0) doubt_[i] = 1;
-        dresidual.set(static_cast<Index>(i), g, 2 * unit * std::fabs(g));
+        // Computed once more from x, the sign is that of a number that a half type may round to 0.
+        const bool half = p.type == Type::f16 || p.type == Type::bf16;
+        if (half && !clear && !p.reads_y && actual == 0) doubt_[i] = 1;
+        dresidual.set(static_cast<Index>(i), g, 2 * unit * std::fabs(g) + (g == dy ? 0 : tiny));
         round(dresidual, static_cast<Index>(i), p.type);
         if (doubt_[i]) dresidual.error[i] = kAnything;
     }
 
-    // Sums of g and g x̂ over real rows, of their absolute values, and what doubt adds.
+    // Sums of g and g x̂ over real rows, of their absolute values, and what doubt and subnormal
+    // products add.
     struct Sums {
         Real g = 0, gx = 0, size_g = 0, size_gx = 0, doubt_g = 0, doubt_gx = 0;
     };
@@ -345,6 +349,10 @@ class Reference {
             const Real v = dresidual.value[at], xhat = (x(row.o, c, row.i) - k.mean) * k.rstd;
             sums.g += v, sums.gx += v * xhat;
             sums.size_g += std::fabs(v), sums.size_gx += std::fabs(v * xhat);
+            // Products may be subnormal: those of the slope, and those of sums in double.
+            if (p.options.activation == Activation::leaky_relu)
+                sums.doubt_g += tiny, sums.doubt_gx += tiny * std::fabs(xhat);
+            sums.doubt_gx += smallest(Type::f64) * (1 + k.rstd);
             if (!doubt_[at]) continue;
             sums.doubt_g += std::fabs(Real(p.dy[at]));
             sums.doubt_gx += std::fabs(Real(p.dy[at]) * xhat);
@@ -368,7 +376,8 @@ class Reference {
         const auto at = static_cast<std::size_t>(c);
         dbeta.value[at] += s.g, dbeta.error[at] += g_error;
         dgamma.value[at] += k.r * s.gx + k.d * s.g;
-        dgamma.error[at] += std::fabs(k.r) * (gx_error + k.var_error * std::fabs(s.gx)) +
+        dgamma.error[at] += 2 * smallest(Type::f64) +
+                            std::fabs(k.r) * (gx_error + k.var_error * std::fabs(s.gx)) +
                             std::fabs(k.d) * g_error + k.d_error * std::fabs(s.g);
         for (const Position& row : rows(g)) find_dx(k, s, g_error, gx_error, row, c);
     }
@@ -381,7 +390,8 @@ class Reference {
         const Real scale = k.rstd * k.r * get(p.gamma, c, 1), size = std::fabs(scale);
         if (doubt_[at]) return dx.set(i, 0, kAnything);
         if (!k.own) {
-            dx.set(i, g * scale, 8 * unit * std::fabs(g * scale) + 4 * tiny * (1 + size));
+            dx.set(i, g * scale,
+                   8 * unit * std::fabs(g * scale) + 4 * tiny * (1 + size + std::fabs(g)));
             return round(dx, i, p.type);
         }
         if (k.count == 1 && std::isfinite(xhat * scale)) return;  // 0, to the bit (S7)
@@ -391,7 +401,7 @@ class Reference {
         const Real error = (14 * unit + 3 * k.var_error) * terms +
                            (g_error + std::fabs(xhat) * gx_error) / k.count +
                            k.mean_error * k.rstd * std::fabs(along);
-        dx.set(i, scale * (g - mean_g - xhat * along), size * error + 8 * least);
+        dx.set(i, scale * (g - mean_g - xhat * along), size * error + 8 * least + tiny * terms);
         round(dx, i, p.type);
     }
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cases.hpp"
+#include "float_mode.hpp"
 
 namespace batchnorm::tests {
 
@@ -22,6 +23,20 @@ struct Result {
     std::vector<double> mean, var, stddev, renorm_mean, renorm_stddev;
     std::vector<double> dx, dresidual, dgamma, dbeta;
     std::int64_t batches = 0;
+};
+
+// Whether the calling thread flushes subnormal numbers while it is in a pass.
+enum class Flush { no, yes };
+
+class ThreadMode {
+  public:
+    explicit ThreadMode(Flush flush) : before_(float_mode()) {
+        if (flush == Flush::yes) set_float_mode(before_ | kFlush);
+    }
+    ~ThreadMode() { set_float_mode(before_); }
+
+  private:
+    FloatMode before_;
 };
 
 // A case's inputs in memory, used by any number of runs.
@@ -99,8 +114,8 @@ class Inputs {
 // One forward and backward step on fresh outputs.
 class Run {
   public:
-    Run(Inputs& inputs, Threads threads)
-        : in(inputs), c(inputs.c), p(c.problem), threads_(threads) {
+    Run(Inputs& inputs, Threads threads, Flush flush)
+        : in(inputs), c(inputs.c), p(c.problem), threads_(threads), flush_(flush) {
         allocate();
         forward();
         backward();
@@ -168,10 +183,10 @@ class Run {
             running.renorm_stddev = {renorm_stddev.data(), p.running_type};
         }
         if (p.options.batch) {
-            moments(step);
+            in_mode([&] { moments(step); });
             keep_moments(step.statistics);
         }
-        normalize(step);
+        in_mode([&] { normalize(step); });
     }
 
     void keep_moments(const Statistics& s) {
@@ -189,8 +204,23 @@ class Run {
         if (p.reads_y) step.y = y.array;
         step.dgamma = {dgamma.data(), p.gamma_type}, step.dbeta = {dbeta.data(), p.beta_type};
         double* found = reinterpret_cast<double*>(sums.data());
-        if (p.options.batch || dgamma || dbeta || dresidual.buffer) reduce(step, found);
-        if (dx.buffer) apply(step, found);
+        if (p.options.batch || dgamma || dbeta || dresidual.buffer)
+            in_mode([&] { reduce(step, found); });
+        if (dx.buffer) in_mode([&] { apply(step, found); });
+    }
+
+    template <class F>
+    void in_mode(F pass) const {
+        const FloatMode before = float_mode();
+        FloatMode during, after;
+        {
+            const ThreadMode mode(flush_);
+            during = float_mode();
+            pass();
+            after = float_mode();
+        }
+        if ((during & kFlush) != (after & kFlush) || (before & kFlush) != (float_mode() & kFlush))
+            throw Failure("the thread's floating-point mode was changed");
     }
 
     void check_surroundings() const {
@@ -225,12 +255,15 @@ class Run {
     const Case& c;
     const Problem& p;
     Threads threads_;
+    Flush flush_;
     Placed y, dx, dresidual;
     Buffer dgamma, dbeta, mean, var, stddev, renorm_mean, renorm_stddev, kept, sums;
     std::int64_t batches_ = 0;
     Result moments_;
 };
 
-inline Result run(Inputs& inputs, Threads threads) { return Run(inputs, threads).result(); }
+inline Result run(Inputs& inputs, Threads threads, Flush flush = Flush::no) {
+    return Run(inputs, threads, flush).result();
+}
 
 }  // namespace batchnorm::tests

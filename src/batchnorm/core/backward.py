@@ -7,7 +7,7 @@ from batchnorm.core.forward import Inputs, Outcome, channel_affine, expand_runni
 from batchnorm.core.gradient import Gradients, gradient
 from batchnorm.core.layout import Layout
 from batchnorm.core.namespace import Array, Namespace
-from batchnorm.core.normalize import activation_gradient, normalized, rstd_of
+from batchnorm.core.normalize import activation_gradient, normalized, rstd_of, rstd_of_running
 from batchnorm.core.running import Running
 
 
@@ -67,7 +67,7 @@ def backward_running(
 ) -> Gradients:
     """The gradient of `forward_running`, whose result is y; otherwise as `backward_batch`."""
     expanded = expand_running(running, layout, xp)
-    rstd = 1.0 / xp.sqrt(expanded.var + options.eps)
+    rstd = rstd_of_running(expanded.var, eps=options.eps, xp=xp)
     found = gradient(
         activation_gradient(dy, y, options.activation, xp),
         (inputs.x - expanded.mean) * rstd,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from batchnorm.core.namespace import Array, Namespace
+from batchnorm.core.normalize import rstd_of_running
 
 
 class Folded(NamedTuple):
@@ -18,7 +19,7 @@ def inference_affine(
     mean: Array, var: Array, gamma: Array | None, beta: Array | None, *, eps: float, xp: Namespace
 ) -> tuple[Array, Array]:
     """a and b of y = a·x + b, per channel; compute in float64, since b cancels at offsets."""
-    a = 1.0 / xp.sqrt(var + eps)
+    a = rstd_of_running(var, eps=eps, xp=xp)
     a = a if gamma is None else a * gamma
     b = -mean * a
     return a, b if beta is None else b + beta

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from batchnorm.core.namespace import Array, Namespace, select
+from batchnorm.core.namespace import Array, Namespace, select, smallest_normal
 
 _ROUNDING = 2.0**-22  # a few times what float32 may be off by, relative to 1
 _SMALLEST_SCALE = 2.0**-60
@@ -75,7 +75,7 @@ def centre(
     weighted = xp.stop_gradient(select(mask, x, 0.0, xp)) * weight
     anchor = _sum(weighted, axes, xp)  # constant: x - mean does not depend on it
     size = _sum(xp.abs(weighted), axes, xp) + math.sqrt(eps)
-    unit = xp.where(size > 0, size, 1.0)
+    unit = xp.where(size >= smallest_normal(size), size, 1.0)
     deviation = select(mask, x - anchor, 0.0, xp)
     shift = _sum(deviation, axes, xp) * weight
     deviation = deviation * (1.0 / unit)
@@ -104,6 +104,7 @@ def _around_mean(
     # Bounded, so that its square is finite for a constant x too, whatever its size.
     relative = xp.stop_gradient(xp.sqrt(power)) + _SMALLEST_SCALE
     scale = relative * unit + math.sqrt(eps)
+    scale = xp.where(scale >= smallest_normal(scale), scale, unit)
     ratio = unit / scale
     return scale, (power * ratio) * ratio
 

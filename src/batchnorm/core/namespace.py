@@ -40,6 +40,11 @@ class Namespace(Protocol):
         ...
 
 
+def smallest_normal(a: Array) -> float:
+    """The smallest positive number of `a`'s type whose reciprocal is finite and not flushed."""
+    return 2.0**-1022 if "float64" in str(a.dtype) else 2.0**-126
+
+
 def select(mask: Array | None, a: Array, b: Array | float, xp: Namespace) -> Array:
     """`a` at real rows, `b` at padded ones; selecting, because NaN · 0 is NaN (S2)."""
     return a if mask is None else xp.where(mask, a, b)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from batchnorm.core.config import NEGATIVE_SLOPE
 from batchnorm.core.moments import Centred
-from batchnorm.core.namespace import Array, Namespace, select
+from batchnorm.core.namespace import Array, Namespace, select, smallest_normal
+
+_LEAST_DEVIATION = 2.0**-511  # its square is the smallest normal number of double
 
 
 class Affine(NamedTuple):
@@ -65,7 +67,7 @@ def normalize_batch(
     real = centred.count > 0
     anchor = xp.where(real, centred.anchor, fallback[0])
     shift = xp.where(real, centred.shift, 0.0)
-    rstd = xp.where(real, rstd, 1.0 / xp.sqrt(fallback[1] + eps))
+    rstd = xp.where(real, rstd, rstd_of_running(fallback[1], eps=eps, xp=xp))
     affine = affine._replace(
         r=None if affine.r is None else xp.where(real, affine.r, 1.0),
         d=None if affine.d is None else xp.where(real, affine.d, 0.0),
@@ -85,7 +87,7 @@ def normalize_running(
     xp: Namespace,
 ) -> Array:
     """Normalize x by statistics that are not its own; padded rows are constants (S3, S8)."""
-    rstd = 1.0 / xp.sqrt(var + eps)
+    rstd = rstd_of_running(var, eps=eps, xp=xp)
     y = _apply(select(mask, x, 0.0, xp) - mean, rstd, None, affine, xp)
     if mask is None:
         return y
@@ -94,14 +96,28 @@ def normalize_running(
 
 
 def rstd_of(centred: Centred, *, eps: float, correction: int, xp: Namespace) -> Array:
-    """1 / sqrt(var + eps), also where var itself overflows or underflows."""
+    """1 / sqrt(var + eps), also where var itself overflows or underflows.
+
+    Without eps a deviation may have no finite reciprocal, or a square that vanishes in double.
+    Then the channel counts as constant on every path: rstd, and with it x̂ and dx, are 0 (S7).
+    """
     power = centred.power
     if correction:
         divisor = centred.count - float(correction)
         power = power * (centred.count / xp.where(divisor > 0, divisor, 1.0))
     # (sqrt(eps) / scale)² instead of eps / scale²: scale² may overflow or underflow.
     power = power + xp.square(math.sqrt(eps) / centred.scale)
-    return (1.0 / xp.sqrt(power)) / centred.scale
+    least = max(smallest_normal(power), _LEAST_DEVIATION)
+    constant = xp.sqrt(power) * centred.scale <= least
+    rstd = (1.0 / xp.sqrt(xp.where(constant, 1.0, power))) / centred.scale
+    return xp.where(constant, 0.0, rstd)
+
+
+def rstd_of_running(var: Array, *, eps: float, xp: Namespace) -> Array:
+    """1 / sqrt(var + eps) of statistics that are not the batch's; 0 where both are 0 (S7)."""
+    power = var + eps
+    constant = (power >= 0) & (power <= 2.0**-1022)  # in float32 this is 0
+    return xp.where(constant, 0.0, 1.0 / xp.sqrt(xp.where(constant, 1.0, power)))
 
 
 def normalized(centred: Centred, rstd: Array) -> Array:

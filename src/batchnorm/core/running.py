@@ -10,6 +10,8 @@ from batchnorm.core.config import Options, Renorm
 from batchnorm.core.moments import Centred
 from batchnorm.core.namespace import Array, Namespace
 
+_LEAST_REFERENCE = 2.0**-126  # without eps; a normal number of every type
+
 
 class Running(NamedTuple):
     """What a layer keeps, per channel; the last three with renormalization only (S11).
@@ -59,7 +61,7 @@ def renorm_correction(
 ) -> tuple[Array, Array]:
     """r and d, constants that map batch-normalized values to the moving statistics (S11)."""
     assert running.renorm_stddev is not None
-    floor = math.sqrt(eps)
+    floor = max(math.sqrt(eps), _LEAST_REFERENCE)
     reference = xp.where(running.renorm_stddev < floor, floor, running.renorm_stddev)
     centred = average.centred
     stddev = xp.sqrt(average.of(centred.var, xp) + eps)

@@ -20,7 +20,7 @@ from batchnorm.core.forward import (
 )
 from batchnorm.core.gradient import gradient
 from batchnorm.core.moments import centre
-from batchnorm.core.normalize import Affine, rstd_of
+from batchnorm.core.normalize import Affine, rstd_of, rstd_of_running
 from batchnorm.core.running import Running
 from batchnorm.jax.checks import working_type
 from batchnorm.jax.namespace import XP
@@ -70,7 +70,7 @@ def step(operands: Operands, call: Call) -> tuple[Array, Array, Array]:
         mean=jnp.where(real, centred.anchor, running.mean),
         low=jnp.where(real, centred.shift, 0.0),
         var=centred.var,
-        rstd=jnp.where(real, rstd, 1.0 / jnp.sqrt(running.var + call.eps)),
+        rstd=jnp.where(real, rstd, rstd_of_running(running.var, eps=call.eps, xp=XP)),
         affine=affine._replace(
             r=1.0 if affine.r is None else jnp.where(real, affine.r, 1.0),
             d=0.0 if affine.d is None else jnp.where(real, affine.d, 0.0),
@@ -184,7 +184,7 @@ def _running_statistics(operands: Operands, call: Call) -> tuple[Array, Array]:
         mean=running.mean,
         low=jnp.zeros_like(running.mean),
         var=jnp.zeros_like(running.mean),
-        rstd=1.0 / jnp.sqrt(running.var + call.eps),
+        rstd=rstd_of_running(running.var, eps=call.eps, xp=XP),
         affine=channel_affine(operands.inputs(), layout, XP)._replace(r=1.0, d=0.0),
     )
     return rows, jnp.zeros((1,), rows.dtype)

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from batchnorm.core import config
 from batchnorm.core.forward import Inputs, forward_batch, forward_running
+from batchnorm.core.normalize import rstd_of_running
 from batchnorm.core.running import Running
 from batchnorm.keras.adjustment import missing_axes
 from batchnorm.keras.backends import tensorflow_kernels as kernels
@@ -168,7 +169,7 @@ def _evaluate_in_one_pass(
     """(x - mean)·scale + offset over the last axis, in one pass over x."""
     channels = x.shape[-1]
     mean, var = (tf.cast(a, tf.float32) for a in running[:2])
-    scale = 1.0 / tf.sqrt(var + call.options.eps)
+    scale = rstd_of_running(var, eps=call.options.eps, xp=XP)
     found = tf.raw_ops.FusedBatchNormV3(
         x=tf.reshape(x, (1, 1, -1, channels)),
         scale=scale if gamma is None else scale * tf.cast(gamma, tf.float32),

@@ -42,6 +42,15 @@ def finish_moments(count, anchor, total, square):
 
 
 @triton.jit
+def find_rstd(var, eps, walk):
+    """1 / sqrt(var + eps); 0 where it would not be finite in x's arithmetic (S7)."""
+    power = var + eps
+    least = 2.2250738585072014e-308 if walk.wide == tl.float64 else 1.3817869688151111e-76
+    constant = (power >= 0) & (power <= least)  # 2^-1022, or 2^-126 squared
+    return tl.where(constant, 0.0, 1.0 / tl.sqrt(tl.where(constant, 1.0, power)))
+
+
+@triton.jit
 def store_moments(kept, count, mean, low, var, part, group, channels, exists, walk):
     """Keep a group's moments, and the count as that of a part of the channels."""
     size = walk.groups * walk.channels
@@ -91,6 +100,7 @@ def renormalize(running, mean, var, channels, exists, rates):
     eps, _, _, rmin, rmax, dmax = rates
     floor = tl.sqrt(tl.zeros(channels.shape, tl.float64) + eps)
     reference = load_channels(running.renorm_stddev, channels, exists, 1.0)
+    floor = tl.maximum(floor, 1.1754943508222875e-38)  # the smallest normal float32
     reference = tl.where(reference < floor, floor, reference)
     r = tl.sqrt(var + eps) / reference
     d = (mean - load_channels(running.renorm_mean, channels, exists, 0.0)) / reference
@@ -163,7 +173,7 @@ def finish_groups(
         here = valid[:, None] & exists[None, :]
         at = kept + (group * walk.channels)[:, None] + channels[None, :]
         variances = tl.load(at + VAR * size, mask=here, other=0.0)
-        rstd = 1.0 / tl.sqrt(tl.where(own, variances, old_var[None, :]) + rates[0])
+        rstd = find_rstd(tl.where(own, variances, old_var[None, :]), rates[0], walk)
         scale = rstd * gamma[None, :]
         offset = beta[None, :] + 0.0 * tl.zeros_like(rstd)
         if task.renorm:
@@ -186,7 +196,7 @@ def keep_running(kept, parameters, running, channels, exists, walk, eps, writes)
     """Coefficients from the running statistics; the program that `writes` also keeps them."""
     mean = load_channels(running.mean, channels, exists, 0.0)
     var = load_channels(running.var, channels, exists, 1.0)
-    rstd = 1.0 / tl.sqrt(var + eps)
+    rstd = find_rstd(var, eps, walk)
     scale = rstd * load_channels(parameters.gamma, channels, exists, 1.0)
     offset = load_channels(parameters.beta, channels, exists, 0.0)
     here, at = exists & writes, kept + channels
