@@ -109,7 +109,7 @@ def test_subnormal_float16_gradients_count_at_their_value(
 
 @pytest.mark.parametrize("path", [name for name in PATHS if "arrays" not in name])
 def test_subnormal_bfloat16_gradients_count_at_their_value(path: str, flushing: bool) -> None:
-    """In the kernels; array code computes with float32's own subnormals, which threads may flush."""
+    """In the kernels: these are float32's own subnormals, which array code's threads may flush."""
     x = np.random.default_rng(0).normal(0, 1e-3, (11, 5)).astype(jnp.bfloat16)
     dy = (np.random.default_rng(1).normal(0, 1, x.shape) * 5e-39).astype(jnp.bfloat16)
     expected = step_by_hand(x, dy, 1e-5)[1]
