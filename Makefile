@@ -6,16 +6,31 @@ WORKERS ?= 2
 FRAMEWORK ?= torch
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 FUZZ ?= 250
+FUZZ_ALL ?= 1500
+FILES ?= 18000
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test lint format bench bench-gpu dist docs pictures sanitize clean
+.PHONY: demo test test-all mutants lint format bench bench-gpu dist docs pictures sanitize clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
 	$(BIN)/batchnorm demo --framework $(FRAMEWORK)
 
 test: $(VENV)/.installed
-	$(BIN)/python tests/run.py -n $(WORKERS) --dist worksteal
+	$(BIN)/python tests/run.py --workers $(WORKERS)
+
+# Everything: all cases on all paths, the randomized tests of kernels and of readers too.
+test-all: $(VENV)/.installed $(CMAKE)
+	$(CMAKE) -S . -B build/fuzz -DBATCHNORM_PYTHON=OFF -DBATCHNORM_FUZZ=ON
+	$(CMAKE) --build build/fuzz --parallel $(WORKERS)
+	build/fuzz/fuzz $(FUZZ_ALL)
+	$(BIN)/python tests/tools/fuzz_checkpoints.py $(FILES)
+	$(BIN)/python tests/run.py --all --workers $(WORKERS)
+
+# Are the table's cover and the table equally sharp? Half an hour.
+mutants: $(VENV)/.installed $(CMAKE)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet cosmic-ray nanobind
+	$(BIN)/python tests/mutation --workers $(WORKERS) --results tests/mutation/results.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 
+_ALL = os.environ.get("BATCHNORM_TEST_ALL") == "1"  # `make test-all`
 _BACKENDS = ("tensorflow", "jax", "torch")
 _ACTIVE = os.environ.get("KERAS_BACKEND")
 
@@ -35,3 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires_trainable_backend: Keras's own")
     config.addinivalue_line("markers", "exhaustive: large or slow; only `make test-all` runs it")
     config.addinivalue_line("markers", "gpu: runs on a CUDA device, skipped without one")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only `make test-all` runs, unless it is asked for by a marker."""
+    if _ALL or config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

@@ -1,41 +1,122 @@
-"""All tests, in processes of their own what needs its own environment, and one summary.
+"""The tests, as parts in processes of their own, longest first, and one summary.
 
-python tests/run.py -n 2 --dist worksteal     # arguments go to every pytest
+python tests/run.py                      # what `make test` runs: the table's cover on slow paths
+python tests/run.py --all                # everything: `make test-all`
+python tests/run.py "Keras on JAX" -x    # a part, with arguments for pytest
+
+What a part needs of its environment is set here. A part's output appears when it ends.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-KERAS = ["tests/keras", "src/batchnorm/keras"]
-PARTS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "all but the parts below": ([], {}),
-    "GPU kernels, interpreted": (["tests/kernels/gpu"], {"TRITON_INTERPRET": "1"}),
-    "Keras on TensorFlow": (KERAS, {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}),
-    "Keras on JAX": (KERAS, {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}),
-    "Keras on torch": (KERAS, {"KERAS_BACKEND": "torch"}),
+JAX = {"JAX_PLATFORMS": "cpu"}
+TENSORFLOW = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
+KERAS_JAX = {"KERAS_BACKEND": "jax"} | JAX
+KERAS_TORCH = {"KERAS_BACKEND": "torch"}
+INTERPRETED = {"TRITON_INTERPRET": "1"}
+KERAS_TABLE = "tests/keras/test_keras_conformance.py"
+KERAS = ["tests/keras", "src/batchnorm/keras", f"--ignore={KERAS_TABLE}"]
+
+
+class Part(NamedTuple):
+    """Tests of one process: where they are, what it needs, and about how many seconds it takes."""
+
+    paths: list[str]
+    environment: dict[str, str]
+    seconds: int
+
+
+PARTS: dict[str, Part] = {
+    "torch": Part(["tests/torch", "src/batchnorm/torch"], {}, 200),
+    "table on torch": Part(["tests/conformance/test_conformance.py"], {}, 200),
+    "JAX": Part(["tests/jax", "src/batchnorm/jax"], JAX, 150),
+    "table on JAX": Part(["tests/conformance/test_jax_conformance.py"], JAX, 60),
+    "ranks": Part(["tests/sync"], {}, 200),
+    "tools": Part(["tests/tools", "src/batchnorm/tools"], {}, 100),
+    "GPU kernels, interpreted": Part(["tests/kernels/gpu"], INTERPRETED, 200),
+    "table on Keras on TensorFlow": Part([KERAS_TABLE], TENSORFLOW, 120),
+    "table on Keras on JAX": Part([KERAS_TABLE], KERAS_JAX, 150),
+    "table on Keras on torch": Part([KERAS_TABLE], KERAS_TORCH, 20),
+    "Keras on TensorFlow": Part(KERAS, TENSORFLOW, 150),
+    "Keras on JAX": Part(KERAS, KERAS_JAX, 150),
+    "Keras on torch": Part(KERAS, KERAS_TORCH, 60),
 }
+REST = "all the rest"  # so that no test is forgotten
+OWN = ("tests/torch", "tests/jax", "tests/sync", "tests/tools", "tests/keras", "tests/kernels/gpu")
+SOURCES = tuple(f"src/batchnorm/{name}" for name in ("torch", "jax", "tools", "keras"))
+TABLES = tuple(f"tests/conformance/test_{name}conformance.py" for name in ("", "jax_"))
+PARTS[REST] = Part(
+    ["tests", "src", *(f"--ignore={path}" for path in (*OWN, *SOURCES, *TABLES))], {}, 180
+)
+
+
+class Outcome(NamedTuple):
+    """What came of a part."""
+
+    name: str
+    status: int
+    output: str
+    seconds: float
+
+    @property
+    def line(self) -> str:
+        """For the summary."""
+        counts = re.findall(r"(\d+) (passed|failed|skipped|error)", self.output[-3000:])
+        said = ", ".join(f"{n} {what}" for n, what in counts) or "no tests"
+        verdict = "" if self.status == 0 else f"  FAILED (pytest's exit status {self.status})"
+        return f"{self.name:<30} {self.seconds:5.0f} s  {said}{verdict}"
+
+
+def run(name: str, everything: bool, arguments: list[str]) -> Outcome:
+    """Run a part."""
+    part, start = PARTS[name], time.perf_counter()
+    taken = ("KERAS_BACKEND", "TRITON_INTERPRET", "BATCHNORM_TEST_ALL")
+    environment = {k: v for k, v in os.environ.items() if k not in taken} | part.environment
+    if everything:
+        environment["BATCHNORM_TEST_ALL"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", *arguments, *part.paths]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    seconds = time.perf_counter() - start
+    return Outcome(name, done.returncode, done.stdout.decode(errors="replace"), seconds)
 
 
 def main() -> int:
-    """Run every part; 1 if one of them failed."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("KERAS_BACKEND", "TRITON_INTERPRET")}
-    summary, failed = [], False
-    for name, (paths, extra) in PARTS.items():
-        print(f"\n=== {name}", flush=True)
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "pytest", *sys.argv[1:], *paths]
-        found = subprocess.run(command, cwd=ROOT, env=clean | extra).returncode
-        outcome = "passed" if found == 0 else f"FAILED (pytest's exit status {found})"
-        failed = failed or found != 0
-        summary.append(f"{name:<24} {outcome} in {time.perf_counter() - start:.0f} s")
-    print("\n=== summary", *summary, sep="\n")
-    return int(failed)
+    """Run what the command line asks for; 1 if a part failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--all", action="store_true", help="all cases on all paths")
+    parser.add_argument("--workers", type=int, default=2, help="parts at the same time")
+    known, arguments = parser.parse_known_args()
+    unknown = [name for name in known.parts if name not in PARTS]
+    if unknown:
+        parser.error(f"no part is called {unknown[0]!r}; there are: {', '.join(PARTS)}")
+    chosen = sorted(known.parts or PARTS, key=lambda name: -PARTS[name].seconds)
+    start, outcomes = time.perf_counter(), []
+    with ThreadPoolExecutor(known.workers) as pool:
+        for future in as_completed(pool.submit(run, n, known.all, arguments) for n in chosen):
+            outcome = future.result()
+            outcomes.append(outcome)
+            print(f"\n=== {outcome.name}\n{outcome.output}", flush=True)
+    print("\n=== summary", *(outcome.line for outcome in outcomes), sep="\n")
+    failed = [outcome.name for outcome in outcomes if outcome.status != 0]
+    minutes = (time.perf_counter() - start) / 60
+    print(
+        f"{len(outcomes)} parts in {minutes:.1f} minutes, {len(failed)} failed", *failed, sep="\n"
+    )
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

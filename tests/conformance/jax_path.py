@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import tolerances
 from batchnorm.core.config import Options, Renorm
 from batchnorm.core.running import Running
 from batchnorm.jax.functional import normalize_batch, normalize_running
 from cases import Case, Data, Result, State
+from comparison import Path
+from paths import Way
 
 
-def supports(case: Case) -> bool:
-    """Activation and residual are torch's: XLA fuses what follows a layer."""
-    return case.activation is None and not case.residual
+def refuse(case: Case) -> str | None:
+    """Why the front end does not have the case."""
+    if case.activation is not None or case.residual:
+        return "activation and residual are torch's: XLA fuses what follows a layer"
+    return None
 
 
-def is_served(case: Case) -> bool:
-    """Whether a kernel serves the case, as the documentation says."""
-    apart = case.axes != tuple(range(case.axes[0], case.axes[0] + len(case.axes)))
-    training = case.mode == "train"
-    return not (
-        (case.adjusted and training) or case.mask == "channelwise" or (apart and case.channels)
-    )
+def refuse_kernel(case: Case) -> str | None:
+    """Why no kernel serves the case, as the documentation says."""
+    if case.adjusted and case.mode == "train":
+        return "an adjustment is array code"
+    if case.mask == "channelwise":
+        return "a mask that varies along channels is array code"
+    if case.axes != tuple(range(case.axes[0], case.axes[0] + len(case.axes))):
+        return "channel axes that are apart are array code"
+    return refuse(case)
 
 
 Call = Callable[[Callable[..., Any], Any, Any], Any]
@@ -105,3 +113,13 @@ def _array(a: Any, dtype: Any) -> Any:
 
 def _numpy(a: Any) -> Any:
     return None if a is None else np.asarray(a).astype(np.float64)
+
+
+WAYS = {
+    "jax-arrays": Way(
+        Path(partial(run, fused=False), False, tolerances.FLOAT32), refuse, costly=True
+    ),
+    "jax-kernels": Way(
+        Path(partial(run, fused=True), False, tolerances.FLOAT32), refuse_kernel, costly=True
+    ),
+}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
 
 import keras_backend
+import tolerances
 from batchnorm.keras import BatchNormalization
 from cases import Case, Data, Result, State
+from comparison import Path
+from paths import Way
 
 _WEIGHTS = {
     "mean": "moving_mean",
@@ -20,9 +24,22 @@ _WEIGHTS = {
 }
 
 
-def applies(case: Case) -> bool:
-    """Whether Keras's layer has what the case asks for."""
-    return not case.residual and case.activation is None and case.decay is not None
+def refuse(case: Case) -> str | None:
+    """Why Keras's layer does not have the case."""
+    if case.residual or case.activation is not None:
+        return "activation and residual are torch's"
+    if case.decay is None:
+        return "Keras has no cumulative average"
+    if case.dtype == "float64" and not keras_backend.has_float64():
+        return "float64 is switched off in JAX"
+    return None
+
+
+def refuse_graph(case: Case) -> str | None:
+    """Why no compiled function holds the case."""
+    if keras_backend.NAME == "torch":
+        return "Keras runs torch eagerly"
+    return refuse(case)
 
 
 def run(
@@ -97,3 +114,40 @@ def _layer(case: Case, data: Data, fused: bool | None, synchronized: bool) -> Ba
             weight.assign(np.reshape(value, tuple(weight.shape)))
     layer.trainable = case.mode != "frozen"
     return layer
+
+
+# XLA compiles each case for itself: a sample that holds every mode, option and hard data.
+_XLA = (
+    "1d_signal-half",
+    "two_axes-channelwise",
+    "ghost2-half_samples-train",
+    "renorm_clipped-none-train",
+    "renorm_ghost-half_samples-train",
+    "adjusted-half-train",
+    "bfloat16-half-train",
+    "bfloat16-half-eval",
+    "train-offset1e6-half",
+    "train-offset1e6-none",
+    "eval-offset1e6-half",
+    "offset1e6-renorm",
+    "train-huge-none",
+    "nan_padding-plain-train",
+    "frozen-half",
+)
+_COMPILES = keras_backend.NAME == "jax"  # operations one by one, in eager code too
+
+
+def _path(tolerance: float = tolerances.FLOAT32, **options: Any) -> Path:
+    return Path(partial(run, **options), False, tolerance)
+
+
+_ARRAYS = partial(_path, tolerances.PLAIN_FLOAT32, fused=False)
+WAYS = {
+    "keras": Way(_path(), refuse, costly=_COMPILES),
+    "keras-arrays": Way(_ARRAYS(), refuse, costly=_COMPILES),
+    "keras-graph": Way(_path(compiled="graph"), refuse_graph, costly=True),
+    "keras-graph-arrays": Way(_ARRAYS(compiled="graph"), refuse_graph, costly=True),
+    "keras-xla": Way(
+        _path(tolerances.PLAIN_FLOAT32, compiled="xla"), refuse_graph, costly=True, sample=_XLA
+    ),
+}

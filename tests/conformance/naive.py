@@ -7,10 +7,14 @@ the packing principle says (S5), and applies the textbook to it.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
+import tolerances
 from cases import Case, Data, Result, State
+from comparison import Path
+from paths import Way
 
 
 def run(case: Case, data: Data, *, unbiased: bool) -> Result:
@@ -178,3 +182,9 @@ def _activated(y: np.ndarray, dy: np.ndarray, case: Case) -> np.ndarray:
         return dy
     slope = {"relu": 0.0, "leaky_relu": 0.01}[case.activation]
     return np.where(y > 0, dy, slope * dy)
+
+
+WAYS = {
+    "naive-biased": Way(Path(partial(run, unbiased=False), False, tolerances.NAIVE)),
+    "naive-unbiased": Way(Path(partial(run, unbiased=True), True, tolerances.NAIVE)),
+}

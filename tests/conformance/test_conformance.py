@@ -2,56 +2,40 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 
-import naive
-import tolerances
-import torch_path
+import paths
 from cases import CASES, Case
-from comparison import Path, check
+from cover import cover
 
-PATHS = {
-    "naive-biased": Path(partial(naive.run, unbiased=False), False, tolerances.NAIVE),
-    "naive-unbiased": Path(partial(naive.run, unbiased=True), True, tolerances.NAIVE),
-    "torch": Path(torch_path.run, True, tolerances.FLOAT32),
-    "torch-plain": Path(partial(torch_path.run, fused=False), True, tolerances.FLOAT32),
-    "torch-traced": Path(partial(torch_path.run, compiled="aot_eager"), True, tolerances.FLOAT32),
-}
-TRACED_ARRAYS = partial(torch_path.run, compiled="aot_eager", fused=False)
-# Compiling takes seconds a case: a sample that holds every mode, option and hard data.
-COMPILED = Path(partial(torch_path.run, compiled="inductor"), True, tolerances.PLAIN_FLOAT32)
-COMPILED_CASES = [
-    "1d_signal-half",
-    "image-channelwise",
-    "ghost2-half_samples-train",
-    "renorm_clipped-none-train",
-    "residual_relu-half-train",
-    "residual_relu-half-eval",
-    "ghost_residual_relu-half_samples-train",
-    "bfloat16-half-train",
-    "train-offset1e6-half",
-    "train-offset1e6-none",
-    "offset1e6-renorm",
-    "nan_padding-plain-train",
-]
+TORCH = (
+    *("torch", "torch-arrays", "torch-graph", "torch-graph-arrays"),
+    *("torch-inductor", "torch-inductor-arrays"),
+)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("path", PATHS)
-def test_path_meets_the_specification(path: str, case: Case) -> None:
-    check(PATHS[path], case)
+@pytest.mark.parametrize(**paths.rows("naive-biased", "naive-unbiased", *TORCH))
+def test_path_meets_the_specification(way: str, case: Case) -> None:
+    paths.check(way, case)
 
 
-# A sample: what graphs hold where no kernel serves is the same array code as eager's.
-@pytest.mark.parametrize("case", CASES[::6], ids=lambda case: case.name)
-def test_traced_array_code_meets_the_specification(case: Case) -> None:
-    check(Path(TRACED_ARRAYS, True, tolerances.FLOAT32), case)
+def test_two_settings_that_meet_in_the_table_meet_in_the_cover() -> None:
+    chosen = cover(CASES)
+    assert len(chosen) < len(CASES) / 2
+    for case in CASES:
+        for ghost in ("half_samples", "half"):
+            if case.ghost == 2 and case.mask == ghost and case.mode == "train":
+                assert any((c.ghost, c.mask, c.mode) == (2, ghost, "train") for c in chosen)
+    for option in ("dtype", "mask", "ghost", "activation", "renorm", "data"):
+        of = {(str(getattr(c, option)), c.mode) for c in CASES}
+        assert {(str(getattr(c, option)), c.mode) for c in chosen} == of, option
 
 
-@pytest.mark.parametrize("fused", [None, False], ids=["", "arrays"])
-@pytest.mark.parametrize("name", COMPILED_CASES)
-def test_compiled_torch_meets_the_specification(name: str, fused: bool | None) -> None:
-    run = partial(COMPILED.run, fused=fused)
-    check(COMPILED._replace(run=run), next(case for case in CASES if case.name == name))
+def test_a_failure_says_how_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: object, case: Case) -> None:
+        raise AssertionError(case.name)
+
+    monkeypatch.setattr(paths.comparison, "check", fail)
+    with pytest.raises(AssertionError) as caught:
+        paths.check("torch", CASES[0])
+    assert caught.value.__notes__[0].endswith(f"-m conformance torch {CASES[0].name}")

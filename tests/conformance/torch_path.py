@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+import tolerances
 from batchnorm.torch import BatchNorm
 from cases import Case, Data, Result, State
+from comparison import Path
+from paths import Way
 
 _BUFFERS = {
     "mean": "running_mean",
@@ -90,3 +94,40 @@ def _layer(case: Case, data: Data, fused: bool | None, device: str) -> BatchNorm
 
 def _numpy(a: Any) -> np.ndarray | None:
     return None if a is None else a.detach().double().cpu().numpy()
+
+
+# Compiling takes seconds a case: a sample that holds every mode, option and hard data.
+_COMPILED = (
+    "1d_signal-half",
+    "image-channelwise",
+    "ghost2-half_samples-train",
+    "renorm_clipped-none-train",
+    "residual_relu-half-train",
+    "residual_relu-half-eval",
+    "ghost_residual_relu-half_samples-train",
+    "bfloat16-half-train",
+    "train-offset1e6-half",
+    "train-offset1e6-none",
+    "offset1e6-renorm",
+    "nan_padding-plain-train",
+)
+
+
+def _path(tolerance: float = tolerances.FLOAT32, **options: Any) -> Path:
+    return Path(partial(run, **options), True, tolerance)
+
+
+WAYS = {
+    "torch": Way(_path()),
+    "torch-arrays": Way(_path(fused=False)),
+    "torch-graph": Way(_path(compiled="aot_eager"), costly=True),
+    "torch-graph-arrays": Way(_path(compiled="aot_eager", fused=False), costly=True),
+    "torch-inductor": Way(
+        _path(tolerances.PLAIN_FLOAT32, compiled="inductor"), costly=True, sample=_COMPILED
+    ),
+    "torch-inductor-arrays": Way(
+        _path(tolerances.PLAIN_FLOAT32, compiled="inductor", fused=False),
+        costly=True,
+        sample=_COMPILED,
+    ),
+}

@@ -11,9 +11,9 @@ import pytest
 import tolerances
 import torch_path
 from cases import CASES, Case, Data, Result
+from comparison import Path, check
 from processes import World, results
 from splitting import random_split
-from test_conformance import Path, check
 
 TRAINING = [case for case in CASES if case.mode == "train" and case.ghost is None]
 # The mean of float64 data travels rounded to float64, which S3 does not speak of.

@@ -35,15 +35,9 @@ def _patch_the_language_once() -> Any:
 
 
 @pytest.fixture
-def pieces(monkeypatch: pytest.MonkeyPatch) -> Any:
+def pieces() -> Any:
     """Cut small arrays as large ones are: into several parts, blocks and launches."""
-    from batchnorm.kernels.triton import tiling
-    from batchnorm.torch import prepared
+    import triton_path
 
-    limits = tiling.Limits(
-        tile=256, row=16, stretch=64, short_stretch=16, programs=6, together=2, whole=0, merged=16
-    )
-    monkeypatch.setattr(tiling, "LIMITS", limits)
-    prepared.prepare.cache_clear()
-    yield limits
-    prepared.prepare.cache_clear()
+    with triton_path.pieces() as limits:
+        yield limits

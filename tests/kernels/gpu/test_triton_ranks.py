@@ -11,9 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "sync"))
 
-from test_triton_conformance import is_served
-
 import tolerances
+import triton_path
 from batchnorm.kernels.select import is_interpreting
 from cases import Case
 from comparison import Path as Way
@@ -22,7 +21,7 @@ from processes import World
 from test_equivalence import EXACT, run_split
 from torch_world import join, make_world
 
-SERVED = [case for case in EXACT if is_served(case)]
+SERVED = [case for case in EXACT if triton_path.refuse(case) is None]
 
 
 @pytest.fixture(scope="module")
