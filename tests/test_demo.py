@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from batchnorm.cli import app
 from batchnorm.demo import data, experiment
-from batchnorm.demo.network import Framework
+from batchnorm.demo.network import Framework, Network
 
 runner = CliRunner()
 
@@ -60,50 +61,80 @@ def test_same_seed_gives_the_same_batches(samples: list[data.Sample]) -> None:
     assert not (first.labels == other.labels).all()
 
 
-@pytest.fixture(params=experiment.FRAMEWORKS)
+class Run(NamedTuple):
+    """The demo as a user runs it, and what it measured."""
+
+    status: int
+    output: str
+    picture: Path
+    results: dict[str, experiment.Measured]
+
+
+@pytest.fixture(scope="module", params=experiment.FRAMEWORKS)
 def framework(request: pytest.FixtureRequest) -> Framework:
     return experiment.load_framework(request.param)
 
 
+@pytest.fixture(scope="module")
+def pair(framework: Framework) -> tuple[Network, Network]:
+    """Networks that nobody trains: each compiles its functions anew."""
+    return framework.make_pair(0)
+
+
+@pytest.fixture(scope="module")
+def trained(framework: Framework, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The demo, trained once for each framework."""
+    name = next(n for n in experiment.FRAMEWORKS if experiment.load_framework(n) is framework)
+    picture = tmp_path_factory.mktemp("demo") / "picture.png"
+    kept = {}
+
+    def run(*arguments: Any, **options: Any) -> dict[str, experiment.Measured]:
+        kept.update(train(*arguments, **options))
+        return kept
+
+    train = experiment.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "run", run)
+        done = runner.invoke(app, ["demo", "--quick", "--framework", name, "--out", str(picture)])
+    return Run(done.exit_code, done.output, picture, kept)
+
+
 def test_without_padding_both_networks_agree(
-    framework: Framework, samples: list[data.Sample]
+    pair: tuple[Network, Network], samples: list[data.Sample]
 ) -> None:
     # Equal lengths, so nothing is padded: then the norms compute the same.
     length = len(samples[0].points)
     batch = data.pad([s for s in samples if len(s.points) == length])
     assert batch.mask.all()
-    first, second = (n.logits(batch, training=True) for n in framework.make_pair(0))
+    first, second = (n.logits(batch, training=True) for n in pair)
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-4)
 
 
-def test_pooling_leaves_padding_out(framework: Framework, samples: list[data.Sample]) -> None:
-    network = framework.make_pair(0)[1]
+def test_pooling_leaves_padding_out(
+    pair: tuple[Network, Network], samples: list[data.Sample]
+) -> None:
+    network = pair[1]
     short, long = (network.logits(data.pad(samples[:4], e), training=False) for e in (0, 20))
     np.testing.assert_allclose(short, long, rtol=1e-5, atol=1e-5)
 
 
-def test_looking_changes_nothing(framework: Framework, samples: list[data.Sample]) -> None:
-    network, batch = framework.make_pair(0)[1], data.pad(samples[:8])
+def test_looking_changes_nothing(pair: tuple[Network, Network], samples: list[data.Sample]) -> None:
+    network, batch = pair[1], data.pad(samples[:4])
     before = network.logits(batch, training=False)
     network.logits(batch, training=True)
     assert (network.logits(batch, training=False) == before).all()
 
 
-@pytest.mark.parametrize("framework", experiment.FRAMEWORKS)
-def test_demo_prints_a_table_and_draws_a_picture(framework: str, tmp_path: Path) -> None:
-    picture = tmp_path / "picture.png"
-    arguments = ["demo", "--quick", "--framework", framework, "--out", str(picture)]
-    done = runner.invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    theirs, _ = experiment.load_framework(framework).names
+def test_demo_prints_a_table_and_draws_a_picture(framework: Framework, trained: Run) -> None:
+    assert trained.status == 0, trained.output
+    theirs, _ = framework.names
     for part in (theirs, "batchnorm", "accuracy", "variance", "s/epoch", "picture:"):
-        assert part in done.output
-    assert picture.read_bytes().startswith(b"\x89PNG")
+        assert part in trained.output
+    assert trained.picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_masked_norm_recovers_the_true_statistics(framework: Framework) -> None:
-    results = experiment.run(framework, 1, 1, lambda: None, limit=640)
-    padded, masked = results.values()
+def test_masked_norm_recovers_the_true_statistics(trained: Run) -> None:
+    padded, masked = trained.results.values()
     # Batches of unequal counts are averaged, so a little error stays.
     assert masked.mean_error[0] < 0.02 < padded.mean_error[0]
     assert masked.var_error[0] < 0.02 < padded.var_error[0]
