@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from batchnorm.core.layout import Layout, make_layout
+from batchnorm.core.layout import Layout, make_layout, mask_value_error
 from batchnorm.reference import XP
 
 
@@ -56,3 +56,10 @@ def test_a_mask_for_all_samples_serves_every_group() -> None:
 @pytest.mark.parametrize("axis", [1, -2, (1,), [1]])
 def test_spellings_of_one_axis_agree(axis: object) -> None:
     assert make_layout("test", (4, 3, 5), axis) == Layout((4, 3, 5), (1,))
+
+
+def test_mask_of_other_integers_is_told_the_value_and_both_remedies() -> None:
+    error = mask_value_error("batch_norm", np.uint16(17))
+    assert isinstance(error, ValueError)
+    for part in ("batch_norm: ", "got the value 17", "mask != 0", "sequence_mask(lengths, size)"):
+        assert part in str(error)
