@@ -210,3 +210,13 @@ def mask_value_error(owner: str, value: Any) -> ValueError:
         f"{owner}: an integer mask must hold 1 for real rows and 0 for padding; got the value "
         f"{int(value)}. Pass mask != 0 for token numbers, sequence_mask(lengths, size) for lengths."
     )
+
+
+def check_length_values(owner: str, lengths: Any, size: int) -> None:
+    """Raise if a NumPy array holds a length that is not between 0 and `size`."""
+    wrong = lengths[(lengths < 0) | (lengths > size)]
+    if wrong.size:
+        raise ValueError(
+            f"{owner}: lengths must lie between 0 and size={size}; got {int(wrong[0])}. Give the "
+            "size that sequences are padded to, and clip longer ones."
+        )
