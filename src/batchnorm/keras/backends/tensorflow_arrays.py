@@ -68,7 +68,9 @@ def make_merge() -> Merge | None:
         stacked = tf.stack(list(own))
         here = tf.reshape(tf.range(replicas) == replica, [replicas] + [1] * stacked.shape.rank)
         placed = tf.where(here, stacked, tf.zeros_like(stacked))
-        return Parts(*tf.unstack(context.all_reduce(tf.distribute.ReduceOp.SUM, placed), axis=1))
+        if 0 not in placed.shape:  # on an array of nothing the collective crashes
+            placed = context.all_reduce(tf.distribute.ReduceOp.SUM, placed)
+        return Parts(*tf.unstack(placed, axis=1))
 
     return GatherMerge(gather, XP)
 
