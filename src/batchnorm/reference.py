@@ -9,7 +9,7 @@ import numpy as np
 from batchnorm.core import config
 from batchnorm.core.backward import backward_batch, backward_running
 from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
-from batchnorm.core.layout import Layout, check_per_channel, make_layout
+from batchnorm.core.layout import Layout, check_mask_values, check_per_channel, make_layout
 from batchnorm.core.moments import Moments
 from batchnorm.core.namespace import Namespace
 from batchnorm.core.running import Running
@@ -72,8 +72,8 @@ def batch_norm(
         x: real floating array of any shape with at least one axis beside the channel axes.
         gamma: scale, of the channel axes' sizes (one axis: `(C,)`); None is 1.
         beta: offset, shaped like gamma; None is 0.
-        mask: True or non-zero marks real rows, the rest is padding: shape of x without its
-            channel axes, a prefix of that, or x's rank with sizes of x or 1 (S1).
+        mask: booleans, or integers of 1 and 0, for real rows and padding: shape of x without
+            its channel axes, a prefix of that, or x's rank with sizes of x or 1 (S1).
         axis: channel axis or axes.
         eps: added to the variance, at least 0.
         training: normalize by x's own moments; False: by the running statistics, or by x's own
@@ -94,7 +94,7 @@ def batch_norm(
 
     Raises:
         TypeError: an integer or complex x, a floating mask, an option of the wrong type.
-        ValueError: shapes or options that do not fit.
+        ValueError: shapes or options that do not fit; a mask of other integers.
 
     Source: S1-S8, S11-S13, S18; Ioffe and Szegedy 2015, algorithm 1.
 
@@ -280,6 +280,8 @@ def _boolean(owner: str, mask: Any) -> Any:
             f"{owner}: mask must be boolean or integer; got dtype {array.dtype}. "
             "Compare it with 0 first: mask != 0."
         )
+    if array.dtype != np.bool_:
+        check_mask_values(owner, array)
     return array != 0
 
 

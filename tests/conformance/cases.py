@@ -139,7 +139,7 @@ def _mask(case: Case, rng: np.random.Generator) -> tuple[np.ndarray | None, np.n
         return None, np.ones(case.shape, bool)
     if case.mask == "channelwise":
         mask = rng.random(case.shape) < 0.6
-        mask[(slice(None),) * case.axes[0] + (0,)] = False  # one channel has no real row
+        mask[(slice(None),) * case.axes[0] + (slice(1),)] = False  # one channel has no real row
     elif case.mask == "own_rank":
         mask = rng.random([1 if a in case.axes else n for a, n in enumerate(case.shape)]) < 0.5
     elif case.mask == "row_of_ones":
@@ -155,7 +155,7 @@ def _mask(case: Case, rng: np.random.Generator) -> tuple[np.ndarray | None, np.n
         )
     real = np.broadcast_to(fitted, case.shape)
     if case.mask_dtype != "bool":
-        mask = (mask * rng.integers(1, 100, mask.shape)).astype(case.mask_dtype)
+        mask = mask.astype(case.mask_dtype)
     return mask, real
 
 
@@ -236,6 +236,33 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# Zero sizes of batch, inner and channel axes, alone and together; in pairs with masks, modes and
+# options.
+_Zero = tuple[str, tuple[int, ...], int | tuple[int, ...], dict[str, Any]]
+_ZERO: list[_Zero] = [
+    ("batch", (0, 3, 5), 1, {"mask": "all", "residual": True, "activation": "relu"}),
+    ("batch", (0, 3, 5), 1, {"mask": "channelwise", "mode": "eval"}),
+    ("batch", (0, 3, 5), 1, {"mask": "samples", "dtype": "float16", "ghost": 2}),
+    ("batch_last", (0, 5, 3), -1, {"mask": "half", "decay": None}),
+    ("inner", (4, 3, 0), 1, {"mask": "row_of_ones", "renorm": {}}),
+    ("inner", (4, 3, 0), 1, {"mask": "channelwise"}),
+    ("inner", (4, 3, 0), 1, {"mask": "half", "ghost": 2, "gamma": False, "beta": False}),
+    ("inner_last", (4, 0, 3), -1, {"mask": "all"}),
+    ("inner_last", (4, 0, 3), -1, {"mask": "samples", "mode": "eval"}),
+    ("inner_last", (4, 0, 3), -1, {"mask": "own_rank", "ghost": 2, "renorm": {}}),
+    ("channel", (4, 0, 5), 1, {}),
+    ("channel", (4, 0, 5), 1, {"mask": "channelwise", "dtype": "float64"}),
+    ("channel_last", (4, 5, 0), -1, {"mask": "half", "mode": "eval", "activation": "relu"}),
+    ("channel_last", (4, 5, 0), -1, {"mask": "own_rank", "ghost": 2}),
+    ("channel_last", (4, 5, 0), -1, {"mask": "samples", "renorm": {}, "mode": "frozen"}),
+    ("ends", (0, 3, 0), 1, {"mask": "half", "adjusted": True}),
+    ("rows_last", (0, 0, 3), -1, {"mask": "all", "mask_dtype": "int32", "mode": "frozen"}),
+    ("tail", (4, 0, 0), -1, {"mask": "all", "decay": None}),
+    ("all", (0, 0, 0), 1, {"mask": "prefix", "dtype": "bfloat16"}),
+    ("between", (4, 2, 0, 3), (1, 3), {"mask": "all"}),
+]
+
+
 def _table() -> list[Case]:
     cases = [Case(f"{n}-unmasked", **kw) for n, kw in _SHAPES.items()]
     cases += [Case(f"{n}-{m}", mask=m, **kw) for n, kw in _SHAPES.items() for m in _MASKS]
@@ -291,7 +318,11 @@ def _table() -> list[Case]:
     cases += [Case("float64-offset", dtype="float64", data="offset1e6", mask="half")]
     cases += [
         Case(f"mask-{dtype}", mask="half", mask_dtype=dtype)
-        for dtype in ("int8", "uint8", "int16", "int32", "int64")
+        for dtype in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+    ]
+    cases += [
+        Case(f"zero-{name}-{kw.get('mask', 'none')}", shape=shape, axis=axis, **kw)
+        for name, shape, axis, kw in _ZERO
     ]
     empty = Case("", shape=(0, 3))
     cases += [

@@ -20,6 +20,15 @@ def tensor(a: Any, dtype: str) -> Any:
     return keras.ops.cast(keras.ops.convert_to_tensor(np.asarray(a).astype(wide)), dtype)
 
 
+def native(a: np.ndarray) -> Any:
+    """A tensor of the array's own type, for which Keras may have no name."""
+    if NAME == "torch":
+        import torch
+
+        return torch.from_numpy(a)
+    return keras.ops.convert_to_tensor(a)
+
+
 def numpy(a: Any) -> np.ndarray:
     """A float64 array."""
     if keras.backend.standardize_dtype(a.dtype) == "bfloat16":

@@ -52,7 +52,7 @@ def run(
 ) -> Result:
     """Run a case through `BatchNormalization`."""
     layer = _layer(case, data, fused, synchronized)
-    mask = None if data.mask is None else keras.ops.convert_to_tensor(data.mask)
+    mask = None if data.mask is None else keras_backend.native(data.mask)
 
     def call(x: Any) -> Any:
         return layer(x, training=case.mode != "eval", mask=mask)

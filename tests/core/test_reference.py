@@ -117,6 +117,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("kind", "bBhHiIlLqQ")
+def test_integer_masks_of_every_width(kind: str) -> None:
+    mask = np.array([1, 0, 1]).astype(kind)
+    y, moments = batchnorm.batch_norm([[1.0], [99.0], [3.0]], mask=mask, eps=0.0)
+    assert y[mask != 0].ravel().tolist() == [-1.0, 1.0]
+    assert moments.count.tolist() == [2.0]
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradient_matches_finite_differences(option: str, masked: bool) -> None:
@@ -164,6 +172,13 @@ ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "eps of a wrong type": (TypeError, "eps must be a real number; got '1'", {"eps": "1"}),
     "gamma of a wrong shape": (ValueError, r"gamma must have shape \(3,\)", {"gamma": [1.0]}),
     "float mask": (TypeError, "mask must be boolean or integer", {"mask": [1.0, 0.0]}),
+    "lengths": (
+        ValueError,
+        r"must hold 1 .*got the value 2\. Pass mask != 0.*sequence_mask",
+        {"mask": [2, 0]},
+    ),
+    "negative mask": (ValueError, r"got the value -1\.", {"mask": np.array([0, -1], np.int8)}),
+    "huge mask": (ValueError, f"got the value {2**63}", {"mask": np.array([1, 2**63], np.uint64)}),
     "mask of a wrong shape": (
         ValueError,
         r"mask must have shape \(2,\).*got \(3,\)",

@@ -121,11 +121,13 @@ def test_promote_dtype_is_asked() -> None:
 
 
 @pytest.mark.parametrize("load", [nnx.update, load_state], ids=["update", "load_state"])
-def test_a_state_saved_from_flax_loads(load: Any) -> None:
-    ours, flaxs = pair(momentum=0.7)
+@pytest.mark.parametrize("assigned", [False, True], ids=["constructor", "assigned"])
+def test_a_state_saved_from_flax_loads(load: Any, assigned: bool) -> None:
+    ours, flaxs = pair(momentum=0.7 if assigned else 0.6)
     flaxs(normal(8, 3) * 2 + 1)
     flaxs.scale[...] = normal(3, seed=2)
-    ours.momentum = 0.6
+    if assigned:
+        ours.momentum = 0.6
     load(ours, nnx.state(flaxs))
     x = normal(8, 3, seed=3)
     np.testing.assert_allclose(

@@ -101,7 +101,43 @@ def test_number_of_leaves(options: Any, leaves: int) -> None:
     assert len(jax.tree.leaves(nnx.state(layer, nnx.Param))) == parameters
     assert len(jax.tree.leaves(nnx.state(layer, nnx.BatchStat))) == leaves - parameters - 1
     assert len(jax.tree.leaves(nnx.state(layer, Momentum))) == 1
-    assert not jax.tree.leaves(BatchNorm(3, **options))
+    assert len(jax.tree.leaves(BatchNorm(3, **options))) == 1  # the momentum
+
+
+@pytest.mark.parametrize("options", [{}, {"renorm": True}, {"use_bias": False}], ids=str)
+def test_layers_that_differ_in_momentum_are_one_kind_of_tree(options: Any) -> None:
+    one, other = make(momentum=0.9, **options), make(momentum=0.5, **options)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    assert nnx.graphdef(one) == nnx.graphdef(other)
+    lazy = BatchNorm(momentum=0.9, **options), BatchNorm(momentum=0.5, **options)
+    assert jax.tree.structure(lazy[0]) == jax.tree.structure(lazy[1])
+    middle = jax.tree.map(lambda a, b: (a + b) / 2, one, other)
+    assert float(middle.momentum[...]) == pytest.approx(0.7)
+    states = [nnx.split(layer)[1] for layer in (one, other)]
+    state = jax.tree.map(lambda a, b: jnp.maximum(a, b), *states)
+    assert float(state["momentum"][...]) == pytest.approx(0.9)
+    traces = []
+
+    @jax.jit
+    def step(layer: BatchNorm, x: Any) -> BatchNorm:
+        traces.append(None)
+        layer(x)
+        return layer
+
+    x = normal(8, 3)
+    for layer, momentum in ((one, 0.9), (other, 0.5)):
+        mean = step(layer, x).mean[...]
+        np.testing.assert_allclose(mean, (1 - momentum) * x.mean(axis=0), **CLOSE)
+    assert len(traces) == 1
+
+
+def test_a_momentum_set_before_init_is_kept() -> None:
+    layer = BatchNorm(momentum=0.9)
+    layer.momentum = 0.5
+    assert isinstance(layer.momentum, Momentum)
+    assert float(layer.init(0, normal(8, 3)).momentum[...]) == 0.5
+    layer(normal(8, 3))
+    assert float(layer.init(0).momentum[...]) == 0.5
 
 
 def test_a_module_goes_in_and_out_of_jit() -> None:

@@ -132,6 +132,19 @@ def test_a_named_vmap_axis_synchronizes(fused: bool | None) -> None:
         assert_close(field, jnp.broadcast_to(whole, field.shape))
 
 
+@PATHS
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0, 3), (4, 0), (0,)], ids=str)
+def test_nothing_under_a_named_axis(shape: Any, masked: bool, fused: bool | None) -> None:
+    def step(x: Any) -> Any:
+        mask = jnp.ones(x.shape[:-1], bool) if masked else None
+        return batch_norm(x, mask=mask, axis_name="batch", fused=fused)
+
+    (y, moments), transpose = jax.vjp(jax.vmap(step, axis_name="batch"), jnp.ones((2, *shape)))
+    assert_close(moments.count, np.full((2, *shape[-1:]), 2.0 * np.prod(shape[:-1])))
+    assert y.shape == transpose((y, moments))[0].shape == (2, *shape)
+
+
 def test_two_named_vmap_axes_synchronize() -> None:
     x = normal(12, 3)
 

@@ -249,6 +249,14 @@ def test_mask_is_read_in_place_as(shape, order, mask_shape, strides, expected):
     assert view_mask(geometry, shape, mask_shape, strides) == expected
 
 
+@pytest.mark.parametrize("shape", [(4, 0, 3), (0, 4, 3), (4, 3, 0), (0, 0, 3)])
+def test_a_mask_of_nothing_is_not_copied(shape):
+    layout = Layout(shape, (shape.index(3),))
+    geometry = find_geometry(layout, (7, 5, 1))
+    for mask in (shape, tuple(1 if n == 3 else n for n in shape), (shape[0], 1, 1)):
+        assert view_mask(geometry, shape, mask, (1, 9, 4)) == (1, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("shape", "order", "channel", "mask_shape", "strides"), COPIED.values(), ids=COPIED
 )

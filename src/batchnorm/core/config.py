@@ -98,6 +98,17 @@ def check_virtual_batch_size(owner: str, value: Any) -> int | None:
     return int(value)
 
 
+def check_size(owner: str, value: Any) -> int:
+    """`value` if it is a number of positions."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{owner}: size must be an int; got {value!r} of type {type(value).__name__}."
+        )
+    if value < 0:
+        raise ValueError(f"{owner}: size must be at least 0; got {value}.")
+    return int(value)
+
+
 def check_activation(owner: str, value: Any) -> str | None:
     """`value` if it names an activation of S18."""
     if value is None:

@@ -13,12 +13,16 @@ from batchnorm.core.namespace import Array, Namespace
 Shape = tuple[int, ...]
 
 
-def normalize_axis(owner: str, axis: Any, rank: int) -> tuple[int, ...]:
-    """Channel axes of an array of this rank: non-negative, sorted, without duplicates."""
+def normalize_axis(owner: str, axis: Any, rank: int, *, least_rows: int = 1) -> tuple[int, ...]:
+    """Channel axes of an array of this rank: non-negative, sorted, without duplicates.
+
+    At least `least_rows` other axes, 1 or 0, must be left to reduce over.
+    """
     wanted = check_axis(owner, axis)
     if rank == 0:
+        least = "2 axes" if least_rows else "1 axis"
         raise ValueError(
-            f"{owner}: x must have at least 2 axes, one of them {axis!r}; got a scalar."
+            f"{owner}: x must have at least {least}, one of them {axis!r}; got a scalar."
         )
     for a in wanted:
         if not -rank <= a < rank:
@@ -32,7 +36,7 @@ def normalize_axis(owner: str, axis: Any, rank: int) -> tuple[int, ...]:
             f"{owner}: axis names the same channel axis twice: {axis!r} for an input of rank "
             f"{rank}; name each one once."
         )
-    if len(axes) == rank:
+    if rank - len(axes) < least_rows:
         raise ValueError(
             f"{owner}: axis={axis!r} leaves no axis to reduce over for an input of rank {rank}; "
             "at least one axis must not be a channel axis."
@@ -126,7 +130,7 @@ class Layout:
     def mask_shape(self, shape: Shape, owner: str) -> Shape:
         """The shape, of x's rank, that a mask of this shape means (S1)."""
         rows = tuple(n for a, n in enumerate(self.shape) if a not in self.channel_axes)
-        if 0 < len(shape) <= len(rows) and shape == rows[: len(shape)]:
+        if shape == rows or (shape and shape == rows[: len(shape)]):
             sizes = iter((*shape, *(1,) * (len(rows) - len(shape))))
             return tuple(
                 1 if a in self.channel_axes else next(sizes) for a in range(len(self.shape))
@@ -150,10 +154,18 @@ class Layout:
 
 
 def make_layout(
-    owner: str, shape: Sequence[int], axis: Any, virtual_batch_size: int | None = None
+    owner: str,
+    shape: Sequence[int],
+    axis: Any,
+    virtual_batch_size: int | None = None,
+    *,
+    least_rows: int = 1,
 ) -> Layout:
-    """The layout of an input of this shape; `virtual_batch_size` is for training only (S12)."""
-    axes = normalize_axis(owner, axis, len(shape))
+    """The layout of an input of this shape.
+
+    `virtual_batch_size` is for training only (S12); `least_rows` as in `normalize_axis`.
+    """
+    axes = normalize_axis(owner, axis, len(shape), least_rows=least_rows)
     if virtual_batch_size is None:
         return Layout(tuple(shape), axes)
     if 0 in axes:
@@ -182,4 +194,29 @@ def check_per_channel(owner: str, name: str, array: Array | None, layout: Layout
         raise ValueError(
             f"{owner}: {name} must have shape {layout.channels}, the channel sizes of x of shape "
             f"{layout.shape} along axis {layout.channel_axes}; got {tuple(array.shape)}."
+        )
+
+
+def check_mask_values(owner: str, mask: Any) -> None:
+    """Raise if a NumPy array of integers holds a value other than 0 and 1 (S1)."""
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.size:
+        raise mask_value_error(owner, wrong[0])
+
+
+def mask_value_error(owner: str, value: Any) -> ValueError:
+    """The error for an integer mask that holds `value`, neither 0 nor 1 (S1)."""
+    return ValueError(
+        f"{owner}: an integer mask must hold 1 for real rows and 0 for padding; got the value "
+        f"{int(value)}. Pass mask != 0 for token numbers, sequence_mask(lengths, size) for lengths."
+    )
+
+
+def check_length_values(owner: str, lengths: Any, size: int) -> None:
+    """Raise if a NumPy array holds a length that is not between 0 and `size`."""
+    wrong = lengths[(lengths < 0) | (lengths > size)]
+    if wrong.size:
+        raise ValueError(
+            f"{owner}: lengths must lie between 0 and size={size}; got {int(wrong[0])}. Give the "
+            "size that sequences are padded to, and clip longer ones."
         )

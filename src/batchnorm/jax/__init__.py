@@ -25,6 +25,7 @@ from batchnorm.jax.functional import (
     init_running,
     update_running,
 )
+from batchnorm.jax.masks import sequence_mask
 
 __all__ = [
     "BatchNorm",
@@ -36,6 +37,7 @@ __all__ = [
     "batch_norm_inference",
     "init_running",
     "load_state",
+    "sequence_mask",
     "update_running",
 ]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from batchnorm.core.layout import Layout, check_per_channel
+from batchnorm.core.layout import Layout, check_mask_values, check_per_channel
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 
@@ -27,13 +29,28 @@ def check_mask(owner: str, mask: Any) -> Array | None:
     """`mask` as a boolean or integer array, or None."""
     if mask is None:
         return None
-    array = jnp.asarray(mask)
-    if array.dtype != jnp.bool_ and not jnp.issubdtype(array.dtype, jnp.integer):
+    values = mask if hasattr(mask, "dtype") else np.asarray(mask)
+    if values.dtype == np.bool_:
+        return jnp.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(
-            f"{owner}: mask must be boolean or integer, non-zero for real rows; got "
-            f"{array.dtype}. Compare it, for instance mask != 0."
+            f"{owner}: mask must be boolean or integer, 1 for real rows; got {values.dtype}. "
+            "Compare it, for instance mask != 0."
         )
-    return array
+    known = read_values(values)
+    if known is not None:  # before a conversion can cut 64 bits to 32
+        check_mask_values(owner, known)
+    return jnp.asarray(values)
+
+
+def read_values(a: Any) -> np.ndarray | None:
+    """The values of an array where no device but the CPU has to be asked for them, or None."""
+    if isinstance(a, jax.core.Tracer):
+        return None
+    if isinstance(a, Array):
+        near = a.is_fully_addressable and all(d.platform == "cpu" for d in a.devices())
+        return np.asarray(a) if near else None
+    return np.asarray(a)
 
 
 def check_channels(owner: str, name: str, value: Any, layout: Layout, dtype: Any) -> Array | None:

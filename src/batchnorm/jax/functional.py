@@ -72,13 +72,13 @@ def batch_norm(
 
     Args:
         x: float16, bfloat16, float32 or float64, of any shape with `axis`; `(N, ..., C)` by
-            default.
+            default. Of shape `(C,)` it is one row, as inside `jax.vmap` over examples.
         scale: gamma, `(C,)` (several axes: their sizes in increasing order of axis, like
             `(A, B)`), or None for 1.
         bias: beta, like scale, or None for 0.
-        mask: boolean or integer, non-zero marks real rows, the rest is padding: x's shape
-            without its channel axes, a prefix of that such as `(N,)`, or x's rank with sizes of
-            x or 1, such as `(N, L, 1)` (S1).
+        mask: boolean, or integers of 1 and 0, for real rows and padding: x's shape without its
+            channel axes, a prefix of that such as `(N,)`, or x's rank with sizes of x or 1, such
+            as `(N, L, 1)` (S1). Traced integers count as real where they are not 0.
         axis: channel axis or axes, in any order.
         epsilon: added to the variance, at least 0.
         axis_name: named axis (of shard_map, pmap or vmap), or tuple of them, over whose devices
@@ -236,7 +236,7 @@ def update_running(
 def _running_of(
     owner: str, x: Any, axis: Any, mean: Any, var: Any, renorm: RenormStatistics | None
 ) -> Running:
-    layout = make_layout(owner, jnp.shape(x), axis)
+    layout = make_layout(owner, jnp.shape(x), axis, least_rows=0)
     mean = jnp.zeros(layout.channels, jnp.float32) if mean is None else jnp.asarray(mean)
     var = jnp.ones(layout.channels, jnp.float32) if var is None else jnp.asarray(var)
     if renorm is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +15,8 @@ from batchnorm.core import config
 from batchnorm.core.config import Options
 from batchnorm.core.layout import check_axis, normalize_axis
 from batchnorm.core.running import Running
-from batchnorm.jax.checks import FLOATING, check_input, wide_type
+from batchnorm.jax.checks import check_input, wide_type
+from batchnorm.jax.options import check_dtype, check_features, freeze_groups, make_keys
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
 
@@ -68,8 +69,9 @@ class BatchNorm(nnx.Module):
     Attributes:
         training, frozen, initialized: independent static flags. The running average is used
             where `not training or frozen`; `frozen` survives `eval()` and `train()`.
-        mean, var: `nnx.BatchStat`; scale, bias: `nnx.Param` or None; momentum: `Momentum`.
-            With renorm also stddev, renorm_mean, renorm_stddev.
+        momentum: `Momentum`, there from the start and the only place that holds it.
+        mean, var: `nnx.BatchStat`; scale, bias: `nnx.Param` or None. With renorm also stddev,
+            renorm_mean, renorm_stddev.
 
     Raises:
         TypeError: an option of the wrong type.
@@ -116,12 +118,15 @@ class BatchNorm(nnx.Module):
         owner = type(self).__name__
         del use_fast_variance
         self.axis = axis if isinstance(axis, int) else check_axis(owner, axis)
-        self.num_features = _features(owner, num_features, features_in, check_axis(owner, axis))
-        config.check_number(owner, "momentum", momentum, 0.0, 1.0)
+        self.num_features = check_features(
+            owner, num_features, features_in, check_axis(owner, axis)
+        )
+        weight = config.check_number(owner, "momentum", momentum, 0.0, 1.0)
+        self.momentum = Momentum(jnp.asarray(weight, jnp.float32))
         self.epsilon = config.check_number(owner, "epsilon", epsilon, 0.0)
         self.dtype, self.param_dtype = (
-            _dtype(owner, "dtype", dtype),
-            _dtype(owner, "param_dtype", param_dtype),
+            check_dtype(owner, "dtype", dtype),
+            check_dtype(owner, "param_dtype", param_dtype),
         )
         self.use_bias = config.check_flag(owner, "use_bias", use_bias)
         self.use_scale = config.check_flag(owner, "use_scale", use_scale)
@@ -129,7 +134,7 @@ class BatchNorm(nnx.Module):
         # Static attributes must be hashable.
         self.bias_metadata = tuple(bias_metadata.items())
         self.scale_metadata = tuple(scale_metadata.items())
-        self.axis_name, self.axis_index_groups = axis_name, _frozen_groups(axis_index_groups)
+        self.axis_name, self.axis_index_groups = axis_name, freeze_groups(axis_index_groups)
         self.virtual_batch_size = config.check_virtual_batch_size(owner, virtual_batch_size)
         weight = config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0)
         self.renorm = config.check_renorm(owner, renorm, renorm_clipping, weight)
@@ -138,7 +143,6 @@ class BatchNorm(nnx.Module):
         self.training = not use_running_average
         self.frozen = False
         self.initialized = False
-        self._momentum = float(momentum)
         if self.num_features is not None and rngs is not None:
             self.init(rngs)
 
@@ -164,7 +168,7 @@ class BatchNorm(nnx.Module):
                     f"{owner}: init needs x to learn the number of features; got None. Pass x, or "
                     "num_features to the constructor."
                 )
-            axes = normalize_axis(owner, self.axis, jnp.ndim(x))
+            axes = normalize_axis(owner, self.axis, jnp.ndim(x), least_rows=0)
             found = tuple(jnp.shape(x)[a] for a in axes)
             sizes = found if len(found) > 1 else found[0]
         shape = sizes if isinstance(sizes, tuple) else (sizes,)
@@ -172,7 +176,7 @@ class BatchNorm(nnx.Module):
         self.num_features = sizes
         self.mean = nnx.BatchStat(jnp.zeros(shape, wide))
         self.var = nnx.BatchStat(jnp.ones(shape, wide))
-        keys = _keys(rngs)
+        keys = make_keys(rngs)
         self.scale = self.bias = nnx.data(None)
         if self.use_scale:
             value = self.scale_init(keys(), shape, self.param_dtype)
@@ -180,7 +184,6 @@ class BatchNorm(nnx.Module):
         if self.use_bias:
             value = self.bias_init(keys(), shape, self.param_dtype)
             self.bias = nnx.Param(value, **dict(self.bias_metadata))
-        self.momentum = Momentum(jnp.asarray(self._momentum, jnp.float32))
         if self.renorm is not None:
             self.stddev = nnx.BatchStat(jnp.ones(shape, wide))
             self.renorm_mean = nnx.BatchStat(jnp.zeros(shape, wide))
@@ -196,10 +199,12 @@ class BatchNorm(nnx.Module):
         """Normalize x, and in training move the running statistics.
 
         Args:
-            x: floating, of a rank that has the channel axes, `(N, ..., C)` by default.
+            x: floating, of a rank that has the channel axes, `(N, ..., C)` by default. Of shape
+                `(C,)` it is one row, as inside `jax.vmap` over examples.
             use_running_average: wins over the flags (S15); None: `not training or frozen`.
-            mask: boolean or integer, non-zero marks real rows: x's shape without its channel
-                axes, a prefix of that, or x's rank with sizes of x or 1 (S1).
+            mask: boolean, or integers of 1 and 0, for real rows and padding: x's shape without
+                its channel axes, a prefix of that, or x's rank with sizes of x or 1 (S1). Traced
+                integers count as real where they are not 0.
 
         Returns:
             y, of x's shape, and its type or `dtype`.
@@ -279,7 +284,11 @@ class BatchNorm(nnx.Module):
         self.training = not value
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """Used by `nnx.view`; an argument as in `__call__`."""
+        """Used by `nnx.view`, and described by `nnx.view_info`, which wants two spaces.
+
+        Args:
+          use_running_average: use the running statistics, rather than those of the batch.
+        """
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
@@ -308,7 +317,7 @@ class BatchNorm(nnx.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigning a number to `momentum` changes the array."""
+        """Change the array where a number is assigned to `momentum`."""
         current = self.__dict__.get(name) if name == "momentum" else None
         if current is not None and not isinstance(value, nnx.Variable):
             current[...] = jnp.asarray(value, current[...].dtype)
@@ -325,7 +334,7 @@ class BatchNorm(nnx.Module):
         self.init(0, x)
 
     def _check_channels(self, owner: str, x: Array) -> None:
-        axes = normalize_axis(owner, self.axis, x.ndim)
+        axes = normalize_axis(owner, self.axis, x.ndim, least_rows=0)
         found = tuple(x.shape[a] for a in axes)
         expected = self.mean[...].shape
         if found != expected:
@@ -354,52 +363,3 @@ def load_state(module: nnx.Module, state: Any) -> None:
         if (*at, "var") in given and (*at, "stddev") not in given:
             layer.stddev[...] = layer.renorm_stddev[...] = jnp.sqrt(layer.var[...] + layer.epsilon)
             layer.renorm_mean[...] = layer.mean[...]
-
-
-def _features(
-    owner: str, num_features: Any, features_in: Any, axes: Sequence[int]
-) -> int | tuple[int, ...] | None:
-    if num_features is not None and features_in is not None:
-        raise ValueError(
-            f"{owner}: features_in is an alias of num_features; got {num_features!r} and "
-            f"{features_in!r}. Give one of them."
-        )
-    value = features_in if num_features is None else num_features
-    if value is None:
-        return None
-    sizes = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in sizes):
-        raise TypeError(
-            f"{owner}: num_features must be an int of at least 0, or a tuple of them with several "
-            f"axes; got {value!r}."
-        )
-    if len(sizes) != len(axes):
-        raise ValueError(
-            f"{owner}: num_features must have one size for each channel axis; got {value!r} for "
-            f"axis {tuple(axes) if len(axes) > 1 else axes[0]}."
-        )
-    return sizes if len(sizes) > 1 else sizes[0]
-
-
-def _dtype(owner: str, name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    dtype = jnp.dtype(value)
-    if dtype.name not in FLOATING:
-        raise TypeError(
-            f"{owner}: {name} must be float16, bfloat16, float32 or float64; got {value!r}."
-        )
-    return dtype
-
-
-def _frozen_groups(groups: Groups) -> tuple[tuple[int, ...], ...] | None:
-    return None if groups is None else tuple(tuple(int(i) for i in group) for group in groups)
-
-
-def _keys(rngs: Any) -> Callable[[], Any]:
-    """A source of keys: flax's stream of parameters, or splits of a key or seed."""
-    if isinstance(rngs, nnx.Rngs):
-        return rngs.params
-    if isinstance(rngs, int):
-        rngs = jax.random.key(rngs)
-    return nnx.Rngs(rngs).params

@@ -60,7 +60,7 @@ def normalize_batch(
         update: compute `Step.running`.
     """
     given = _prepare(owner, x, mask, scale, bias, running, axis, options.virtual_batch_size)
-    x, layout, operands = given
+    x, layout, operands, _ = given
     merge = make_merge(owner, axis_name, axis_index_groups)
     if fused is not False:
         reason = _refuse(given, owner)
@@ -86,7 +86,7 @@ def normalize_batch(
     after = running
     if update and running is not None and outcome.running is not None:
         after = _in_type_of(running, outcome.running)
-    return Step(outcome.y.astype(x.dtype), outcome.moments, after)
+    return Step(_returned(outcome.y, given), outcome.moments, after)
 
 
 def normalize_running(
@@ -106,24 +106,28 @@ def normalize_running(
     XLA fuses array code with what is around it, so that kernels are used on demand only.
     """
     given = _prepare(owner, x, mask, scale, bias, running, axis, None)
-    x, layout, operands = given
+    layout, operands = given.layout, given.operands
     if fused:
         reason = _refuse(given, owner)
         if reason is not None:
             raise refuse_fused(owner, reason)
         call = Call(layout, options.eps, False, None, True, owner, ())
-        return run_step(_for_kernel(given, owner), call).y
+        return _returned(run_step(_for_kernel(given, owner), call).y, given)
     statistics = Running(operands.mean, operands.var)
     y = forward_running(operands.inputs(), statistics, layout, options, owner=owner, xp=XP)
-    return y.astype(x.dtype)
+    return _returned(y, given)
 
 
 class _Given(NamedTuple):
-    """What came in, checked; per-channel arrays are in the working type."""
+    """Checked arguments; per-channel arrays are in the working type.
+
+    An x of channel axes alone has got an axis of one row in front, which `shape` lacks.
+    """
 
     x: Array
     layout: Layout
     operands: Operands
+    shape: tuple[int, ...]
 
 
 def _prepare(
@@ -137,12 +141,17 @@ def _prepare(
     size: int | None,
 ) -> _Given:
     x = check_input(owner, x)
-    layout = make_layout(owner, tuple(x.shape), axis, size)
+    shape = tuple(x.shape)
+    layout = make_layout(owner, shape, axis, size, least_rows=0)
     _check_groups(owner, x, layout)
     work = working_type(x)
     mask = check_mask(owner, mask)
     if mask is not None:
-        layout.mask_shape(tuple(mask.shape), owner)
+        fitted = layout.mask_shape(tuple(mask.shape), owner)
+    if len(layout.channel_axes) == len(shape):
+        x = jnp.expand_dims(x, 0)
+        layout = Layout((1, *shape), tuple(a + 1 for a in layout.channel_axes))
+        mask = None if mask is None else mask.reshape((1, *fitted))
 
     def channels(name: str, value: Any) -> Array | None:
         return check_channels(owner, name, value, layout, work)
@@ -158,7 +167,13 @@ def _prepare(
         renorm_mean=channels("renorm_mean", kept.renorm_mean),
         renorm_stddev=channels("renorm_stddev", kept.renorm_stddev),
     )
-    return _Given(x, layout, operands)
+    return _Given(x, layout, operands, shape)
+
+
+def _returned(y: Array, given: _Given) -> Array:
+    """y in x's own type and shape."""
+    y = y.astype(given.x.dtype)
+    return y if y.ndim == len(given.shape) else jnp.squeeze(y, 0)
 
 
 def _explicit_sharding(x: Array) -> tuple[Any, ...]:
@@ -184,7 +199,7 @@ def _check_groups(owner: str, x: Array, layout: Layout) -> None:
 
 def _refuse(given: _Given, owner: str) -> str | None:
     """Why no kernel serves these arrays, or None."""
-    x, layout, operands = given
+    x, layout, operands, _ = given
     if any(axis is not None for axis in _explicit_sharding(x)):
         return "x is sharded over devices"
     mask = operands.mask
@@ -194,7 +209,7 @@ def _refuse(given: _Given, owner: str) -> str | None:
 
 def _for_kernel(given: _Given, owner: str) -> Operands:
     """Operands whose masks the kernels can walk, with constant statistics."""
-    _, layout, operands = given
+    layout, operands = given.layout, given.operands
     return operands._replace(
         mask=custom_calls.readable_mask(layout, operands.mask, owner),
         mean=_constant(operands.mean),
@@ -227,7 +242,7 @@ def _by_kernel(
     after = running
     if update and running is not None:
         after = move_statistics(running, moments, options, mean=(high, low))
-    return Step(y, moments, after)
+    return Step(_returned(y, given), moments, after)
 
 
 def move_statistics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +67,8 @@ def _all_gather(a: jax.Array, axis_name: Any) -> jax.Array:
     for name in reversed(names):  # one by one: vmap cannot gather along several at once
         to = "invarying" if name in varying_axes(a) else "varying"
         found = jax.lax.all_gather(found, name, to=to)
-    return found.reshape((-1, *a.shape))
+    participants = math.prod(found.shape[: len(names)])  # not -1, which a size of 0 forbids
+    return found.reshape((participants, *a.shape))
 
 
 def _group_of(owner: str, groups: Sequence[Sequence[int]], size: int) -> np.ndarray:

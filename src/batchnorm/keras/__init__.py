@@ -10,6 +10,7 @@ except ImportError as error:
 
 from batchnorm.keras.files import load_weights
 from batchnorm.keras.layers import BatchNormalization, SyncBatchNormalization
+from batchnorm.keras.lengths import sequence_mask
 from batchnorm.keras.masked import MaskedBatchNormalization
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "MaskedBatchNormalization",
     "SyncBatchNormalization",
     "load_weights",
+    "sequence_mask",
 ]

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any, Protocol, cast
 
 import keras
+import numpy as np
 
 from batchnorm.core.namespace import Array
 from batchnorm.core.running import Running
@@ -28,13 +29,17 @@ class Backend(Protocol):
     ) -> tuple[Array, Running | None]:
         """y in x's type, and the statistics after a training step, else None.
 
-        x is floating; gamma, beta and the statistics have the channel axes' sizes and are the
-        backend's own arrays. Nothing is changed in place.
+        x is floating, mask boolean; gamma, beta and the statistics have the channel axes' sizes
+        and are the backend's own arrays. Nothing is changed in place.
         """
         ...
 
     def resolve_training(self, training: Any) -> Any:
         """A bool where the tensor `training` has a value now, else the tensor."""
+        ...
+
+    def read_values(self, a: Array) -> np.ndarray | None:
+        """The values of a tensor where no device but the CPU has to be asked for them, or None."""
         ...
 
     def refuse_kernel(self, call: Call, rank: int | None) -> str | None:

@@ -11,7 +11,7 @@ import keras
 from batchnorm.core.config import Adjustment
 from batchnorm.keras.call import Call
 from batchnorm.keras.functional import BACKEND
-from batchnorm.keras.masks import propagate_mask, split_pair
+from batchnorm.keras.masks import propagate_mask, split_pair, to_boolean
 from batchnorm.keras.options import check_options
 from batchnorm.keras.state import WeightedNormalization
 from batchnorm.kernels.select import refuse_fused
@@ -164,13 +164,15 @@ class BatchNormalization(WeightedNormalization):
                 f"{type(self).__name__}: inputs must have a known rank; got a tensor of unknown "
                 "rank. Give it one, for instance with tf.ensure_shape."
             )
-        return super().__call__(x, *args, mask=mask, **kwargs)
+        # Keras would cast the mask to the layer's type, in which a small number may be 0.
+        return super().__call__(x, *args, mask=to_boolean(mask), **kwargs)
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         """Normalize inputs; arguments as the class says."""
         x, mask = split_pair(type(self).__name__, inputs, mask)
         if mask is None:  # Keras looks for one only where x is the only tensor
             mask = getattr(x, "_keras_mask", None)
+        mask = to_boolean(mask)
         gamma, beta = (None if a is None else self._per_channel(a) for a in (self.gamma, self.beta))
         call = self._make_call(self._resolve_training(training))
         y, moved = BACKEND.normalize(self._cast_input(x), mask, gamma, beta, self._running(), call)
@@ -181,6 +183,7 @@ class BatchNormalization(WeightedNormalization):
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """The mask that the output carries on: one of a dimension less than x, or None."""
         x, mask = split_pair(type(self).__name__, inputs, previous_mask)
+        mask = to_boolean(mask)
         return None if mask is None else propagate_mask(mask, x, self._channel_axes)
 
     def get_config(self) -> dict[str, Any]:

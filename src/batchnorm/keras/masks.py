@@ -6,8 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from batchnorm.core.layout import Layout
+
+
+def to_boolean(mask: Any) -> Any:
+    """`mask` as booleans, True where it is not 0, before anything casts it; None stays None.
+
+    A symbolic one stays as it is, for its values come through here again.
+    """
+    if mask is None or isinstance(mask, keras.KerasTensor):
+        return mask
+    if isinstance(mask, np.ndarray) or not hasattr(mask, "dtype"):
+        return np.asarray(mask) != 0  # before a backend cuts 64 bits to 32
+    if keras.backend.standardize_dtype(mask.dtype) == "bool":
+        return mask
+    return keras.ops.cast(mask, "bool")
 
 
 def split_pair(owner: str, inputs: Any, mask: Any) -> tuple[Any, Any]:

@@ -149,6 +149,8 @@ def view_mask(
 ) -> MaskView | None:
     """How a mask of x's rank, sizes x's or 1, is read; None if it must be copied first."""
     order, (first, last) = geometry.order, geometry.split
+    if geometry.outer * geometry.inner == 0:  # nothing is read, whatever the strides
+        return MaskView(1, 0, 0)
 
     def walk(axes: Sequence[int]) -> list[tuple[int, int]]:
         return [(shape[a], strides[a] if mask_shape[a] != 1 else 0) for a in axes]

@@ -11,11 +11,14 @@ from jax import Array
 from batchnorm.core import config
 from batchnorm.core.layout import Layout
 from batchnorm.core.running import Running
+from batchnorm.jax.checks import read_values
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.keras.adjustment import missing_axes
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 from batchnorm.kernels.select import extension_status
+
+__all__ = ["normalize", "read_values", "refuse_kernel", "resolve_training"]
 
 
 def resolve_training(training: Any) -> Any:
@@ -72,9 +75,7 @@ def normalize(
 
 
 def _fit_mask(owner: str, mask: Array, x: Array, axes: tuple[int, ...]) -> Array:
-    """A boolean or integer mask of x's rank (S1); a floating one means != 0."""
-    if jnp.issubdtype(mask.dtype, jnp.floating):
-        mask = mask != 0
+    """A mask of x's rank (S1)."""
     places = find_axes(owner, tuple(mask.shape), Layout(tuple(x.shape), axes))
     sizes = dict(zip(places, mask.shape, strict=True))
     return mask.reshape([sizes.get(a, 1) for a in range(x.ndim)])

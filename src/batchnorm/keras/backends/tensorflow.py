@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from batchnorm.core import config
@@ -36,6 +37,13 @@ def resolve_training(training: Any) -> Any:
     """A bool where `training` has a value now, rather than when the graph runs."""
     value = tf.get_static_value(training) if tf.is_tensor(training) else training
     return training if value is None else bool(value)
+
+
+def read_values(a: tf.Tensor) -> np.ndarray | None:
+    """The values of a tensor where no device but the CPU has to be asked for them, or None."""
+    if not tf.executing_eagerly() or not hasattr(a, "numpy"):
+        return None
+    return a.numpy() if "CPU" in a.device else None
 
 
 def normalize(
@@ -84,9 +92,7 @@ def _plain_step(
         layout = DynamicLayout.of(x, call.axes, call.options.virtual_batch_size)
         shape: Any = tuple(x.shape) if x.shape.is_fully_defined() else tf.shape(x)
         s, t = config.call_adjustment(call.owner, call.adjustment, shape)
-        real = None if mask is None else tf.cast(mask, tf.bool)
-        if needs_mask(layout):
-            real = fill_mask(real, x, call.axes)
+        real = fill_mask(mask, x, call.axes) if needs_mask(layout) else mask
         inputs = Inputs(
             tf.cast(x, work),
             real,
@@ -133,7 +139,6 @@ def _by_running(
     one_pass = call.fused is not False and _serves_one_pass(x, call)
     if mask is None and not one_pass:
         return evaluate(x, gamma, beta)
-    real = None if mask is None else tf.cast(mask, tf.bool)  # matters to gradients only (S8)
     given = [a for a in (x, gamma, beta) if a is not None]
     place = partial(place_given, scaled=gamma is not None, centred=beta is not None)
 
@@ -142,7 +147,7 @@ def _by_running(
         def gradient(dy: tf.Tensor) -> Any:
             with tf.GradientTape() as tape:
                 tape.watch(given)
-                y = evaluate(*place(given), real)
+                y = evaluate(*place(given), mask)  # matters to gradients only (S8)
             return tape.gradient(y, given, dy)
 
         if one_pass:

@@ -22,11 +22,16 @@ class _TensorFlowNamespace:
     sqrt = staticmethod(tf.sqrt)
     square = staticmethod(tf.square)
     isfinite = staticmethod(tf.math.is_finite)
-    where = staticmethod(tf.where)
     zeros_like = staticmethod(tf.zeros_like)
     ones_like = staticmethod(tf.ones_like)
     cast = staticmethod(tf.cast)
     stop_gradient = staticmethod(tf.stop_gradient)
+
+    @staticmethod
+    def where(condition: tf.Tensor, a: Any, b: Any) -> tf.Tensor:
+        # In a graph a lone Python number would be float32.
+        dtype = (a if tf.is_tensor(a) else b).dtype
+        return tf.where(condition, tf.convert_to_tensor(a, dtype), tf.convert_to_tensor(b, dtype))
 
     @staticmethod
     def sum(a: tf.Tensor, *, axis: Sequence[int], keepdims: bool) -> tf.Tensor:
@@ -63,7 +68,9 @@ def make_merge() -> Merge | None:
         stacked = tf.stack(list(own))
         here = tf.reshape(tf.range(replicas) == replica, [replicas] + [1] * stacked.shape.rank)
         placed = tf.where(here, stacked, tf.zeros_like(stacked))
-        return Parts(*tf.unstack(context.all_reduce(tf.distribute.ReduceOp.SUM, placed), axis=1))
+        if 0 not in placed.shape:  # on an array of nothing the collective crashes
+            placed = context.all_reduce(tf.distribute.ReduceOp.SUM, placed)
+        return Parts(*tf.unstack(placed, axis=1))
 
     return GatherMerge(gather, XP)
 
@@ -116,11 +123,9 @@ def sizes_of(a: tf.Tensor) -> list[Any]:
 
 
 def fit_mask(owner: str, mask: tf.Tensor, x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
-    """A mask of x's rank, boolean or integer (S1; a floating one means != 0)."""
+    """A mask of x's rank (S1)."""
     if mask.shape.rank is None:
         raise ValueError(f"{owner}: mask must have a known rank; got an unknown one.")
-    if mask.dtype.is_floating:
-        mask = mask != 0
     shape, found = x.shape.as_list(), mask.shape.as_list()
     rows = [a for a in range(len(shape)) if a not in axes]
     along = rows if len(found) <= len(rows) else range(len(shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from keras.src.backend import in_stateless_scope
 from torch import Tensor
@@ -21,6 +22,18 @@ from batchnorm.torch.synchronize import find_synchronizer
 def resolve_training(training: Any) -> bool:
     """The value of `training`, which torch always has."""
     return bool(training)
+
+
+def read_values(a: Tensor) -> np.ndarray | None:
+    """The values of a tensor where no device but the CPU has to be asked for them, or None."""
+    traced = (
+        type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+    return None if traced or not a.is_cpu else a.detach().numpy()
 
 
 def refuse_kernel(call: Call, rank: int | None) -> str | None:
@@ -69,14 +82,12 @@ def normalize(
 
 
 def _fit_mask(owner: str, mask: Any, x: Tensor, layout: Layout, training: bool) -> Tensor | None:
-    """A boolean or integer mask of x's rank (S1); a floating one means != 0."""
+    """A mask of x's rank (S1)."""
     if mask is None:
         if training and count_values(layout) == 1:
             # torch's layer refuses a single value per channel; Keras's does not (S7).
             return torch.ones([1] * x.dim(), dtype=torch.bool, device=x.device)
         return None
-    if mask.is_floating_point():
-        mask = mask != 0
     places = find_axes(owner, tuple(mask.shape), layout)
     sizes = dict(zip(places, mask.shape, strict=True))
     return mask.reshape([sizes.get(a, 1) for a in range(x.dim())])

@@ -269,9 +269,11 @@ class Plan:
     def _new_kept(self, x: Array) -> Kept:
         groups = self.sizes.groups
         # No kernel that writes counts has more programs for a group.
-        parts = max(self.tiling.parts, divide_up(self.sizes.channels, 8))
-        size = len(cpu.STATISTICS) * self.statistics + parts * groups
-        return Kept(self._new(x, size), self.statistics, groups)
+        parts = max(1, self.tiling.parts, divide_up(self.sizes.channels, 8))
+        data = self._new(x, len(cpu.STATISTICS) * self.statistics + parts * groups)
+        if self.sizes.channels == 0:  # no kernel runs
+            data.zero_()
+        return Kept(data, self.statistics, groups)
 
     def _new_flags(self, parts: int, running: Running, update: bool) -> Tensor | None:
         if not update or running.batches is None:

@@ -81,7 +81,7 @@ def find_tiling(sizes: Sizes, bytes_each: int, limits: Limits) -> Tiling:
         width = min(power_above(sizes.channels), max(1, elements // length))
     parts, tiles = divide_up(sizes.channels, width), divide_up(positions, length)
     groups = max(sizes.groups, 1)
-    programs = max(1, limits.programs // (parts * groups))
+    programs = max(1, limits.programs // max(1, parts * groups))
     wide = max(4, bytes_each)  # of the arithmetic
     return Tiling(
         width,
