@@ -183,3 +183,18 @@ def check_per_channel(owner: str, name: str, array: Array | None, layout: Layout
             f"{owner}: {name} must have shape {layout.channels}, the channel sizes of x of shape "
             f"{layout.shape} along axis {layout.channel_axes}; got {tuple(array.shape)}."
         )
+
+
+def check_mask_values(owner: str, mask: Any) -> None:
+    """Raise if a NumPy array of integers holds a value other than 0 and 1 (S1)."""
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.size:
+        raise mask_value_error(owner, wrong[0])
+
+
+def mask_value_error(owner: str, value: Any) -> ValueError:
+    """The error for an integer mask that holds `value`, neither 0 nor 1 (S1)."""
+    return ValueError(
+        f"{owner}: an integer mask must hold 1 for real rows and 0 for padding; got the value "
+        f"{int(value)}. Pass mask != 0 for token numbers, sequence_mask(lengths, size) for lengths."
+    )

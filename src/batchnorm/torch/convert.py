@@ -30,7 +30,7 @@ _ACCEPTED = (
 
 _OURS_ALONE = (
     *("axis", *_OPTIONS, "fused", "frozen", "synchronized"),
-    *("_synchronizer", "_masked_by_context", "_converted_from", "_shortcut"),
+    *("_synchronizer", "_masked_by_context", "_converted_from", "_memory"),
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from batchnorm.core import config
 from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
@@ -19,7 +20,14 @@ from batchnorm.torch.synchronize import Synchronizer, find_synchronizer, partici
 
 __all__ = ["RenormStatistics", "batch_norm"]
 
-_STATISTICS = ("running_mean", "running_var", "", "running_stddev", *("renorm statistics",) * 2)
+_BATCHES = "num_batches_tracked"
+_STATISTICS = (
+    "running_mean",
+    "running_var",
+    _BATCHES,
+    "running_stddev",
+    *("renorm statistics",) * 2,
+)
 
 
 class RenormStatistics(NamedTuple):
@@ -68,9 +76,10 @@ def batch_norm(
         training: normalize by the batch's statistics and update the running ones.
         momentum: weight of the *new* value, between 0 and 1, as in torch (1 - decay).
         eps: added to the variance, at least 0.
-        mask: bool or integer, non-zero marks real rows, the rest is padding: x's shape without
-            its channel axes, a prefix of that such as `(N,)`, or x's rank with sizes of x or 1
-            (S1). Padding does not enter the statistics or any gradient (S5, S8).
+        mask: bool, or integer with 1 at real rows and 0 at padding: x's shape without its
+            channel axes, a prefix of that such as `(N,)`, or x's rank with sizes of x or 1 (S1).
+            Padding does not enter the statistics or any gradient (S5, S8). In traced code and on
+            a GPU any integer but 0 means real; eager CPU code takes 0 and 1 only.
         axis: channel axis or axes, in any order.
         virtual_batch_size: samples of one ghost batch; training only (S12).
         renorm: statistics of batch renormalization; asks for it in training (S11).
@@ -227,14 +236,13 @@ def _check_shapes(
 ) -> None:
     channels = layout.channels
     for name, a in (("weight", parameters.weight), ("bias", parameters.bias)):
-        if a is not None and a.shape != channels:
-            check_per_channel(owner, name, a, layout)
+        if a is not None:
+            if a.shape != channels:
+                check_per_channel(owner, name, a, layout)
+            if type(a) is not Parameter or a.dtype is not x.dtype or a.layout is not torch.strided:
+                checks.check_parameter(owner, name, a)
     if running is not None:
-        for name, a in zip(_STATISTICS, running, strict=True):
-            if a is not None and name:
-                if a.shape != channels:
-                    check_per_channel(owner, name, a, layout)
-                checks.check_statistic(owner, name, a)
+        _check_statistics(owner, running, layout, channels, mode.update)
     if residual is not None:
         checks.check_residual(owner, residual, x)
     if (
@@ -249,3 +257,18 @@ def _check_shapes(
             f"{tuple(x.shape)} with channel axes {layout.channel_axes}. Use a larger batch, "
             "evaluation mode, or a mask."
         )
+
+
+def _check_statistics(
+    owner: str, running: Running, layout: Layout, channels: tuple[int, ...], update: bool
+) -> None:
+    written = update and not torch.compiler.is_compiling()
+    for name, a in zip(_STATISTICS, running, strict=True):
+        if a is None:
+            continue
+        if name is not _BATCHES:
+            if a.shape != channels:
+                check_per_channel(owner, name, a, layout)
+            checks.check_statistic(owner, name, a)
+        if written and a.is_inference():
+            checks.check_writable(owner, name, a)

@@ -18,7 +18,7 @@ from batchnorm.torch.functional import normalize
 from batchnorm.torch.masking import ambient_mask
 from batchnorm.torch.paths import Mode, Parameters
 from batchnorm.torch.runtime import recomputation_flag
-from batchnorm.torch.shortcut import Shortcut, find_shortcut
+from batchnorm.torch.shortcut import Memory
 from batchnorm.torch.statistics import RunningStatistics
 from batchnorm.torch.synchronize import Synchronizer, check_group
 
@@ -72,8 +72,6 @@ class BatchNorm(RunningStatistics):
     >>> layer(torch.randn(8, 3, 5), mask=torch.ones(8, 5, dtype=torch.bool)).shape
     torch.Size([8, 3, 5])
     """
-
-    _shortcut: Shortcut | None = None
 
     def __init__(
         self,
@@ -159,6 +157,7 @@ class BatchNorm(RunningStatistics):
             self._synchronizer.enlist()
         self.frozen = False
         self._masked_by_context = False
+        self._memory = Memory()
         if self.renorm is not None and self.running_mean is None:
             raise ValueError(
                 f"{owner}: renorm=True compares with running statistics and needs "
@@ -174,9 +173,9 @@ class BatchNorm(RunningStatistics):
         Args:
             x: floating, of a rank that has the channel axes, `(N, C, ...)` by default; or
                 jagged.
-            mask: bool or integer, non-zero marks real rows: x's shape without its channel axes,
-                a prefix of that, or x's rank with sizes of x or 1 (S1). None takes the one of
-                `padding_mask`, if any.
+            mask: bool, or integer with 1 at real rows and 0 at padding: x's shape without its
+                channel axes, a prefix of that, or x's rank with sizes of x or 1 (S1). None takes
+                the one of `padding_mask`, if any.
             residual: added before the activation, of x's shape (S18).
 
         Returns:
@@ -191,8 +190,9 @@ class BatchNorm(RunningStatistics):
             path = x.tracer.path_of_module(self)
             return x.tracer.create_proxy("call_module", path, (x, mask, residual), {})
         alone = mask is None and residual is None and not torch.compiler.is_compiling()
-        if alone and self._shortcut is not None:
-            y = self._shortcut.repeat(self, x)
+        key = self._memory.find_key(self, x) if alone else None
+        if key is not None:
+            y = self._memory.repeat(self, x, key)
             if y is not None:
                 return y
         owner = type(self).__name__
@@ -225,8 +225,8 @@ class BatchNorm(RunningStatistics):
             owner=owner,
             synchronizer=self._synchronizer if self.synchronized else None,
         )
-        if alone and mask is None:
-            self.__dict__["_shortcut"] = find_shortcut(self, x, options)
+        if key is not None and mask is None:
+            self._memory.learn(self, x, key, options)
         return y
 
     @property
@@ -244,8 +244,12 @@ class BatchNorm(RunningStatistics):
         self._synchronizer.name = name
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is found anew."""
-        return {name: value for name, value in self.__dict__.items() if name != "_shortcut"}
+        """All but what a copy learns by itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_memory"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._memory = Memory()
 
     def freeze(self) -> BatchNorm:
         """Normalize by the running statistics, and leave them alone, in training too (S15).
