@@ -22,7 +22,7 @@ def check_input(owner: str, x: Any, name: str = "x") -> Tensor:
     """`x` if it is a dense or nested tensor of a floating type."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{owner}: {name} must be a torch.Tensor; got {type(x).__name__}.")
-    if _is_masked(x):
+    if type(x) is not Tensor and _is_masked(x):
         raise TypeError(
             f"{owner}: {name} must be a torch.Tensor that holds its own values; got a "
             "MaskedTensor. Pass its get_data(), and its get_mask() as mask."
@@ -90,7 +90,7 @@ def _check_values(owner: str, mask: Tensor) -> Tensor:
         return mask  # its values come here by themselves
     signed = mask.view(_SIGNED[mask.dtype]) if mask.dtype in _SIGNED else mask
     if can_read(signed) and signed.numel() > 0:
-        low, high = (int(a) for a in torch.aminmax(signed))
+        low, high = (a.item() for a in torch.aminmax(signed))
         if low < 0 or high > 1:
             value = low if low < 0 else high
             if value < 0 and mask.dtype in _SIGNED:
@@ -119,7 +119,7 @@ def check_lengths(owner: str, lengths: Any, size: int) -> Tensor:
         )
     wide = lengths.to(torch.int64)
     if can_read(wide) and wide.numel() > 0:
-        low, high = (int(a) for a in torch.aminmax(wide))
+        low, high = (a.item() for a in torch.aminmax(wide))
         if low < 0 or high > size:
             value = low if low < 0 else high
             if value < 0 and lengths.dtype is torch.uint64:
@@ -157,19 +157,13 @@ def check_statistic(owner: str, name: str, statistic: Tensor) -> None:
     """Raise unless a running statistic is of a kind that can be updated in place."""
     if statistic.dtype not in FLOATING:
         raise TypeError(f"{owner}: {name} must be floating; got {statistic.dtype}.")
-    if type(statistic) is not Tensor or statistic.layout is not torch.strided:
-        check_dense(owner, name, statistic)
+    if not _is_dense(statistic):
+        raise TypeError(f"{owner}: {name} must be a dense tensor; got {_describe(statistic)}.")
     if statistic.requires_grad and statistic.is_leaf:
         raise ValueError(
             f"{owner}: {name} is updated in place and must not require a gradient; got "
             "requires_grad=True. Pass it detached."
         )
-
-
-def check_dense(owner: str, name: str, a: Tensor) -> None:
-    """Raise for a tensor that holds its values otherwise than one after another."""
-    if not _is_dense(a):
-        raise TypeError(f"{owner}: {name} must be a dense tensor; got {_describe(a)}.")
 
 
 def check_writable(owner: str, name: str, a: Tensor) -> None:
@@ -213,7 +207,7 @@ def _is_dense(a: Tensor) -> bool:
 
 def _is_masked(a: Tensor) -> bool:
     """Whether `a` is a MaskedTensor, most of whose operations end in an endless recursion."""
-    return type(a) is not Tensor and isinstance(a, torch.masked.MaskedTensor)
+    return isinstance(a, torch.masked.MaskedTensor)
 
 
 def _describe(a: Tensor) -> str:

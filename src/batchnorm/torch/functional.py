@@ -39,7 +39,7 @@ class RenormStatistics(NamedTuple):
 
 
 def batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -61,12 +61,12 @@ def batch_norm(
     synchronized: bool = False,
     process_group: Any = None,
 ) -> Tensor:
-    """Normalize x over every axis that is not a channel axis, over real rows only.
+    """Normalize the input x over every axis that is not a channel axis, over real rows only.
 
     Follows `torch.nn.functional.batch_norm`, argument by argument, up to `eps`.
 
     Args:
-        x: float16, bfloat16, float32 or float64, of any shape with `axis`; `(N, C, ...)` by
+        input: x, float16, bfloat16, float32 or float64, of any shape with `axis`; `(N, C, ...)` by
             default. Jagged nested tensors too, with `axis` not the ragged one.
         running_mean: `(C,)` (several axes: their sizes, like `(A, B)`), updated in place in
             training, or None.
@@ -138,7 +138,7 @@ def batch_norm(
     elif renorm is not None:
         raise ValueError(f"{owner}: renorm needs running_mean and running_var; got None.")
     return normalize(
-        checks.check_input(owner, x),
+        checks.check_input(owner, input),
         mask,
         Parameters(weight, bias),
         residual,
@@ -242,33 +242,32 @@ def _check_shapes(
             if type(a) is not Parameter or a.dtype is not x.dtype or a.layout is not torch.strided:
                 checks.check_parameter(owner, name, a)
     if running is not None:
-        _check_statistics(owner, running, layout, channels, mode.update)
+        update = mode.update and not torch.compiler.is_compiling()
+        for name, a in zip(_STATISTICS, running, strict=True):
+            if a is None:
+                continue
+            if name is not _BATCHES and (
+                a.shape != channels
+                or a.dtype not in checks.FLOATING
+                or a.requires_grad
+                or type(a) is not Tensor
+                or a.layout is not torch.strided
+            ):
+                check_per_channel(owner, name, a, layout)
+                checks.check_statistic(owner, name, a)
+            if update and a.is_inference():
+                checks.check_writable(owner, name, a)
     if residual is not None:
         checks.check_residual(owner, residual, x)
-    if (
-        mode.own_statistics
-        and mask is None
-        and layout.groups is None
-        and (synchronizer is None or not mode.training)
-        and count_values(layout) == 1
-    ):
+    alone = mode.own_statistics and (synchronizer is None or not mode.training)
+    if alone and mask is None and layout.groups is None:
+        _check_count(owner, layout)
+
+
+def _check_count(owner: str, layout: Layout) -> None:
+    if count_values(layout) == 1:
         raise ValueError(
             f"{owner}: training needs more than 1 value per channel; got an input of shape "
-            f"{tuple(x.shape)} with channel axes {layout.channel_axes}. Use a larger batch, "
+            f"{layout.shape} with channel axes {layout.channel_axes}. Use a larger batch, "
             "evaluation mode, or a mask."
         )
-
-
-def _check_statistics(
-    owner: str, running: Running, layout: Layout, channels: tuple[int, ...], update: bool
-) -> None:
-    written = update and not torch.compiler.is_compiling()
-    for name, a in zip(_STATISTICS, running, strict=True):
-        if a is None:
-            continue
-        if name is not _BATCHES:
-            if a.shape != channels:
-                check_per_channel(owner, name, a, layout)
-            checks.check_statistic(owner, name, a)
-        if written and a.is_inference():
-            checks.check_writable(owner, name, a)
