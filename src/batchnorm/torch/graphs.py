@@ -13,8 +13,10 @@ _ARGUMENTS = ("input", "mask", "residual")
 
 def trace_call(layer: nn.Module, x: Proxy, given: Mapping[str, Any]) -> Proxy:
     """The call of a layer in a graph: of x alone, as of torch's, where nothing else is given."""
+    tracer: Any = x.tracer
     kwargs = {name: a for name, a in given.items() if a is not None}
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), kwargs)
+    call: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), kwargs)
+    return call
 
 
 def keep_first_argument(owner: str, module: nn.Module, layers: Collection[nn.Module]) -> None:
