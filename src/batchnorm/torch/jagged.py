@@ -61,13 +61,12 @@ def normalize_values(
     packed, ragged = _pack(x), x._ragged_idx
     if residual is not None:
         residual = _values_like(owner, "residual", residual, packed)
-    with unmoved_on_failure(running if mode.update else None):  # wrapping y may fail too
+    written = running if mode.update and not torch.compiler.is_compiling() else None
+    with unmoved_on_failure(written):  # wrapping y may fail too
         y = normalize(
             packed.values,
             _mask_values(owner, mask, packed, ragged),
-            residual=None
-            if residual is None
-            else _values_like(owner, "residual", residual, packed),
+            residual=residual,
             running=running,
             axis=tuple(a - 1 for a in axes),
             options=options,
