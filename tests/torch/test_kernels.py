@@ -541,10 +541,10 @@ def negated(*shape):
     return a
 
 
-@pytest.mark.parametrize("name", ["x", "residual", "weight", "bias", "running_mean"])
+@pytest.mark.parametrize("name", ["input", "residual", "weight", "bias", "running_mean"])
 def test_lazily_negated_tensor_means_its_values(name):
     given = {
-        "x": torch.randn(6, 1),
+        "input": torch.randn(6, 1),
         "running_mean": torch.zeros(1),
         "running_var": torch.ones(1),
         "weight": torch.ones(1),
@@ -1016,13 +1016,13 @@ def test_evaluation_keeps_the_version_of(name):
 
 PARTS = {
     "none": (),
-    "x": ("x",),
+    "input": ("input",),
     "weight": ("weight",),
     "bias": ("bias",),
     "residual": ("residual",),
     "weight and bias": ("weight", "bias"),
-    "x and residual": ("x", "residual"),
-    "all": ("x", "weight", "bias", "residual"),
+    "input and residual": ("input", "residual"),
+    "all": ("input", "weight", "bias", "residual"),
 }
 
 
@@ -1033,7 +1033,7 @@ def partial(wanted, fused, training, activation):
         return torch.randn(shape, generator=generator)
 
     given = {
-        "x": draw(40, 3),
+        "input": draw(40, 3),
         "weight": draw(3),
         "bias": draw(3),
         "residual": draw(40, 3),

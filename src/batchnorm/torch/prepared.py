@@ -16,6 +16,7 @@ from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.kernels.select import Choice, select_kernel, triton_status
+from batchnorm.torch.runtime import untraced
 
 NAMES = {
     torch.float16: "float16",
@@ -196,6 +197,7 @@ def _strides_in(
     return tuple(found)
 
 
+@untraced
 def is_plain(x: Tensor) -> bool:
     """Whether x, and the moment, are such that its memory may be touched directly."""
     return (
