@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import batchnorm.torch.fused as kernels
 from batchnorm.kernels import cpu
-from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask, shortcut
+from batchnorm.torch.shortcut import Memory, Shortcut
 
 pytestmark = pytest.mark.skipif(
     cpu.missing_reason() is not None, reason=f"no kernels: {cpu.missing_reason()}"
@@ -41,13 +42,14 @@ def used(layer=None, x=None, training=True):
             layer.running_mean.copy_(torch.randn(4))
             layer.running_var.copy_(torch.rand(4) + 0.5)
     layer.train(training)
-    layer(torch.randn(SHAPE) if x is None else x)
+    for _ in range(2):
+        layer(torch.randn(SHAPE) if x is None else x)
     assert has_shortcut(layer)
     return layer
 
 
 def has_shortcut(layer):
-    return layer.__dict__.get("_shortcut") is not None
+    return any(type(known) is Shortcut for known in layer._memory._known.values())
 
 
 def outcome(layer, x, mask=None, residual=None):
@@ -68,7 +70,7 @@ def outcome(layer, x, mask=None, residual=None):
 def fresh(layer):
     """A copy that has never taken a shortcut."""
     found = copy.deepcopy(layer)
-    found.__dict__["_shortcut"] = None
+    found._memory = Memory()
     return found
 
 
@@ -117,6 +119,91 @@ def test_repeated_calls_count_batches():
     layer, x = BatchNorm(4), torch.randn(SHAPE)
     layer(x), layer(x), layer(x)
     assert layer.num_batches_tracked == 3
+
+
+# Several kinds of input
+
+
+def whole_ways(layer, inputs):
+    """How many of these calls take the whole way."""
+    calls = []
+    learn = Memory.learn
+
+    class Counting(Memory):
+        __slots__ = ()
+
+        def learn(self, *args):
+            calls.append(args)
+            learn(self, *args)
+
+    counting = Counting()
+    counting._known, counting._patience = layer._memory._known, layer._memory._patience
+    layer._memory = counting
+    for x in inputs:
+        layer(x)
+    return len(calls)
+
+
+def of_length(*lengths):
+    return [torch.randn(8, 4, n) for n in lengths]
+
+
+def test_second_call_of_a_kind_makes_the_shortcut():
+    layer = BatchNorm(4)
+    for count in (1, 1, 0, 0):
+        assert whole_ways(layer, of_length(6)) == count
+
+
+def test_alternating_inputs_have_a_shortcut_each():
+    layer = BatchNorm(4)
+    whole_ways(layer, of_length(5, 6, 5, 6))
+    assert whole_ways(layer, of_length(5, 6, 5, 6, 6, 5)) == 0
+
+
+def test_alternating_inputs_equal_a_fresh_layers():
+    layer = BatchNorm(4)
+    for x in of_length(*[5, 6, 7] * 4):
+        assert_like_fresh(layer, x)
+
+
+def test_alternating_modes_have_a_shortcut_each():
+    layer = BatchNorm(4)
+    for count in (1, 1, 0):
+        for training in (True, False):
+            assert whole_ways(layer.train(training), of_length(6)) == count
+
+
+def test_inputs_that_never_come_again_make_no_shortcut(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a shortcut was made")
+
+    monkeypatch.setattr("batchnorm.torch.shortcut.find_shortcut", refuse)
+    layer = BatchNorm(4)
+    for x in of_length(*range(2, 60), *range(2, 60)):
+        layer(x)
+    assert len(layer._memory._known) <= Memory._INPUTS
+
+
+def test_shortcuts_that_are_of_no_use_are_made_ever_more_seldom(monkeypatch):
+    made = []
+    find = shortcut.find_shortcut
+    monkeypatch.setattr(shortcut, "find_shortcut", lambda *args: made.append(1) or find(*args))
+    layer = BatchNorm(4)
+    for i in range(1000):
+        layer.momentum = 1 / (i + 1)  # a schedule
+        layer(torch.ones(8, 4))
+    assert len(made) < 30
+
+
+def test_recomputation_and_ambient_masks_leave_the_shortcut():
+    layer = used()
+    for _ in range(5):
+        x = torch.randn(SHAPE, requires_grad=True)
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+        with padding_mask(torch.ones(8, dtype=torch.bool)):
+            layer(x)
+    layer(torch.randn(SHAPE))
+    assert whole_ways(layer, of_length(6)) == 0
 
 
 # Options
@@ -227,6 +314,11 @@ def in_memory_of(a, stride):
     return torch.as_strided(a, (4,), (stride,))
 
 
+def inferred(a):
+    with torch.inference_mode():
+        return a + 1
+
+
 PARAMETER_CHANGES = {
     "weight, replaced": parameter_replaced("weight", lambda a: nn.Parameter(a + 1)),
     "weight, replaced by half": parameter_replaced("weight", lambda a: nn.Parameter(a.half())),
@@ -248,6 +340,8 @@ PARAMETER_CHANGES = {
     "weight data, one number expanded": data_replaced("weight", lambda a: in_memory_of(a, 0)),
     "bias data, another shape": data_replaced("bias", lambda a: a.view(2, 2)),
     "bias data, one number expanded": data_replaced("bias", lambda a: in_memory_of(a, 0)),
+    "running mean with a gradient": lambda layer: layer.running_mean.requires_grad_(),
+    "running var with a gradient": lambda layer: layer.running_var.requires_grad_(),
     "weight in place": lambda layer: nn.init.constant_(layer.weight, 7.0),
     "weight resized": lambda layer: layer.weight.data.resize_(3),
     "weight without gradient": lambda layer: layer.weight.requires_grad_(False),
@@ -297,6 +391,58 @@ def test_changed_state_is_heeded(name, training):
     else:
         PARAMETER_CHANGES[name](layer)
     assert_like_fresh(layer)
+
+
+LAZY = {
+    "negated in its own memory": torch._neg_view,
+    "imaginary part of a conjugate": lambda a: torch.complex(a, a).conj().imag,
+    "zeros without memory": lambda a: torch._efficientzerotensor((4,)),
+}
+
+
+@every_mode
+@pytest.mark.parametrize("make", LAZY.values(), ids=LAZY)
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_lazily_computed_data_is_read_as_its_values(name, make, training):
+    layer, x = used(training=training), torch.randn(SHAPE)
+    data_replaced(name, make)(layer)
+    plain = BatchNorm(4).train(training)
+    plain.load_state_dict(layer.state_dict())
+    if training and getattr(layer, name)._is_zerotensor() and name.startswith("running"):
+        with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
+            layer(x)
+        return
+    expected, found = (outcome(a, x) for a in (plain, layer))
+    for key in ("y", "grads", "state"):
+        torch.testing.assert_close(found[key], expected[key], equal_nan=True)
+
+
+def test_lazily_negated_count_is_read_as_its_value():
+    layer = used(BatchNorm(4, momentum=None))
+    layer.num_batches_tracked.data = torch._neg_view(torch.tensor(-7))
+    plain = BatchNorm(4, momentum=None)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(SHAPE)
+    plain(x), layer(x)
+    assert layer.num_batches_tracked == 8
+    torch.testing.assert_close(layer.running_mean, plain.running_mean)
+
+
+@every_mode
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_inference_tensor_in_the_layer_is_what_it_is_to_a_fresh_one(name, training):
+    layer, x = used(training=training).requires_grad_(False), torch.randn(SHAPE)
+    a = inferred(getattr(layer, name).detach())
+    setattr(layer, name, nn.Parameter(a, False) if name in ("weight", "bias") else a)
+    before = getattr(layer, name).clone()
+    if training and name.startswith("running"):
+        with pytest.raises(RuntimeError, match="cannot be outside"):
+            layer(x)
+        assert torch.equal(getattr(layer, name), before)
+    else:
+        plain = BatchNorm(4).train(training).requires_grad_(False)
+        plain.load_state_dict(layer.state_dict())
+        assert torch.equal(layer(x), plain(x))
 
 
 CAST = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}

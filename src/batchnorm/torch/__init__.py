@@ -12,7 +12,7 @@ from batchnorm.torch.convert import convert_batchnorm, revert_batchnorm
 from batchnorm.torch.exchange import SynchronizationError
 from batchnorm.torch.functional import RenormStatistics, batch_norm
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.torch.masking import padding_mask
+from batchnorm.torch.masking import padding_mask, sequence_mask
 
 __all__ = [
     "BatchNorm",
@@ -25,4 +25,5 @@ __all__ = [
     "convert_batchnorm",
     "padding_mask",
     "revert_batchnorm",
+    "sequence_mask",
 ]

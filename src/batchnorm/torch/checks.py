@@ -7,14 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.core.layout import mask_value_error
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Unsigned types of which torch has little more than the name, and signed ones to read them by.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+_MASKS = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *_SIGNED,
+)
 
 
 def check_input(owner: str, x: Any, name: str = "x") -> Tensor:
     """`x` if it is a dense or nested tensor of a floating type."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{owner}: {name} must be a torch.Tensor; got {type(x).__name__}.")
+    if type(x) is not Tensor and _is_masked(x):
+        raise TypeError(
+            f"{owner}: {name} must be a torch.Tensor that holds its own values; got a "
+            "MaskedTensor. Pass its get_data(), and its get_mask() as mask."
+        )
     if x.dtype not in FLOATING:
         raise TypeError(
             f"{owner}: {name} must be float16, bfloat16, float32 or float64; got {x.dtype}. "
@@ -34,22 +46,98 @@ def check_input(owner: str, x: Any, name: str = "x") -> Tensor:
 
 
 def check_mask(owner: str, mask: Any, device: torch.device | None) -> Tensor | None:
-    """`mask` if it is boolean or integer, and on `device` if one is given; or None (S1)."""
+    """A mask that operations and kernels can read, on `device` if one is given; or None (S1)."""
     if mask is None:
         return None
+    if (
+        type(mask) is Tensor
+        and mask.dtype is torch.bool
+        and mask.layout is torch.strided
+        and not mask.is_nested
+    ):
+        if device is not None and mask.device != device:
+            raise _misplaced(owner, mask, device)
+        return mask
+    return _check_other_mask(owner, mask, device)
+
+
+def _check_other_mask(owner: str, mask: Any, device: torch.device | None) -> Tensor:
+    """A mask that is not the ordinary boolean tensor."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{owner}: mask must be a torch.Tensor; got {type(mask).__name__}.")
+    if not _is_dense(mask) and mask.layout is not torch.jagged:
+        raise TypeError(f"{owner}: mask must be a dense or jagged tensor; got {_describe(mask)}.")
     if mask.dtype not in _MASKS:
         raise TypeError(
             f"{owner}: mask must be boolean or integer; got {mask.dtype}. "
             "Compare it with 0 first: mask != 0."
         )
     if device is not None and mask.device != device:
-        raise ValueError(
-            f"{owner}: mask must be on x's device {device}; got {mask.device}. "
-            "Move it with mask.to(x.device)."
+        raise _misplaced(owner, mask, device)
+    return mask if mask.dtype is torch.bool else _check_values(owner, mask)
+
+
+def _misplaced(owner: str, mask: Tensor, device: torch.device) -> ValueError:
+    return ValueError(
+        f"{owner}: mask must be on x's device {device}; got {mask.device}. "
+        "Move it with mask.to(x.device)."
+    )
+
+
+def _check_values(owner: str, mask: Tensor) -> Tensor:
+    """An integer mask in a type that torch can read, if it holds nothing but 0 and 1 (S1)."""
+    if mask.layout is torch.jagged:
+        return mask  # its values come here by themselves
+    signed = mask.view(_SIGNED[mask.dtype]) if mask.dtype in _SIGNED else mask
+    if can_read(signed) and signed.numel() > 0:
+        low, high = (a.item() for a in torch.aminmax(signed))
+        if low < 0 or high > 1:
+            value = low if low < 0 else high
+            if value < 0 and mask.dtype in _SIGNED:
+                value += 2 ** (8 * mask.element_size())
+            raise mask_value_error(owner, value)
+    return signed
+
+
+def check_size(owner: str, size: Any) -> None:
+    """Raise unless `size` is a number of positions."""
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(
+            f"{owner}: size must be an int; got {size!r} of type {type(size).__name__}."
         )
-    return mask
+    if size < 0:
+        raise ValueError(f"{owner}: size must be at least 0; got {size}.")
+
+
+def check_lengths(owner: str, lengths: Any, size: int) -> Tensor:
+    """`lengths` as int64, if they are integers between 0 and `size`."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{owner}: lengths must be a torch.Tensor; got {type(lengths).__name__}.")
+    if not _is_dense(lengths) or lengths.dtype not in _MASKS or lengths.dtype is torch.bool:
+        raise TypeError(
+            f"{owner}: lengths must be a dense tensor of integers; got {_describe(lengths)}."
+        )
+    wide = lengths.to(torch.int64)
+    if can_read(wide) and wide.numel() > 0:
+        low, high = (a.item() for a in torch.aminmax(wide))
+        if low < 0 or high > size:
+            value = low if low < 0 else high
+            if value < 0 and lengths.dtype is torch.uint64:
+                value += 2**64
+            raise ValueError(f"{owner}: lengths must lie between 0 and size={size}; got {value}.")
+    return wide
+
+
+def can_read(a: Tensor) -> bool:
+    """Whether the values of `a` are here: nothing is traced, and no device must be waited for."""
+    return (
+        a.is_cpu
+        and type(a).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
 
 
 def to_boolean(mask: Tensor | None) -> Tensor | None:
@@ -57,16 +145,33 @@ def to_boolean(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask != 0
 
 
-def check_statistic(owner: str, name: str, statistic: Tensor | None) -> None:
-    """Raise unless a running statistic can be updated in place."""
-    if statistic is None:
-        return
+def check_parameter(owner: str, name: str, a: Tensor) -> None:
+    """Raise unless weight or bias holds real numbers, one after another."""
+    if not _is_dense(a) or a.is_complex() or a.is_quantized:
+        raise TypeError(
+            f"{owner}: {name} must be a dense tensor of real numbers; got {_describe(a)}."
+        )
+
+
+def check_statistic(owner: str, name: str, statistic: Tensor) -> None:
+    """Raise unless a running statistic is of a kind that can be updated in place."""
     if statistic.dtype not in FLOATING:
         raise TypeError(f"{owner}: {name} must be floating; got {statistic.dtype}.")
+    if not _is_dense(statistic):
+        raise TypeError(f"{owner}: {name} must be a dense tensor; got {_describe(statistic)}.")
     if statistic.requires_grad and statistic.is_leaf:
         raise ValueError(
             f"{owner}: {name} is updated in place and must not require a gradient; got "
             "requires_grad=True. Pass it detached."
+        )
+
+
+def check_writable(owner: str, name: str, a: Tensor) -> None:
+    """Raise for an inference tensor outside of inference mode, which torch writes and refuses."""
+    if a.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{owner}: {name} is updated in place, which an inference tensor cannot be outside "
+            "of torch.inference_mode(). Replace it by its clone()."
         )
 
 
@@ -93,3 +198,17 @@ def check_adjusted(owner: str, name: str, a: Any, x: Tensor, dtype: torch.dtype)
             f"{tuple(x.shape)}; got shape {tuple(tensor.shape)}."
         )
     return tensor.reshape(sizes)
+
+
+def _is_dense(a: Tensor) -> bool:
+    """Whether `a` has one value after another, and nothing but values."""
+    return a.layout is torch.strided and not a.is_nested and not _is_masked(a)
+
+
+def _is_masked(a: Tensor) -> bool:
+    """Whether `a` is a MaskedTensor, most of whose operations end in an endless recursion."""
+    return isinstance(a, torch.masked.MaskedTensor)
+
+
+def _describe(a: Tensor) -> str:
+    return f"{type(a).__name__} of type {a.dtype} and layout {a.layout}"

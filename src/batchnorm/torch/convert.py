@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.torch.graphs import keep_first_argument
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
@@ -30,7 +31,7 @@ _ACCEPTED = (
 
 _OURS_ALONE = (
     *("axis", *_OPTIONS, "fused", "frozen", "synchronized"),
-    *("_synchronizer", "_masked_by_context", "_converted_from", "_shortcut"),
+    *("_synchronizer", "_masked_by_context", "_converted_from", "_memory"),
 )
 
 
@@ -104,16 +105,17 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
     """Replace every batch norm of this library inside `module` by torch's, in place.
 
     Synchronized layers become SyncBatchNorm, which needs a GPU in training. Parameters and buffers
-    stay the same objects; running statistics take the type of half
-    precision weights, which torch's layer demands.
+    stay the same objects; running statistics take the type of half precision weights, which
+    torch's layer demands. A model that torch.fx has traced keeps its graph.
 
     Returns:
         `module`, or its replacement if it is a batch norm itself.
 
     Raises:
         TypeError: not a module.
-        ValueError: a layer with an option that torch's lacks, a frozen one, or one for any rank
-            that is not synchronized. The model is unchanged then.
+        ValueError: a layer with an option that torch's lacks, a frozen one, one for any rank
+            that is not synchronized, or one that a graph of torch.fx calls with a mask or a
+            residual. The model is unchanged then.
 
     >>> type(revert_batchnorm(BatchNorm1d(3)))
     <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
@@ -136,7 +138,7 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
             raise ValueError(f"{owner}: layer {name!r} {reason}, which torch's layer cannot do.")
         return _revert(layer, theirs)
 
-    return _exchange(module, replace)
+    return _exchange(module, replace, lambda made: keep_first_argument(owner, module, made))
 
 
 def _convert(layer: nn.Module, ours: type[BatchNorm], options: dict[str, Any]) -> BatchNorm:
@@ -190,14 +192,20 @@ def _adopt(layer: nn.Module, cls: type[Any]) -> Any:
 
 
 def _exchange(
-    module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]
+    module: nn.Module,
+    replace: Callable[[str, nn.Module], nn.Module | None],
+    prepare: Callable[[Collection[nn.Module]], None] = lambda made: None,
 ) -> nn.Module:
-    """Put in place what `replace` makes, once per layer, after all of it has been made."""
+    """Put in place what `replace` makes, once per layer, after all of it has been made.
+
+    `prepare` is told before which layers will be replaced.
+    """
     made = {}
     for name, layer in module.named_modules():
         new = replace(name or "(the module itself)", layer)
         if new is not None:
             made[layer] = new
+    prepare(made)
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child in made:
@@ -219,5 +227,7 @@ def _check_module(owner: str, module: Any) -> None:
         raise TypeError(f"{owner}: module must be a torch.nn.Module; got {type(module).__name__}.")
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
-            f"{owner}: a scripted module cannot be changed; convert it before torch.jit.script."
+            f"{owner}: a module of torch.jit cannot be changed; take the one that it was made "
+            "from. torch.jit.script compiles torch's layers only: fold this library's, or revert "
+            "them, before it."
         )

@@ -17,6 +17,7 @@ from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
 from batchnorm.torch import checks
 from batchnorm.torch.namespace import XP
+from batchnorm.torch.unmoved import write_all
 
 __all__ = ["BatchNorm"]
 
@@ -136,8 +137,8 @@ class BatchNorm:
         Args:
             input: `(N, *input_shape)`, floating; N at least 2 in training.
             training: normalize by the batch and update the running statistics, or by the latter.
-            mask: bool or integer of shape `(N,)`, or input's rank with sizes of input or 1;
-                non-zero marks real rows (S1).
+            mask: bool, or integer with 1 at real rows and 0 at padding, of shape `(N,)` or of
+                input's rank with sizes of input or 1 (S1).
             **ignored: for networks that hand the same arguments to every layer.
 
         Returns:
@@ -150,6 +151,9 @@ class BatchNorm:
         """
         self._pass = None  # backward must never see an older pass
         layout = self._check_forward(input, training)
+        if training:
+            for name in ("running_mean", "running_var"):
+                checks.check_writable(_OWNER, name, getattr(self, name))
         work = torch.float64 if input.dtype == torch.float64 else torch.float32
         mask = checks.to_boolean(checks.check_mask(_OWNER, mask, input.device))
         # Copies: an optimizer's step or an in-place operation must not reach into backward.
@@ -165,15 +169,15 @@ class BatchNorm:
         options, settings = self._options(), _SETTINGS
         result: Outcome | Tensor
         if training:
-            result = forward_batch(inputs, running, layout, options, **settings)
-            assert result.running is not None
-            self.running_mean.copy_(result.running.mean)
-            self.running_var.copy_(result.running.var)
-            inputs, y = inputs._replace(x=None), result.y
+            result = outcome = forward_batch(inputs, running, layout, options, **settings)
+            inputs, y, moved = inputs._replace(x=None), outcome.y.to(input.dtype), outcome.running
+            assert moved is not None
+            write_all([(self.running_mean, moved.mean), (self.running_var, moved.var)])
         else:
-            result = y = forward_running(inputs, running, layout, options, **settings)
+            wide: Tensor = forward_running(inputs, running, layout, options, **settings)
+            result, y = wide, wide.to(input.dtype)
         self._pass = _Pass(inputs, result, running, layout, input.dtype)
-        return y.to(input.dtype)
+        return y
 
     @torch.no_grad()
     def backward(self, dCdy: Tensor, **ignored: Any) -> Tensor:

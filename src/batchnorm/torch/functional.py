@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from batchnorm.core import config
 from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
@@ -19,7 +20,14 @@ from batchnorm.torch.synchronize import Synchronizer, find_synchronizer, partici
 
 __all__ = ["RenormStatistics", "batch_norm"]
 
-_STATISTICS = ("running_mean", "running_var", "", "running_stddev", *("renorm statistics",) * 2)
+_BATCHES = "num_batches_tracked"
+_STATISTICS = (
+    "running_mean",
+    "running_var",
+    _BATCHES,
+    "running_stddev",
+    *("renorm statistics",) * 2,
+)
 
 
 class RenormStatistics(NamedTuple):
@@ -31,7 +39,7 @@ class RenormStatistics(NamedTuple):
 
 
 def batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -53,12 +61,12 @@ def batch_norm(
     synchronized: bool = False,
     process_group: Any = None,
 ) -> Tensor:
-    """Normalize x over every axis that is not a channel axis, over real rows only.
+    """Normalize the input x over every axis that is not a channel axis, over real rows only.
 
     Follows `torch.nn.functional.batch_norm`, argument by argument, up to `eps`.
 
     Args:
-        x: float16, bfloat16, float32 or float64, of any shape with `axis`; `(N, C, ...)` by
+        input: x, float16, bfloat16, float32 or float64, of any shape with `axis`; `(N, C, ...)` by
             default. Jagged nested tensors too, with `axis` not the ragged one.
         running_mean: `(C,)` (several axes: their sizes, like `(A, B)`), updated in place in
             training, or None.
@@ -68,9 +76,10 @@ def batch_norm(
         training: normalize by the batch's statistics and update the running ones.
         momentum: weight of the *new* value, between 0 and 1, as in torch (1 - decay).
         eps: added to the variance, at least 0.
-        mask: bool or integer, non-zero marks real rows, the rest is padding: x's shape without
-            its channel axes, a prefix of that such as `(N,)`, or x's rank with sizes of x or 1
-            (S1). Padding does not enter the statistics or any gradient (S5, S8).
+        mask: bool, or integer with 1 at real rows and 0 at padding: x's shape without its
+            channel axes, a prefix of that such as `(N,)`, or x's rank with sizes of x or 1 (S1).
+            Padding does not enter the statistics or any gradient (S5, S8). In traced code and on
+            a GPU any integer but 0 means real; eager CPU code takes 0 and 1 only.
         axis: channel axis or axes, in any order.
         virtual_batch_size: samples of one ghost batch; training only (S12).
         renorm: statistics of batch renormalization; asks for it in training (S11).
@@ -129,7 +138,7 @@ def batch_norm(
     elif renorm is not None:
         raise ValueError(f"{owner}: renorm needs running_mean and running_var; got None.")
     return normalize(
-        checks.check_input(owner, x),
+        checks.check_input(owner, input),
         mask,
         Parameters(weight, bias),
         residual,
@@ -227,25 +236,38 @@ def _check_shapes(
 ) -> None:
     channels = layout.channels
     for name, a in (("weight", parameters.weight), ("bias", parameters.bias)):
-        if a is not None and a.shape != channels:
-            check_per_channel(owner, name, a, layout)
+        if a is not None:
+            if a.shape != channels:
+                check_per_channel(owner, name, a, layout)
+            if type(a) is not Parameter or a.dtype is not x.dtype or a.layout is not torch.strided:
+                checks.check_parameter(owner, name, a)
     if running is not None:
+        update = mode.update and not torch.compiler.is_compiling()
         for name, a in zip(_STATISTICS, running, strict=True):
-            if a is not None and name:
-                if a.shape != channels:
-                    check_per_channel(owner, name, a, layout)
+            if a is None:
+                continue
+            if name is not _BATCHES and (
+                a.shape != channels
+                or a.dtype not in checks.FLOATING
+                or a.requires_grad
+                or type(a) is not Tensor
+                or a.layout is not torch.strided
+            ):
+                check_per_channel(owner, name, a, layout)
                 checks.check_statistic(owner, name, a)
+            if update and a.is_inference():
+                checks.check_writable(owner, name, a)
     if residual is not None:
         checks.check_residual(owner, residual, x)
-    if (
-        mode.own_statistics
-        and mask is None
-        and layout.groups is None
-        and (synchronizer is None or not mode.training)
-        and count_values(layout) == 1
-    ):
+    alone = mode.own_statistics and (synchronizer is None or not mode.training)
+    if alone and mask is None and layout.groups is None:
+        _check_count(owner, layout)
+
+
+def _check_count(owner: str, layout: Layout) -> None:
+    if count_values(layout) == 1:
         raise ValueError(
             f"{owner}: training needs more than 1 value per channel; got an input of shape "
-            f"{tuple(x.shape)} with channel axes {layout.channel_axes}. Use a larger batch, "
+            f"{layout.shape} with channel axes {layout.channel_axes}. Use a larger batch, "
             "evaluation mode, or a mask."
         )

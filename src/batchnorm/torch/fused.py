@@ -19,6 +19,7 @@ from batchnorm.core import config
 from batchnorm.core.running import Running
 from batchnorm.torch.prepared import (
     Prepared,
+    empty_output,
     has_memory,
     is_plain,
     like,
@@ -38,6 +39,7 @@ from batchnorm.torch.steps import (
     forward,
 )
 from batchnorm.torch.synchronize import Participation
+from batchnorm.torch.unmoved import unmoved_on_failure
 
 __all__ = [
     "Prepared",
@@ -109,12 +111,34 @@ def run(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _apply(x, weight, bias, residual, call)
-    return forward(call, x, weight, bias, residual)[0]
+        if call.options.activation is not None and _has_hooks(True) is not None:
+            y = _run_before_hooks(call, x, weight, bias, residual)
+        else:
+            # What autograd refuses to save it refuses before the kernels move statistics (S9).
+            y = _apply(x, weight, bias, residual, call)
+            forward(call, x, weight, bias, residual, y)
+        # Running statistics have served their turn, and may move before the backward pass.
+        call.running = call.mask = call.history = None
+    else:
+        y = empty_output(x, call.prepared)
+        forward(call, x, weight, bias, residual, y)
+    return y
+
+
+def _run_before_hooks(
+    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """The same where hooks on saved tensors, which may raise, take y as soon as it is recorded."""
+    y = empty_output(x, call.prepared)
+    with unmoved_on_failure(call.running if call.update else None):
+        forward(call, x, weight, bias, residual, y)
+        call.y = y
+        recorded: Tensor = _apply(x, weight, bias, residual, call)
+    return recorded
 
 
 class _Fused(torch.autograd.Function):
-    """The kernels' forward and backward step."""
+    """The kernels' step for autograd; `run` fills y."""
 
     @staticmethod
     def forward(
@@ -125,12 +149,11 @@ class _Fused(torch.autograd.Function):
         residual: Tensor | None,
         call: Call,
     ) -> Tensor:
-        y, ctx.kept = forward(call, x, weight, bias, residual)
+        y = empty_output(x, call.prepared) if call.y is None else call.y
+        call.y = None
         ctx.save_for_backward(x, weight, call.mask, None if call.options.activation is None else y)
         ctx.memory = _memory(x, call.mask, y)
         ctx.renorm, ctx.bias_type = call.renorm, None if bias is None else bias.dtype
-        # Running statistics have served their turn, and may move before the backward pass.
-        call.running = call.mask = call.history = None
         ctx.call = call
         return y
 
@@ -156,7 +179,7 @@ class _Fused(torch.autograd.Function):
             wants_residual and gated,
         )
         dy = like(dy, x, ctx.call.prepared)
-        found = backward(ctx.call, dy, x, y, mask, ctx.kept, wanted)
+        found = backward(ctx.call, dy, x, y, mask, ctx.call.kept, wanted)
         return (*found[:3], dy if wants_residual and not gated else found[3], None)
 
 
@@ -171,3 +194,5 @@ def _memory(x: Tensor, mask: Tensor | None, y: Tensor | None) -> tuple[Any, ...]
 # Function.apply without its search for functorch's wrappers, which `is_plain` has ruled out: that
 # takes as long as the kernel on a small tensor.
 _apply: Any = super(torch.autograd.Function, _Fused).apply
+
+_has_hooks = torch._C._autograd._top_saved_tensors_default_hooks

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from batchnorm.core.layout import normalize_axis
+from batchnorm.torch import checks
+from batchnorm.torch.unmoved import unmoved_on_failure
 
 
 class _Packed(NamedTuple):
@@ -24,6 +26,7 @@ def normalize_values(
     residual: Any,
     *,
     axis: int | tuple[int, ...],
+    running: Any,
     options: Any,
     adjustment: Any,
     mode: Any,
@@ -38,6 +41,7 @@ def normalize_values(
         mask: None, jagged like x without its channel axes, or `(N,)` for whole samples.
         residual: None, or jagged like x.
         axis: of x; not the batch axis nor the ragged one.
+        running: as in the dense function.
         options: without ghost batches in training.
         adjustment: None in training.
         mode: as in the dense function.
@@ -55,18 +59,23 @@ def normalize_values(
     axes = normalize_axis(owner, axis, x.dim())
     check_axes(owner, axes, x)
     packed, ragged = _pack(x), x._ragged_idx
-    y = normalize(
-        packed.values,
-        _mask_values(owner, mask, packed, ragged),
-        residual=None if residual is None else _values_like(owner, "residual", residual, packed),
-        axis=tuple(a - 1 for a in axes),
-        options=options,
-        adjustment=None,
-        mode=mode,
-        owner=owner,
-        **rest,
-    )
-    return torch.nested.nested_tensor_from_jagged(y, packed.offsets, jagged_dim=ragged)
+    if residual is not None:
+        residual = _values_like(owner, "residual", residual, packed)
+    written = running if mode.update and not torch.compiler.is_compiling() else None
+    with unmoved_on_failure(written):  # wrapping y may fail too
+        y = normalize(
+            packed.values,
+            _mask_values(owner, mask, packed, ragged),
+            residual=residual,
+            running=running,
+            axis=tuple(a - 1 for a in axes),
+            options=options,
+            adjustment=None,
+            mode=mode,
+            owner=owner,
+            **rest,
+        )
+        return torch.nested.nested_tensor_from_jagged(y, packed.offsets, jagged_dim=ragged)
 
 
 def real_values(owner: str, x: Any, mask: Any) -> tuple[Tensor, Any]:
@@ -112,6 +121,7 @@ def _mask_values(owner: str, mask: Any, x: _Packed, ragged: int) -> Any:
             f"{owner}: the mask of a jagged x must be jagged like x without its channel axes, or "
             f"have shape ({samples},) for whole samples; got {tuple(mask.shape)}."
         )
+    mask = checks.check_mask(owner, mask, x.values.device)
     rows = torch.repeat_interleave(mask, x.offsets.diff(), output_size=x.values.shape[ragged - 1])
     return rows.reshape([-1 if a == ragged - 1 else 1 for a in range(x.values.dim())])
 

@@ -15,10 +15,11 @@ from batchnorm.core import config
 from batchnorm.core.layout import check_axis, normalize_axis
 from batchnorm.torch import checks, jagged, masking
 from batchnorm.torch.functional import normalize
+from batchnorm.torch.graphs import trace_call
 from batchnorm.torch.masking import ambient_mask
 from batchnorm.torch.paths import Mode, Parameters
 from batchnorm.torch.runtime import recomputation_flag
-from batchnorm.torch.shortcut import Shortcut, find_shortcut
+from batchnorm.torch.shortcut import Memory
 from batchnorm.torch.statistics import RunningStatistics
 from batchnorm.torch.synchronize import Synchronizer, check_group
 
@@ -39,11 +40,11 @@ class BatchNorm(RunningStatistics):
             the cumulative average.
         affine: learn weight (gamma) and, with `bias`, bias (beta).
         track_running_stats: keep running statistics; without them evaluation uses the batch's.
-        axis: channel axis or axes of the input.
-        bias: learn beta, if affine.
         device: of parameters and buffers.
         dtype: of weight and bias. Running statistics are float32 or wider (S16), and stay so
             when the model is cast to half or bfloat16.
+        axis: channel axis or axes of the input.
+        bias: learn beta, if affine.
         virtual_batch_size: samples of one ghost batch, which must divide the batch in training
             (S12).
         renorm: batch renormalization (S11); needs running statistics.
@@ -73,8 +74,6 @@ class BatchNorm(RunningStatistics):
     torch.Size([8, 3, 5])
     """
 
-    _shortcut: Shortcut | None = None
-
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -82,11 +81,11 @@ class BatchNorm(RunningStatistics):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         *,
         axis: int | tuple[int, ...] = 1,
         bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
         virtual_batch_size: int | None = None,
         renorm: bool = False,
         renorm_clipping: Mapping[str, float] | None = None,
@@ -159,6 +158,7 @@ class BatchNorm(RunningStatistics):
             self._synchronizer.enlist()
         self.frozen = False
         self._masked_by_context = False
+        self._memory = Memory()
         if self.renorm is not None and self.running_mean is None:
             raise ValueError(
                 f"{owner}: renorm=True compares with running statistics and needs "
@@ -167,16 +167,16 @@ class BatchNorm(RunningStatistics):
         self._prepare_statistics()
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+        self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """Normalize x.
+        """Normalize the input x.
 
         Args:
-            x: floating, of a rank that has the channel axes, `(N, C, ...)` by default; or
+            input: x, floating, of a rank that has the channel axes, `(N, C, ...)` by default; or
                 jagged.
-            mask: bool or integer, non-zero marks real rows: x's shape without its channel axes,
-                a prefix of that, or x's rank with sizes of x or 1 (S1). None takes the one of
-                `padding_mask`, if any.
+            mask: bool, or integer with 1 at real rows and 0 at padding: x's shape without its
+                channel axes, a prefix of that, or x's rank with sizes of x or 1 (S1). None takes
+                the one of `padding_mask`, if any.
             residual: added before the activation, of x's shape (S18).
 
         Returns:
@@ -187,12 +187,13 @@ class BatchNorm(RunningStatistics):
             ValueError: shapes that do not fit; a single value per channel in training. State is
                 unchanged then.
         """
+        x = input
         if isinstance(x, Proxy):  # torch.fx takes torch's own modules for leaves, and this one
-            path = x.tracer.path_of_module(self)
-            return x.tracer.create_proxy("call_module", path, (x, mask, residual), {})
+            return trace_call(self, x, {"mask": mask, "residual": residual})
         alone = mask is None and residual is None and not torch.compiler.is_compiling()
-        if alone and self._shortcut is not None:
-            y = self._shortcut.repeat(self, x)
+        key = self._memory.find_key(self, x) if alone else None
+        if key is not None:
+            y = self._memory.repeat(self, x, key)
             if y is not None:
                 return y
         owner = type(self).__name__
@@ -225,8 +226,8 @@ class BatchNorm(RunningStatistics):
             owner=owner,
             synchronizer=self._synchronizer if self.synchronized else None,
         )
-        if alone and mask is None:
-            self.__dict__["_shortcut"] = find_shortcut(self, x, options)
+        if key is not None and mask is None:
+            self._memory.learn(self, x, key, options)
         return y
 
     @property
@@ -243,9 +244,21 @@ class BatchNorm(RunningStatistics):
         """Set the name by which ranks tell synchronized layers apart: the same on all of them."""
         self._synchronizer.name = name
 
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks a module for before it compiles it."""
+        raise TypeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile this layer. Before it, fold "
+            "the layer into its neighbours (batchnorm.tools.fold) or put torch's back "
+            "(batchnorm.torch.revert_batchnorm); or use torch.jit.trace or torch.export."
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        """All but what is found anew."""
-        return {name: value for name, value in self.__dict__.items() if name != "_shortcut"}
+        """All but what a copy learns by itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_memory"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._memory = Memory()
 
     def freeze(self) -> BatchNorm:
         """Normalize by the running statistics, and leave them alone, in training too (S15).

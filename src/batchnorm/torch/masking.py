@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batchnorm.torch import checks
 
-__all__ = ["padding_mask"]
+__all__ = ["padding_mask", "sequence_mask"]
 
 _OWNER = "padding_mask"
 _RULES = (None, "any", "all")
@@ -54,9 +54,9 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
     """Give `mask` to every batchnorm layer that runs inside the `with` block.
 
     Args:
-        mask: bool or integer, non-zero marks real positions: `(N,)` for whole samples, or
-            `(N, *spatial)` at the resolution of the model's input. None switches an outer
-            `padding_mask` off.
+        mask: bool, or integer with 1 at real positions and 0 at padding: `(N,)` for whole
+            samples, or `(N, *spatial)` at the resolution of the model's input. None switches an
+            outer `padding_mask` off.
         rescale: how a layer at a coarser resolution sees a block of positions that is partly
             padding: "any" (real if one is), "all" (real if all are), or None, which raises.
 
@@ -72,8 +72,8 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
 
     Raises:
         TypeError: a mask that is neither boolean nor integer.
-        ValueError: a scalar mask, or an unknown rule; from a layer: sizes that do not fit, or a
-            block of real and padded positions without a rule for it.
+        ValueError: a scalar mask, one of other integers, or an unknown rule; from a layer: sizes
+            that do not fit, or a block of real and padded positions without a rule for it.
 
     Source: S1, S5.
 
@@ -100,6 +100,33 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
             ambient.active = False
         _usage.add(-1)
         _current.reset(token)
+
+
+def sequence_mask(lengths: Tensor, size: int) -> Tensor:
+    """Mark the first `lengths` of `size` positions, as masks of samples padded at the end do.
+
+    Args:
+        lengths: of any integer type and any shape `(...)`, each between 0 and `size`; `(N,)` for
+            a batch of sequences.
+        size: number of positions, at least 0.
+
+    Returns:
+        bool of shape `(..., size)` on the device of `lengths`, True at positions below the length.
+
+    Raises:
+        TypeError: lengths that are no tensor of integers, or a size that is no int.
+        ValueError: a negative size; a length that is not between 0 and `size`, where values can
+            be read at once: in traced code and on a GPU such lengths count as 0 or `size`.
+
+    Source: S1.
+
+    >>> sequence_mask(torch.tensor([1, 3]), 3).int().tolist()
+    [[1, 0, 0], [1, 1, 1]]
+    """
+    owner = "sequence_mask"
+    checks.check_size(owner, size)
+    wide = checks.check_lengths(owner, lengths, size)
+    return torch.arange(size, device=wide.device) < wide.unsqueeze(-1)
 
 
 def in_use() -> bool:

@@ -19,7 +19,7 @@ from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.torch import steps
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.prepared import Prepared, like, prepare
+from batchnorm.torch.prepared import Prepared, empty_output, like, prepare
 
 __all__ = ["step"]
 
@@ -118,7 +118,9 @@ def _step(
         residual=residual is not None,
         history=None,
     )
-    y, kept = steps.forward(call, there, weight, bias, residual)
+    y = empty_output(there, prepared)
+    steps.forward(call, there, weight, bias, residual, y)
+    kept = call.kept
     # This step has not written these, and no operator may return what nobody has written.
     for name in ("r", "d") if batch else ("low", "var", "r", "d"):
         passes.row(kept, name).zero_()

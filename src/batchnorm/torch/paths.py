@@ -19,6 +19,7 @@ from batchnorm.torch.prepared import NAMES, choose
 from batchnorm.torch.rank_merge import RankMerge
 from batchnorm.torch.runtime import StepHistory, recomputation_flag, snapshot, untraced
 from batchnorm.torch.synchronize import Participation
+from batchnorm.torch.unmoved import write_all
 
 _history = StepHistory()
 
@@ -147,7 +148,7 @@ def _refuse_operator(job: Job, demanded: bool) -> str | None:
     return (
         _refuse_residual(job)
         or kernels.refuse_parameters(parameters)
-        or kernels.refuse_tensors(x, (mask, *parameters, residual), running, traced=True)
+        or kernels.refuse_tensors(x, (x, mask, *parameters, residual), running, traced=True)
         or _choose(x.device.type, NAMES[x.dtype], job.adjustment is not None, per_channel, demanded)
     )
 
@@ -188,7 +189,7 @@ def by_array(job: Job) -> Tensor:
         t=checks.check_adjusted(owner, "bias", t, x, work),
     )
     if job.mode.own_statistics or job.running is None:
-        return _by_batch(job, inputs).to(x.dtype)
+        return _by_batch(job, inputs)
     if not torch.is_grad_enabled():
         inputs = inputs._replace(mask=None)  # it matters to gradients only
     running = _in(job.running, work)
@@ -203,7 +204,7 @@ def _by_batch(job: Job, inputs: Inputs) -> Tensor:
         return forward_batch(inputs, statistics, layout, options, owner=owner, xp=XP, merge=merge)
 
     if running is None:
-        return forward(None).y
+        return forward(None).y.to(job.x.dtype)
     before = _in(_before_step(running, layout, options), inputs.x.dtype)
     remembers = options.renorm is not None and not torch.compiler.is_compiling()
     again = remembers and recomputation_flag(inputs.x) is True
@@ -215,9 +216,10 @@ def _by_batch(job: Job, inputs: Inputs) -> Tensor:
     outcome = forward(before)
     if remembers and not again:
         _history.record(running.renorm_mean, outcome.moments, before)
-    if job.mode.update:
+    y = outcome.y.to(job.x.dtype)
+    if job.mode.update:  # last, since a call that fails moves nothing (S9)
         _store(running, outcome.running, inputs.x)
-    return outcome.y
+    return y
 
 
 def _before_step(running: Running, layout: Layout, options: config.Options) -> Running:
@@ -243,10 +245,14 @@ def _store(running: Running, new: Running | None, x: Tensor) -> None:
     if again is True:
         return
     assert new is not None
-    for old, value in zip(running, new, strict=True):
-        if old is not None:
-            value = value.to(old.dtype)
+    values = (
+        (old, v.to(old.dtype)) for old, v in zip(running, new, strict=True) if old is not None
+    )
+    if torch.compiler.is_compiling():
+        for old, value in values:
             old.copy_(value if again is None else torch.where(again, old, value))
+    else:
+        write_all(values)
 
 
 def _cast(a: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -16,6 +16,7 @@ from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.kernels.select import Choice, select_kernel, triton_status
+from batchnorm.torch.runtime import untraced
 
 NAMES = {
     torch.float16: "float16",
@@ -196,6 +197,7 @@ def _strides_in(
     return tuple(found)
 
 
+@untraced
 def is_plain(x: Tensor) -> bool:
     """Whether x, and the moment, are such that its memory may be touched directly."""
     return (
@@ -233,18 +235,18 @@ def refuse_parameters(parameters: Sequence[Tensor | None]) -> str | None:
 def refuse_tensors(
     x: Tensor, tensors: Sequence[Tensor | None], running: Running | None, *, traced: bool = False
 ) -> str | None:
-    """What the kernels that serve x have against x and these tensors, or None.
+    """What the kernels that serve x have against these tensors, or None.
 
     `traced`: they are of a graph, whose operators get lazily negated tensors resolved.
     """
-    device = x.device
-    for a in (x, *tensors):
+    device, cpu = x.device, x.is_cpu  # the latter is asked in half the time
+    for a in tensors:
         if a is None:
             continue
-        if not (a.device == device and type(a) in _PLAIN):
+        if not ((a.is_cpu if cpu else a.device == device) and type(a) in _PLAIN):
             return f"there is none for a {type(a).__name__} on device {a.device}"
-        if not traced and a.is_neg():
-            return "it reads memory, where a lazily negated tensor holds other values"
+        if not traced and (a.is_neg() or a._is_zerotensor()):
+            return "it reads memory, where a lazily computed tensor holds other values, or none"
     if running is None:
         return None
     dtype = running.mean.dtype
@@ -252,16 +254,22 @@ def refuse_tensors(
         return f"it keeps float32 or float64 statistics, and got {dtype}"
     for a in (running.mean, running.var, *running[3:]):
         if a is not None and not (
-            a.device == device
+            (a.is_cpu if cpu else a.device == device)
             and type(a) in _PLAIN
             and a.dtype is dtype
             and a.is_contiguous()
-            and (traced or not a.is_neg())
+            and (traced or not (a.is_neg() or a._is_zerotensor()))
         ):
             return f"it takes contiguous running statistics of one type, on {device}"
-    batches = running.batches
-    if batches is not None and not (batches.device == device and batches.dtype is torch.int64):
-        return f"it counts batches in int64 on {device}, and got {batches.dtype}"
+    a = running.batches
+    if a is not None and not (
+        (a.is_cpu if cpu else a.device == device)
+        and type(a) in _PLAIN
+        and a.dtype is torch.int64
+        and a.numel() == 1
+        and (traced or not a.is_neg())
+    ):
+        return f"it counts batches in one int64 on {device}, and got {a.dtype}"
     return None
 
 

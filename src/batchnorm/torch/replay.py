@@ -63,7 +63,7 @@ def _replay(
     layout, options = call.prepared.layout, call.options
 
     def row(name: str) -> Tensor:
-        values = passes.row(ctx.kept, name)
+        values = passes.row(call.kept, name)
         return values.to(x.dtype, copy=True).reshape(layout.statistics)
 
     affine = Affine(gamma=layout.expand(None if weight is None else weight.to(x.dtype), XP))
@@ -75,7 +75,7 @@ def _replay(
     split, real = layout.split(x, XP), layout.split(mask, XP)
     centred = centre(split, real, layout.reduced, eps=options.eps, xp=XP)
     if call.part is not None:
-        merge = RankMerge(call.part, options.eps, moments_of_kernel(passes, ctx.kept))
+        merge = RankMerge(call.part, options.eps, moments_of_kernel(passes, call.kept))
         centred = recentre(split, real, merge.moments(centred), XP)
     # Where a group is empty all its rows are padding, whose values no gradient depends on.
     fallback = (torch.zeros_like(centred.power), torch.ones_like(centred.power))

@@ -1,4 +1,4 @@
-"""A layer's last call, repeated without its checks while nothing that they look at has changed.
+"""A layer's latest calls, repeated without their checks while nothing that these look at changes.
 
 A step on a small tensor is a matter of microseconds, most of which would go into checks.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from batchnorm.core import config
 from batchnorm.core.running import Running
 from batchnorm.torch import compiled, fused, masking, steps
-from batchnorm.torch.runtime import untraced
+from batchnorm.torch.runtime import in_backward, untraced
 
 if TYPE_CHECKING:
     from batchnorm.torch.layers import BatchNorm
@@ -53,8 +52,59 @@ def _state(layer: BatchNorm) -> tuple[Tensor | None, ...] | None:
         return None
 
 
-def _no_shortcut() -> None:
-    return None
+class Memory:
+    """The inputs that a layer has seen lately, and shortcuts for those that come again.
+
+    A shortcut takes time to make, so that an input must come twice, and after a shortcut that
+    was of no use more often.
+    """
+
+    _INPUTS = 8  # kinds of input that are remembered: all are forgotten when there are more
+    _MOST = 64  # calls that an input is waited for at most
+
+    __slots__ = ("_known", "_patience")
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Shortcut | int] = {}  # or how often the input must come yet
+        self._patience = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled layer begins anew."""
+        return Memory, ()
+
+    @untraced
+    def find_key(self, layer: BatchNorm, x: Tensor) -> Any:
+        """The kind of input that x is; None where no shortcut leads."""
+        if not fused.is_plain(x) or masking.in_use() or layer._masked_by_context or in_backward():
+            return None
+        return x.shape, x.stride(), x.dtype, layer.training, x.is_cpu
+
+    @untraced
+    def repeat(self, layer: BatchNorm, x: Tensor, key: Any) -> Tensor | None:
+        """y by the shortcut for inputs of this kind, or None."""
+        shortcut = self._known.get(key)
+        if type(shortcut) is not Shortcut:
+            return None
+        y: Tensor | None = shortcut.repeat(layer, x)
+        if y is None:
+            self._patience = min(2 * self._patience, self._MOST)
+            self._known[key] = self._patience
+        return y
+
+    def learn(self, layer: BatchNorm, x: Tensor, key: Any, options: config.Options) -> None:
+        """Remember an input of this kind that has just gone the whole way."""
+        known = self._known
+        left = known.get(key)
+        if left is None:
+            if len(known) >= self._INPUTS:
+                known.clear()
+            known[key] = self._patience
+        elif isinstance(left, Shortcut):
+            return
+        elif left > 1:
+            known[key] = left - 1
+        else:
+            known[key] = find_shortcut(layer, x, options) or self._MOST
 
 
 class Shortcut:
@@ -63,10 +113,10 @@ class Shortcut:
     __slots__ = (
         "addresses",
         "batch",
-        "input",
         "options",
         "prepared",
         "running",
+        "seen",
         "settings",
         "tensors",
         "update",
@@ -75,7 +125,6 @@ class Shortcut:
     def __init__(
         self,
         layer: BatchNorm,
-        x: Tensor,
         state: tuple[Tensor | None, ...],
         prepared: fused.Prepared,
         options: config.Options,
@@ -84,39 +133,30 @@ class Shortcut:
     ) -> None:
         weight, bias, *statistics = state
         self.settings = _settings(layer)
-        self.input = (x.shape, x.stride(), x.dtype)
         # What may change about a tensor that stays the same object.
-        self.tensors = [(a, None if a is None else (a.data_ptr(), a.dtype, a.shape)) for a in state]
+        self.seen = [(a, (a.data_ptr(), a.dtype, a.shape)) for a in state if a is not None]
+        self.tensors = state
         self.running = None if statistics[0] is None else Running(*statistics)
         self.addresses = compiled.find_state(weight, bias, self.running)
         self.prepared, self.options = prepared, options
         self.batch, self.update = batch, update
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or pickled layer finds its own."""
-        return _no_shortcut, ()
-
-    @untraced
     def repeat(self, layer: BatchNorm, x: Tensor) -> Tensor | None:
-        """y, or None if anything is not as it was."""
-        if (
-            not fused.is_plain(x)
-            or not x.is_cpu
-            or (x.shape, x.stride(), x.dtype) != self.input
-            or _settings(layer) != self.settings
-            or masking.in_use()
-            or layer._masked_by_context
-            or torch._C._current_graph_task_id() != -1
-        ):
+        """y for an input of the same kind, or None if anything else is not as it was."""
+        if _settings(layer) != self.settings:
             return None
         state = _state(layer)
         if state is None:
             return None
-        for a, (kept, seen) in zip(state, self.tensors, strict=True):
+        for a, kept in zip(state, self.tensors, strict=True):
             if a is not kept:
                 return None
-            if a is not None and (
-                (a.data_ptr(), a.dtype, a.shape) != seen or not a.is_contiguous()
+        for a, seen in self.seen:
+            if (
+                (a.data_ptr(), a.dtype, a.shape) != seen
+                or a.is_neg()
+                or not a.is_contiguous()
+                or (a.requires_grad and a is not state[0] and a is not state[1])
             ):
                 return None
         call = steps.Call(
@@ -154,8 +194,8 @@ def find_shortcut(layer: BatchNorm, x: Tensor, options: config.Options) -> Short
         options.activation,
         None,
     )
-    weight, bias, mean, var, batches = state
-    running = None if mean is None else Running(mean, var, batches)
+    weight, bias, *statistics = state
+    running = None if statistics[0] is None else Running(*statistics)
     if (
         prepared.kernel != "cpu"
         or prepared.plan is None
@@ -164,6 +204,8 @@ def find_shortcut(layer: BatchNorm, x: Tensor, options: config.Options) -> Short
         return None
     if any(a is not None and not a.is_contiguous() for a in (weight, bias)):
         return None
+    if any(a is not None and (a.requires_grad or a.is_inference()) for a in statistics):
+        return None
     batch = training or running is None
     update = training and running is not None and layer.track_running_stats
-    return Shortcut(layer, x, state, prepared, options, batch, update)
+    return Shortcut(layer, state, prepared, options, batch, update)

@@ -19,6 +19,7 @@ from batchnorm.torch.kernel_merge import merge_kept, total_of_kernel
 from batchnorm.torch.prepared import Prepared, empty_output, like, rearrange
 from batchnorm.torch.runtime import StepHistory
 from batchnorm.torch.synchronize import Participation
+from batchnorm.torch.unmoved import unmoved_on_failure
 
 __all__ = ["Call", "Wanted", "arrange", "backward", "find_moments", "find_passes", "forward"]
 
@@ -29,6 +30,7 @@ class Call:
     __slots__ = (
         "batch",
         "history",
+        "kept",
         "mask",
         "options",
         "part",
@@ -37,6 +39,7 @@ class Call:
         "running",
         "state",
         "update",
+        "y",
     )
 
     def __init__(
@@ -62,6 +65,8 @@ class Call:
         self.residual = residual  # one is added before the activation
         self.history = history  # where a step with renormalization is remembered, or None
         self.part = part  # of a call whose statistics are merged with other ranks'
+        self.y: Tensor | None = None  # if it is filled before autograd records it
+        self.kept: Any = None  # what the kernels keep for the backward step
 
     @property
     def renorm(self) -> bool:
@@ -109,25 +114,39 @@ def arrange(
 
 
 def forward(
-    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-) -> tuple[Tensor, Any]:
-    """y, and what the kernels keep for the backward step."""
-    prepared, running = call.prepared, call.running
-    y = empty_output(x, prepared)
-    before = None
-    if call.history is not None:
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Fill y and `call.kept`, and move the running statistics, unless it fails (S9)."""
+    running, history = call.running, call.history
+    if history is None:
+        _fill(call, x, weight, bias, residual, y)
+    else:
         assert running is not None
         before = Running(*(None if a is None else a.clone() for a in running))
+        with unmoved_on_failure(running if call.update else None):
+            _fill(call, x, weight, bias, residual, y)
+            history.record(running.renorm_mean, _moments(call, call.kept), before)
+
+
+def _fill(
+    call: Call,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+) -> None:
     merged = None if call.part is None else _find_kept(call, x)
-    kept = find_passes(prepared).forward(call, x, weight, bias, residual, y, merged)
-    if call.update:
-        assert running is not None
-        increment_version([a for a in running if a is not None])
-    if before is not None:
-        assert call.history is not None
-        assert running is not None
-        call.history.record(running.renorm_mean, _moments(call, kept), before)
-    return y, kept
+    if call.update:  # first, since some tensors may not be written
+        assert call.running is not None
+        increment_version([a for a in call.running if a is not None])
+    passes = find_passes(call.prepared)
+    call.kept = passes.forward(call, x, weight, bias, residual, y, merged)
 
 
 class Wanted(NamedTuple):

@@ -1,0 +1,49 @@
+"""Layers in graphs of torch.fx: calls of modules, with arguments that torch's layers lack."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node, Proxy
+
+_ARGUMENTS = ("input", "mask", "residual")
+
+
+def trace_call(layer: nn.Module, x: Proxy, given: Mapping[str, Any]) -> Proxy:
+    """The call of a layer in a graph: of x alone, as of torch's, where nothing else is given."""
+    tracer: Any = x.tracer
+    kwargs = {name: a for name, a in given.items() if a is not None}
+    call: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), kwargs)
+    return call
+
+
+def keep_first_argument(owner: str, module: nn.Module, layers: Collection[nn.Module]) -> None:
+    """Make every graph inside `module` call these layers with x alone, as torch's are called.
+
+    Raises:
+        ValueError: a graph passes a mask or a residual. No graph is changed then.
+    """
+    found: dict[GraphModule, list[tuple[Node, Any]]] = {}
+    for graph in module.modules():
+        if isinstance(graph, GraphModule):
+            for node in graph.graph.find_nodes(op="call_module"):
+                if graph.get_submodule(str(node.target)) in layers:
+                    found.setdefault(graph, []).append((node, _only_argument(owner, node)))
+    for graph, calls in found.items():
+        for node, x in calls:
+            node.args, node.kwargs = (x,), {}
+        graph.recompile()
+
+
+def _only_argument(owner: str, node: Node) -> Any:
+    given = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
+    passed = [name for name in _ARGUMENTS[1:] if given.get(name) is not None]
+    if passed:
+        raise ValueError(
+            f"{owner}: the traced graph calls layer {node.target!r} with a {passed[0]}, which "
+            "torch's layer does not take. Revert the model first and trace it then, or leave this "
+            "layer out."
+        )
+    return given["input"]
