@@ -47,7 +47,7 @@ def bench(
         except ValueError as error:
             raise UserError(str(error)) from error
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print(json.dumps(found, indent=2))
     else:
         _print(found)
 

@@ -1,15 +1,22 @@
-"""What goes wrong by the user's doing."""
+"""What goes wrong by the user's doing, and what was found wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["UserError", "needs"]
+__all__ = ["ProblemFound", "UserError", "needs"]
 
 
 class UserError(Exception):
     """A mistake of the user's, in one sentence with its remedy; the command line exits with 2."""
+
+
+class ProblemFound(SystemExit):
+    """The end of an inspection that found something wrong; no other exit has status 1."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
 
 
 @contextmanager

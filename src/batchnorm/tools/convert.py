@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchnorm.tools.checkpoints import DEFAULT_LIMIT, CheckpointError, read_checkpoint
+from batchnorm.tools.checkpoints import (
+    DEFAULT_LIMIT,
+    DEFAULT_SECONDS,
+    CheckpointError,
+    read_checkpoint,
+)
 from batchnorm.tools.checkpoints.writing import FORMATS, Names, format_of, write_checkpoint
 from batchnorm.tools.conventions import Count, convert_variance, count_of
 from batchnorm.tools.state import BatchNormState, Variance
@@ -23,12 +29,14 @@ class Converted:
         names: whose names its arrays have.
         states: its batch norms.
         notes: what is not exact, or was not carried over.
+        left_out: arrays of the source that belong to none of them.
     """
 
     path: Path
     names: Names
     states: list[BatchNormState]
     notes: list[str]
+    left_out: int
 
 
 def convert_checkpoint(
@@ -39,38 +47,38 @@ def convert_checkpoint(
     count: Count = None,
     force: bool = False,
     limit: int = DEFAULT_LIMIT,
+    seconds: float = DEFAULT_SECONDS,
 ) -> Converted:
     """Write the batch norms of a checkpoint in another format, under another library's names.
 
     Args:
         source: of any format that `read_checkpoint` knows.
-        target: ends in .safetensors, .pt, .pth, .msgpack, .weights.h5 or .h5 (Keras 2's layout,
-            which every Keras loads by name).
+        target: another file; ends in .safetensors, .pt, .pth, .msgpack, .weights.h5 or .h5 (Keras
+            2's layout, which every Keras loads by name).
         names: "torch", "flax" (linen's collections), "nnx" or "keras"; None for those that are
             usual for the format: torch in .safetensors and .pt, flax in .msgpack.
         count: values per channel in a training batch, to convert the variance (S10), as in
             `transfer`. Without it the variance is carried as it is, and a note says so.
         force: replace an existing file.
-        limit: as in `read_checkpoint`.
+        limit, seconds: as in `read_checkpoint`.
 
     Returns:
         What was written; read its `notes`.
 
     Raises:
-        CheckpointError: source cannot be read or has no batch norm; target exists, cannot be
-            written, or has a format that cannot have such names.
+        CheckpointError: source cannot be read or has no batch norm; target exists, is the source
+            or within it, cannot be written, or has a format that cannot have such names.
         ImportError: .pt needs torch, .h5 needs h5py.
     """
-    source, target = Path(source), Path(target)
+    source, target = source if source == "-" else Path(source), Path(target)
     allowed = FORMATS[format_of(target)]
     names = names or allowed[0]
     if names not in allowed:
         raise CheckpointError(
             f"{target}: such files can have the names of {', '.join(allowed)}; got {names}."
         )
-    if target.exists() and not force:
-        raise CheckpointError(f"{target}: it exists; force=True (--force) replaces it.")
-    found = read_checkpoint(source, limit=limit)
+    _check_target(target, source, force)
+    found = read_checkpoint(source, limit=limit, seconds=seconds)
     if not found.layers:
         raise CheckpointError(
             f"{source}: it has no batch norm among its {len(found.entries)} arrays."
@@ -80,8 +88,43 @@ def convert_checkpoint(
     for state in found.layers:
         kind: Variance = "biased" if state.renorm is not None else wanted
         states.append(convert_variance(state, kind, count_of(state, count)))
-    write_checkpoint(target, states, names, force=force)
-    return Converted(target, names, states, [*found.notes, *_notes(states, wanted)])
+    try:
+        write_checkpoint(target, states, names, force=force)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: it cannot be written: {error.strerror or error}."
+        ) from error
+    notes = [*found.notes, *_notes(states, wanted)]
+    return Converted(target, names, states, notes, found.others)
+
+
+def _check_target(target: Path, source: str | Path, force: bool) -> None:
+    """Refuse what must not be replaced: the source above all, however it is spelled."""
+    try:
+        there = target.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        there = None  # writing says what is wrong with the folder
+    except OSError as error:
+        raise CheckpointError(f"{target}: it cannot be written: {error.strerror}.") from error
+    if isinstance(source, Path) and source.exists():
+        if there is not None and os.path.samestat(there, source.stat()):
+            raise CheckpointError(
+                f"{target}: it is the source, of which the batch norms alone would be left; give "
+                "the target another name."
+            )
+        if source.is_dir() and _real(source) in _real(target).parents:
+            raise CheckpointError(
+                f"{target}: it lies inside the source, a folder; give it a place elsewhere."
+            )
+    if there is not None and not stat.S_ISREG(there.st_mode):
+        what = "a folder" if stat.S_ISDIR(there.st_mode) else "not a regular file"
+        raise CheckpointError(f"{target}: it is {what}; give the name of a file.")
+    if there is not None and not force:
+        raise CheckpointError(f"{target}: it exists; force=True (--force) replaces it.")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # as resolve(), but a loop of links is no error
 
 
 def _notes(states: list[BatchNormState], wanted: Variance) -> list[str]:

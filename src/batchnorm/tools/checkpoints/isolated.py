@@ -25,21 +25,20 @@ _CHILD = (
     "import sys; sys.path[:] = [place for place in sys.path if place]; "
     "from batchnorm.tools.checkpoints.isolated import main; sys.exit(main(sys.argv[1:]))"
 )
-SECONDS = 120
 _REFUSED = 3  # the exit status that goes with a message
 # Memory of the libraries themselves, and a factor for copies of what is read.
 _BASE, _COPIES = 3 << 30, 3
 
 
-def read_isolated(path: Path, kind: Format, budget: Budget) -> Checkpoint:
+def read_isolated(path: Path, kind: Format, budget: Budget, seconds: float) -> Checkpoint:
     """`read_here` in a child with bounded memory and time."""
     command = [sys.executable, "-c", _CHILD, str(path), kind, str(budget.limit)]
     places = os.pathsep.join(place for place in sys.path if place)
     environment = os.environ | {"PYTHONPATH": places, "MALLOC_ARENA_MAX": "2"}
     try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=environment)
+        done = subprocess.run(command, capture_output=True, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired as error:
-        raise budget.error(f"reading it takes longer than {SECONDS} s.") from error
+        raise budget.error(f"reading it takes longer than {seconds:g} s.") from error
     if done.returncode == _REFUSED:
         raise budget.error(done.stderr.decode(errors="replace").strip())
     if done.returncode != 0:
@@ -63,7 +62,8 @@ def _decode(path: Path, kind: Format, data: bytes) -> Checkpoint:
     layers = serial.unpack(arrays, metadata["layers"])
     found = json.loads(metadata["entries"])
     entries = {name: Entry(tuple(e["shape"]), e["dtype"]) for name, e in found.items()}
-    return Checkpoint(path, kind, entries, layers, json.loads(metadata["notes"]))
+    notes, others = json.loads(metadata["notes"]), int(metadata["others"])
+    return Checkpoint(path, kind, entries, layers, notes, others)
 
 
 def _encode(checkpoint: Checkpoint) -> bytes:
@@ -71,6 +71,7 @@ def _encode(checkpoint: Checkpoint) -> bytes:
     entries = {name: asdict(entry) for name, entry in checkpoint.entries.items()}
     notes = json.dumps(checkpoint.notes)
     metadata = {"layers": layers, "entries": json.dumps(entries), "notes": notes}
+    metadata["others"] = str(checkpoint.others)
     return safetensors.encode(arrays, metadata)
 
 

@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["DEFAULT_LIMIT", "Budget", "CheckpointError", "GuardedFile"]
+__all__ = ["DEFAULT_LIMIT", "DEFAULT_SECONDS", "Budget", "CheckpointError", "GuardedFile"]
 
 DEFAULT_LIMIT = 1 << 30
+DEFAULT_SECONDS = 120.0
 
 _SMALLEST_HEADER = 1 << 16
 _MOST_AXES = 32

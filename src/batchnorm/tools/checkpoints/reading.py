@@ -38,6 +38,7 @@ class Checkpoint:
         entries: shape and type of every array, by its name in the file.
         layers: the batch norms, recognized by name.
         notes: what looked like a batch norm but could not be read.
+        others: how many of the entries belong to none of the layers.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Checkpoint:
     entries: dict[str, Entry]
     layers: list[BatchNormState]
     notes: list[str]
+    others: int = 0
 
 
 def detect(path: Path, budget: Budget) -> Format:
@@ -84,7 +86,9 @@ def read_here(path: Path, kind: Format, budget: Budget) -> Checkpoint:
         with _open(path, kind, budget) as source:
             groups, notes = find_groups(source)
             layers = [make_state(group, source) for group in groups]
-            return Checkpoint(path, kind, dict(source.entries), layers, notes)
+            used = {name for group in groups for name in group.roles.values()}
+            others = len(source.entries) - len(used)
+            return Checkpoint(path, kind, dict(source.entries), layers, notes, others)
     except CheckpointError:
         raise
     except _DAMAGE as error:
