@@ -228,16 +228,40 @@ def test_mistakes_end_with_a_sentence_and_2(arguments: list[str], message: str) 
 
 def test_debug_shows_what_is_behind_a_message() -> None:
     done = runner.invoke(app, ["--debug", "inspect", __file__])
-    assert done.exception is not None
-    assert isinstance(done.exception.__cause__, ValueError)
+    assert done.exit_code == 2
+    assert "Traceback" in done.stderr
+    assert "CheckpointError" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"batchnorm: {__file__}: it is in no known")
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (RuntimeError("a wheel came off"), 70, "this is a bug"),
+        (FileNotFoundError(2, "No such file", "/a/b"), 70, "this is a bug"),
+        (KeyboardInterrupt(), 130, "batchnorm: interrupted"),
+        (MemoryError("8 TiB"), 2, "there is not enough memory: 8 TiB"),
+        (MemoryError(), 2, "there is not enough memory: nothing is left"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory"), 2, "not enough mem"),
+        (BrokenPipeError(32, "Broken pipe"), 141, ""),
+        (OSError(28, "No space left on device"), 3, "standard output cannot be written: No space"),
+        (SystemExit("a sentence"), 2, "batchnorm: a sentence"),
+        (SystemExit(1), 2, ""),
+        (SystemExit(), 0, ""),
+        (ImportError("tomorrow"), 70, "this is a bug"),
+    ],
+)
+def test_every_exception_has_its_status(
+    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def break_down(*args: object) -> None:
-        raise RuntimeError("a bug")
+        raise error
 
     monkeypatch.setattr("batchnorm.environment.show_config", break_down)
-    assert isinstance(runner.invoke(app, ["info"]).exception, RuntimeError)
+    done = runner.invoke(app, ["info"])
+    assert done.exit_code == status
+    assert line in done.stderr
+    assert ("Traceback" in done.stderr) == (status == 70)
 
 
 def test_unwritable_file_is_noticed_before_the_work(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def demo(
     if quick:
         seeds, epochs = 1, 2
     console = Console()
-    with Progress(console=console) as progress:
+    with needs("the demo", f"cli,{framework}"), Progress(console=console) as progress:
         task = progress.add_task("training", total=seeds * epochs)
         results = experiment.run(
             chosen, seeds, epochs, lambda: progress.advance(task), limit=320 if quick else None

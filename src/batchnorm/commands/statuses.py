@@ -88,19 +88,13 @@ def _judge(error: BaseException) -> Status | int:
 
 
 def _judge_exit(end: SystemExit) -> Status | int:
-    """Typer and rich end with 1 for interrupts, closed pipes and shells they do not know."""
+    """Typer and rich have ends of their own for interrupts, closed pipes and unknown shells."""
+    for cause in _causes(end):
+        if isinstance(cause, (BrokenPipeError, KeyboardInterrupt)):
+            return _judge(cause)
     if end.code is None or isinstance(end.code, int):
-        code = end.code or 0
-    else:
-        streams.complain(str(end.code))
-        code = 1
-    if code != Status.PROBLEM:
-        return code
-    causes = list(_causes(end))
-    if any(isinstance(cause, BrokenPipeError) for cause in causes):
-        return Status.CLOSED
-    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-        return Status.INTERRUPTED
+        return Status.MISTAKE if end.code == Status.PROBLEM else end.code or Status.DONE
+    streams.complain(str(end.code))
     return Status.MISTAKE
 
 
@@ -112,7 +106,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_memory(error: BaseException) -> bool:
-    """Also as torch and JAX say it, and as MemoryError is no RuntimeError."""
+    """NumPy raises MemoryError; torch and JAX say it in a RuntimeError."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MEMORY)
