@@ -77,7 +77,7 @@ def _judge(error: BaseException) -> Status | int:
         streams.complain(str(error))
         return Status.MISTAKE
     if _is_memory(error):
-        streams.complain(f"there is not enough memory: {error or 'nothing is left'}")
+        streams.complain(f"there is not enough memory: {str(error) or 'nothing is left'}")
         return Status.MISTAKE
     if isinstance(error, OSError) and error.filename is None and error.errno in _WRITING:
         streams.complain(f"standard output cannot be written: {error.strerror}")
