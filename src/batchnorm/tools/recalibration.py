@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.core.moments import Moments
-from batchnorm.tools.models import FoundLayer, find_layers, put_state
+from batchnorm.tools.models import FoundLayer, find_layers, put_states
 from batchnorm.tools.observe import Observation, Tally, observe, run_batch
 from batchnorm.tools.progress import track
 from batchnorm.tools.state import BatchNormState, FloatArray
@@ -252,17 +252,12 @@ def _summary(found: FoundLayer, tally: Tally) -> tuple[int, int, Moments]:
 
 def _write(found: Sequence[tuple[FoundLayer, tuple[int, int, Moments]]]) -> tuple[Any, ...]:
     """Put the statistics in place, in all layers or in none."""
+    states = [_with_moments(layer.state, moments, uses) for layer, (uses, _, moments) in found]
+    put_states([(layer, state) for (layer, _), state in zip(found, states, strict=True)])
     changed = []
-    try:
-        for layer, (uses, skipped, moments) in found:
-            state = _with_moments(layer.state, moments, uses)
-            put_state(layer.layer, state)
-            rows, shift = int(moments.count.max(initial=0)), _shift(layer.state, state)
-            changed.append(Recalibrated(layer.name, rows, uses, skipped, shift))
-    except BaseException:
-        for layer, _ in found:
-            put_state(layer.layer, layer.state)
-        raise
+    for (layer, (uses, skipped, moments)), state in zip(found, states, strict=True):
+        rows, shift = int(moments.count.max(initial=0)), _shift(layer.state, state)
+        changed.append(Recalibrated(layer.name, rows, uses, skipped, shift))
     return tuple(changed)
 
 

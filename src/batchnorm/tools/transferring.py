@@ -14,7 +14,7 @@ from batchnorm.tools.checkpoints import Checkpoint, read_checkpoint
 from batchnorm.tools.conventions import Count, convert_variance, count_of
 from batchnorm.tools.fitting import check_number, fit
 from batchnorm.tools.matching import Names, match
-from batchnorm.tools.models import FoundLayer, find_layers, framework_of, put_state
+from batchnorm.tools.models import FoundLayer, find_layers, framework_of, put_states
 from batchnorm.tools.state import BatchNormState
 
 __all__ = ["Transferred", "transfer"]
@@ -134,16 +134,7 @@ class _Model:
         self.cumulative = in_torch and all(hasattr(f.layer, "momentum") for f in self.layers)
 
     def write(self, changes: Mapping[str, BatchNormState]) -> Any:
-        written: list[FoundLayer] = []
-        try:
-            for found in self.layers:
-                if found.name in changes:
-                    written.append(found)
-                    put_state(found.layer, changes[found.name])
-        except BaseException:
-            for found in written:  # all or nothing, even when interrupted
-                put_state(found.layer, found.state)
-            raise
+        put_states([(f, changes[f.name]) for f in self.layers if f.name in changes])
         return self.model
 
 
