@@ -16,6 +16,7 @@ from batchnorm.tools.checkpoints import (
 from batchnorm.tools.checkpoints.writing import FORMATS, Names, format_of, write_checkpoint
 from batchnorm.tools.conventions import Count, convert_variance, count_of
 from batchnorm.tools.state import BatchNormState, Variance
+from batchnorm.tools.text import list_names
 
 __all__ = ["Converted", "convert_checkpoint"]
 
@@ -137,7 +138,7 @@ def _notes(states: list[BatchNormState], wanted: Variance) -> list[str]:
         )
     options = {(s.eps, s.decay) for s in states}
     if options != {(None, None)}:
-        shown = ", ".join(f"eps={eps} decay={decay}" for eps, decay in sorted(options, key=str))
+        shown = list_names([f"eps={eps} decay={decay}" for eps, decay in sorted(options, key=str)])
         notes.append(f"Files of arrays have no place for options; the source says {shown}.")
     narrow = sum(s.stored in ("float16", "bfloat16") for s in states)
     if narrow:

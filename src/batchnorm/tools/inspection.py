@@ -66,8 +66,8 @@ def inspect(
 
     Raises:
         TypeError: not a model, or batches that need `call`.
-        ValueError: a checkpoint with batches; no batch; a model that runs its layers under a JAX
-            transformation.
+        ValueError: a checkpoint with batches; no batch; a Keras model that runs its layers in a
+            graph.
         CheckpointError: a ValueError; the file cannot be read.
 
     Source: S1, S2, S10, S14.

@@ -14,6 +14,7 @@ from batchnorm.tools.models import FoundLayer, find_layers, put_states
 from batchnorm.tools.observe import Observation, Tally, observe, run_batch
 from batchnorm.tools.progress import track
 from batchnorm.tools.state import BatchNormState, FloatArray
+from batchnorm.tools.text import list_names, plural
 
 __all__ = ["Recalibrated", "Recalibration", "Untouched", "recalibrate"]
 
@@ -119,7 +120,7 @@ def recalibrate(
     Raises:
         TypeError: not a model, or batches that need `call`.
         ValueError: a model without batch norms; no batch; no batch norm ran; synchronized=True
-            without torch; a JAX model that runs its layers under a transformation.
+            without torch; a Keras model that runs its layers in a graph.
         SynchronizationError: another rank failed; no rank's model has changed.
 
     Source: S2, S9, S10, S14; Wu and Johnson 2021 (arXiv 2105.07576), section 3.2. Stored are the
@@ -169,8 +170,14 @@ def _choose(model: Any, layers: list[FoundLayer]) -> tuple[list[FoundLayer], dic
     kept = {found.name: reason for found in layers if (reason := _why_not(found))}
     chosen = [found for found in layers if found.name not in kept]
     if not chosen:
-        listed = "; ".join(f"{name} {reason}" for name, reason in kept.items())
-        raise ValueError(f"{_OWNER}: no batch norm has statistics to set: {listed}.")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in kept.items():
+            by_reason.setdefault(reason, []).append(name or "the layer")
+        listed = [f"{list_names(names)} {reason}" for reason, names in by_reason.items()]
+        raise ValueError(
+            f"{_OWNER}: none of {plural(len(kept), 'batch norm')} has statistics to set: "
+            f"{list_names(listed, 3, '; ')}."
+        )
     return chosen, kept
 
 

@@ -15,7 +15,9 @@ from batchnorm.tools.conventions import Count, convert_variance, count_of
 from batchnorm.tools.fitting import check_number, fit
 from batchnorm.tools.matching import Names, match
 from batchnorm.tools.models import FoundLayer, find_layers, framework_of, put_states
+from batchnorm.tools.stacking import unstack
 from batchnorm.tools.state import BatchNormState
+from batchnorm.tools.text import list_names
 
 __all__ = ["Transferred", "transfer"]
 
@@ -96,6 +98,8 @@ def transfer(
     if not sources or not side.states:
         which = "target" if sources else "source"
         raise ValueError(f"transfer: the {which} has no batch norm.")
+    if names is None:
+        sources = unstack(sources, side.states)
     pairs = match(sources, side.states, names)
     remarks = _Remarks()
     changes = {}
@@ -201,7 +205,7 @@ class _Remarks:
         self._names.setdefault(what, []).append(name or "the layer")
 
     def lines(self) -> list[str]:
-        return [f"{what}: {_shorten(names)}" for what, names in self._names.items()]
+        return [f"{what}: {list_names(names)}" for what, names in self._names.items()]
 
 
 def _remark(
@@ -252,8 +256,3 @@ def _differs(wanted: Any, found: Any) -> bool:
     if wanted is None or found is None:
         return False
     return not np.array_equal(wanted, found, equal_nan=True)
-
-
-def _shorten(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

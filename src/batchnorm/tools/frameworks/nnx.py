@@ -37,8 +37,12 @@ def find(model: Any) -> list[tuple[str, Any]]:
     """
     if isinstance(model, Slice):
         return [("", model)]
-    modules = ((name, m) for name, m in _walk(model, "", set()) if is_batch_norm(m))
-    return [pair for name, m in modules for pair in slices_of(name, m)]
+    return [pair for name, module in find_modules(model) for pair in slices_of(name, module)]
+
+
+def find_modules(model: Any) -> list[tuple[str, Any]]:
+    """As `find`, with stacked layers as the module that they are."""
+    return [(name, module) for name, module in _walk(model, "", set()) if is_batch_norm(module)]
 
 
 def take_state(layer: Any, name: str = "") -> BatchNormState:

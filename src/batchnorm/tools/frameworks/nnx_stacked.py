@@ -36,11 +36,13 @@ def module_of(layer: Any) -> Any:
 
 
 def stack_of(module: Any) -> tuple[int, ...]:
-    """Sizes of the leading axes; () for a layer by itself.
+    """Sizes of the leading axes; () for a layer by itself, or without weights yet.
 
     Raises:
         ValueError: arrays that are stacked in different ways.
     """
+    if getattr(module, "mean", None) is None:
+        return ()
     features = module.num_features
     axes = len(features) if isinstance(features, tuple) else 1
     shape = module.mean[...].shape
