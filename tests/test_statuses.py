@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,25 @@ def test_standard_input_without_a_file_is_refused(line: str, message: str) -> No
     assert done.returncode == 2
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_file_behind_standard_input_is_not_replaced(healthy: Path) -> None:
+    name, before = shlex.quote(str(healthy)), healthy.read_bytes()
+    for source in ("-", "/dev/stdin"):
+        done = run_shell(f"batchnorm convert {source} {name} --force < {name}")
+        assert done.returncode == 2
+        assert "it is the source" in done.stderr
+    assert healthy.read_bytes() == before
+
+
+def test_bounds_are_those_of_the_reader() -> None:
+    from batchnorm.commands.convert import convert
+    from batchnorm.commands.inspect import inspect
+    from batchnorm.tools.checkpoints import DEFAULT_LIMIT, DEFAULT_SECONDS
+
+    for command in (inspect, convert):
+        defaults = {p.name: p.default for p in signature(command).parameters.values()}
+        assert (defaults["limit"], defaults["seconds"]) == (DEFAULT_LIMIT, DEFAULT_SECONDS)
 
 
 def test_terminal_is_no_file() -> None:

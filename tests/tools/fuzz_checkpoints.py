@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from files import WRITERS
 
-from batchnorm.tools.checkpoints import CheckpointError, isolated, read_checkpoint
+from batchnorm.tools.checkpoints import CheckpointError, read_checkpoint
 from batchnorm.tools.checkpoints.limits import Budget
 from batchnorm.tools.checkpoints.reading import detect, read_here
 
@@ -160,9 +160,8 @@ def _peak_memory() -> int:
 
 def _read_properly(path: Path) -> str:
     """What a user sees of a file of which the format's library dies or does not return."""
-    isolated.SECONDS = SECONDS
     try:
-        read_checkpoint(path, limit=LIMIT)
+        read_checkpoint(path, limit=LIMIT, seconds=SECONDS)
     except CheckpointError:
         return "contained"
     except Exception as error:

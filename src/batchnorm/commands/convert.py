@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.commands.errors import UserError
-from batchnorm.commands.files import Checkpoint, Limit, Seconds, check_readable, reading
+from batchnorm.commands.files import Checkpoint, Limit, Seconds, reading
 
 
 class _Names(str, Enum):
@@ -41,14 +41,13 @@ def convert(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     limit: Limit = 1 << 30,
-    seconds: Seconds = 120.0,
+    seconds: Seconds = 60.0,
 ) -> None:
     """Write the batch norms of a checkpoint in another format.
 
     Only they are written. A .h5 has Keras 2's layout: model.load_weights(file, by_name=True) loads
     it into a whole model. Nothing in the source is executed.
     """
-    check_readable(source)
     if not target:
         raise UserError("TARGET: the name is empty; give a path.")
     with reading(source, "files,torch"):

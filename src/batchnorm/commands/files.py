@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ __all__ = [
     "Checkpoint",
     "Limit",
     "Seconds",
-    "check_readable",
     "check_writable",
     "reading",
     "writing",
@@ -77,25 +75,6 @@ def reading(file: str, extras: str) -> Iterator[None]:
             raise UserError(str(error)) from error
 
 
-def check_readable(file: str) -> None:
-    """Fail at once for arguments that name no file.
-
-    Args:
-        file: the argument; "-" is standard input.
-
-    Raises:
-        UserError: it is empty, or standard input has nothing to read.
-    """
-    if not file:
-        raise UserError("FILE: the name is empty; give a path, or - for standard input.")
-    if file == "-" and (sys.stdin is None or sys.stdin.closed):
-        raise UserError("FILE: standard input is closed; give a path, or redirect a file.")
-    if file == "-" and sys.stdin.isatty():
-        raise UserError(
-            "FILE: standard input is a terminal; give a path, or redirect: batchnorm ... - < FILE"
-        )
-
-
 def check_writable(option: str, path: Path, suffix: str, source: str | None = None) -> None:
     """Fail before the work rather than after.
 
@@ -103,18 +82,20 @@ def check_writable(option: str, path: Path, suffix: str, source: str | None = No
         option: that gave the path.
         path: where something is to be written.
         suffix: that its name must have.
-        source: a file that is read, which must be another.
+        source: a file that is read, which must be another; "-" is standard input.
 
     Raises:
         UserError: it cannot be written.
     """
+    from batchnorm.tools.paths import is_same_file
+
     if path.suffix.lower() != suffix:
         raise UserError(f"{option}: the name must end in {suffix}; got {path}")
     try:
         existed = path.exists() or path.is_symlink()  # a dangling link is not ours to remove
         if path.exists() and not path.is_file():  # opening a pipe would wait for its reader
             raise UserError(f"{option}: cannot write {path}: it is not a regular file")
-        if source is not None and existed and _are_same(path, Path(source)):
+        if source is not None and is_same_file(source, path):
             raise UserError(f"{option}: {path} is the file that is read; give another name.")
         with path.open("ab"):
             pass
@@ -122,10 +103,6 @@ def check_writable(option: str, path: Path, suffix: str, source: str | None = No
         raise UserError(f"{option}: cannot write {path}: {error.strerror}") from error
     if not existed:
         path.unlink()
-
-
-def _are_same(path: Path, source: Path) -> bool:
-    return path.exists() and source.exists() and path.samefile(source)
 
 
 @contextmanager

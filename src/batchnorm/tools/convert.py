@@ -15,6 +15,7 @@ from batchnorm.tools.checkpoints import (
 )
 from batchnorm.tools.checkpoints.writing import FORMATS, Names, format_of, write_checkpoint
 from batchnorm.tools.conventions import Count, convert_variance, count_of
+from batchnorm.tools.paths import is_inside, is_same_file
 from batchnorm.tools.state import BatchNormState, Variance
 from batchnorm.tools.text import list_names
 
@@ -53,7 +54,7 @@ def convert_checkpoint(
     """Write the batch norms of a checkpoint in another format, under another library's names.
 
     Args:
-        source: of any format that `read_checkpoint` knows.
+        source: of any format that `read_checkpoint` knows, or "-" for standard input.
         target: another file; ends in .safetensors, .pt, .pth, .msgpack, .weights.h5 or .h5 (Keras
             2's layout, which every Keras loads by name).
         names: "torch", "flax" (linen's collections), "nnx" or "keras"; None for those that are
@@ -71,7 +72,7 @@ def convert_checkpoint(
             or within it, cannot be written, or has a format that cannot have such names.
         ImportError: .pt needs torch, .h5 needs h5py.
     """
-    source, target = source if source == "-" else Path(source), Path(target)
+    source, target = os.fspath(source), Path(target)
     allowed = FORMATS[format_of(target)]
     names = names or allowed[0]
     if names not in allowed:
@@ -99,7 +100,7 @@ def convert_checkpoint(
     return Converted(target, names, states, notes, found.others)
 
 
-def _check_target(target: Path, source: str | Path, force: bool) -> None:
+def _check_target(target: Path, source: str, force: bool) -> None:
     """Refuse what must not be replaced: the source above all, however it is spelled."""
     try:
         there = target.stat()
@@ -107,25 +108,20 @@ def _check_target(target: Path, source: str | Path, force: bool) -> None:
         there = None  # writing says what is wrong with the folder
     except OSError as error:
         raise CheckpointError(f"{target}: it cannot be written: {error.strerror}.") from error
-    if isinstance(source, Path) and source.exists():
-        if there is not None and os.path.samestat(there, source.stat()):
-            raise CheckpointError(
-                f"{target}: it is the source, of which the batch norms alone would be left; give "
-                "the target another name."
-            )
-        if source.is_dir() and _real(source) in _real(target).parents:
-            raise CheckpointError(
-                f"{target}: it lies inside the source, a folder; give it a place elsewhere."
-            )
+    if is_same_file(source, target):
+        raise CheckpointError(
+            f"{target}: it is the source, of which the batch norms alone would be left; give the "
+            "target another name."
+        )
+    if source and Path(source).is_dir() and is_inside(target, Path(source)):
+        raise CheckpointError(
+            f"{target}: it lies inside the source, a folder; give it a place elsewhere."
+        )
     if there is not None and not stat.S_ISREG(there.st_mode):
         what = "a folder" if stat.S_ISDIR(there.st_mode) else "not a regular file"
         raise CheckpointError(f"{target}: it is {what}; give the name of a file.")
     if there is not None and not force:
         raise CheckpointError(f"{target}: it exists; force=True (--force) replaces it.")
-
-
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # as resolve(), but a loop of links is no error
 
 
 def _notes(states: list[BatchNormState], wanted: Variance) -> list[str]:

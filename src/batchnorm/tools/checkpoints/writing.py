@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.tools.checkpoints import msgpack, safetensors
 from batchnorm.tools.checkpoints.limits import CheckpointError
 from batchnorm.tools.state import BatchNormState
 
@@ -45,6 +44,7 @@ _ROLES: Mapping[str, Mapping[str, str]] = {
     },
 }
 _PARAMETERS = ("gamma", "beta")
+_FLAX_ARRAY = 1  # flax.serialization's number for its extension type
 
 # Suffix: names that files of this kind have unless asked otherwise, and may have.
 FORMATS: Mapping[str, tuple[Names, ...]] = {
@@ -85,7 +85,8 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: the file exists, or cannot be written; two layers have one name.
-        ImportError: a `.pt` needs torch, a `.h5` needs h5py.
+        ImportError: a `.pt` needs torch, a `.h5` h5py, `.safetensors` and `.msgpack` the package
+            of that name.
     """
     suffix = format_of(path)
     if path.exists() and not force:
@@ -114,7 +115,7 @@ def _arrays(state: BatchNormState, names: Names) -> list[tuple[Path_, NDArray[An
     if state.renorm is not None:
         found |= vars(state.renorm)
     roles = _ROLES["flax" if names == "nnx" else names]
-    layer = _layer_path(state.name, names)
+    layer = _layer_path(state, names)
     arrays: list[tuple[Path_, NDArray[Any]]] = []
     for role, array in found.items():
         if array is None:
@@ -129,32 +130,48 @@ def _arrays(state: BatchNormState, names: Names) -> list[tuple[Path_, NDArray[An
     return arrays
 
 
-def _layer_path(name: str, names: Names) -> Path_:
-    parts = tuple(part for part in re.split(r"[./]", name) if part)
+def _layer_path(state: BatchNormState, names: Names) -> Path_:
+    mark = "." if state.kind.startswith("torch") else "/"  # the other may be in a layer's name
+    parts = tuple(part for part in state.name.split(mark) if part)
     if names == "keras":  # a layer's name, which may not have slashes
-        return ("_".join(parts) or "batch_normalization",)
+        return (re.sub("[./]", "_", "_".join(parts)) or "batch_normalization",)
     return parts if parts or names == "torch" else ("BatchNorm_0",)
 
 
-def _write_safetensors(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
+def _flat(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Arrays by names with dots, which may be in names of layers too."""
     flat = {".".join(key): array for key, array in arrays.items()}
-    path.write_bytes(safetensors.encode(flat, {"format": "np"}))
+    if len(flat) < len(arrays):
+        raise CheckpointError(f"{path}: two layers would have one name in such a file.")
+    return flat
+
+
+def _write_safetensors(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
+    from safetensors.numpy import save
+
+    flat = {name: np.ascontiguousarray(array) for name, array in _flat(path, arrays).items()}
+    path.write_bytes(save(flat, {"format": "np"}))
 
 
 def _write_torch(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
     import torch
 
-    torch.save({".".join(k): torch.from_numpy(np.array(a)) for k, a in arrays.items()}, path)
+    torch.save({k: torch.from_numpy(np.array(a)) for k, a in _flat(path, arrays).items()}, path)
 
 
 def _write_msgpack(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
+    """As `flax.serialization.msgpack_restore` reads it."""
+    import msgpack
+
     tree: dict[str, Any] = {}
     for key, array in arrays.items():
         node = tree
         for part in key[:-1]:
             node = node.setdefault(part, {})
-        node[key[-1]] = array
-    path.write_bytes(msgpack.encode(tree))
+        data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        parts = msgpack.packb((array.shape, array.dtype.name, data))
+        node[key[-1]] = msgpack.ExtType(_FLAX_ARRAY, parts)
+    path.write_bytes(msgpack.packb(tree))
 
 
 def _write_weights(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
