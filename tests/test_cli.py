@@ -184,6 +184,22 @@ def test_a_wrong_result_has_no_speed() -> None:
     assert np.isnan(error_of((wrong, expected.dx), expected, None))
 
 
+@pytest.mark.parametrize(
+    ("limit", "status", "message"),
+    [
+        ("_THEIRS", 2, "torch.nn.BatchNorm1d is off by"),
+        ("_OURS", 70, "RuntimeError: bench: batchn"),
+    ],
+)
+def test_baseline_that_is_wrong_is_no_bug_of_ours(
+    limit: str, status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"batchnorm.benchmark.run.{limit}", -1.0)
+    done = runner.invoke(app, ["bench", "--shape", "16,4", "--seconds", "0.1"])
+    assert done.exit_code == status
+    assert message in done.stderr
+
+
 def test_copy_moves_what_it_says() -> None:
     problem = make_problem((1 << 17, 2), 1)  # large enough for all cores
     step = make_copy(problem)
@@ -279,8 +295,21 @@ def test_dangling_link_survives_the_check(tmp_path: Path) -> None:
     assert link.is_symlink()
 
 
-def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    done = runner.invoke(app, ["demo"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("demo", "the demo needs rich; install it with: pip install 'batchnorm[cli,torch]'"),
+        ("inspect FILE", "the table needs rich; install it with: pip install 'batchnorm[cli]'"),
+        ("bench --shape 8,4 --seconds 0.1", "the table needs rich; install it with: pip"),
+    ],
+)
+def test_missing_package_names_the_extra(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    write_state(path)
+    for name in ("rich.console", "rich.box"):
+        monkeypatch.setitem(sys.modules, name, None)
+    done = runner.invoke(app, arguments.replace("FILE", str(path)).split())
     assert done.exit_code == 2
-    assert "the demo needs rich; install it with: pip install 'batchnorm[cli,torch]'" in done.output
+    assert message in done.output

@@ -129,7 +129,7 @@ def _find_error(name: str, found: Any, problem: Problem, expected: Expected) -> 
     error = error_of(arrays, expected, None if name == "batchnorm" else problem.real)
     if name == "batchnorm" and not error <= _OURS:
         raise RuntimeError(f"bench: {name} is off by {error:.1e}; a wrong result has no speed.")
-    if not error <= _THEIRS:
+    if name != "batchnorm" and not error <= _THEIRS:
         raise ValueError(
             f"bench: {name} is off by {error:.1e} at this shape, and a wrong result has no speed "
             "to compare with. Take fewer rows."

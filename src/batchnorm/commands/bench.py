@@ -49,7 +49,8 @@ def bench(
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        _print(found)
+        with needs("the table", "cli"):
+            _print(found)
 
 
 def _parse(shape: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.commands.errors import ProblemFound, UserError
+from batchnorm.commands.errors import ProblemFound, UserError, needs
 from batchnorm.commands.files import (
     Checkpoint,
     Limit,
@@ -56,7 +56,8 @@ def inspect(
     if as_json:
         print(report.to_json(per_channel=per_channel))
     else:
-        from rich.console import Console
+        with needs("the table", "cli"):
+            from rich.console import Console
 
         Console().print(report)
     wrong = report.errors or (strict and report.warnings)
