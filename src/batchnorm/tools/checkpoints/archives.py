@@ -9,11 +9,13 @@ from typing import BinaryIO
 
 from batchnorm.tools.checkpoints.limits import Budget, CheckpointError, GuardedFile, shown
 
-__all__ = ["DAMAGED", "Archive"]
+__all__ = ["DAMAGED", "Archive", "Bytes"]
 
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others cannot be unpacked piece by piece
 _PIECE = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, and lengths of the name and of what follows
+
+Bytes = bytes | bytearray
 
 # Errors of reading a damaged archive.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
@@ -28,7 +30,7 @@ class Archive:
 
     def __init__(self, file: BinaryIO, budget: Budget) -> None:
         self._file, self._budget = file, budget
-        self._unpacked: dict[str, bytes] = {}
+        self._unpacked: dict[str, Bytes] = {}
         try:
             self._zip = zipfile.ZipFile(GuardedFile(file, budget))
         except CheckpointError:
@@ -42,7 +44,7 @@ class Archive:
                 )
         self.names = self._zip.namelist()
 
-    def read(self, name: str, *, header: bool = False) -> bytes:
+    def read(self, name: str, *, header: bool = False) -> Bytes:
         """All bytes of a member, no more than it declares and the limit allows."""
         info = self._info(name)
         if header:
@@ -51,7 +53,7 @@ class Archive:
             self._budget.spend(info.file_size, f"member {shown(name)}")
         return self._unpack(info)
 
-    def part(self, name: str, begin: int, size: int) -> bytes:
+    def part(self, name: str, begin: int, size: int) -> Bytes:
         """Bytes of a member, counted against the limit."""
         info = self._info(name)
         if begin + size > info.file_size:
@@ -69,18 +71,18 @@ class Archive:
             raise self._budget.error(f"the archive lacks {shown(name)}, which it refers to.")
         return self._zip.getinfo(name)
 
-    def _unpack(self, info: zipfile.ZipInfo) -> bytes:
-        parts, left, piece = [], info.file_size, min(_PIECE, self._budget.header)
+    def _unpack(self, info: zipfile.ZipInfo) -> Bytes:
+        data, left, piece = bytearray(), info.file_size, min(_PIECE, self._budget.header)
         with self._zip.open(info) as member:
             while left:
                 part = member.read(min(piece, left))
                 if not part:
                     break
-                parts.append(part)
+                data += part
                 left -= len(part)
-        return self._checked(b"".join(parts), info.file_size, info)
+        return self._checked(data, info.file_size, info)
 
-    def _stored(self, info: zipfile.ZipInfo, begin: int, size: int) -> bytes:
+    def _stored(self, info: zipfile.ZipInfo, begin: int, size: int) -> Bytes:
         self._file.seek(info.header_offset)
         start = self._file.read(_LOCAL_HEADER.size)
         signature, *lengths = _LOCAL_HEADER.unpack(self._checked(start, _LOCAL_HEADER.size, info))
@@ -89,7 +91,7 @@ class Archive:
         self._file.seek(info.header_offset + _LOCAL_HEADER.size + sum(lengths) + begin)
         return self._checked(self._file.read(size), size, info)
 
-    def _checked(self, data: bytes, size: int, info: zipfile.ZipInfo) -> bytes:
+    def _checked(self, data: Bytes, size: int, info: zipfile.ZipInfo) -> Bytes:
         if len(data) != size:
             raise self._budget.error(
                 f"member {shown(info.filename)} is shorter than the archive says."

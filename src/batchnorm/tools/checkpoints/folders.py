@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -52,17 +52,19 @@ class Folder:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def entries(self, parts: Parts = ()) -> dict[str, bool]:
-        """Names in this folder or one below it, and whether each is a folder; links to nowhere and
-        links to folders are left out."""
+    def names(self, parts: Parts = ()) -> dict[str, bool]:
+        """Names in this folder or one below it, and whether each is a folder itself, not a link."""
+        names: dict[str, bool] = {}
         with self._opened(parts, stat.S_ISDIR) as descriptor, os.scandir(descriptor) as found:
-            names: dict[str, bool] = {}
             for entry in found:
                 self._budget.check_values(len(names))
-                folder = entry.is_dir(follow_symlinks=False)
-                if folder or entry.is_file() or self._leaves((*parts, entry.name)):
-                    names[entry.name] = folder
-            return dict(sorted(names.items()))
+                names[entry.name] = entry.is_dir(follow_symlinks=False)
+        return dict(sorted(names.items()))
+
+    def is_folder(self, parts: Parts) -> bool:
+        """Whether it is a folder, or a link to one in this folder; any other link is refused."""
+        with self._opened(parts, lambda mode: True) as descriptor:
+            return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
     def read(self, parts: Parts) -> bytes:
         """A file, if headers may be as large."""
@@ -91,15 +93,11 @@ class Folder:
         """As `lent`, until this folder is closed."""
         return self._stack.enter_context(self.lent(files))
 
-    def _leaves(self, parts: Parts) -> bool:
-        """Whether a link leads out of the folder, which is said when it is opened."""
-        return not Path(os.path.realpath(self._root.joinpath(*parts))).is_relative_to(self._root)
-
     @contextmanager
-    def _opened(self, parts: Parts, right_kind: object) -> Iterator[int]:
+    def _opened(self, parts: Parts, is_right: Callable[[int], bool]) -> Iterator[int]:
         descriptor = self._open(parts)
         try:
-            if not right_kind(os.fstat(descriptor).st_mode):  # type: ignore[operator]
+            if not is_right(os.fstat(descriptor).st_mode):
                 raise self._budget.error(f"{shown('/'.join(parts))} is not what it should be.")
             yield descriptor
         finally:

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.tools.checkpoints.archives import Archive
+from batchnorm.tools.checkpoints.archives import Archive, Bytes
 from batchnorm.tools.checkpoints.limits import Budget, shown
 from batchnorm.tools.checkpoints.naming import natural
 from batchnorm.tools.checkpoints.source import ITEM_SIZES, Catalog, Entry, LayerConfig, Source
@@ -27,7 +27,7 @@ _WEIGHTS_GROUP = "model_weights"
 _WEIGHTS, _CONFIG = "model.weights.h5", "config.json"
 
 
-def read(file: Any, budget: Budget, config: bytes | None = None) -> Source:
+def read(file: Any, budget: Budget, config: Bytes | None = None) -> Source:
     """The datasets of an open HDF5 file, and what its Keras config says about batch norms.
 
     Args:
@@ -168,7 +168,7 @@ def _in_order(entries: Mapping[str, Entry], names: list[str]) -> dict[str, Entry
     return {path: entries[path] for path in sorted(entries, key=key)}
 
 
-def _find_configs(config: bytes, budget: Budget) -> Iterator[LayerConfig]:
+def _find_configs(config: Bytes, budget: Budget) -> Iterator[LayerConfig]:
     """The batch norms of a model's config, in the order of the model."""
     try:
         root = json.loads(config)

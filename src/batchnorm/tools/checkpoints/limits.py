@@ -101,11 +101,10 @@ class Budget:
 
     def check_values(self, count: int, depth: int = 0) -> None:
         """Raise if there are more values than a checkpoint has, or more within each other."""
-        if count > MOST_VALUES or depth > DEEPEST:
-            raise self.error(
-                f"its objects are without an end: more than {MOST_VALUES}, or more than {DEEPEST} "
-                "within each other."
-            )
+        if count > MOST_VALUES:
+            raise self.error(f"its objects are without an end: more than {MOST_VALUES}.")
+        if depth > DEEPEST:
+            raise self.error(f"its objects are more than {DEEPEST} deep within each other.")
 
     def check_shape(self, shape: object, what: str) -> tuple[int, ...]:
         """`shape` as a tuple of sizes, or an error."""

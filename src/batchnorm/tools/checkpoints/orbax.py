@@ -68,12 +68,10 @@ def read(root: Folder, budget: Budget) -> Source:
 
 def _find(root: Folder, budget: Budget) -> Parts:
     """The folder with the arrays: the one given, or the one item of a CheckpointManager's step."""
-    entries = root.entries()
-    if _METADATA in entries:
+    names = root.names()
+    if _METADATA in names:
         return ()
-    inner = [
-        name for name, folder in entries.items() if folder and _METADATA in root.entries((name,))
-    ]
+    inner = [name for name, folder in names.items() if folder and _METADATA in root.names((name,))]
     if len(inner) != 1:
         raise budget.error(
             f"the folder is no orbax checkpoint: it has no {_METADATA}. Of a CheckpointManager "
@@ -109,12 +107,12 @@ def _keys(leaf: Any, budget: Budget) -> list[str] | None:
 def _open_database(root: Folder, top: Parts, driver: str, budget: Budget) -> Opener:
     """Of arrays in one database: its manifests and data, in this folder and those below it."""
     files: list[Parts] = []
-    for base in [(), *((name,) for name, folder in root.entries(top).items() if folder)]:
-        inner = root.entries((*top, *base))
-        files += [(*base, _MANIFEST)] if inner.get(_MANIFEST) is False else []
-        if inner.get(_DATA):
-            found = root.entries((*top, *base, _DATA)).items()
-            files += [(*base, _DATA, name) for name, folder in found if not folder]
+    bases = [(name,) for name in root.names(top) if root.is_folder((*top, name))]
+    for base in [(), *bases]:
+        inner = root.names((*top, *base))
+        files += [(*base, _MANIFEST)] if _MANIFEST in inner else []
+        if _DATA in inner:
+            files += [(*base, _DATA, name) for name in root.names((*top, *base, _DATA))]
     place = root.lend([((*top, *file), file) for file in files])
 
     @contextmanager
@@ -140,12 +138,12 @@ def _open_folders(root: Folder, top: Parts, driver: str, budget: Budget) -> Open
 def _files(root: Folder, parts: Parts, deep: bool) -> list[Parts]:
     """Files of an array: all of them, or the one with its shape."""
     if not deep:
-        return [(name,) for name in root.entries(parts) if name in _SHAPES]
+        return [(name,) for name in root.names(parts) if name in _SHAPES]
     found: list[Parts] = []
     pending: list[Parts] = [()]
     while pending:
         inner = pending.pop()
-        for name, folder in root.entries((*parts, *inner)).items():
+        for name, folder in root.names((*parts, *inner)).items():
             (pending if folder else found).append((*inner, name))
     return found
 

@@ -61,7 +61,7 @@ _NOTHING = ("PROTO", "FRAME", "STOP")
 _LARGEST_KEY = 1 << 63  # many larger numbers may have one hash
 
 
-def run(data: bytes, start: int, persistent: Callable[[Any], Any]) -> tuple[Any, int]:
+def run(data: bytes | bytearray, start: int, persistent: Callable[[Any], Any]) -> tuple[Any, int]:
     """Run the pickle that starts at byte `start`.
 
     Args:

@@ -143,7 +143,7 @@ class Catalog(Generic[T]):
         self._budget.check_values(len(self.entries) + len(self.skipped) + len(self._doubles))
 
 
-def from_bytes(data: bytes | memoryview, entry: Entry) -> NDArray[Any]:
+def from_bytes(data: bytes | bytearray | memoryview, entry: Entry) -> NDArray[Any]:
     """A little-endian array; bfloat16 as the float32 of the same value."""
     if entry.dtype == "bfloat16":
         high = np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.tools.checkpoints.archives import Archive
+from batchnorm.tools.checkpoints.archives import Archive, Bytes
 from batchnorm.tools.checkpoints.limits import Budget, shown
 from batchnorm.tools.checkpoints.pickles import Made, Named, PickleError, run
 from batchnorm.tools.checkpoints.source import ITEM_SIZES, Catalog, Entry, Source, from_bytes
@@ -90,7 +90,7 @@ def read(file: BinaryIO, budget: Budget) -> Source:
 
 
 # The bytes of a storage from one to another, counted against the limit.
-Reader = Callable[[_Storage, int, int], bytes]
+Reader = Callable[[_Storage, int, int], Bytes]
 
 
 def _read_archive(file: BinaryIO, budget: Budget) -> tuple[Any, Reader]:
@@ -109,7 +109,7 @@ def _read_archive(file: BinaryIO, budget: Budget) -> tuple[Any, Reader]:
         raise budget.error("its arrays are big-endian, which no current machine writes.")
     root, _ = run(archive.read(f"{prefix}data.pkl", header=True), 0, _storage)
 
-    def read_storage(storage: _Storage, begin: int, size: int) -> bytes:
+    def read_storage(storage: _Storage, begin: int, size: int) -> Bytes:
         return archive.part(f"{prefix}data/{storage.key}", begin, size)
 
     return root, read_storage
@@ -131,7 +131,7 @@ def _read_old(file: BinaryIO, budget: Budget) -> tuple[Any, Reader]:
     }
     places = _locate(file, at, keys, known)
 
-    def read_storage(storage: _Storage, begin: int, size: int) -> bytes:
+    def read_storage(storage: _Storage, begin: int, size: int) -> Bytes:
         if storage.key not in places:
             raise budget.error(f"storage {shown(storage.key)} is missing; the file is truncated.")
         budget.spend(size, f"storage {shown(storage.key)}")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.tools.checkpoints.limits import CheckpointError
+from batchnorm.tools.checkpoints.limits import CheckpointError, shown
 from batchnorm.tools.state import BatchNormState
 
 __all__ = ["FORMATS", "NAMES", "Names", "format_of", "write_checkpoint"]
@@ -91,11 +91,15 @@ def write_checkpoint(
     suffix = format_of(path)
     if path.exists() and not force:
         raise CheckpointError(f"{path}: it exists; force=True (--force) replaces it.")
+    mark = "/" if suffix == ".msgpack" else "."  # by which readers join names
     arrays: dict[Path_, NDArray[Any]] = {}
+    names_taken: set[str] = set()
     for state in states:
         for key, array in _arrays(state, names):
-            if key in arrays:
-                raise CheckpointError(f"{path}: two layers would be named {'/'.join(key[:-1])!r}.")
+            if mark.join(key) in names_taken:  # names of layers may have the mark in them, too
+                layer = shown(mark.join(key[:-1]))
+                raise CheckpointError(f"{path}: two layers would be named {layer}.")
+            names_taken.add(mark.join(key))
             arrays[key] = array
     try:
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -138,25 +142,17 @@ def _layer_path(state: BatchNormState, names: Names) -> Path_:
     return parts if parts or names == "torch" else ("BatchNorm_0",)
 
 
-def _flat(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Arrays by names with dots, which may be in names of layers too."""
-    flat = {".".join(key): array for key, array in arrays.items()}
-    if len(flat) < len(arrays):
-        raise CheckpointError(f"{path}: two layers would have one name in such a file.")
-    return flat
-
-
 def _write_safetensors(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
     from safetensors.numpy import save
 
-    flat = {name: np.ascontiguousarray(array) for name, array in _flat(path, arrays).items()}
+    flat = {".".join(key): np.ascontiguousarray(array) for key, array in arrays.items()}
     path.write_bytes(save(flat, {"format": "np"}))
 
 
 def _write_torch(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
     import torch
 
-    torch.save({k: torch.from_numpy(np.array(a)) for k, a in _flat(path, arrays).items()}, path)
+    torch.save({".".join(k): torch.from_numpy(np.array(a)) for k, a in arrays.items()}, path)
 
 
 def _write_msgpack(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
