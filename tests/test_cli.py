@@ -184,6 +184,22 @@ def test_a_wrong_result_has_no_speed() -> None:
     assert np.isnan(error_of((wrong, expected.dx), expected, None))
 
 
+@pytest.mark.parametrize(
+    ("limit", "status", "message"),
+    [
+        ("_THEIRS", 2, "torch.nn.BatchNorm1d is off by"),
+        ("_OURS", 70, "RuntimeError: bench: batchn"),
+    ],
+)
+def test_baseline_that_is_wrong_is_no_bug_of_ours(
+    limit: str, status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"batchnorm.benchmark.run.{limit}", -1.0)
+    done = runner.invoke(app, ["bench", "--shape", "16,4", "--seconds", "0.1"])
+    assert done.exit_code == status
+    assert message in done.stderr
+
+
 def test_copy_moves_what_it_says() -> None:
     problem = make_problem((1 << 17, 2), 1)  # large enough for all cores
     step = make_copy(problem)
@@ -228,16 +244,40 @@ def test_mistakes_end_with_a_sentence_and_2(arguments: list[str], message: str) 
 
 def test_debug_shows_what_is_behind_a_message() -> None:
     done = runner.invoke(app, ["--debug", "inspect", __file__])
-    assert done.exception is not None
-    assert isinstance(done.exception.__cause__, ValueError)
+    assert done.exit_code == 2
+    assert "Traceback" in done.stderr
+    assert "CheckpointError" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"batchnorm: {__file__}: it is in no known")
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (RuntimeError("a wheel came off"), 70, "this is a bug"),
+        (FileNotFoundError(2, "No such file", "/a/b"), 70, "this is a bug"),
+        (KeyboardInterrupt(), 130, "batchnorm: interrupted"),
+        (MemoryError("8 TiB"), 2, "there is not enough memory: 8 TiB"),
+        (MemoryError(), 2, "there is not enough memory: nothing is left"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory"), 2, "not enough mem"),
+        (BrokenPipeError(32, "Broken pipe"), 141, ""),
+        (OSError(28, "No space left on device"), 3, "standard output cannot be written: No space"),
+        (SystemExit("a sentence"), 2, "batchnorm: a sentence"),
+        (SystemExit(1), 2, ""),
+        (SystemExit(), 0, ""),
+        (ImportError("tomorrow"), 70, "this is a bug"),
+    ],
+)
+def test_every_exception_has_its_status(
+    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def break_down(*args: object) -> None:
-        raise RuntimeError("a bug")
+        raise error
 
     monkeypatch.setattr("batchnorm.environment.show_config", break_down)
-    assert isinstance(runner.invoke(app, ["info"]).exception, RuntimeError)
+    done = runner.invoke(app, ["info"])
+    assert done.exit_code == status
+    assert line in done.stderr
+    assert ("Traceback" in done.stderr) == (status == 70)
 
 
 def test_unwritable_file_is_noticed_before_the_work(tmp_path: Path) -> None:
@@ -255,8 +295,21 @@ def test_dangling_link_survives_the_check(tmp_path: Path) -> None:
     assert link.is_symlink()
 
 
-def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    done = runner.invoke(app, ["demo"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("demo", "the demo needs rich; install it with: pip install 'batchnorm[cli,torch]'"),
+        ("inspect FILE", "the table needs rich; install it with: pip install 'batchnorm[cli]'"),
+        ("bench --shape 8,4 --seconds 0.1", "the table needs rich; install it with: pip"),
+    ],
+)
+def test_missing_package_names_the_extra(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    write_state(path)
+    for name in ("rich.console", "rich.box"):
+        monkeypatch.setitem(sys.modules, name, None)
+    done = runner.invoke(app, arguments.replace("FILE", str(path)).split())
     assert done.exit_code == 2
-    assert "the demo needs rich; install it with: pip install 'batchnorm[cli,torch]'" in done.output
+    assert message in done.output

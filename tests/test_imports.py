@@ -28,7 +28,8 @@ ALLOWED = {
     "keras": {"core", "kernels", "jax", "torch", "keras", "h5py", "tensorflow", "numpy"},
     # One front end and its framework, when a tool is asked for it.
     "tools": {"core", "kernels", "reference", "environment", "torch", "jax", "keras"}
-    | {"numpy", "flax", "equinox", "haiku", "h5py", "tensorstore", "tensorflow", "rich"},
+    | {"numpy", "flax", "equinox", "haiku", "h5py", "tensorstore", "tensorflow", "rich"}
+    | {"safetensors", "msgpack", "ml_dtypes"},
     "benchmark": {"core", "kernels", "environment", "reference", "torch", "jax", "keras"}
     | {"numpy", "flax", "tensorflow"},
     "commands": {"benchmark", "demo", "environment", "tools", "typer", "rich"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from typing import Annotated, Any
@@ -12,7 +13,8 @@ try:
     from typer.core import TyperGroup
 except ImportError:
     _install = "pip install 'batchnorm[cli]'"
-    sys.exit(f"batchnorm: the command line needs typer; install it with: {_install}")
+    sys.stderr.write(f"batchnorm: the command line needs typer; install it with: {_install}\n")
+    sys.exit(2)
 
 from batchnorm.commands.bench import bench
 from batchnorm.commands.convert import convert
@@ -20,28 +22,42 @@ from batchnorm.commands.demo import demo
 from batchnorm.commands.errors import UserError
 from batchnorm.commands.info import info
 from batchnorm.commands.inspect import inspect
+from batchnorm.commands.statuses import MEANINGS, run
+from batchnorm.commands.streams import write_error
 
 # Every module above is cheap: a command imports what it works with when it runs.
 
 
 class _Group(TyperGroup):
-    """Ends with a sentence where the user made the mistake; a bug keeps its traceback."""
+    """Ends with a status of its own for whatever happens, and a sentence for a mistake."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command line; always ends with `SystemExit`."""
+        sys.exit(int(run(lambda: super(_Group, self).main(*args, **extra))))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, MemoryError, OSError) as error:
             if ctx.params.get("debug"):
-                raise
-            typer.echo(f"batchnorm: {error}", err=True)
-            raise typer.Exit(2) from error
+                write_error("".join(traceback.format_exception(error)))
+            raise
 
+
+# Paragraphs, since the help joins the lines of one.
+_EPILOG = "\n\n".join(
+    [
+        "batchnorm COMMAND --help has examples.",
+        "Exit status:",
+        *(f"{status:>5}  {meaning}" for status, meaning in MEANINGS.items()),
+    ]
+)
 
 app = typer.Typer(
     cls=_Group,
     help="Batch normalization, exact on padded batches.",
-    epilog="batchnorm COMMAND --help has examples.",
+    epilog=_EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -52,7 +68,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from batchnorm import __version__
 
-        typer.echo(f"batchnorm {__version__}")
+        print(f"batchnorm {__version__}")
         raise typer.Exit
 
 

@@ -1,6 +1,7 @@
-"""Mutated checkpoints of every format: each must give states, or the one error.
+"""Checkpoints of every format, mutated or made by an adversary: each must give states, or the one
+error, and nothing outside it is opened.
 
-python tests/tools/fuzz_checkpoints.py 12000 --seed 0
+python tests/tools/fuzz_checkpoints.py 3000 --seed 0
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -17,7 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,17 +27,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from adversaries import ADVERSARIES, SECRET
 from files import WRITERS
+from watching import Watch
 
-from batchnorm.tools.checkpoints import CheckpointError, isolated, read_checkpoint
+from batchnorm.tools.checkpoints import CheckpointError, read_checkpoint
 from batchnorm.tools.checkpoints.limits import Budget
 from batchnorm.tools.checkpoints.reading import detect, read_here
 
-LIMIT = 8 << 20
+LIMIT = 32 << 20
 SECONDS = 20
 # Beyond this above what the libraries take, memory is not what the limit allows: a file is read
 # into memory once, a header becomes up to 32 times as many bytes of objects, copies are made.
-MOST_MEMORY = 8 * LIMIT
+MOST_MEMORY = 4 * LIMIT
+ADVERSARIAL = 0.2  # the share of files that are not mutated but made
 ISOLATED = ("weights.h5", "keras", "orbax")
 _EXTREMES = (0, 1, *((1 << n) - 1 for n in (7, 8, 16, 31, 32, 63, 64)), 1 << 40)
 
@@ -47,12 +52,14 @@ class Report:
     Args:
         outcomes: number of files by format and outcome: "read", "refused", or "contained" where
             the format's own library died or never returned, in its process, and the reader said so.
+        made: number of files by the adversary who made them, and outcome.
         problems: any other outcome.
         memory: largest growth of a process by reading one file, in bytes.
         slowest: the longest time that one file took, in seconds.
     """
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    made: Counter[tuple[str, str]] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     memory: int = 0
     slowest: float = 0.0
@@ -69,30 +76,59 @@ class Report:
         return self.total("refused")
 
 
-def fuzz(folder: Path, cases: int, seed: int) -> Report:
-    """Mutate and read `cases` files, in a process that may die of it."""
+def fuzz(folder: Path, cases: int, seed: int, names: Sequence[str] = tuple(WRITERS)) -> Report:
+    """Write and read files of every format in turn, in a process that may die of it.
+
+    Args:
+        folder: an empty one.
+        cases: number of files, of all formats together.
+        seed: of everything random.
+        names: of the formats.
+    """
     seeds = folder / "seeds"
     seeds.mkdir()
-    for name, write in WRITERS.items():
-        write(seeds / f"seed.{name}")
+    for name in names:
+        WRITERS[name](seeds / f"seed.{name}")
     report, victim = Report(), _Victim()
-    target = folder / "case"
+    place = folder / "place"
     for case in range(cases):
-        name = list(WRITERS)[case % len(WRITERS)]
+        name = names[case % len(names)]
         rng = random.Random(f"{seed} {case}")
-        _remove(target)
-        _mutate(seeds / f"seed.{name}", target, rng)
-        start = time.perf_counter()
-        outcome, memory = victim.read(target)
-        report.slowest = max(report.slowest, time.perf_counter() - start)
-        report.memory = max(report.memory, memory)
-        if outcome in ("died", "hung") and name in ISOLATED:
-            outcome = _read_properly(target)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        maker = _write(name, seeds, place / "case", rng)
+        outcome, memory = _read(victim, place, name, report)
         report.outcomes[name, outcome.partition(":")[0]] += 1
+        if maker:
+            report.made[maker, outcome.partition(":")[0]] += 1
         if outcome not in ("read", "refused", "contained") or memory > MOST_MEMORY:
-            report.problems.append(f"case {case} ({name}, seed {seed}): {outcome}, {memory} bytes")
+            what = f"case {case} ({name}, {maker or 'mutated'}, seed {seed})"
+            report.problems.append(f"{what}: {outcome}, {memory} bytes")
     victim.stop()
     return report
+
+
+def _write(name: str, seeds: Path, target: Path, rng: random.Random) -> str:
+    """Write one file, and return the name of the adversary who made it, if any."""
+    if rng.random() < ADVERSARIAL:
+        maker = rng.choice(ADVERSARIES[name])
+        maker(target, rng)
+        return maker.__name__
+    _mutate(seeds / f"seed.{name}", target, rng)
+    return ""
+
+
+def _read(victim: _Victim, place: Path, name: str, report: Report) -> tuple[str, int]:
+    watch = Watch(place.glob("away*"))
+    start = time.perf_counter()
+    outcome, memory = victim.read(place / "case")
+    report.slowest = max(report.slowest, time.perf_counter() - start)
+    report.memory = max(report.memory, memory)
+    if outcome in ("died", "hung") and name in ISOLATED:
+        outcome = _read_properly(place / "case")
+    opened = watch.opened()
+    watch.close()
+    return (f"opened: {opened}" if opened else outcome), memory
 
 
 class _Victim:
@@ -144,8 +180,10 @@ def _serve(connection: Connection) -> None:
         before = _peak_memory()
         try:
             budget = Budget(path, LIMIT)
-            read_here(path, detect(path, budget), budget)
-            outcome = "read"
+            found = read_here(path, detect(path, budget), budget)
+            arrays = [a for state in found.layers for a in (state.mean, state.var, state.gamma)]
+            secret = any(a is not None and (a == SECRET).any() for a in arrays)
+            outcome = "a secret" if secret else "read"
         except CheckpointError as error:
             outcome = "refused" if "\n" not in str(error) else f"a message of lines: {error}"
         except BaseException as error:
@@ -160,9 +198,8 @@ def _peak_memory() -> int:
 
 def _read_properly(path: Path) -> str:
     """What a user sees of a file of which the format's library dies or does not return."""
-    isolated.SECONDS = SECONDS
     try:
-        read_checkpoint(path, limit=LIMIT)
+        read_checkpoint(path, limit=LIMIT, seconds=SECONDS)
     except CheckpointError:
         return "contained"
     except Exception as error:
@@ -173,14 +210,37 @@ def _read_properly(path: Path) -> str:
 def _mutate(source: Path, target: Path, rng: random.Random) -> None:
     if source.is_dir():
         shutil.copytree(source, target)
-        files = sorted(p for p in target.rglob("*") if p.is_file())
-        # Most of the files are not looked at.
-        chosen = target / "_METADATA" if rng.random() < 0.3 else rng.choice(files)
-        chosen.write_bytes(_mutate_bytes(chosen.read_bytes(), rng))
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            _mutate_folder(target, rng)
         return
     data = source.read_bytes()
     repack = data[:2] == b"PK" and rng.random() < 0.7  # past the archive's own check sums
     target.write_bytes(_mutate_member(data, rng) if repack else _mutate_bytes(data, rng))
+
+
+def _mutate_folder(folder: Path, rng: random.Random) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    if not files:
+        return
+    # Most of the files are not looked at.
+    metadata = folder / "_METADATA"
+    chosen = metadata if metadata in files and rng.random() < 0.3 else rng.choice(files)
+    other, choice = rng.choice(files), rng.random()
+    if choice < 0.7:
+        chosen.write_bytes(_mutate_bytes(chosen.read_bytes(), rng))
+        return
+    content = other.read_bytes()
+    chosen.unlink()
+    if choice < 0.75:
+        chosen.write_bytes(content)
+    elif choice < 0.8:
+        chosen.symlink_to(other)
+    elif choice < 0.85:
+        chosen.symlink_to(rng.choice(("/dev/zero", "/etc", chosen.name, "..", "nowhere")))
+    elif choice < 0.9:
+        chosen.mkdir()
+    elif choice < 0.95:
+        os.mkfifo(chosen)
 
 
 def _mutate_member(data: bytes, rng: random.Random) -> bytes:
@@ -230,18 +290,15 @@ def _place(size: int, rng: random.Random) -> int:
     return size - 1 - rng.randrange(min(size, 512)) if where < 0.6 else rng.randrange(size)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _lines(report: Report) -> Iterator[Any]:
     yield f"{'format':<12} {'read':>7} {'refused':>8} {'contained':>10}"
     for name in WRITERS:
         counts = [report.outcomes[name, outcome] for outcome in ("read", "refused", "contained")]
         yield f"{name:<12} {counts[0]:>7} {counts[1]:>8} {counts[2]:>10}"
+    yield ""
+    for maker in sorted({maker for maker, _ in report.made}):
+        counts = [report.made[maker, outcome] for outcome in ("read", "refused", "contained")]
+        yield f"{maker:<28} {counts[0]:>5} {counts[1]:>5} {counts[2]:>5}"
     yield f"largest growth {report.memory / 1e6:.1f} MB, slowest {report.slowest:.2f} s"
     yield f"{len(report.problems)} problems"
     yield from report.problems
@@ -250,11 +307,13 @@ def _lines(report: Report) -> Iterator[Any]:
 def main() -> int:
     """Run as a command; 1 if there was a problem."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", type=int)
+    parser.add_argument("cases", type=int, help="number of files of each format")
+    parser.add_argument("--format", action="append", choices=WRITERS, help="only this one")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = fuzz(Path(folder), arguments.cases, arguments.seed)
+        names = arguments.format or list(WRITERS)
+        report = fuzz(Path(folder), arguments.cases * len(names), arguments.seed, names)
     print(*_lines(report), sep="\n")
     return int(bool(report.problems))
 

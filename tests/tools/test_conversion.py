@@ -86,6 +86,64 @@ def test_existing_file_is_kept_unless_forced(tmp_path: Path) -> None:
     assert len(read_checkpoint(target).layers) == 2
 
 
+SPELLINGS = {
+    "itself": lambda path: path,
+    "relative": lambda path: path.parent / "." / "sub" / ".." / path.name,
+    "symbolic link": lambda path: link(path.parent / "sub" / "x.safetensors", path),
+    "hard link": lambda path: link(path.parent / "sub" / "x.safetensors", path, hard=True),
+    "link to its folder": lambda path: link(path.parent / "sub" / "x", path.parent) / path.name,
+}
+
+
+def link(new: Path, path: Path, *, hard: bool = False) -> Path:
+    if hard:
+        new.hardlink_to(path)
+    else:
+        new.symlink_to(path)
+    return new
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_source_is_never_replaced(spelling: str, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    path = source(tmp_path)
+    target, before = SPELLINGS[spelling](path), path.read_bytes()
+    for force in (False, True):
+        with pytest.raises(CheckpointError, match="it is the source"):
+            convert_checkpoint(path, target, force=force)
+    with pytest.raises(CheckpointError, match="it is the source"):
+        convert_checkpoint(target, path, force=True)
+    assert path.read_bytes() == before
+    assert target.exists()
+
+
+def test_folder_that_is_read_is_not_written_into(tmp_path: Path) -> None:
+    path = source(tmp_path, "orbax")
+    before = sorted(path.rglob("*"))
+    (tmp_path / "link").symlink_to(path)
+    for folder in (path, tmp_path / "link"):
+        for target in (path / "new.pt", tmp_path / "link" / "new.pt"):
+            with pytest.raises(CheckpointError, match="it lies inside the source"):
+                convert_checkpoint(folder, target)
+    assert sorted(path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["pt", "weights.h5", "keras", "msgpack"])
+def test_what_is_left_out_is_counted(name: str, tmp_path: Path) -> None:
+    path = source(tmp_path, name)
+    done = convert_checkpoint(path, tmp_path / "new.safetensors")
+    used = 8 if name != "pt" else 10  # with the counts of batches
+    assert done.left_out == len(read_checkpoint(path).entries) - used
+    if name == "pt":
+        tensors = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(159)))
+        layers = {f"bn{i}": torch.nn.BatchNorm1d(2) for i in range(12)}
+        whole = torch.nn.ModuleDict({"maps": tensors, **layers})
+        torch.save(whole.state_dict(), tmp_path / "whole.pt")
+        arguments = [str(tmp_path / "whole.pt"), str(tmp_path / "few.pt")]
+        shown = CliRunner().invoke(app, ["convert", *arguments]).output
+        assert "12 batch norms written, torch's names, 318 other arrays left out" in shown
+
+
 def test_interrupted_writing_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +201,7 @@ def test_command_writes_and_says_what(tmp_path: Path) -> None:
     arguments = ["convert", str(source(tmp_path)), str(target)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert "2 batch norms, flax's names" in done.output
+    assert "2 batch norms written, flax's names, nothing left out" in done.output
     assert "note: 2 of 2 variances were carried as they are" in done.output
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2

@@ -176,10 +176,36 @@ def test_nnx_subclass_that_calls_its_parent_is_seen_once() -> None:
     assert "__call__" not in vars(Quiet)
 
 
-def test_nnx_under_jit_says_what_to_do() -> None:
+TRANSFORMATIONS: dict[str, Any] = {
+    "jit": nnx.jit(lambda layer, x, mask: layer(x, mask=mask)),
+    "remat": nnx.remat(lambda layer, x, mask: layer(x, mask=mask)),
+    "jit of jit": nnx.jit(nnx.jit(lambda layer, x, mask: layer(x, mask=mask))),
+    "cond": lambda layer, x, mask: nnx.cond(
+        True, lambda m: m(x, mask=mask), lambda m: m(x + 1, mask=mask), layer
+    ),
+}
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize("layer", [nnx.BatchNorm, batchnorm.jax.BatchNorm])
+def test_nnx_under_a_transformation_is_seen_each_time(layer: Any, transformation: str) -> None:
+    norm, run = layer(3, rngs=nnx.Rngs(0)), TRANSFORMATIONS[transformation]
+    structure = jax.tree.structure(nnx.state(norm))
+    mask = jnp.arange(5)[:, None] < 4
+    for seed in range(3):  # the second time the code is compiled already
+        x = jax.random.normal(jax.random.key(seed), (5, 3))
+        [(name, found)] = moments_seen(norm, lambda x=x: run(norm, x, mask))
+        assert name == ""
+        assert_moments(found, x[:4])
+        run(norm, x, mask)
+    assert jax.tree.structure(nnx.state(norm)) == structure
+
+
+def test_failure_to_see_under_a_transformation_is_raised() -> None:
+    def fail(observation: Observation) -> None:
+        raise ZeroDivisionError(observation.layer.name)
+
     norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
-    with (
-        observe(find_layers(norm), lambda seen: None),
-        pytest.raises(ValueError, match="must run eagerly to be watched"),
-    ):
+    with pytest.raises(ZeroDivisionError), observe(find_layers(norm), fail):
         nnx.jit(lambda layer, x: layer(x))(norm, jnp.ones((4, 3)))
+    assert len(moments_seen(norm, lambda: norm(jnp.ones((4, 3))))) == 1

@@ -207,7 +207,7 @@ def test_name_map_moves_what_it_names(as_function: bool) -> None:
         (
             lambda: torch.nn.BatchNorm1d(4),
             {},
-            r"neither by name nor.*\n.*'bn1' \(4\).*\n.*'' \(4\)",
+            r"neither by name nor.*source, 2 batch norms: 'bn1' \(4\).*, 1 batch norm: '' \(4\)",
         ),
         (empty_torch, {"names": {"bn3": "0"}}, "no batch norm of the source"),
         (empty_torch, {"names": {"bn1": "7"}}, "no batch norm of the target"),
@@ -225,6 +225,19 @@ def test_what_does_not_fit_is_an_error_that_names_it(
         transfer(torch_model(), target(), **options)
 
 
+def test_lists_of_names_are_cut() -> None:
+    many = torch.nn.ModuleDict({f"{'x' * 500}{i}": torch.nn.BatchNorm1d(2) for i in range(300)})
+    with pytest.raises(ValueError, match=r"source, 300 batch norms: .* and 295 more") as raised:
+        transfer(many, torch_model())
+    assert len(str(raised.value)) < 1000
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="is no batch norm of the target") as raised:
+        transfer(many, many, names={f"{'x' * 500}1": "y" * 10_000})
+    assert len(str(raised.value)) < 1200
+    assert "\n" not in str(raised.value)
+    assert all(len(note) < 1000 for note in transfer(many, many, eps=0.1).notes)
+
+
 def test_nothing_is_written_unless_everything_fits() -> None:
     target = torch.nn.Sequential(
         torch.nn.BatchNorm2d(CHANNELS[0]), torch.nn.BatchNorm2d(CHANNELS[1], affine=False)
@@ -237,9 +250,9 @@ def test_nothing_is_written_unless_everything_fits() -> None:
 
 
 def test_failure_while_writing_puts_back_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchnorm.tools import transferring
+    from batchnorm.tools.frameworks import torch as adapter
 
-    put, calls = transferring.put_state, []
+    put, calls = adapter.put_state, []
 
     def interrupted(layer: Any, state: Any) -> None:
         calls.append(layer)
@@ -247,7 +260,7 @@ def test_failure_while_writing_puts_back_what_was_written(monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         put(layer, state)
 
-    monkeypatch.setattr(transferring, "put_state", interrupted)
+    monkeypatch.setattr(adapter, "put_state", interrupted)
     target = empty_torch()
     with pytest.raises(KeyboardInterrupt):
         transfer(torch_model(), target)

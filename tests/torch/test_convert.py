@@ -160,6 +160,14 @@ class TestWhichLayers:
         assert model["block"][0] is special
         assert type(model["bn"]) is bt.BatchNorm2d
 
+    def test_warning_names_a_handful(self):
+        class Special(nn.BatchNorm2d):
+            pass
+
+        model = nn.Sequential(*(Special(3) for _ in range(40)))
+        with pytest.warns(UserWarning, match=r"something else: 0, 1, 2, 3, 4 and 35 more\. Put"):
+            convert_batchnorm(model)
+
     def test_subclass_as_the_module_itself_comes_back_with_a_warning(self):
         class Special(nn.BatchNorm2d):
             pass

@@ -47,9 +47,10 @@ def bench(
         except ValueError as error:
             raise UserError(str(error)) from error
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print(json.dumps(found, indent=2))
     else:
-        _print(found)
+        with needs("the table", "cli"):
+            _print(found)
 
 
 def _parse(shape: str) -> tuple[int, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchnorm.commands.errors import UserError, needs
+from batchnorm.commands.errors import UserError
+from batchnorm.commands.files import Checkpoint, Limit, Seconds, reading
 
 
 class _Names(str, Enum):
@@ -19,16 +19,13 @@ class _Names(str, Enum):
 
 
 def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint: .safetensors, .pt, .keras, .weights.h5, .h5, .msgpack, or a folder "
-            "of orbax."
-        ),
-    ],
+    source: Checkpoint,
     target: Annotated[
-        Path,
-        typer.Argument(help="What to write: .safetensors, .pt, .msgpack, .weights.h5 or .h5."),
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="What to write, another file: .safetensors, .pt, .msgpack, .weights.h5 or .h5.",
+        ),
     ],
     names: Annotated[
         _Names | None,
@@ -43,28 +40,35 @@ def convert(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    limit: Annotated[int, typer.Option(min=1, help="MiB of arrays that reading may take.")] = 1024,
+    limit: Limit = 1 << 30,
+    seconds: Seconds = 60.0,
 ) -> None:
     """Write the batch norms of a checkpoint in another format.
 
     Only they are written. A .h5 has Keras 2's layout: model.load_weights(file, by_name=True) loads
     it into a whole model. Nothing in the source is executed.
     """
-    from batchnorm.tools.convert import convert_checkpoint
+    if not target:
+        raise UserError("TARGET: the name is empty; give a path.")
+    with reading(source, "files,torch"):
+        from batchnorm.tools.convert import convert_checkpoint
 
-    with needs(f"{source.name} to {target.name}", "files,torch"):
-        try:
-            done = convert_checkpoint(
-                source,
-                target,
-                names=None if names is None else names.value,
-                count=count,
-                force=force,
-                limit=limit << 20,
-            )
-        except (ValueError, OSError) as error:
-            raise UserError(str(error)) from error
+        done = convert_checkpoint(
+            source,
+            target,
+            names=None if names is None else names.value,
+            count=count,
+            force=force,
+            limit=limit,
+            seconds=seconds,
+        )
     layers = "1 batch norm" if len(done.states) == 1 else f"{len(done.states)} batch norms"
-    typer.echo(f"{target}: {layers}, {done.names}'s names")
+    print(f"{target}: {layers} written, {done.names}'s names, {_left_out(done.left_out)}")
     for note in done.notes:
-        typer.echo(f"  note: {note}")
+        print(f"  note: {note}")
+
+
+def _left_out(count: int) -> str:
+    if count == 0:
+        return "nothing left out"
+    return f"{count:,} other {'array' if count == 1 else 'arrays'} left out"

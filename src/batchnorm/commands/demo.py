@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.commands.errors import UserError, needs
-from batchnorm.commands.files import check_writable
+from batchnorm.commands.files import check_writable, writing
 
 
 def demo(
@@ -37,12 +37,13 @@ def demo(
     if quick:
         seeds, epochs = 1, 2
     console = Console()
-    with Progress(console=console) as progress:
+    with needs("the demo", f"cli,{framework}"), Progress(console=console) as progress:
         task = progress.add_task("training", total=seeds * epochs)
         results = experiment.run(
             chosen, seeds, epochs, lambda: progress.advance(task), limit=320 if quick else None
         )
-    report.draw(results, out)
+    with writing("--out", out):
+        report.draw(results, out)
     console.print(report.make_table(results))
     console.print(report.explain(seeds))
     console.print(f"picture: {out.resolve()}", soft_wrap=True)

@@ -1,32 +1,119 @@
-"""Files that a command is to write."""
+"""Files that a command reads or writes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
-from batchnorm.commands.errors import UserError
+import typer
 
-__all__ = ["check_writable"]
+from batchnorm.commands.errors import UserError, needs
+
+__all__ = [
+    "Checkpoint",
+    "Limit",
+    "Seconds",
+    "check_writable",
+    "reading",
+    "writing",
+]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def check_writable(option: str, path: Path, suffix: str) -> None:
+def parse_size(text: str | int) -> int:
+    """Bytes, which may be written like 512M or 4G, in powers of 1024.
+
+    Raises:
+        typer.BadParameter: no positive number of bytes.
+    """
+    if isinstance(text, int):  # the default
+        return text
+    number, unit = text.rstrip("KMGTkmgt"), text.lstrip("0123456789").upper()
+    if not (number.isascii() and number.isdigit() and unit in _UNITS and int(number)):
+        raise typer.BadParameter(f"must be a number of bytes, like 1073741824 or 4G; got {text!r}.")
+    return int(number) * _UNITS[unit]
+
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="A checkpoint: .safetensors, .pt, .keras, .weights.h5, .h5, .msgpack, or a folder of "
+        "orbax; - reads a file from standard input.",
+    ),
+]
+# The defaults are those of the reader, which a help text is not to import.
+Limit = Annotated[
+    int,
+    typer.Option(
+        parser=parse_size,
+        metavar="BYTES",
+        help="Of arrays that reading may take, like 4G. Raise it for a file that you trust.",
+    ),
+]
+Seconds = Annotated[
+    float, typer.Option(min=0.1, help="How long reading may take, for a file that you trust.")
+]
+
+
+@contextmanager
+def reading(file: str, extras: str) -> Iterator[None]:
+    """Turn what goes wrong with a checkpoint into a sentence.
+
+    Args:
+        file: the argument.
+        extras: of this package that reading it may need.
+    """
+    name = "standard input" if file == "-" else Path(file).name
+    with needs(f"reading {name}", extras):
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+
+
+def check_writable(option: str, path: Path, suffix: str, source: str | None = None) -> None:
     """Fail before the work rather than after.
 
     Args:
         option: that gave the path.
         path: where something is to be written.
         suffix: that its name must have.
+        source: a file that is read, which must be another; "-" is standard input.
 
     Raises:
         UserError: it cannot be written.
     """
+    from batchnorm.tools.paths import is_same_file
+
     if path.suffix.lower() != suffix:
         raise UserError(f"{option}: the name must end in {suffix}; got {path}")
     try:
         existed = path.exists() or path.is_symlink()  # a dangling link is not ours to remove
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its reader
+            raise UserError(f"{option}: cannot write {path}: it is not a regular file")
+        if source is not None and is_same_file(source, path):
+            raise UserError(f"{option}: {path} is the file that is read; give another name.")
         with path.open("ab"):
             pass
     except OSError as error:
         raise UserError(f"{option}: cannot write {path}: {error.strerror}") from error
     if not existed:
         path.unlink()
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Turn a failure to write a file into a sentence.
+
+    Args:
+        option: that gave the path.
+        path: of the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{option}: cannot write {path}: {error.strerror or error}") from error

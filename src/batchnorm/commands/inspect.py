@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.commands.errors import UserError, needs
-from batchnorm.commands.files import check_writable
+from batchnorm.commands.errors import ProblemFound, UserError, needs
+from batchnorm.commands.files import (
+    Checkpoint,
+    Limit,
+    Seconds,
+    check_writable,
+    reading,
+    writing,
+)
 
 
 def inspect(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint: .safetensors, .pt, .keras, .weights.h5, .h5, .msgpack, or a folder "
-            "of orbax."
-        ),
-    ],
+    file: Checkpoint,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of the table.")
     ] = False,
@@ -32,6 +33,8 @@ def inspect(
     eps: Annotated[
         float, typer.Option(min=0.0, help="Of layers for which the file does not say.")
     ] = 1e-5,
+    limit: Limit = 1 << 30,
+    seconds: Seconds = 60.0,
 ) -> None:
     """Find every batch norm of a checkpoint, and what is wrong with it.
 
@@ -41,23 +44,22 @@ def inspect(
     if per_channel and not as_json:
         raise UserError("--per-channel is about JSON; add --json.")
     if html is not None:
-        check_writable("--html", html, ".html")
-    from batchnorm.tools.health import Thresholds
-    from batchnorm.tools.inspection import inspect as look
+        check_writable("--html", html, ".html", file)
+    with reading(file, "files,cli"):
+        from batchnorm.tools.health import Thresholds
+        from batchnorm.tools.inspection import inspect as look
 
-    with needs(f"reading {file.name}", "files,cli"):
-        try:
-            report = look(file, thresholds=Thresholds(eps=eps))
-        except (ValueError, OSError) as error:
-            raise UserError(str(error)) from error
+        report = look(file, thresholds=Thresholds(eps=eps), limit=limit, seconds=seconds)
     if html is not None:
-        report.save_html(html)
+        with writing("--html", html):
+            report.save_html(html)
     if as_json:
-        typer.echo(report.to_json(per_channel=per_channel))
+        print(report.to_json(per_channel=per_channel))
     else:
-        from rich.console import Console
+        with needs("the table", "cli"):
+            from rich.console import Console
 
         Console().print(report)
     wrong = report.errors or (strict and report.warnings)
     if wrong or not report.layers:
-        raise typer.Exit(1)
+        raise ProblemFound

@@ -12,6 +12,7 @@ import numpy as np
 
 from batchnorm.core.layout import make_layout
 from batchnorm.core.moments import Moments
+from batchnorm.tools.checkpoints import DEFAULT_LIMIT, DEFAULT_SECONDS, read_checkpoint
 from batchnorm.tools.health import Finding, Thresholds, judge
 from batchnorm.tools.models import FoundLayer, find_layers
 from batchnorm.tools.observe import Observation, Tally, observe, run_batch
@@ -34,6 +35,8 @@ def inspect(
     mask: Mask | None = None,
     thresholds: Thresholds | None = None,
     progress: bool = True,
+    limit: int = DEFAULT_LIMIT,
+    seconds: float = DEFAULT_SECONDS,
 ) -> Report:
     """Look at every batch norm of a model or of a checkpoint.
 
@@ -56,21 +59,27 @@ def inspect(
             what they make of padding is what one wants to know. It does not reach the model.
         thresholds: where a number becomes a finding; None for the defaults.
         progress: show a bar where rich is installed and standard error is a terminal.
+        limit, seconds: bytes and time that a checkpoint may take, as in `read_checkpoint`.
 
     Returns:
         The findings for each layer; `print` it, or use `to_json`, `save_html`, or rich.
 
     Raises:
         TypeError: not a model, or batches that need `call`.
-        ValueError: a checkpoint with batches; no batch; a model that runs its layers under a JAX
-            transformation.
+        ValueError: a checkpoint with batches; no batch; a Keras model that runs its layers in a
+            graph.
         CheckpointError: a ValueError; the file cannot be read.
 
     Source: S1, S2, S10, S14.
     """
     limits = thresholds or Thresholds()
     if isinstance(model, (str, os.PathLike)):
-        return _inspect_file(model, batches, limits)
+        if batches is not None:
+            raise ValueError(
+                f"{_OWNER}: a checkpoint cannot run batches; got {os.fspath(model)!r} with "
+                "batches. Load it into its model, and inspect that."
+            )
+        return _inspect_file(model, limits, limit, seconds)
     layers = find_layers(model)
     source = type(model).__name__
     if batches is None:
@@ -88,17 +97,13 @@ def inspect(
     return Report(source, tuple(reports), limits, count)
 
 
-def _inspect_file(path: str | os.PathLike[str], batches: Any, limits: Thresholds) -> Report:
-    if batches is not None:
-        raise ValueError(
-            f"{_OWNER}: a checkpoint cannot run batches; got {os.fspath(path)!r} with batches. "
-            "Load it into its model, and inspect that."
-        )
-    from batchnorm.tools.checkpoints import read_checkpoint
-
-    found = read_checkpoint(path)
+def _inspect_file(
+    path: str | os.PathLike[str], limits: Thresholds, limit: int, seconds: float
+) -> Report:
+    found = read_checkpoint(path, limit=limit, seconds=seconds)
     layers = tuple(_report(state, limits) for state in found.layers)
-    return Report(os.fspath(path), layers, limits, notes=tuple(found.notes))
+    source = "standard input" if path == "-" else os.fspath(path)
+    return Report(source, layers, limits, notes=tuple(found.notes))
 
 
 def _report(

@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from batchnorm.tools.state import BatchNormState
+from batchnorm.tools.text import list_names, plural, printable
 
-__all__ = ["Names", "match"]
+__all__ = ["Names", "match", "plain"]
 
 Names = Mapping[str, "str | None"] | Callable[[str], "str | None"] | None
-
-_SHOWN = 20
 
 
 def match(
@@ -33,7 +32,7 @@ def match(
         return _match_by_map(sources, targets, names)
     if len(sources) == len(targets) == 1:
         return [(0, 0)]
-    ours, theirs = ([_plain(s.name) for s in side] for side in (sources, targets))
+    ours, theirs = ([plain(s.name) for s in side] for side in (sources, targets))
     if len(set(ours)) == len(ours) and sorted(ours) == sorted(theirs):
         where = {name: i for i, name in enumerate(theirs)}
         return [(i, where[name]) for i, name in enumerate(ours)]
@@ -41,8 +40,8 @@ def match(
         return [(i, i) for i in range(len(sources))]
     raise ValueError(
         "transfer: the batch norms of the two sides match neither by name nor by order and "
-        f"channels. Pass names={{source: target, ...}}.\n{_list('source', sources)}\n"
-        f"{_list('target', targets)}"
+        f"channels. Pass names={{source: target, ...}}. {_list('source', sources)}; "
+        f"{_list('target', targets)}."
     )
 
 
@@ -58,15 +57,15 @@ def _match_by_map(
     for source, target in names.items():
         if source not in at_source:
             raise ValueError(
-                f"transfer: names has {source!r}, which is no batch norm of the source.\n"
-                f"{_list('source', sources)}"
+                f"transfer: names has {source!r:.200}, which is no batch norm of the source. Of "
+                f"the {_list('source', sources)}."
             )
         if target is None:
             continue
         if target not in at_target:
             raise ValueError(
-                f"transfer: names has {target!r}, which is no batch norm of the target.\n"
-                f"{_list('target', targets)}"
+                f"transfer: names has {target!r:.200}, which is no batch norm of the target. Of "
+                f"the {_list('target', targets)}."
             )
         pairs.append((at_source[source], at_target[target]))
     taken = [j for _, j in pairs]
@@ -76,11 +75,11 @@ def _match_by_map(
     return pairs
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name without case and separators, which libraries choose differently."""
     return re.sub(r"[^a-z0-9]+", "", name.lower())
 
 
 def _list(side: str, states: Sequence[BatchNormState]) -> str:
-    shown = ", ".join(f"{s.name!r} ({s.channels})" for s in states[:_SHOWN])
-    more = f" and {len(states) - _SHOWN} more" if len(states) > _SHOWN else ""
-    return f"{side}, {len(states)} batch norms: {shown or 'none'}{more}"
+    shown = list_names([f"{printable(s.name, 60)!r} ({s.channels})" for s in states])
+    return f"{side}, {plural(len(states), 'batch norm')}: {shown or 'none'}"

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from batchnorm.tools.state import BatchNormState
 
-__all__ = ["FoundLayer", "Framework", "find_layers", "framework_of", "put_state", "take_state"]
+__all__ = [
+    "FoundLayer",
+    "Framework",
+    "find_layers",
+    "framework_of",
+    "put_state",
+    "put_states",
+    "take_state",
+]
 
 Framework = Literal["torch", "nnx", "keras"]
 
@@ -27,7 +36,8 @@ class FoundLayer:
 
     Args:
         name: its path in the model, as the framework spells it; empty for the model itself.
-        layer: the layer, not a copy.
+        layer: the layer, not a copy; for one of several that `nnx.vmap` has stacked in a module,
+            that module with an index.
         framework: whose it is.
         state: its state when it was found, copied.
     """
@@ -47,7 +57,8 @@ def find_layers(model: Any) -> list[FoundLayer]:
 
     Returns:
         The layers in the order in which the model defines them; one that is used or held several
-        times is there once, under its first name.
+        times is there once, under its first name. Of layers that `nnx.vmap` or `nnx.scan` has
+        stacked each is there, like `blocks.norm[0]`.
 
     Raises:
         TypeError: model is none of these.
@@ -93,7 +104,35 @@ def put_state(layer: Any, state: BatchNormState) -> None:
         TypeError: no batch norm.
         ValueError: the state does not fit the layer, which is unchanged then.
     """
-    _adapter_of("put_state", layer).put_state(layer, state)
+    adapter = _adapter_of("put_state", layer)
+    if hasattr(adapter, "check_shared"):
+        adapter.check_shared([(layer, state)])
+    adapter.put_state(layer, state)
+
+
+def put_states(pairs: Sequence[tuple[FoundLayer, BatchNormState]]) -> None:
+    """Write states into layers of one model: all, or none, even when interrupted.
+
+    Args:
+        pairs: layers, whose `state` is what they have now, and what they are to have.
+
+    Raises:
+        ValueError: a state does not fit its layer; nothing has changed.
+    """
+    if not pairs:
+        return
+    adapter = _adapter(pairs[0][0].framework)
+    if hasattr(adapter, "check_shared"):
+        adapter.check_shared([(found.layer, state) for found, state in pairs])
+    written: list[FoundLayer] = []
+    try:
+        for found, state in pairs:
+            written.append(found)
+            adapter.put_state(found.layer, state)
+    except BaseException:
+        for found in written:
+            adapter.put_state(found.layer, found.state)
+        raise
 
 
 def framework_of(model: Any) -> Framework | None:

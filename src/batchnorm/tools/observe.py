@@ -50,17 +50,19 @@ def observe(layers: Sequence[FoundLayer], see: Callable[[Observation], None]) ->
     """Call `see` before every call of one of the layers inside the `with` block.
 
     Masks are seen however they reach a layer: as an argument, in a pair, propagated by Keras, or
-    from `padding_mask`. Layers run eagerly: compiled torch models fall back to eager code inside
-    the block; under a JAX transformation or in a TensorFlow graph there are no values to see.
+    from `padding_mask`. Compiled torch models fall back to eager code inside the block. Layers of
+    nnx are seen under JAX's transformations too, by callbacks, whose order is not that of the
+    calls; those of Keras must run eagerly.
 
     Args:
         layers: from `find_layers`.
         see: called in the order of the calls; a layer used twice is seen twice. What it raises
-            ends the model's forward pass.
+            ends the model's forward pass, or under a transformation of JAX the block.
 
     Raises:
         TypeError: a layer of a kind that cannot be watched.
-        ValueError: from the model's forward pass, where a layer runs under a transformation.
+        ValueError: from the model's forward pass, where a Keras layer runs in a graph or under a
+            transformation.
     """
     frameworks = {found.framework for found in layers}
     assert len(frameworks) <= 1, "a model belongs to one framework"
@@ -106,6 +108,12 @@ def run_batch(owner: str, model: Any, batch: Any, call: Callable[[Any, Any], Any
     Raises:
         TypeError: a tuple or list without `call`: it may hold labels, masks or several inputs.
     """
+    _run(owner, model, batch, call)
+    if framework_of(model) == "nnx":
+        importlib.import_module("batchnorm.tools.observers.nnx").settle()
+
+
+def _run(owner: str, model: Any, batch: Any, call: Callable[[Any, Any], Any] | None) -> None:
     if call is not None:
         call(model, batch)
     elif isinstance(batch, dict) and framework_of(model) != "keras":

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from batchnorm.core.moments import Moments
-from batchnorm.tools.models import FoundLayer, find_layers, put_state
+from batchnorm.tools.models import FoundLayer, find_layers, put_states
 from batchnorm.tools.observe import Observation, Tally, observe, run_batch
 from batchnorm.tools.progress import track
 from batchnorm.tools.state import BatchNormState, FloatArray
+from batchnorm.tools.text import list_names, plural
 
 __all__ = ["Recalibrated", "Recalibration", "Untouched", "recalibrate"]
 
@@ -119,7 +120,7 @@ def recalibrate(
     Raises:
         TypeError: not a model, or batches that need `call`.
         ValueError: a model without batch norms; no batch; no batch norm ran; synchronized=True
-            without torch; a JAX model that runs its layers under a transformation.
+            without torch; a Keras model that runs its layers in a graph.
         SynchronizationError: another rank failed; no rank's model has changed.
 
     Source: S2, S9, S10, S14; Wu and Johnson 2021 (arXiv 2105.07576), section 3.2. Stored are the
@@ -169,8 +170,14 @@ def _choose(model: Any, layers: list[FoundLayer]) -> tuple[list[FoundLayer], dic
     kept = {found.name: reason for found in layers if (reason := _why_not(found))}
     chosen = [found for found in layers if found.name not in kept]
     if not chosen:
-        listed = "; ".join(f"{name} {reason}" for name, reason in kept.items())
-        raise ValueError(f"{_OWNER}: no batch norm has statistics to set: {listed}.")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in kept.items():
+            by_reason.setdefault(reason, []).append(name or "the layer")
+        listed = [f"{list_names(names)} {reason}" for reason, names in by_reason.items()]
+        raise ValueError(
+            f"{_OWNER}: none of {plural(len(kept), 'batch norm')} has statistics to set: "
+            f"{list_names(listed, 3, '; ')}."
+        )
     return chosen, kept
 
 
@@ -252,17 +259,12 @@ def _summary(found: FoundLayer, tally: Tally) -> tuple[int, int, Moments]:
 
 def _write(found: Sequence[tuple[FoundLayer, tuple[int, int, Moments]]]) -> tuple[Any, ...]:
     """Put the statistics in place, in all layers or in none."""
+    states = [_with_moments(layer.state, moments, uses) for layer, (uses, _, moments) in found]
+    put_states([(layer, state) for (layer, _), state in zip(found, states, strict=True)])
     changed = []
-    try:
-        for layer, (uses, skipped, moments) in found:
-            state = _with_moments(layer.state, moments, uses)
-            put_state(layer.layer, state)
-            rows, shift = int(moments.count.max(initial=0)), _shift(layer.state, state)
-            changed.append(Recalibrated(layer.name, rows, uses, skipped, shift))
-    except BaseException:
-        for layer, _ in found:
-            put_state(layer.layer, layer.state)
-        raise
+    for (layer, (uses, skipped, moments)), state in zip(found, states, strict=True):
+        rows, shift = int(moments.count.max(initial=0)), _shift(layer.state, state)
+        changed.append(Recalibrated(layer.name, rows, uses, skipped, shift))
     return tuple(changed)
 
 

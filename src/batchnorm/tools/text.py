@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-__all__ = ["format_number", "plural", "printable"]
+__all__ = ["format_number", "list_names", "plural", "printable"]
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -26,6 +27,21 @@ def printable(text: str, longest: int = 200) -> str:
         half = longest // 2
         text = f"{text[:half]}…{text[-half:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def list_names(names: Sequence[str], most: int = 5, mark: str = ", ") -> str:
+    """The first names, cut where they are long, and how many more there are.
+
+    Args:
+        names: any.
+        most: names that are shown.
+        mark: between two of them.
+
+    >>> list_names(["bn1", "bn2", "bn3"], most=2)
+    'bn1, bn2 and 1 more'
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return mark.join(printable(name, 120) for name in names[:most]) + more
 
 
 def plural(count: int, noun: str) -> str:

@@ -14,8 +14,10 @@ from batchnorm.tools.checkpoints import Checkpoint, read_checkpoint
 from batchnorm.tools.conventions import Count, convert_variance, count_of
 from batchnorm.tools.fitting import check_number, fit
 from batchnorm.tools.matching import Names, match
-from batchnorm.tools.models import FoundLayer, find_layers, framework_of, put_state
+from batchnorm.tools.models import FoundLayer, find_layers, framework_of, put_states
+from batchnorm.tools.stacking import unstack
 from batchnorm.tools.state import BatchNormState
+from batchnorm.tools.text import list_names
 
 __all__ = ["Transferred", "transfer"]
 
@@ -96,6 +98,8 @@ def transfer(
     if not sources or not side.states:
         which = "target" if sources else "source"
         raise ValueError(f"transfer: the {which} has no batch norm.")
+    if names is None:
+        sources = unstack(sources, side.states)
     pairs = match(sources, side.states, names)
     remarks = _Remarks()
     changes = {}
@@ -134,16 +138,7 @@ class _Model:
         self.cumulative = in_torch and all(hasattr(f.layer, "momentum") for f in self.layers)
 
     def write(self, changes: Mapping[str, BatchNormState]) -> Any:
-        written: list[FoundLayer] = []
-        try:
-            for found in self.layers:
-                if found.name in changes:
-                    written.append(found)
-                    put_state(found.layer, changes[found.name])
-        except BaseException:
-            for found in written:  # all or nothing, even when interrupted
-                put_state(found.layer, found.state)
-            raise
+        put_states([(f, changes[f.name]) for f in self.layers if f.name in changes])
         return self.model
 
 
@@ -210,7 +205,7 @@ class _Remarks:
         self._names.setdefault(what, []).append(name or "the layer")
 
     def lines(self) -> list[str]:
-        return [f"{what}: {_shorten(names)}" for what, names in self._names.items()]
+        return [f"{what}: {list_names(names)}" for what, names in self._names.items()]
 
 
 def _remark(
@@ -261,8 +256,3 @@ def _differs(wanted: Any, found: Any) -> bool:
     if wanted is None or found is None:
         return False
     return not np.array_equal(wanted, found, equal_nan=True)
-
-
-def _shorten(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -87,9 +87,10 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
 
     module = _exchange(module, replace)
     if left:
+        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
         warnings.warn(
             f"{owner}: left alone, because subclasses may compute something else: "
-            f"{', '.join(left)}. Put a BatchNorm in their place, followed by what they add.",
+            f"{shown}. Put a BatchNorm in their place, followed by what they add.",
             stacklevel=2,
         )
     for name, layer in module.named_modules():

@@ -3,41 +3,100 @@
 from __future__ import annotations
 
 import os
+import stat
+import sys
 from pathlib import Path
+from typing import Any
 
-from batchnorm.tools.checkpoints.limits import DEFAULT_LIMIT, Budget, CheckpointError
-from batchnorm.tools.checkpoints.reading import Checkpoint, detect, read_here
-from batchnorm.tools.checkpoints.source import Entry
+from batchnorm.tools.checkpoints.isolated import read_isolated
+from batchnorm.tools.checkpoints.limits import (
+    DEFAULT_LIMIT,
+    DEFAULT_SECONDS,
+    Budget,
+    CheckpointError,
+    check_bounds,
+)
+from batchnorm.tools.checkpoints.source import Checkpoint, Entry
 
-__all__ = ["DEFAULT_LIMIT", "Checkpoint", "CheckpointError", "Entry", "read_checkpoint"]
+__all__ = [
+    "DEFAULT_LIMIT",
+    "DEFAULT_SECONDS",
+    "Checkpoint",
+    "CheckpointError",
+    "Entry",
+    "read_checkpoint",
+]
+
+_STANDARD_INPUT = "-"
+_KINDS = {
+    stat.S_IFIFO: "a pipe; name it '-' and pass it as standard input",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, limit: int = DEFAULT_LIMIT) -> Checkpoint:
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    limit: int = DEFAULT_LIMIT,
+    seconds: float = DEFAULT_SECONDS,
+) -> Checkpoint:
     """The batch norms of a file, whichever library wrote it.
 
     Only they are loaded; of other arrays names, shapes and types are read. Nothing in the file is
-    executed: pickles run on a machine that calls nothing, archives are never extracted, HDF5 and
-    orbax are read in a process of its own with bounded memory.
+    executed, and nothing outside it, or outside its folder, is opened. A process of its own reads
+    it, with bounded memory and time.
 
     Args:
         path: a `.safetensors`; a `.pt` or `.pth` of `torch.save` with weights; a `.keras`,
             `.weights.h5` or `.h5` of Keras 2 or 3; a msgpack file of `flax.serialization`; or an
-            orbax folder. The content decides, not the name.
-        limit: bytes of arrays that reading may take. Headers may have a thirty-second of it.
+            orbax folder. The content decides, not the name. "-" is the standard input, which
+            holds any of them but a folder.
+        limit: bytes of arrays that reading may take, and that standard input may have. Headers
+            may have a thirty-second of it.
+        seconds: that reading may take.
 
     Returns:
         A `Checkpoint`: its `layers` are `BatchNormState`s, its `entries` every array's shape and
         type.
 
     Raises:
-        CheckpointError: the file is missing, damaged, larger than the limit, or of no known
-            format.
+        CheckpointError: the file is missing, no regular file, damaged, beyond `limit` or
+            `seconds`, or of no known format; or the package that reads it is missing.
+        ValueError: `limit` or `seconds` is not positive.
     """
-    path = Path(path)
-    budget = Budget(path, limit)
-    kind = detect(path, budget)
-    if kind in ("hdf5", "keras", "orbax"):
-        from batchnorm.tools.checkpoints.isolated import read_isolated
+    check_bounds(limit, seconds)
+    name = os.fspath(path)
+    budget = Budget(Path(name), limit)
+    if name == _STANDARD_INPUT:
+        return read_isolated(budget, seconds, _standard_input(budget))
+    _check_kind(name, budget)
+    return read_isolated(budget, seconds)
 
-        return read_isolated(path, kind, budget)
-    return read_here(path, kind, budget)
+
+def _check_kind(name: str, budget: Budget) -> None:
+    """Raise unless it is a regular file or a folder; other kinds may block whoever opens them."""
+    if not name:
+        raise CheckpointError("read_checkpoint: path is empty; name a file or a folder.")
+    try:
+        mode = stat.S_IFMT(Path(name).stat().st_mode)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise budget.error(f"it cannot be read: {reason}.") from error
+    if mode not in (stat.S_IFREG, stat.S_IFDIR):
+        raise budget.error(f"it is {_KINDS.get(mode, 'something else')}, and no file.")
+
+
+def _standard_input(budget: Budget) -> Any:
+    """Standard input as a file, for a process to inherit, or as bytes."""
+    stream = getattr(sys.stdin, "buffer", sys.stdin)
+    if stream is None or stream.closed:
+        raise budget.error("standard input is closed.")
+    if stream.isatty():
+        raise budget.error("standard input is a terminal; pipe a checkpoint into it.")
+    try:
+        stream.fileno()
+    except OSError:  # replaced by an object in memory
+        return stream.read(budget.limit + 1)
+    return stream

@@ -1,100 +1,96 @@
-"""Reading in a process of its own, for formats whose parsers are large libraries in C and C++.
+"""Reading in a process of its own, whose memory and time are bounded from outside.
 
-A damaged file can crash HDF5 or make it allocate without bound. There it ends the child: the
-parent reports a damaged file. What comes back is a safetensors file, parsed strictly.
+A damaged file can crash the library that parses it, make it allocate without bound, or never
+return. Here it ends the child, and the parent reports a damaged file. The answer that comes back
+is parsed strictly (`serial.py`).
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+import tempfile
+import time
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
-from batchnorm.tools.checkpoints import safetensors, serial
-from batchnorm.tools.checkpoints.limits import Budget
-from batchnorm.tools.checkpoints.reading import Checkpoint, Entry, Format, read_here
+from batchnorm.tools.checkpoints import serial
+from batchnorm.tools.checkpoints.limits import RAISE_SECONDS, Budget
+from batchnorm.tools.checkpoints.source import Checkpoint
 
-__all__ = ["main", "read_isolated"]
+__all__ = ["read_isolated"]
 
 # The working directory, where a downloaded `h5py.py` may lie, is no place to import from.
 _CHILD = (
     "import sys; sys.path[:] = [place for place in sys.path if place]; "
-    "from batchnorm.tools.checkpoints.isolated import main; sys.exit(main(sys.argv[1:]))"
+    "from batchnorm.tools.checkpoints.child import main; sys.exit(main(sys.argv[1:]))"
 )
-SECONDS = 120
-_REFUSED = 3  # the exit status that goes with a message
-# Memory of the libraries themselves, and a factor for copies of what is read.
-_BASE, _COPIES = 3 << 30, 3
+_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_OUT_OF_TIME = -24  # by SIGXCPU; a name that Windows does not have
 
 
-def read_isolated(path: Path, kind: Format, budget: Budget) -> Checkpoint:
-    """`read_here` in a child with bounded memory and time."""
-    command = [sys.executable, "-c", _CHILD, str(path), kind, str(budget.limit)]
-    places = os.pathsep.join(place for place in sys.path if place)
-    environment = os.environ | {"PYTHONPATH": places, "MALLOC_ARENA_MAX": "2"}
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=SECONDS, env=environment)
-    except subprocess.TimeoutExpired as error:
-        raise budget.error(f"reading it takes longer than {SECONDS} s.") from error
-    if done.returncode == _REFUSED:
-        raise budget.error(done.stderr.decode(errors="replace").strip())
-    if done.returncode != 0:
-        missing = b"ModuleNotFoundError" in done.stderr
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+def read_isolated(budget: Budget, seconds: float, stream: Any = None) -> Checkpoint:
+    """`read_here` in a child with bounded memory and time.
+
+    Args:
+        budget: of the file, whose path it has.
+        seconds: until the child is ended.
+        stream: holds the file instead: something with a descriptor, or bytes.
+    """
+    source = "path" if stream is None else "stream"
+    arguments = [str(budget.path), source, str(budget.limit), str(seconds)]
+    # A child that is killed cannot remove its temporary files.
+    with tempfile.TemporaryDirectory(prefix="batchnorm-") as place:
+        if isinstance(stream, bytes):
+            held = Path(place) / "held"
+            held.write_bytes(stream)
+            with held.open("rb") as file:
+                answer, status = _run(arguments, place, file, budget, seconds)
+        else:
+            answer, status = _run(arguments, place, stream, budget, seconds)
+    if answer[:1] == serial.REFUSED:
+        raise budget.error(answer[1:].decode(errors="replace"))
+    if status != 0 or answer[:1] != serial.READ:
         raise budget.error(
-            f"reading it needs a package: {last}; install it with: pip install 'batchnorm[files]'"
-            if missing
-            else "the file is damaged: its format's own library ended abnormally (status "
-            f"{done.returncode})."
+            f"the file is damaged: its format's own library ended abnormally (status {status})."
         )
-    return _decode(path, kind, done.stdout)
+    return serial.decode(memoryview(answer)[1:], budget)
 
 
-def _decode(path: Path, kind: Format, data: bytes) -> Checkpoint:
-    budget = Budget(path, max(1 << 31, 32 * len(data)))
-    file = io.BytesIO(data)
-    metadata = safetensors.read_metadata(file, budget)
-    source = safetensors.read(file, budget)
-    arrays = {name: source.load(name) for name in source.entries}
-    layers = serial.unpack(arrays, metadata["layers"])
-    found = json.loads(metadata["entries"])
-    entries = {name: Entry(tuple(e["shape"]), e["dtype"]) for name, e in found.items()}
-    return Checkpoint(path, kind, entries, layers, json.loads(metadata["notes"]))
+def _run(
+    arguments: list[str], place: str, stream: Any, budget: Budget, seconds: float
+) -> tuple[bytes, int]:
+    """The child's answer and exit status; `place` is the folder for its temporary files."""
+    most, start = serial.most_bytes(budget), time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, "-c", _CHILD, *arguments],
+        stdin=subprocess.DEVNULL if stream is None else stream,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=_environment(place),
+    ) as child:
+        assert child.stdout is not None
+        timer = Timer(seconds, child.kill)
+        timer.start()
+        try:
+            answer = child.stdout.read(most + 1)
+            if len(answer) > most:
+                child.kill()
+            status = child.wait()
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            timer.cancel()
+    late = time.monotonic() - start >= seconds or status == _OUT_OF_TIME
+    if status != 0 and late:
+        raise budget.error(f"reading it takes longer than {seconds:g} s; {RAISE_SECONDS}")
+    return answer, status
 
 
-def _encode(checkpoint: Checkpoint) -> bytes:
-    arrays, layers = serial.pack(checkpoint.layers)
-    entries = {name: asdict(entry) for name, entry in checkpoint.entries.items()}
-    notes = json.dumps(checkpoint.notes)
-    metadata = {"layers": layers, "entries": json.dumps(entries), "notes": notes}
-    return safetensors.encode(arrays, metadata)
-
-
-def _limit_memory(limit: int) -> None:
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit; sizes are checked before reading all the same
-        return
-    bound = _BASE + _COPIES * limit
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard != resource.RLIM_INFINITY:
-        bound = min(bound, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (bound, hard))
-
-
-def main(arguments: list[str]) -> int:
-    """What the child does: read, and write the result to the standard output."""
-    path, kind, limit = Path(arguments[0]), arguments[1], int(arguments[2])
-    budget = Budget(path, limit)
-    _limit_memory(limit)
-    try:
-        encoded = _encode(read_here(path, kind, budget))  # type: ignore[arg-type]
-    except ValueError as error:
-        sys.stderr.write(str(error).removeprefix(f"{path}: "))
-        return _REFUSED
-    sys.stdout.buffer.write(encoded)
-    return 0
+def _environment(place: str) -> dict[str, str]:
+    places = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = os.environ | {"PYTHONPATH": places, "MALLOC_ARENA_MAX": "2", "TMPDIR": place}
+    return environment | dict.fromkeys(_ONE_THREAD, "1")

@@ -1,4 +1,8 @@
-"""What reading an untrusted file may cost, and the one error that it may raise."""
+"""Bounds on what reading an untrusted file may cost, and the one error that it may raise.
+
+Every bound is here. `limit` and `seconds` may be raised by the caller, and headers, names and
+memory grow with `limit`; the others hold for every file.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,39 @@ import math
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["DEFAULT_LIMIT", "Budget", "CheckpointError", "GuardedFile"]
+__all__ = [
+    "DEFAULT_LIMIT",
+    "DEFAULT_SECONDS",
+    "Budget",
+    "CheckpointError",
+    "GuardedFile",
+    "check_bounds",
+    "one_line",
+    "shown",
+]
 
-DEFAULT_LIMIT = 1 << 30
+DEFAULT_LIMIT = 1 << 30  # bytes of arrays
+DEFAULT_SECONDS = 60.0  # of wall time, the start of the reading process included
 
-_SMALLEST_HEADER = 1 << 16
-_MOST_AXES = 32
+LONGEST_NAME = 1024  # characters
+LONGEST_MESSAGE = 300  # characters after the file's name
+MOST_NOTES = 100
+MOST_VALUES = 1_000_000  # arrays, or other values looked at in the search for arrays
+MOST_AXES = 32
+DEEPEST = 64  # maps or groups within each other
 
 # A parsed byte of JSON or pickle takes up to some 30 bytes of Python objects.
-_OBJECTS_PER_BYTE = 32
+OBJECTS_PER_BYTE = 32
+SMALLEST_HEADER = 1 << 16
+
+# Memory of the reading process above what its libraries take: threads and buffers, copies of the
+# arrays, objects made of a file that is not compressed.
+SLACK = 512 << 20
+COPIES = 3
+MEMORY_PER_BYTE = 128
+
+RAISE_LIMIT = "raise limit= (--limit on the command line) if you trust the file."
+RAISE_SECONDS = "raise seconds= (--seconds on the command line) if you trust the file."
 
 
 class CheckpointError(ValueError):
@@ -29,28 +57,24 @@ class Budget:
         limit: bytes of arrays that may be loaded; headers may take a share of it.
     """
 
-    def __init__(self, path: Path, limit: int) -> None:
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0:
-            raise ValueError(
-                f"read_checkpoint: limit must be a positive number of bytes; got {limit!r}."
-            )
-        self.path, self.limit, self.spent = path, limit, 0
+    def __init__(self, path: Path, limit: int = DEFAULT_LIMIT) -> None:
+        self.path, self.limit, self.spent, self._names = path, limit, 0, 0
 
     @property
     def header(self) -> int:
         """Bytes of a header, directory or other structure that becomes Python objects."""
-        return max(self.limit // _OBJECTS_PER_BYTE, _SMALLEST_HEADER)
+        return max(self.limit // OBJECTS_PER_BYTE, SMALLEST_HEADER)
 
     def error(self, what: str) -> CheckpointError:
-        """The error that names the file."""
-        return CheckpointError(f"{self.path}: {what}")
+        """The error that names the file, in one line."""
+        return CheckpointError(f"{_printable(str(self.path))}: {one_line(what)}")
 
     def check_header(self, size: int, what: str) -> None:
         """Raise if a structure is larger than headers may be."""
         if size > self.header:
             raise self.error(
                 f"{what} has {size} bytes, more than the {self.header} that a limit of "
-                f"{self.limit} allows. Raise the limit if you trust the file."
+                f"{self.limit} allows; {RAISE_LIMIT}"
             )
 
     def spend(self, size: int, what: str) -> None:
@@ -58,18 +82,38 @@ class Budget:
         self.spent += size
         if size < 0 or self.spent > self.limit:
             raise self.error(
-                f"{what} needs {size} bytes, which exceeds the limit of {self.limit}. Raise the "
-                "limit if you trust the file."
+                f"{what} needs {size} bytes, which exceeds the limit of {self.limit}; {RAISE_LIMIT}"
             )
+
+    def check_name(self, name: str) -> str:
+        """`name`, if it is no longer than names may be."""
+        if len(name) > LONGEST_NAME:
+            raise self.error(
+                f"the name {shown(name)} has {len(name)} characters, more than {LONGEST_NAME}."
+            )
+        return name
+
+    def take_name(self, name: str) -> str:
+        """`name` of an array, if all of them together are no longer than headers may be."""
+        self._names += len(self.check_name(name))
+        self.check_header(self._names, "the list of array names")
+        return name
+
+    def check_values(self, count: int, depth: int = 0) -> None:
+        """Raise if there are more values than a checkpoint has, or more within each other."""
+        if count > MOST_VALUES:
+            raise self.error(f"its objects are without an end: more than {MOST_VALUES}.")
+        if depth > DEEPEST:
+            raise self.error(f"its objects are more than {DEEPEST} deep within each other.")
 
     def check_shape(self, shape: object, what: str) -> tuple[int, ...]:
         """`shape` as a tuple of sizes, or an error."""
-        if not isinstance(shape, (list, tuple)) or len(shape) > _MOST_AXES:
+        if not isinstance(shape, (list, tuple)) or len(shape) > MOST_AXES:
             raise self.error(f"{what} has no valid shape.")
         if not all(type(n) is int and 0 <= n < 1 << 62 for n in shape):
-            raise self.error(f"{what} has no valid shape: {shape!r:.80}.")
+            raise self.error(f"{what} has no valid shape.")
         if math.prod(shape) >= 1 << 62:
-            raise self.error(f"{what} has an impossible shape: {shape!r:.80}.")
+            raise self.error(f"{what} has an impossible shape: {tuple(shape)}.")
         return tuple(shape)
 
 
@@ -104,3 +148,28 @@ class GuardedFile:
         end = self._file.seek(0, 2)
         self._file.seek(here)
         return end - here
+
+
+def check_bounds(limit: object, seconds: object) -> None:
+    """Raise ValueError if one of the caller's own bounds is none."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0:
+        raise ValueError(
+            f"read_checkpoint: limit must be a positive number of bytes; got {limit!r}."
+        )
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not number or not 0 < seconds < 1 << 31:  # type: ignore[operator]
+        raise ValueError(f"read_checkpoint: seconds must be a positive number; got {seconds!r}.")
+
+
+def shown(name: str) -> str:
+    """A name of a file's own as it may stand in a message: quoted, and cut if it is long."""
+    return repr(name) if len(name) <= 80 else f"{name[:60]!r}…"
+
+
+def one_line(text: str) -> str:
+    """Text of a file's own, or of its library's, without line breaks, and cut if it is long."""
+    return _printable(text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "…")
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

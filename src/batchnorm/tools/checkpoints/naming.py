@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from string import digits
 
-from batchnorm.tools.checkpoints.source import Entry, LayerConfig, Source
+from batchnorm.tools.checkpoints.limits import MOST_NOTES, one_line, shown
+from batchnorm.tools.checkpoints.source import LayerConfig, Source
 
 __all__ = ["Group", "find_groups", "natural"]
 
@@ -43,6 +46,7 @@ _FAMILIES = {
     "keras": _KERAS | _RENORM,
     "haiku": _HAIKU,
 }
+_MERGED = ("flax", "haiku")  # a layer's arrays are in two collections
 _COLLECTIONS = ("params", "batch_stats", "state")
 _WRAPPERS = ("state_dict", "model_state_dict", "model_weights")
 _EMA = {"mean_ema": "mean", "var_ema": "var"}
@@ -63,12 +67,14 @@ class Group:
         roles: names of entries by field of the canonical state; "packed" for mean and variance
             in one array.
         config: what a Keras file says beside the arrays.
+        place: the layer's path as it is in the file, which no other layer has.
     """
 
     name: str
     family: str
     roles: dict[str, str] = field(default_factory=dict)
     config: LayerConfig | None = None
+    place: str = ""
 
 
 def find_groups(source: Source) -> tuple[list[Group], list[str]]:
@@ -76,79 +82,147 @@ def find_groups(source: Source) -> tuple[list[Group], list[str]]:
 
     Returns:
         The groups in the order of the file, of a Keras model's config where there is one, and
-        notes about arrays that look like a batch norm's but cannot be told apart.
+        notes about what looks like a batch norm but is none that can be read, or was left out.
     """
-    numbered = any(_numbered(_split(name)) for name in source.entries)
-    notes: list[str] = []
-    groups = list(_find_numbered(source, notes)) if numbered else _find_named(source.entries)
-    for group in groups:
-        if group.config is None and group.family == "keras":
-            group.config = _find_config(group.name, source.configs)
-    if source.configs:
-        order = {config.name: i for i, config in enumerate(source.configs)}
+    configs: dict[str, LayerConfig] = {}
+    for config in source.configs:
+        configs.setdefault(config.name, config)
+    numbered = {name for name in source.entries if _numbered(name)}
+    groups, notes = _find_numbered(source, numbered, configs)
+    named, doubtful = _find_named([n for n in source.entries if n not in numbered], source)
+    _unwrap(named)
+    for group in named:
+        if group.family == "keras":
+            group.config = configs.get(_last(group.name))
+    groups += named
+    _make_unique(groups)
+    if configs:
+        order = {name: i for i, name in enumerate(configs)}
         groups.sort(key=lambda g: order.get(g.config.name, len(order)) if g.config else len(order))
+    known = {group.config.name for group in groups if group.config is not None}
+    missing = [name for name in configs if name not in known]
+    notes += _summary("batch norms of the config have no weights here", missing)
+    notes += [*doubtful, *source.notes]
+    if len(notes) > MOST_NOTES:
+        notes[MOST_NOTES:] = [f"{len(notes) - MOST_NOTES} more notes like these are left out."]
+    return groups, [one_line(note) for note in notes]
+
+
+def _find_named(names: Iterable[str], source: Source) -> tuple[list[Group], list[str]]:
+    """Batch norms by what their arrays are called."""
+    found: dict[tuple[str, str, Path], dict[Path, dict[str, str]]] = {}
+    doubles = []
+    for name in [*names, *source.skipped]:
+        # The last mark of a name is its library's; others may be in names of layers.
+        mark = "/" if name.rfind("/") > name.rfind(".") else "."
+        *parent, leaf = name.split(mark)
+        for family in _FAMILIES:
+            role, path = _role(family, tuple(parent), leaf.removesuffix(":0"))
+            if role is not None:
+                base = _without_collection(path) if family in _MERGED else path
+                roles = found.setdefault((family, mark, base), {}).setdefault(path, {})
+                if roles.setdefault(role, name) != name:
+                    doubles.append(name)
+    notes = _summary("arrays have the place of another in their layer", doubles)
+    linen = any("batch_stats" in path for parts in found.values() for path in parts)
+    groups = []
+    for (family, mark, base), parts in found.items():
+        for path, roles in _merge(base, parts):
+            shown_family = family if family != "flax" else "flax.linen" if linen else "flax.nnx"
+            group = Group(_join(path, family), shown_family, roles, place=mark.join(path))
+            reason = _why_incomplete(group, source)
+            if reason is None:
+                groups.append(group)
+            elif _is_distinctive(group):
+                notes.append(f"{shown(group.name)} is no batch norm that can be read: {reason}.")
     return groups, notes
 
 
-def _find_named(entries: Mapping[str, Entry]) -> list[Group]:
-    found: dict[tuple[str, Path], Group] = {}
-    linen = any("batch_stats" in _split(name) for name in entries)
-    for name in entries:
-        *parent, leaf = _split(name)
-        leaf = leaf.removesuffix(":0")
-        for family, roles in _FAMILIES.items():
-            role, path = roles.get(leaf), tuple(parent)
-            if family in ("flax", "haiku"):
-                path = _without_collection(path)
-            if family == "haiku" and len(path) >= 2 and path[-2] == "~" and leaf == "average":
-                role, path = _EMA.get(path[-1]), path[:-2]
-            if role is not None:
-                shown = family if family != "flax" else "flax.linen" if linen else "flax.nnx"
-                group = found.setdefault((family, path), Group(_join(path, family), shown))
-                group.roles.setdefault(role, name)
-    complete = [g for g in found.values() if _is_complete(g, entries)]
-    return _unwrap(complete)
+def _role(family: str, path: Path, leaf: str) -> tuple[str | None, Path]:
+    """The role of an array in its layer, and the layer's path."""
+    if family == "haiku" and leaf == "average" and len(path) >= 2 and path[-2] == "~":
+        return _EMA.get(path[-1]), path[:-2]
+    return _FAMILIES[family].get(leaf), path
 
 
-def _is_complete(group: Group, entries: Mapping[str, Entry]) -> bool:
-    """Whether it has statistics, and arrays that agree in shape."""
-    roles = group.roles
+def _merge(
+    base: Path, parts: Mapping[Path, dict[str, str]]
+) -> Iterable[tuple[Path, dict[str, str]]]:
+    """One layer of parts in several collections; several layers where parts have a role twice."""
+    merged = {role: name for roles in parts.values() for role, name in roles.items()}
+    apart = len(merged) < sum(map(len, parts.values()))
+    return parts.items() if apart else [(base, merged)]
+
+
+def _why_incomplete(group: Group, source: Source) -> str | None:
+    """The reason why a group cannot be read; None if it has statistics, of shapes that agree."""
+    roles, entries = group.roles, source.entries
+    for name in roles.values():
+        if name in source.skipped:
+            return f"{shown(name)} is {source.skipped[name]}"
     if "packed" in roles:
         shape: tuple[int, ...] = entries[roles["packed"]].shape[1:]
         if entries[roles["packed"]].shape != (2, *shape):
-            return False
+            return f"its statistics have shape {entries[roles['packed']].shape}"
     elif "mean" in roles and "var" in roles:
         shape = entries[roles["mean"]].shape
     else:
-        return False
-    arrays = (entries[roles[r]].shape for r in (*_STATISTICS, "gamma", "beta") if r in roles)
-    return len(shape) > 0 and all(found == shape for found in arrays)
+        return "it lacks its mean or its variance"
+    shapes = {r: entries[roles[r]].shape for r in (*_STATISTICS, "gamma", "beta") if r in roles}
+    if not shape or any(found != shape for found in shapes.values()):
+        return "its arrays have shapes " + ", ".join(f"{r} {s}" for r, s in shapes.items())
+    return None
 
 
-def _find_numbered(source: Source, notes: list[str]) -> Iterator[Group]:
+def _is_distinctive(group: Group) -> bool:
+    """Whether a group that is not whole has names that only batch norms have."""
+    statistics = group.roles.keys() & {"mean", "var", "packed"}
+    if group.family in ("torch", "keras"):
+        return bool(statistics)
+    collected = any("batch_stats" in name for name in group.roles.values())
+    return len(statistics) == 2 or (bool(statistics) and collected)
+
+
+def _make_unique(groups: list[Group]) -> None:
+    """Give layers whose names are the same, as those of `a/b` and `a.b`, the names of the file."""
+    count = Counter(group.name for group in groups)
+    for group in groups:
+        if count[group.name] > 1 and group.place:
+            group.name = group.place
+
+
+def _find_numbered(
+    source: Source, numbered: Iterable[str], configs: Mapping[str, LayerConfig]
+) -> tuple[list[Group], list[str]]:
     """Keras 3 numbers a layer's weights: `…/batch_normalization_3/vars/0`."""
     members: dict[Path, list[str]] = {}
-    for name in source.entries:
-        parts = _split(name)
-        if _numbered(parts) and parts[0] != "optimizer":
-            members.setdefault(tuple(parts[:-1]), []).append(name)
+    for name in numbered:
+        parts = tuple(name.split("/"))
+        if parts[0] != "optimizer":
+            members.setdefault(parts[:-1], []).append(name)
+    groups, notes = [], []
     for parent in sorted(members, key=natural):
         name = _keras_name(parent, source.labels)
-        config = _find_config(name, source.configs)
+        config = configs.get(_last(name))
+        names = sorted(members[parent], key=lambda n: natural([_last(n)]))
+        shapes = [source.entries[n].shape for n in names]
         looks_like_one = _LOOKS_LIKE_ONE.search("/".join([*parent[-2:-1], name]))
         if config is None and (source.configs or not looks_like_one):
+            if not source.configs and len(shapes) == 4 and len(set(shapes)) == 1 == len(shapes[0]):
+                notes.append(f"{shown(name)} may be a batch norm by its shapes, not by its name.")
             continue
-        names = sorted(members[parent], key=lambda n: int(_split(n)[-1]))
-        roles = _number_roles([source.entries[n].shape for n in names], config)
+        roles = _number_roles(shapes, config)
         group = Group(name, "keras", dict(zip(roles, names, strict=False)), config)
-        if roles and _is_complete(group, source.entries):
-            yield group
+        group.place = "/".join(parent)
+        if roles and _why_incomplete(group, source) is None:
+            groups.append(group)
         else:
-            shapes = [source.entries[n].shape for n in names]
+            who = name if len(name) < 80 else shown(name)
             notes.append(
-                f"{name}: it is unclear which of its weights is which, shapes {shapes}. A .keras "
-                "file says so; weights alone do not."
+                f"{who}: it is unclear which of its weights is which, shapes {shapes[:8]}. A "
+                ".keras file says so; weights alone do not."
             )
+    return groups, notes
 
 
 def _number_roles(shapes: list[tuple[int, ...]], config: LayerConfig | None) -> list[str]:
@@ -163,20 +237,20 @@ def _number_roles(shapes: list[tuple[int, ...]], config: LayerConfig | None) -> 
     return fitting[0] if len(fitting) == 1 else []
 
 
+def _summary(what: str, names: Sequence[str]) -> list[str]:
+    some = ", ".join(map(shown, names[:3]))
+    return [f"{len(names)} {what}: {some}."] if names else []
+
+
 def _keras_name(parent: Path, labels: Mapping[str, str]) -> str:
     """Names of the layers around a group of weights, where the file has them."""
-    paths = ("/".join([*parent[:i], "vars"]) for i in range(1, len(parent)))
+    paths = ("/".join([*parent[:i], "vars"]) for i in range(1, len(parent)) if labels)
     named = [labels[path] for path in paths if path in labels]
     return "/".join(named) or "/".join(part for part in parent[:-1] if part != "layers")
 
 
-def _find_config(name: str, configs: Iterable[LayerConfig]) -> LayerConfig | None:
-    last = name.rpartition("/")[2]
-    return next((config for config in configs if config.name == last), None)
-
-
-def _split(name: str) -> list[str]:
-    return name.split("/" if "/" in name else ".")
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _join(path: Path, family: str) -> str:
@@ -194,21 +268,21 @@ def _without_collection(path: Path) -> Path:
     return path
 
 
-def _unwrap(groups: list[Group]) -> list[Group]:
-    """Names without `state_dict.` and the like, if all begin so."""
+def _unwrap(groups: list[Group]) -> None:
+    """Take `state_dict.` and the like off the names, if all begin so."""
     for wrapper in _WRAPPERS:
         prefixes = tuple(wrapper + mark for mark in "./")
         if groups and all(g.name.startswith(prefixes) for g in groups):
             for group in groups:
                 group.name = group.name[len(wrapper) + 1 :]
-    return groups
 
 
-def _numbered(parts: list[str]) -> bool:
-    return len(parts) > 1 and parts[-2] == "vars" and parts[-1].isdecimal()
+def _numbered(name: str) -> bool:
+    parts = name.rsplit("/", 2)[-2:]
+    return len(parts) == 2 and parts[0] == "vars" and parts[1].isdecimal()
 
 
 def natural(path: Iterable[str]) -> list[tuple[str, int]]:
     """A key that sorts `bn_2` before `bn_10`."""
-    pieces = (re.fullmatch(r"(.*?)(\d*)", part, re.DOTALL) for part in path)
-    return [(m[1], int(m[2][:18] or -1)) for m in pieces if m is not None]
+    stems = [(part, part.rstrip(digits)) for part in path]
+    return [(stem, int(part[len(stem) :][:18] or -1)) for part, stem in stems]

@@ -1,72 +1,56 @@
-"""From a file to states, in this process."""
+"""From a file to states, in this process, which the file may end or make large (`child.py`)."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
-from batchnorm.tools.checkpoints import archives, hdf5, msgpack, orbax, safetensors, torch_pickle
+from batchnorm.tools.checkpoints.archives import DAMAGED, Archive
+from batchnorm.tools.checkpoints.folders import Folder
 from batchnorm.tools.checkpoints.limits import Budget, CheckpointError
 from batchnorm.tools.checkpoints.naming import find_groups
-from batchnorm.tools.checkpoints.source import Entry, Source
+from batchnorm.tools.checkpoints.source import Checkpoint, Source
 from batchnorm.tools.checkpoints.states import make_state
-from batchnorm.tools.state import BatchNormState
 
-__all__ = ["Checkpoint", "Format", "detect", "read_here"]
+__all__ = ["Format", "detect", "prepare", "read_here"]
 
 Format = Literal["safetensors", "torch", "msgpack", "hdf5", "keras", "orbax"]
 
+# Module and function; a module is imported, and with it a library, for its own format only.
+_READERS: dict[Format, tuple[str, str]] = {
+    "safetensors": ("safetensors", "read"),
+    "torch": ("torch_pickle", "read"),
+    "msgpack": ("msgpack", "read"),
+    "hdf5": ("hdf5", "read"),
+    "keras": ("hdf5", "read_keras"),
+    "orbax": ("orbax", "read"),
+}
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_OLD_TORCH = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 _DAMAGE = (
-    *archives.DAMAGED,
+    *DAMAGED,
     *(KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError),
-    *(struct.error, RecursionError, MemoryError, OSError),
+    *(struct.error, RecursionError, OSError),
 )
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a file holds.
-
-    Args:
-        path: of the file or folder.
-        format: how it is written.
-        entries: shape and type of every array, by its name in the file.
-        layers: the batch norms, recognized by name.
-        notes: what looked like a batch norm but could not be read.
-    """
-
-    path: Path
-    format: str
-    entries: dict[str, Entry]
-    layers: list[BatchNormState]
-    notes: list[str]
 
 
 def detect(path: Path, budget: Budget) -> Format:
     """The format, by the file's first bytes rather than by its name."""
-    try:
-        if path.is_dir():
-            if orbax.find_folder(path) is None:
-                raise budget.error(
-                    "the folder is no orbax checkpoint: it has no _METADATA. Of a "
-                    "CheckpointManager give the folder of one step."
-                )
-            return "orbax"
-        with path.open("rb") as file:
-            start = file.read(16)
-            if start[:2] == b"PK":
-                names = archives.open_archive(file, budget).namelist()
-                return "keras" if "config.json" in names else "torch"
-    except OSError as error:
-        raise budget.error(f"it cannot be read: {error.strerror or error}.") from error
+    if path.is_dir():
+        return "orbax"
+    with _open_file(path, budget) as file:
+        start = file.read(16)
+        if start[:2] == b"PK":
+            return "keras" if "config.json" in Archive(file, budget).names else "torch"
     if start.startswith(_HDF5):
         return "hdf5"
-    if torch_pickle.is_old(start):
+    if start.startswith(_OLD_TORCH):
         return "torch"
     if start[8:9] == b"{":
         return "safetensors"
@@ -78,13 +62,25 @@ def detect(path: Path, budget: Budget) -> Format:
     )
 
 
+def prepare(kind: Format) -> Any:
+    """Import what reads a format.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    module, name = _READERS[kind]
+    return getattr(importlib.import_module(f"batchnorm.tools.checkpoints.{module}"), name)
+
+
 def read_here(path: Path, kind: Format, budget: Budget) -> Checkpoint:
     """Read in this process, whatever the format's parser may do to it."""
     try:
         with _open(path, kind, budget) as source:
             groups, notes = find_groups(source)
             layers = [make_state(group, source) for group in groups]
-            return Checkpoint(path, kind, dict(source.entries), layers, notes)
+            used = {name for group in groups for name in group.roles.values()}
+            others = len(source.entries) - len(used)
+            return Checkpoint(budget.path, kind, dict(source.entries), layers, notes, others)
     except CheckpointError:
         raise
     except _DAMAGE as error:
@@ -94,17 +90,26 @@ def read_here(path: Path, kind: Format, budget: Budget) -> Checkpoint:
 
 @contextmanager
 def _open(path: Path, kind: Format, budget: Budget) -> Iterator[Source]:
+    read = prepare(kind)
     if kind == "orbax":
-        folder = orbax.find_folder(path)
-        assert folder is not None
-        yield orbax.read(folder, budget)
-        return
-    readers: dict[str, Any] = {
-        "safetensors": safetensors.read,
-        "torch": torch_pickle.read,
-        "msgpack": msgpack.read,
-        "hdf5": hdf5.read,
-        "keras": hdf5.read_keras,
-    }
-    with path.open("rb") as file:
-        yield readers[kind](file, budget)
+        with Folder(path, budget) as folder:
+            yield read(folder, budget)
+    else:
+        with _open_file(path, budget) as file:
+            yield read(file, budget)
+
+
+def _open_file(path: Path, budget: Budget) -> BinaryIO:
+    """A regular file; opening a pipe that has taken its place would not return."""
+    try:
+        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
+    except OSError as error:
+        raise budget.error(f"it cannot be read: {error.strerror or error}.") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise budget.error("it is no file any more.")
+    return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -1,16 +1,22 @@
-"""What every reader gives: names, shapes and types of arrays, and a way to load one."""
+"""A reader's result: names, shapes and types of arrays, and a way to load one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ITEM_SIZES", "Entry", "LayerConfig", "Source", "from_bytes"]
+from batchnorm.tools.checkpoints.limits import Budget, shown
+from batchnorm.tools.state import BatchNormState
+
+__all__ = ["ITEM_SIZES", "Catalog", "Checkpoint", "Entry", "LayerConfig", "Source", "from_bytes"]
+
+T = TypeVar("T")
 
 # Types that a checkpoint may hold, and the size of an element.
 ITEM_SIZES = {
@@ -44,6 +50,27 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """Contents of a file.
+
+    Args:
+        path: of the file or folder.
+        format: how it is written.
+        entries: shape and type of every array, by its name in the file.
+        layers: the batch norms, recognized by name.
+        notes: what looked like a batch norm but could not be read.
+        others: number of entries that belong to none of the layers.
+    """
+
+    path: Path
+    format: str
+    entries: dict[str, Entry]
+    layers: list[BatchNormState]
+    notes: list[str]
+    others: int = 0
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """What a Keras file says about a batch norm beside its weights."""
 
@@ -64,6 +91,8 @@ class Source:
         load: the array of a name; it is counted against the limit.
         configs: of a Keras file's batch norms, in the order of the model.
         labels: names of the layers that Keras keeps beside a group of weights.
+        skipped: arrays that cannot be read, by name, and what they are.
+        notes: what else was left out.
     """
 
     format: str
@@ -71,9 +100,50 @@ class Source:
     load: Callable[[str], NDArray[Any]]
     configs: tuple[LayerConfig, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
-def from_bytes(data: bytes | memoryview, entry: Entry) -> NDArray[Any]:
+class Catalog(Generic[T]):
+    """The arrays that a reader finds, by names within limits.
+
+    Args:
+        budget: of the file.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self.entries: dict[str, Entry] = {}
+        self.places: dict[str, T] = {}
+        self.skipped: dict[str, str] = {}
+        self._doubles: list[str] = []
+
+    def add(self, name: str, entry: Entry, place: T) -> None:
+        """An array, and whatever it is loaded from."""
+        self._count(name)
+        if name in self.entries:
+            self._doubles.append(name)
+        else:
+            self.entries[name], self.places[name] = entry, place
+
+    def skip(self, name: str, what: str) -> None:
+        """An array of a type or class that no batch norm can be read from."""
+        self._count(name)
+        self.skipped[name] = what
+
+    def notes(self) -> list[str]:
+        """What could not be added."""
+        if not self._doubles:
+            return []
+        some = ", ".join(map(shown, self._doubles[:3]))
+        return [f"{len(self._doubles)} arrays have the name of another and are left out: {some}."]
+
+    def _count(self, name: str) -> None:
+        self._budget.take_name(name)
+        self._budget.check_values(len(self.entries) + len(self.skipped) + len(self._doubles))
+
+
+def from_bytes(data: bytes | bytearray | memoryview, entry: Entry) -> NDArray[Any]:
     """A little-endian array; bfloat16 as the float32 of the same value."""
     if entry.dtype == "bfloat16":
         high = np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)

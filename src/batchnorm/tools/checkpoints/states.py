@@ -62,6 +62,11 @@ def _floats(array: NDArray[Any], group: Group) -> NDArray[Any]:
 
 
 def _scalar(array: NDArray[Any]) -> float | None:
-    """A number between 0 and 1; float32 as the shortest decimal that means the same."""
+    """A number between 0 and 1; float32 as the shortest decimal that means the same.
+
+    Stacked layers have one each; where they differ there is no number for all.
+    """
+    if array.size == 0 or (array != array.flat[0]).any():
+        return None
     value = float(str(array.reshape(-1)[0]))
     return value if 0.0 <= value <= 1.0 else None

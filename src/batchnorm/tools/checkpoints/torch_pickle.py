@@ -1,22 +1,28 @@
-"""Files of `torch.save`, today's archives and those from before torch 1.6; torch is not needed."""
+"""Files of `torch.save`, today's archives and those from before torch 1.6; torch is not needed.
+
+`torch.load(weights_only=True)` reads less: it refuses pickles of protocol 3 and later and classes
+that it does not know, loads every array of an old or packed file, and hashes whatever is a key.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.tools.checkpoints.archives import open_archive, read_member, read_part
-from batchnorm.tools.checkpoints.limits import Budget
+from batchnorm.tools.checkpoints.archives import Archive, Bytes
+from batchnorm.tools.checkpoints.limits import Budget, shown
 from batchnorm.tools.checkpoints.pickles import Made, Named, PickleError, run
-from batchnorm.tools.checkpoints.source import ITEM_SIZES, Entry, Source, from_bytes
+from batchnorm.tools.checkpoints.source import ITEM_SIZES, Catalog, Entry, Source, from_bytes
 
-__all__ = ["is_old", "read"]
+__all__ = ["read"]
 
 _TYPES = {
     "DoubleStorage": "float64",
@@ -30,20 +36,23 @@ _TYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-_OLD = 0x1950A86A20F9469CFC6C
-_OLD_START = b"\x80\x02\x8a\x0a" + _OLD.to_bytes(10, "little")
+_PROTOCOL = 1001  # of the form from before torch 1.6
 _TENSOR = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
 _DICTS = ("collections.OrderedDict", "collections.defaultdict")
-_MOST_VALUES = 300_000
-_DEEPEST = 64
+_MOST_LISTED = 1000  # longer lists hold numbers, not models
 
 
 @dataclass(frozen=True)
 class _Storage:
     key: str
-    dtype: str | None
+    kind: str
     length: int
+
+    @property
+    def dtype(self) -> str | None:
+        return _TYPES.get(self.kind)
 
 
 @dataclass(frozen=True)
@@ -54,38 +63,39 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def is_old(start: bytes) -> bool:
-    """Whether a file that starts like this is of the form from before torch 1.6."""
-    return start.startswith(_OLD_START)
-
-
 def read(file: BinaryIO, budget: Budget) -> Source:
     """The tensors of an open file."""
+    start = file.read(2)
+    file.seek(0)
     try:
-        read_any = _read_old if is_old(_start_of(file)) else _read_archive
-        root, read_storage = read_any(file, budget)
+        root, read_storage = (_read_archive if start == b"PK" else _read_old)(file, budget)
     except PickleError as error:
         raise budget.error(f"the pickle inside is {error}.") from error
-    tensors = dict(_find_tensors(root, budget))
-    if not tensors and (made := _first_object(root)):
+    catalog, notes = _collect(root, budget)
+    if not catalog.entries and (made := _object_name(root)):
         raise budget.error(
             f"it holds a pickled {made}, not weights. Save model.state_dict() instead."
         )
-    entries = {n: Entry(t.shape, str(t.storage.dtype)) for n, t in tensors.items()}
 
     def load(name: str) -> NDArray[Any]:
-        budget.spend(entries[name].size, repr(name))
-        return _load(tensors[name], entries[name], read_storage, budget, name)
+        return _load(catalog.places[name], catalog.entries[name], read_storage, budget, name)
 
-    return Source("torch", entries, load)
+    return Source(
+        "torch",
+        catalog.entries,
+        load,
+        skipped=catalog.skipped,
+        notes=[*catalog.notes(), *notes],
+    )
 
 
-Reader = Callable[[_Storage, int, int], bytes]
+# The bytes of a storage from one to another, counted against the limit.
+Reader = Callable[[_Storage, int, int], Bytes]
 
 
 def _read_archive(file: BinaryIO, budget: Budget) -> tuple[Any, Reader]:
-    archive = open_archive(file, budget)
-    members = archive.namelist()
+    archive = Archive(file, budget)
+    members = archive.names
     prefix = next((n[: -len("data.pkl")] for n in members if n.endswith("/data.pkl")), None)
     if prefix is None:
         constants = any(n.endswith("constants.pkl") for n in members)
@@ -95,35 +105,36 @@ def _read_archive(file: BinaryIO, budget: Budget) -> tuple[Any, Reader]:
             else "it is an archive without data.pkl, and not of torch.save."
         )
     order = f"{prefix}byteorder"
-    if order in members and read_member(archive, order, budget, header=True) != b"little":
+    if order in members and archive.read(order, header=True) != b"little":
         raise budget.error("its arrays are big-endian, which no current machine writes.")
-    root, _ = run(read_member(archive, f"{prefix}data.pkl", budget, header=True), 0, _storage)
+    root, _ = run(archive.read(f"{prefix}data.pkl", header=True), 0, _storage)
 
-    def read_storage(storage: _Storage, begin: int, size: int) -> bytes:
-        return read_part(archive, f"{prefix}data/{storage.key}", begin, size, budget)
+    def read_storage(storage: _Storage, begin: int, size: int) -> Bytes:
+        return archive.part(f"{prefix}data/{storage.key}", begin, size)
 
     return root, read_storage
 
 
 def _read_old(file: BinaryIO, budget: Budget) -> tuple[Any, Reader]:
     """Pickles one after another, then each storage: its length, and its elements."""
-    end = file.seek(0, 2)
-    file.seek(0)
-    data = file.read(min(end, budget.header))
+    data = file.read(min(os.fstat(file.fileno()).st_size, budget.header))
     at, root = 0, None
     for turn in range(4):  # magic number, protocol, machine, the object
         root, at = run(data, at, _storage)
-        if turn == 1 and root != 1001:
-            raise budget.error(f"its protocol must be 1001; got {root!r:.40}.")
+        if turn == 1 and (type(root) is not int or root != _PROTOCOL):
+            raise budget.error(f"its protocol is not {_PROTOCOL}.")
     keys, at = run(data, at, _storage)
     if not isinstance(keys, list) or not all(isinstance(k, str) for k in keys):
         raise budget.error("it has no list of storages.")
-    known = {t.storage.key: t.storage for _, t in _find_tensors(root, budget)}
+    known = {
+        tensor.storage.key: tensor.storage for tensor in _collect(root, budget)[0].places.values()
+    }
     places = _locate(file, at, keys, known)
 
-    def read_storage(storage: _Storage, begin: int, size: int) -> bytes:
+    def read_storage(storage: _Storage, begin: int, size: int) -> Bytes:
         if storage.key not in places:
-            raise budget.error(f"storage {storage.key!r:.40} is missing; the file is truncated.")
+            raise budget.error(f"storage {shown(storage.key)} is missing; the file is truncated.")
+        budget.spend(size, f"storage {shown(storage.key)}")
         file.seek(places[storage.key] + begin)
         return file.read(size)
 
@@ -152,62 +163,87 @@ def _storage(identity: Any) -> _Storage:
     _, kind, key, _, length = identity[:5]
     if not isinstance(kind, Named) or not isinstance(key, str) or type(length) is not int:
         raise PickleError("referring to a storage without a type")
-    return _Storage(key, _TYPES.get(kind.name.rpartition(".")[2]), length)
+    return _Storage(key, kind.name.rpartition(".")[2], length)
 
 
-def _find_tensors(root: Any, budget: Budget) -> Iterator[tuple[str, _Tensor]]:
-    """Names and tensors of nested dictionaries; keys are joined by dots, as in a state_dict."""
-    pending: list[tuple[str, Any, int]] = [("", root, 0)]
-    seen = 0
-    while pending:
-        name, value, depth = pending.pop()
-        seen += 1
-        if seen > _MOST_VALUES or depth > _DEEPEST:
-            raise budget.error("its objects refer to each other without an end.")
+def _collect(root: Any, budget: Budget) -> tuple[Catalog[_Tensor], list[str]]:
+    """Tensors by name, and notes about models that were pickled whole."""
+    catalog: Catalog[_Tensor] = Catalog(budget)
+    whole: list[str] = []
+    for name, value in _walk(root, budget):
         tensor = _as_tensor(value)
-        if tensor is not None:
-            yield name, tensor
-            continue
-        items = _as_dict(value)
-        for key, item in reversed(items.items()):
-            if isinstance(key, str):
-                pending.append((f"{name}.{key}" if name else key, item, depth + 1))
+        if tensor is not None and tensor.storage.dtype is not None:
+            catalog.add(name, Entry(tensor.shape, tensor.storage.dtype), tensor)
+        elif tensor is not None:
+            catalog.skip(name, f"of type {tensor.storage.kind}")
+        elif "_rebuild" in (made := _object_name(value) or ""):
+            catalog.skip(name, f"a tensor of {made}")
+        elif isinstance(value.state, dict) and "_modules" in value.state:
+            whole.append(f"{shown(name)} ({made})")
+    notes = []
+    if whole:
+        some = ", ".join(whole[:3])
+        notes.append(
+            f"{len(whole)} models were pickled whole and are not read, {some}; save their "
+            "state_dict() instead."
+        )
+    return catalog, notes
 
 
-def _as_dict(value: Any) -> dict[Any, Any]:
+def _walk(root: Any, budget: Budget) -> Iterator[tuple[str, Made]]:
+    """Names and objects in nested dictionaries and lists; keys are joined by dots."""
+    seen = count()
+
+    def walk(name: str, value: Any, depth: int) -> Iterator[tuple[str, Made]]:
+        budget.check_values(next(seen), depth)
+        items = _items(value)
+        if items is None:
+            yield name, value
+        for key, item in items or ():
+            if isinstance(item, (dict, list, tuple, Made)):
+                child = budget.check_name(f"{name}.{key}" if name else str(key))
+                yield from walk(child, item, depth + 1)
+
+    yield from walk("", root, 0)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]] | None:
+    """Keys and values of a collection; None of another object."""
+    if isinstance(value, Made):
+        if _named(value.maker) not in _DICTS:
+            return None
+        value = value.items or {}
     if isinstance(value, dict):
-        return value
-    if isinstance(value, Made) and isinstance(value.maker, Named) and value.maker.name in _DICTS:
-        return value.items
-    return {}
+        return [(key, item) for key, item in value.items() if isinstance(key, (str, int))]
+    return list(enumerate(value)) if len(value) <= _MOST_LISTED else []
 
 
-def _as_tensor(value: Any) -> _Tensor | None:
-    """The tensor, if it is one of a type that batch norms have."""
-    if not isinstance(value, Made) or not isinstance(value.maker, Named):
+def _as_tensor(value: Made) -> _Tensor | None:
+    maker, arguments = value.maker, value.arguments
+    if isinstance(maker, Named) and maker.name == _WITH_ATTRIBUTES:
+        if not isinstance(arguments, tuple) or len(arguments) != 4:
+            return None
+        maker, _, arguments, _ = arguments
+    if not isinstance(maker, Named) or not isinstance(arguments, tuple) or not arguments:
         return None
-    arguments = value.arguments
-    if not isinstance(arguments, tuple) or not arguments:
-        return None
-    if value.maker.name in _PARAMETER:
+    if maker.name in _PARAMETER:
         inner = arguments[0]
-        is_parameter = isinstance(inner, Made) and isinstance(inner.maker, Named)
-        return _as_tensor(inner) if is_parameter and inner.maker.name in _TENSOR else None
-    if value.maker.name not in _TENSOR or len(arguments) < 4:
+        plain = isinstance(inner, Made) and _named(inner.maker) in _TENSOR
+        return _as_tensor(inner) if plain else None
+    if maker.name not in _TENSOR or len(arguments) < 4:
         return None
     storage, offset, shape, strides = arguments[:4]
     numbers = all(isinstance(a, tuple) and all(type(n) is int for n in a) for a in (shape, strides))
     if not isinstance(storage, _Storage) or type(offset) is not int or not numbers:
         return None
-    known = storage.dtype is not None and len(shape) == len(strides)
-    return _Tensor(storage, offset, shape, strides) if known else None
+    return _Tensor(storage, offset, shape, strides) if len(shape) == len(strides) else None
 
 
 def _load(
     tensor: _Tensor, entry: Entry, read_storage: Reader, budget: Budget, name: str
 ) -> NDArray[Any]:
     size = ITEM_SIZES[entry.dtype]
-    budget.check_shape(tensor.shape, repr(name))
+    budget.check_shape(tensor.shape, shown(name))
     if 0 in tensor.shape:
         return np.zeros(tensor.shape, np.float32)
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
@@ -216,11 +252,11 @@ def _load(
         or min(tensor.strides, default=0) < 0
         or (tensor.offset + last >= tensor.storage.length)
     ):
-        raise budget.error(f"{name!r:.80} reaches beyond its storage.")
-    budget.spend((last + 1) * size, repr(name))
+        raise budget.error(f"{shown(name)} reaches beyond its storage.")
+    budget.spend(max(entry.size - (last + 1) * size, 0), shown(name))  # a value may be repeated
     data = read_storage(tensor.storage, tensor.offset * size, (last + 1) * size)
     if len(data) != (last + 1) * size:
-        raise budget.error(f"{name!r:.80} is cut off; the file is truncated.")
+        raise budget.error(f"{shown(name)} is cut off; the file is truncated.")
     flat = from_bytes(data, Entry((last + 1,), entry.dtype))
     if math.prod(tensor.shape) == last + 1 and _is_contiguous(tensor):
         return flat.reshape(tensor.shape)
@@ -237,15 +273,14 @@ def _is_contiguous(tensor: _Tensor) -> bool:
     return True
 
 
-def _first_object(root: Any) -> str | None:
-    if isinstance(root, Made) and isinstance(root.maker, Named) and root.maker.name not in _DICTS:
-        made = root.arguments[0] if root.maker.name == "copyreg._reconstructor" else root.maker
-        return made.name if isinstance(made, Named) else root.maker.name
-    return None
+def _object_name(value: Any) -> str | None:
+    """The class or function that a pickled object is made by; None of a collection."""
+    if not isinstance(value, Made) or _named(value.maker) in _DICTS:
+        return None
+    first = value.arguments[0] if isinstance(value.arguments, tuple) and value.arguments else None
+    rebuilt = _named(value.maker) == "copyreg._reconstructor"
+    return _named(first if rebuilt else value.maker)
 
 
-def _start_of(file: BinaryIO) -> bytes:
-    file.seek(0)
-    start = file.read(len(_OLD_START))
-    file.seek(0)
-    return start
+def _named(value: Any) -> str | None:
+    return value.name if isinstance(value, Named) else None

@@ -12,8 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm.tools.checkpoints import msgpack, safetensors
-from batchnorm.tools.checkpoints.limits import CheckpointError
+from batchnorm.tools.checkpoints.limits import CheckpointError, shown
 from batchnorm.tools.state import BatchNormState
 
 __all__ = ["FORMATS", "NAMES", "Names", "format_of", "write_checkpoint"]
@@ -45,6 +44,7 @@ _ROLES: Mapping[str, Mapping[str, str]] = {
     },
 }
 _PARAMETERS = ("gamma", "beta")
+_FLAX_ARRAY = 1  # flax.serialization's number for its extension type
 
 # Suffix: names that files of this kind have unless asked otherwise, and may have.
 FORMATS: Mapping[str, tuple[Names, ...]] = {
@@ -85,16 +85,21 @@ def write_checkpoint(
 
     Raises:
         CheckpointError: the file exists, or cannot be written; two layers have one name.
-        ImportError: a `.pt` needs torch, a `.h5` needs h5py.
+        ImportError: a `.pt` needs torch, a `.h5` h5py, `.safetensors` and `.msgpack` the package
+            of that name.
     """
     suffix = format_of(path)
     if path.exists() and not force:
         raise CheckpointError(f"{path}: it exists; force=True (--force) replaces it.")
+    mark = "/" if suffix == ".msgpack" else "."  # by which readers join names
     arrays: dict[Path_, NDArray[Any]] = {}
+    names_taken: set[str] = set()
     for state in states:
         for key, array in _arrays(state, names):
-            if key in arrays:
-                raise CheckpointError(f"{path}: two layers would be named {'/'.join(key[:-1])!r}.")
+            if mark.join(key) in names_taken:  # names of layers may have the mark in them, too
+                layer = shown(mark.join(key[:-1]))
+                raise CheckpointError(f"{path}: two layers would be named {layer}.")
+            names_taken.add(mark.join(key))
             arrays[key] = array
     try:
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -114,7 +119,7 @@ def _arrays(state: BatchNormState, names: Names) -> list[tuple[Path_, NDArray[An
     if state.renorm is not None:
         found |= vars(state.renorm)
     roles = _ROLES["flax" if names == "nnx" else names]
-    layer = _layer_path(state.name, names)
+    layer = _layer_path(state, names)
     arrays: list[tuple[Path_, NDArray[Any]]] = []
     for role, array in found.items():
         if array is None:
@@ -129,16 +134,19 @@ def _arrays(state: BatchNormState, names: Names) -> list[tuple[Path_, NDArray[An
     return arrays
 
 
-def _layer_path(name: str, names: Names) -> Path_:
-    parts = tuple(part for part in re.split(r"[./]", name) if part)
+def _layer_path(state: BatchNormState, names: Names) -> Path_:
+    mark = "." if state.kind.startswith("torch") else "/"  # the other may be in a layer's name
+    parts = tuple(part for part in state.name.split(mark) if part)
     if names == "keras":  # a layer's name, which may not have slashes
-        return ("_".join(parts) or "batch_normalization",)
+        return (re.sub("[./]", "_", "_".join(parts)) or "batch_normalization",)
     return parts if parts or names == "torch" else ("BatchNorm_0",)
 
 
 def _write_safetensors(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
-    flat = {".".join(key): array for key, array in arrays.items()}
-    path.write_bytes(safetensors.encode(flat, {"format": "np"}))
+    from safetensors.numpy import save
+
+    flat = {".".join(key): np.ascontiguousarray(array) for key, array in arrays.items()}
+    path.write_bytes(save(flat, {"format": "np"}))
 
 
 def _write_torch(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
@@ -148,13 +156,18 @@ def _write_torch(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
 
 
 def _write_msgpack(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
+    """As `flax.serialization.msgpack_restore` reads it."""
+    import msgpack
+
     tree: dict[str, Any] = {}
     for key, array in arrays.items():
         node = tree
         for part in key[:-1]:
             node = node.setdefault(part, {})
-        node[key[-1]] = array
-    path.write_bytes(msgpack.encode(tree))
+        data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        parts = msgpack.packb((array.shape, array.dtype.name, data))
+        node[key[-1]] = msgpack.ExtType(_FLAX_ARRAY, parts)
+    path.write_bytes(msgpack.packb(tree))
 
 
 def _write_weights(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:

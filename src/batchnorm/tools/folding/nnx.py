@@ -13,8 +13,10 @@ from flax import nnx
 
 from batchnorm.tools.folding.nnx_maps import fold_pair, is_map, spatial_axes
 from batchnorm.tools.folding.report import OWNER, Change, Folded, Folding, Kept, check_same
-from batchnorm.tools.frameworks.nnx import is_batch_norm
+from batchnorm.tools.frameworks.nnx import find_modules, is_batch_norm
+from batchnorm.tools.frameworks.nnx_stacked import module_of
 from batchnorm.tools.models import FoundLayer
+from batchnorm.tools.text import list_names
 
 _SIZES = (32, 8)
 
@@ -54,8 +56,9 @@ def fold_model(
             reasons[norm] = f"{linear} does not take it: {reason}"
     done = {layer.name for layer in folded}
     unnamed = "no pair names it" if pairs is not None else "no neighbour in nnx.Sequential takes it"
+    names = {id(module): name for name, module in find_modules(model)}
     kept = [
-        Kept(found.name, reasons.get(found.name, unnamed))
+        Kept(found.name, reasons.get(names[id(module_of(found.layer))], unnamed))
         for found in layers
         if found.name not in done
     ]
@@ -72,8 +75,8 @@ def fold_model(
 def _at(model: nnx.Module, paths: dict[str, Any], name: str) -> Any:
     if name not in paths:
         raise ValueError(
-            f"{OWNER}: pairs must name modules of the model; got {name!r}. There are "
-            f"{', '.join(sorted(filter(None, paths)))}."
+            f"{OWNER}: pairs must name modules of the model; got {name!r:.200}. There are "
+            f"{list_names(sorted(filter(None, paths)), 8)}."
         )
     node: Any = model
     for key in paths[name]:

@@ -12,6 +12,7 @@ from batchnorm.core.fold import Folded
 from batchnorm.jax.layers import BatchNorm
 from batchnorm.tools.folding.arithmetic import Affine, affine_of, into_next, into_previous
 from batchnorm.tools.frameworks.nnx import take_state
+from batchnorm.tools.frameworks.nnx_stacked import stack_of
 
 # Exactly these types: a subclass may compute something else.
 _MAPS = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
@@ -38,6 +39,9 @@ def fold_pair(first: Any, second: Any) -> str | None:
     linear, norm = (first, second) if behind else (second, first)
     if type(norm) not in _NORMS:
         return f"it is a {type(norm).__name__}, which may compute something else"
+    rank = 2 if isinstance(linear, nnx.Linear) else len(linear.kernel_shape)
+    if stack_of(norm) or linear.kernel[...].ndim != rank:
+        return "its arrays are those of several layers, stacked"
     if norm.axis not in (-1, (-1,)):
         return f"it normalizes axis {norm.axis}, and channels lie on axis -1"
     if getattr(linear, "mask", None) is not None:

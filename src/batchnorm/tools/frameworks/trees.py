@@ -79,6 +79,8 @@ class Tree:
             if value is None:
                 continue
             old = self._leaves[name]
+            if role == "decay":  # stacked layers have one each
+                value = np.full(np.shape(old), value)
             cast = jnp.asarray(value, old.dtype).reshape(np.shape(old))
             check_finite_casts(owner, [(role, np.asarray(value), cast)])
             new[name] = cast

@@ -10,12 +10,13 @@ from typing import Any
 from flax import nnx
 
 from batchnorm.tools.frameworks.nnx import find
+from batchnorm.tools.frameworks.nnx_stacked import module_of
 from batchnorm.tools.models import FoundLayer
 
 
 def why_frozen(layer: Any) -> str | None:
     """Why its statistics are not to be touched, or None."""
-    return "is frozen; unfreeze() it first" if getattr(layer, "frozen", False) else None
+    return "is frozen; unfreeze() it first" if getattr(module_of(layer), "frozen", False) else None
 
 
 @contextmanager
@@ -28,5 +29,5 @@ def rehearse(
     copies = dict(find(actor))
     actors = [replace(found, layer=copies[found.name]) for found in layers]
     for found in actors:
-        found.layer.use_running_average = False
+        module_of(found.layer).use_running_average = False
     yield actor, actors
