@@ -95,6 +95,23 @@ def test_unknown_batch_size_with_ghost_batches(fused: bool | None) -> None:
         call(draw(10, 3))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"renorm": True, "fused": False}])
+def test_a_constant_without_channels_in_a_graph(options: Any, training: bool) -> None:
+    layer = BatchNormalization(**options)
+    layer.build((4, 0))
+
+    @tf.function
+    def run() -> Any:
+        with tf.GradientTape() as tape:
+            y = layer(tf.ones((4, 0)), training=training)
+        return y, tape.gradient(y, [layer.gamma.value, layer.beta.value])
+
+    y, gradients = run()
+    assert y.shape == (4, 0)
+    assert [a.shape for a in gradients] == [(0,), (0,)]
+
+
 def test_adjustment_gets_a_tensor_where_sizes_are_unknown() -> None:
     layer = BatchNormalization(adjustment=lambda shape: (tf.fill((shape[0], 1), 2.0), None))
     layer.build((None, 3))

@@ -88,6 +88,8 @@ def _plain_step(
     """The training step in differentiable operations, as a function of x, gamma and beta."""
 
     def step(x: Any, gamma: Any, beta: Any) -> tuple[tf.Tensor, Running]:
+        if any(x.shape[a] == 0 for a in call.axes):
+            return _without_channels(x, gamma, beta, call), running
         work = _working_type(x)
         layout = DynamicLayout.of(x, call.axes, call.options.virtual_batch_size)
         shape: Any = tuple(x.shape) if x.shape.is_fully_defined() else tf.shape(x)
@@ -124,6 +126,14 @@ def _plain_step(
     return step
 
 
+def _without_channels(x: tf.Tensor, gamma: Any, beta: Any, call: Call) -> tf.Tensor:
+    """y of nothing: TensorFlow crashes where it folds products with an empty constant."""
+    sizes = [x.shape[a] if a in call.axes else 1 for a in range(x.shape.rank)]
+    for a in (gamma, beta):
+        x = x if a is None else x + tf.cast(tf.reshape(a, sizes), x.dtype)
+    return x
+
+
 def _by_running(
     x: tf.Tensor, mask: Any, gamma: Any, beta: Any, running: Running, call: Call
 ) -> tf.Tensor:
@@ -131,6 +141,8 @@ def _by_running(
     layout = DynamicLayout.of(x, call.axes, None)
 
     def evaluate(x: Any, gamma: Any, beta: Any, real: Any = None) -> tf.Tensor:
+        if any(x.shape[a] == 0 for a in call.axes):
+            return _without_channels(x, gamma, beta, call)
         inputs = Inputs(tf.cast(x, work), real, _cast(gamma, work), _cast(beta, work))
         statistics = _in(running, work)
         y = forward_running(inputs, statistics, layout, call.options, owner=call.owner, xp=XP)
