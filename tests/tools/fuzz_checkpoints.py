@@ -55,14 +55,14 @@ class Report:
         made: number of files by the adversary who made them, and outcome.
         problems: any other outcome.
         memory: largest growth of a process by reading one file, in bytes.
-        slowest: the longest time that one file took, in seconds.
+        slowest: the longest time that one file took, in seconds, and which it was.
     """
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     made: Counter[tuple[str, str]] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     memory: int = 0
-    slowest: float = 0.0
+    slowest: tuple[float, str] = (0.0, "none")
 
     def total(self, outcome: str) -> int:
         return sum(n for (_, found), n in self.outcomes.items() if found == outcome)
@@ -97,12 +97,12 @@ def fuzz(folder: Path, cases: int, seed: int, names: Sequence[str] = tuple(WRITE
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         maker = _write(name, seeds, place / "case", rng)
-        outcome, memory = _read(victim, place, name, report)
+        what = f"case {case} ({name}, {maker or 'mutated'}, seed {seed})"
+        outcome, memory = _read(victim, place, name, report, what)
         report.outcomes[name, outcome.partition(":")[0]] += 1
         if maker:
             report.made[maker, outcome.partition(":")[0]] += 1
         if outcome not in ("read", "refused", "contained") or memory > MOST_MEMORY:
-            what = f"case {case} ({name}, {maker or 'mutated'}, seed {seed})"
             report.problems.append(f"{what}: {outcome}, {memory} bytes")
     victim.stop()
     return report
@@ -118,11 +118,11 @@ def _write(name: str, seeds: Path, target: Path, rng: random.Random) -> str:
     return ""
 
 
-def _read(victim: _Victim, place: Path, name: str, report: Report) -> tuple[str, int]:
+def _read(victim: _Victim, place: Path, name: str, report: Report, what: str) -> tuple[str, int]:
     watch = Watch(place.glob("away*"))
     start = time.perf_counter()
     outcome, memory = victim.read(place / "case")
-    report.slowest = max(report.slowest, time.perf_counter() - start)
+    report.slowest = max(report.slowest, (time.perf_counter() - start, what))
     report.memory = max(report.memory, memory)
     if outcome in ("died", "hung") and name in ISOLATED:
         outcome = _read_properly(place / "case")
@@ -299,7 +299,7 @@ def _lines(report: Report) -> Iterator[Any]:
     for maker in sorted({maker for maker, _ in report.made}):
         counts = [report.made[maker, outcome] for outcome in ("read", "refused", "contained")]
         yield f"{maker:<28} {counts[0]:>5} {counts[1]:>5} {counts[2]:>5}"
-    yield f"largest growth {report.memory / 1e6:.1f} MB, slowest {report.slowest:.2f} s"
+    yield f"largest growth {report.memory / 1e6:.1f} MB, slowest {report.slowest[0]:.2f} s: {report.slowest[1]}"
     yield f"{len(report.problems)} problems"
     yield from report.problems
 
