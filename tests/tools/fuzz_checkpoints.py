@@ -299,7 +299,8 @@ def _lines(report: Report) -> Iterator[Any]:
     for maker in sorted({maker for maker, _ in report.made}):
         counts = [report.made[maker, outcome] for outcome in ("read", "refused", "contained")]
         yield f"{maker:<28} {counts[0]:>5} {counts[1]:>5} {counts[2]:>5}"
-    yield f"largest growth {report.memory / 1e6:.1f} MB, slowest {report.slowest[0]:.2f} s: {report.slowest[1]}"
+    yield f"largest growth {report.memory / 1e6:.1f} MB"
+    yield f"slowest {report.slowest[0]:.2f} s, {report.slowest[1]}"
     yield f"{len(report.problems)} problems"
     yield from report.problems
 
