@@ -22,7 +22,14 @@ from files import WRITERS
 from test_checkpoints import check
 from watching import Watch
 
-from batchnorm.tools.checkpoints import CheckpointError, child, isolated, read_checkpoint, serial
+from batchnorm.tools.checkpoints import (
+    CheckpointError,
+    child,
+    isolated,
+    limits,
+    read_checkpoint,
+    serial,
+)
 from batchnorm.tools.checkpoints.folders import Folder
 from batchnorm.tools.checkpoints.limits import LONGEST_NAME, Budget
 
@@ -306,6 +313,16 @@ def test_link_out_of_an_orbax_database_is_refused(
         watched(path)
 
 
+@pytest.mark.parametrize("victim", ["_METADATA", "bn.mean", "bn.mean/.zarray", "bn.mean/0"])
+def test_pipe_in_an_orbax_folder_is_refused_at_once(victim: str, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_orbax_folder(path, "bn")
+    (path / victim).rename(tmp_path / "kept")
+    os.mkfifo(path / victim)
+    with pytest.raises(CheckpointError, match="neither a file nor a folder"):
+        read_checkpoint(path)
+
+
 def test_link_inside_an_orbax_folder_is_followed(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_orbax_folder(path, "bn")
@@ -472,6 +489,20 @@ def test_names_of_a_file_do_not_reach_the_terminal_as_they_are(tmp_path: Path) -
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
     assert str(caught.value).isprintable()
+
+
+def test_page_says_the_bounds_that_hold() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    assert f"{limits.DEFAULT_LIMIT >> 30} GiB | `limit=`" in page
+    assert f"| {limits.DEFAULT_SECONDS:g} s | `seconds=`" in page
+    assert f"{limits.SLACK >> 20} MiB, the file's size" in page
+    assert f"no more than {limits.MEMORY_PER_BYTE} bytes for a byte" in page
+    assert (limits.COPIES, limits.OBJECTS_PER_BYTE) == (3, 32)  # three times, a thirty-second
+    assert f"| characters of a name | {LONGEST_NAME} |" in page
+    assert f"looked at | {limits.MOST_VALUES:,} |" in page
+    assert f"within each other | {limits.DEEPEST} |" in page
+    assert f"of a message | {limits.LONGEST_MESSAGE}," in page
+    assert f"| notes | {limits.MOST_NOTES}," in page
 
 
 def test_child_reports_what_it_cannot_import(capfdbinary: Any, monkeypatch: Any) -> None:

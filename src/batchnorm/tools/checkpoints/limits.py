@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 DEFAULT_LIMIT = 1 << 30  # bytes of arrays
-DEFAULT_SECONDS = 60.0  # of wall time, the start of the reading process included
+DEFAULT_SECONDS = 120.0  # of wall time, the start of the reading process included
 
 LONGEST_NAME = 1024  # characters
 LONGEST_MESSAGE = 300  # characters after the file's name
