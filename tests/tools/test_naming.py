@@ -18,7 +18,8 @@ from files import write_keras
 
 from batchnorm.tools import inspect
 from batchnorm.tools.checkpoints import read_checkpoint
-from batchnorm.tools.checkpoints.naming import find_groups, natural
+from batchnorm.tools.checkpoints.groups import natural
+from batchnorm.tools.checkpoints.naming import find_groups
 from batchnorm.tools.checkpoints.source import Entry, LayerConfig, Source
 from batchnorm.tools.convert import convert_checkpoint
 
@@ -94,6 +95,17 @@ def test_same_layer_in_two_collections_is_two_layers(tmp_path: Path) -> None:
     names = ["bn.mean", "bn.var", "state.bn.mean", "state.bn.var"]
     write_safetensors(tmp_path / "x", {n: torch.full((3,), float(i)) for i, n in enumerate(names)})
     assert means(tmp_path / "x") == {"bn": 0, "state/bn": 2}
+    (note,) = read_checkpoint(tmp_path / "x").notes
+    assert note == "'bn' is in several collections with one role twice; each is read."
+
+
+def test_collections_inside_a_state_are_joined(tmp_path: Path) -> None:
+    leaves = ("params.bn.scale", "params.bn.bias", "batch_stats.bn.mean", "batch_stats.bn.var")
+    write_safetensors(tmp_path / "x", {f"state.{leaf}": torch.ones(3) for leaf in leaves})
+    (layer,) = read_checkpoint(tmp_path / "x").layers
+    assert layer.name == "state/bn"
+    assert layer.gamma is not None
+    assert layer.beta is not None
 
 
 def test_layers_of_lists_and_of_numbered_dictionaries_are_read(tmp_path: Path) -> None:
@@ -193,7 +205,7 @@ def test_batch_norm_of_a_keras_config_without_weights_has_a_line(tmp_path: Path)
 
 def test_many_notes_are_cut_and_counted(tmp_path: Path) -> None:
     names = {f"bn{i}.running_mean": (3,) for i in range(500)}
-    adversaries._write_safetensors(tmp_path / "x", names)
+    adversaries.write_safetensors(tmp_path / "x", names)
     notes = read_checkpoint(tmp_path / "x").notes
     assert len(notes) == 101
     assert notes[-1] == "400 more notes like these are left out."
