@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
@@ -215,8 +217,29 @@ def test_library_that_misbehaves_is_reported(
         read_checkpoint(path, seconds=2 if "while" in library else 60)
 
 
-@pytest.mark.parametrize("answer", [b"", b"\1\0\0\0\0\0\0\0{", b"\2\0\0\0\0\0\0\0{}", b"\xff" * 99])
+def answer_of(**changes: Any) -> bytes:
+    text = json.dumps({"format": "x", "entries": [], "layers": [], "notes": [], **changes}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"\1\0\0\0\0\0\0\0{",
+        b"\xff" * 99,
+        answer_of() + b"x",
+        answer_of(format=1),
+        answer_of(notes=[[]]),
+        answer_of(entries=[["x", ["3"], "float32"]]),
+        answer_of(layers=[{"plain": {"shape": None}, "arrays": []}]),
+        answer_of(layers=[{"plain": {"shape": None}, "arrays": [["mean", "object", 1]]}]),
+        answer_of(layers=[{"plain": {"shape": None}, "arrays": [["mean", "float32", 1 << 60]]}]),
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
+    ],
+)
 def test_answer_of_the_process_is_not_trusted(answer: bytes) -> None:
+    serial.decode(memoryview(answer_of()), Budget(Path("x")))
     with pytest.raises(CheckpointError, match="nonsense"):
         serial.decode(memoryview(answer), Budget(Path("x")))
 
