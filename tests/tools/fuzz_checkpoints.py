@@ -7,17 +7,13 @@ python tests/tools/fuzz_checkpoints.py 3000 --seed 0
 from __future__ import annotations
 
 import argparse
-import io
 import multiprocessing
-import os
 import random
 import re
 import shutil
-import struct
 import sys
 import tempfile
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from adversaries import ADVERSARIES, SECRET
+from adversaries import ADVERSARIES
+from adversaries_stored import SECRET
 from files import WRITERS
+from mutations import mutate
 from watching import Watch
 
 from batchnorm.tools.checkpoints import CheckpointError, read_checkpoint
@@ -42,7 +40,6 @@ SECONDS = 20
 MOST_MEMORY = 4 * LIMIT
 ADVERSARIAL = 0.2  # the share of files that are not mutated but made
 ISOLATED = ("weights.h5", "keras", "orbax")
-_EXTREMES = (0, 1, *((1 << n) - 1 for n in (7, 8, 16, 31, 32, 63, 64)), 1 << 40)
 
 
 @dataclass
@@ -55,14 +52,14 @@ class Report:
         made: number of files by the adversary who made them, and outcome.
         problems: any other outcome.
         memory: largest growth of a process by reading one file, in bytes.
-        slowest: the longest time that one file took, in seconds.
+        slowest: the longest time that one file took, in seconds, and which it was.
     """
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     made: Counter[tuple[str, str]] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     memory: int = 0
-    slowest: float = 0.0
+    slowest: tuple[float, str] = (0.0, "none")
 
     def total(self, outcome: str) -> int:
         return sum(n for (_, found), n in self.outcomes.items() if found == outcome)
@@ -97,12 +94,12 @@ def fuzz(folder: Path, cases: int, seed: int, names: Sequence[str] = tuple(WRITE
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         maker = _write(name, seeds, place / "case", rng)
-        outcome, memory = _read(victim, place, name, report)
+        what = f"case {case} ({name}, {maker or 'mutated'}, seed {seed})"
+        outcome, memory = _read(victim, place, name, report, what)
         report.outcomes[name, outcome.partition(":")[0]] += 1
         if maker:
             report.made[maker, outcome.partition(":")[0]] += 1
         if outcome not in ("read", "refused", "contained") or memory > MOST_MEMORY:
-            what = f"case {case} ({name}, {maker or 'mutated'}, seed {seed})"
             report.problems.append(f"{what}: {outcome}, {memory} bytes")
     victim.stop()
     return report
@@ -114,15 +111,15 @@ def _write(name: str, seeds: Path, target: Path, rng: random.Random) -> str:
         maker = rng.choice(ADVERSARIES[name])
         maker(target, rng)
         return maker.__name__
-    _mutate(seeds / f"seed.{name}", target, rng)
+    mutate(seeds / f"seed.{name}", target, rng)
     return ""
 
 
-def _read(victim: _Victim, place: Path, name: str, report: Report) -> tuple[str, int]:
+def _read(victim: _Victim, place: Path, name: str, report: Report, what: str) -> tuple[str, int]:
     watch = Watch(place.glob("away*"))
     start = time.perf_counter()
     outcome, memory = victim.read(place / "case")
-    report.slowest = max(report.slowest, time.perf_counter() - start)
+    report.slowest = max(report.slowest, (time.perf_counter() - start, what))
     report.memory = max(report.memory, memory)
     if outcome in ("died", "hung") and name in ISOLATED:
         outcome = _read_properly(place / "case")
@@ -207,99 +204,17 @@ def _read_properly(path: Path) -> str:
     return "read"  # what an earlier file had left behind was the reason
 
 
-def _mutate(source: Path, target: Path, rng: random.Random) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target)
-        for _ in range(rng.choice((1, 1, 2, 8))):
-            _mutate_folder(target, rng)
-        return
-    data = source.read_bytes()
-    repack = data[:2] == b"PK" and rng.random() < 0.7  # past the archive's own check sums
-    target.write_bytes(_mutate_member(data, rng) if repack else _mutate_bytes(data, rng))
-
-
-def _mutate_folder(folder: Path, rng: random.Random) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
-    if not files:
-        return
-    # Most of the files are not looked at.
-    metadata = folder / "_METADATA"
-    chosen = metadata if metadata in files and rng.random() < 0.3 else rng.choice(files)
-    other, choice = rng.choice(files), rng.random()
-    if choice < 0.7:
-        chosen.write_bytes(_mutate_bytes(chosen.read_bytes(), rng))
-        return
-    content = other.read_bytes()
-    chosen.unlink()
-    if choice < 0.75:
-        chosen.write_bytes(content)
-    elif choice < 0.8:
-        chosen.symlink_to(other)
-    elif choice < 0.85:
-        chosen.symlink_to(rng.choice(("/dev/zero", "/etc", chosen.name, "..", "nowhere")))
-    elif choice < 0.9:
-        chosen.mkdir()
-    elif choice < 0.95:
-        os.mkfifo(chosen)
-
-
-def _mutate_member(data: bytes, rng: random.Random) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    large = [name for name, content in members.items() if len(content) > 8]
-    chosen = rng.choice(large)
-    members[chosen] = _mutate_bytes(members[chosen], rng)
-    out = io.BytesIO()
-    method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-    with zipfile.ZipFile(out, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return out.getvalue()
-
-
-def _mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    content = bytearray(data or b"\0")
-    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
-        at, size = _place(len(content), rng), rng.randrange(1, 64)
-        choice = rng.randrange(7)
-        if choice == 0:
-            content[at] ^= 1 << rng.randrange(8)
-        elif choice == 1:
-            content[at] = rng.randrange(256)
-        elif choice == 2:
-            value, width = rng.choice(_EXTREMES), rng.choice((2, 4, 8))
-            layout = rng.choice("<>") + {2: "H", 4: "I", 8: "Q"}[width]
-            content[at : at + width] = struct.pack(layout, value & ((1 << 8 * width) - 1))
-        elif choice == 3:
-            del content[at : at + size]
-        elif choice == 4:
-            content[at:at] = content[_place(len(content), rng) :][:size]
-        elif choice == 5:
-            content[at : at + size] = rng.randbytes(size)
-        elif rng.random() < 0.3:
-            del content[at:]
-        content = content or bytearray(b"\0")
-    return bytes(content)
-
-
-def _place(size: int, rng: random.Random) -> int:
-    """Anywhere, but rather at the ends, where headers and directories are."""
-    where = rng.random()
-    if where < 0.4:
-        return rng.randrange(min(size, 512))
-    return size - 1 - rng.randrange(min(size, 512)) if where < 0.6 else rng.randrange(size)
-
-
 def _lines(report: Report) -> Iterator[Any]:
     yield f"{'format':<12} {'read':>7} {'refused':>8} {'contained':>10}"
-    for name in WRITERS:
+    for name in sorted({name for name, _ in report.outcomes}):
         counts = [report.outcomes[name, outcome] for outcome in ("read", "refused", "contained")]
         yield f"{name:<12} {counts[0]:>7} {counts[1]:>8} {counts[2]:>10}"
     yield ""
     for maker in sorted({maker for maker, _ in report.made}):
         counts = [report.made[maker, outcome] for outcome in ("read", "refused", "contained")]
         yield f"{maker:<28} {counts[0]:>5} {counts[1]:>5} {counts[2]:>5}"
-    yield f"largest growth {report.memory / 1e6:.1f} MB, slowest {report.slowest:.2f} s"
+    yield f"largest growth {report.memory / 1e6:.1f} MB"
+    yield f"slowest {report.slowest[0]:.2f} s, {report.slowest[1]}"
     yield f"{len(report.problems)} problems"
     yield from report.problems
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 import struct
@@ -285,3 +286,47 @@ def test_mutated_files_of_every_format_give_states_or_the_one_error(tmp_path: Pa
     assert report.problems == []
     assert report.refused > 100
     assert report.read > 10, "mutations that leave the file readable show that reading was tried"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_of_every_protocol_and_of_unknown_classes_are_read(
+    protocol: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "lightning.ckpt"
+    content = {
+        "state_dict": torch_model().state_dict(),
+        "hyper_parameters": argparse.Namespace(lr=0.1, layers={1, 2}, frozen=frozenset((3,))),
+        "callbacks": {Path("x"): [torch.device("cpu"), 1 << 70, 1.5, b"bytes"]},
+    }
+    torch.save(content, path, pickle_protocol=protocol)
+    check(path)
+
+
+def test_arrays_that_flax_has_cut_are_read(tmp_path: Path, monkeypatch: Any) -> None:
+    from flax import serialization
+
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 8)
+    path = tmp_path / "x.msgpack"
+    WRITERS["msgpack"](path)
+    assert b"__msgpack_chunked_array__" in path.read_bytes()
+    found = check(path)
+    assert found.entries["params/bn2/scale"].shape == (5,)
+
+
+@pytest.mark.parametrize("name", ["safetensors", "msgpack"])
+def test_bfloat16_is_read_as_float32_of_the_same_values(name: str, tmp_path: Path) -> None:
+    import ml_dtypes
+    import safetensors.numpy
+    from flax import serialization
+
+    path = tmp_path / "x"
+    values = np.array([1, 1 / 3, 3e38], ml_dtypes.bfloat16)
+    if name == "safetensors":
+        safetensors.numpy.save_file({f"bn.{leaf}": values for leaf in ("mean", "var")}, path)
+    else:
+        path.write_bytes(serialization.to_bytes({"bn": {"mean": values, "var": values}}))
+    (layer,) = read_checkpoint(path).layers
+    assert layer.stored == "bfloat16"
+    assert layer.mean is not None
+    assert layer.mean.dtype == np.float32
+    np.testing.assert_array_equal(layer.mean, values.astype(np.float32))

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import io
+import json
 import os
 import pickle
-import random
-import socket
+import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import adversaries
-import numpy as np
 import pytest
-from adversaries import SECRET, SPELLINGS, write_orbax_folder, write_pt
+from adversaries import write_pt
 from files import WRITERS
-from test_checkpoints import check
-from watching import Watch
 
-from batchnorm.tools.checkpoints import CheckpointError, child, isolated, read_checkpoint, serial
-from batchnorm.tools.checkpoints.folders import Folder
+from batchnorm.tools.checkpoints import (
+    CheckpointError,
+    child,
+    isolated,
+    limits,
+    read_checkpoint,
+    serial,
+)
 from batchnorm.tools.checkpoints.limits import LONGEST_NAME, Budget
 
 MOST_SECONDS, MOST_BYTES = 10, 400 << 20  # on a busy machine; of the reading process
@@ -99,7 +101,7 @@ def long_key(length: int, depth: int = 1) -> Callable[[Path], None]:
 
 
 def long_name(name: str) -> Callable[[Path], None]:
-    return lambda path: adversaries._write_safetensors(path, {f"{name}.running_mean": (1,)})
+    return lambda path: adversaries.write_safetensors(path, {f"{name}.running_mean": (1,)})
 
 
 def claims(path: Path) -> None:
@@ -162,9 +164,9 @@ def test_small_file_costs_little_time_and_memory(name: str, tmp_path: Path) -> N
 def test_name_may_be_as_long_as_the_constant_says(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     stem = "n" * (LONGEST_NAME - len(".running_mean"))
-    adversaries._write_safetensors(path, {f"{stem}.running_{k}": (2,) for k in ("mean", "var")})
+    adversaries.write_safetensors(path, {f"{stem}.running_{k}": (2,) for k in ("mean", "var")})
     assert [layer.name for layer in read_checkpoint(path).layers] == [stem]
-    adversaries._write_safetensors(path, {f"n{stem}.running_mean": (2,)})
+    adversaries.write_safetensors(path, {f"n{stem}.running_mean": (2,)})
     with pytest.raises(CheckpointError, match=f"more than {LONGEST_NAME}"):
         read_checkpoint(path)
 
@@ -215,8 +217,29 @@ def test_library_that_misbehaves_is_reported(
         read_checkpoint(path, seconds=2 if "while" in library else 60)
 
 
-@pytest.mark.parametrize("answer", [b"", b"\1\0\0\0\0\0\0\0{", b"\2\0\0\0\0\0\0\0{}", b"\xff" * 99])
+def answer_of(**changes: Any) -> bytes:
+    text = json.dumps({"format": "x", "entries": [], "layers": [], "notes": [], **changes}).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"\1\0\0\0\0\0\0\0{",
+        b"\xff" * 99,
+        answer_of() + b"x",
+        answer_of(format=1),
+        answer_of(notes=[[]]),
+        answer_of(entries=[["x", ["3"], "float32"]]),
+        answer_of(layers=[{"plain": {"shape": None}, "arrays": []}]),
+        answer_of(layers=[{"plain": {"shape": None}, "arrays": [["mean", "object", 1]]}]),
+        answer_of(layers=[{"plain": {"shape": None}, "arrays": [["mean", "float32", 1 << 60]]}]),
+        struct.pack("<Q", 100_000) + b"[" * 100_000,
+    ],
+)
 def test_answer_of_the_process_is_not_trusted(answer: bytes) -> None:
+    serial.decode(memoryview(answer_of()), Budget(Path("x")))
     with pytest.raises(CheckpointError, match="nonsense"):
         serial.decode(memoryview(answer), Budget(Path("x")))
 
@@ -232,220 +255,6 @@ def test_nothing_stays_in_the_folder_for_temporary_files(
     with pytest.raises(CheckpointError):
         read_checkpoint(tmp_path / "x", seconds=0.3)
     assert list(temporary.iterdir()) == []
-
-
-# Outside of the folder
-
-
-@pytest.fixture
-def watched(tmp_path: Path) -> Callable[[Path], Any]:
-    """Reads a folder, and asserts that of `away*` beside it nothing was opened."""
-
-    def read(path: Path) -> Any:
-        watch = Watch(tmp_path.glob("away*"))
-        try:
-            return read_checkpoint(path)
-        finally:
-            assert watch.opened() == set()
-            watch.close()
-
-    return read
-
-
-@pytest.mark.parametrize("driver", ["zarr", "zarr3"])
-def test_orbax_arrays_in_folders_are_read(driver: str, tmp_path: Path, watched: Any) -> None:
-    write_orbax_folder(tmp_path / "x", "bn", driver=driver)
-    (layer,) = watched(tmp_path / "x").layers
-    np.testing.assert_array_equal(layer.mean, np.full(3, 1.0))
-    np.testing.assert_array_equal(layer.var, np.full(3, 2.0))
-
-
-@pytest.mark.parametrize("database", [False, True])
-@pytest.mark.parametrize("key", SPELLINGS)
-def test_no_spelling_of_a_key_leads_out_of_an_orbax_folder(
-    key: str, database: bool, tmp_path: Path, watched: Any
-) -> None:
-    write_orbax_folder(tmp_path / "x", key)
-    if database:
-        WRITERS["orbax"](tmp_path / "seed")
-        adversaries._edit_metadata(tmp_path / "x", use_ocdbt=True)
-        for name in ("manifest.ocdbt", "d"):
-            (tmp_path / "seed" / name).rename(tmp_path / "x" / name)
-    with pytest.raises(CheckpointError) as caught:
-        watched(tmp_path / "x")
-    assert "\n" not in str(caught.value)
-
-
-_LINKED = ("_METADATA", "bn.mean", "bn.mean/.zarray", "bn.mean/0", "bn.var/0")
-
-
-@pytest.mark.parametrize("victim", _LINKED)
-def test_link_out_of_an_orbax_folder_is_refused(victim: str, tmp_path: Path, watched: Any) -> None:
-    import shutil
-
-    path, away = tmp_path / "x", tmp_path / "away.mean"
-    write_orbax_folder(path, "bn")
-    shutil.copy(path / "_METADATA", away)
-    place = path / victim
-    shutil.rmtree(place) if place.is_dir() else place.unlink()
-    place.symlink_to(away if victim == "bn.mean" else away / place.name)
-    with pytest.raises(CheckpointError, match=r"a link out of the folder.*cp -rL"):
-        watched(path)
-
-
-@pytest.mark.parametrize("victim", ["manifest.ocdbt", "d", "ocdbt.process_0", "*/manifest.ocdbt"])
-def test_link_out_of_an_orbax_database_is_refused(
-    victim: str, tmp_path: Path, watched: Any
-) -> None:
-    path, away = tmp_path / "x", tmp_path / "away"
-    WRITERS["orbax"](path)
-    (place,) = path.glob(victim)
-    place.rename(away)
-    place.symlink_to(away)
-    with pytest.raises(CheckpointError, match="a link out of the folder"):
-        watched(path)
-
-
-def test_link_inside_an_orbax_folder_is_followed(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    write_orbax_folder(path, "bn")
-    (path / "bn.mean" / "0").rename(path / "kept")
-    (path / "bn.mean" / "0").symlink_to("../kept")
-    (path / "bn.var").rename(path / "folder")
-    (path / "bn.var").symlink_to(path / "folder")
-    (tmp_path / "link").symlink_to(path)
-    (layer,) = read_checkpoint(tmp_path / "link").layers
-    assert (layer.mean[0], layer.var[0]) == (1.0, 2.0)
-
-
-def test_link_that_appears_after_the_check_is_not_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_orbax_folder(tmp_path / "x", "bn")
-    with Folder(tmp_path / "x", Budget(tmp_path / "x")) as folder:
-        (tmp_path / "x" / "late").symlink_to(tmp_path / "away.mean")
-        monkeypatch.setattr(os.path, "realpath", str)  # as if it had been no link then
-        with pytest.raises(CheckpointError, match="cannot be opened"):
-            folder.read(("late", ".zarray"))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_database_that_refers_to_other_files_is_refused(
-    seed: int, tmp_path: Path, watched: Any
-) -> None:
-    adversaries.orbax_references(tmp_path / "x", random.Random(seed))
-    with pytest.raises(CheckpointError, match="cannot be opened"):
-        watched(tmp_path / "x")
-
-
-def test_files_beside_an_hdf5_file_are_not_opened(tmp_path: Path, watched: Any) -> None:
-    h5py = pytest.importorskip("h5py")
-    for seed in range(12):
-        adversaries.hdf5_links(tmp_path / "x", random.Random(seed))
-        found = watched(tmp_path / "x")
-        assert all((a != SECRET).all() for s in found.layers for a in (s.mean, s.var))
-    with h5py.File(tmp_path / "x", "w") as file:  # where Keras 2's order of layers is looked up
-        file["model_weights"] = h5py.ExternalLink(str(tmp_path / "away"), "bn")
-    (note,) = watched(tmp_path / "x").notes
-    assert note == "1 links, to other files or to groups, are not followed: 'model_weights'."
-
-
-# Not a regular file
-
-
-@pytest.fixture
-def socket_path(tmp_path: Path) -> Iterator[Path]:
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(str(tmp_path / "socket"))
-        yield tmp_path / "socket"
-
-
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path, socket_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "link").symlink_to(tmp_path / "fifo")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    cases: dict[str | Path, str] = {
-        tmp_path / "fifo": "a pipe; name it '-'",
-        tmp_path / "link": "a pipe; name it '-'",
-        "/dev/zero": "a device",
-        "/dev/null": "a device",
-        socket_path: "a socket",
-        tmp_path / "loop": "cannot be read",
-        "": "path is empty",
-        "a\0b": "cannot be read",
-        "x" * 5000: "cannot be read",
-        tmp_path: "no orbax checkpoint",
-    }
-    for path, message in cases.items():
-        with pytest.raises(CheckpointError, match=message) as caught:
-            read_checkpoint(path, seconds=5)
-        assert "\n" not in str(caught.value)
-        assert "\0" not in str(caught.value)
-
-
-def test_pipe_that_takes_the_place_of_a_file_does_not_block(tmp_path: Path) -> None:
-    from batchnorm.tools.checkpoints.reading import detect
-
-    os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(CheckpointError, match="no file any more"):
-        detect(tmp_path / "fifo", Budget(tmp_path / "fifo"))
-
-
-def test_missing_and_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = io.StringIO()
-    closed.close()
-    for stream in (None, closed):
-        monkeypatch.setattr(sys, "stdin", stream)
-        with pytest.raises(CheckpointError, match="standard input is closed"):
-            read_checkpoint("-")
-
-
-def test_terminal_as_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, terminal = os.openpty()
-    with os.fdopen(terminal) as stream:
-        monkeypatch.setattr(sys, "stdin", stream)
-        with pytest.raises(CheckpointError, match="standard input is a terminal"):
-            read_checkpoint("-")
-
-
-@pytest.mark.parametrize("name", [name for name in WRITERS if name != "orbax"])
-def test_dash_reads_every_format_from_standard_input(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / f"x.{name}"
-    WRITERS[name](path)
-    with path.open() as stream:
-        monkeypatch.setattr(sys, "stdin", stream)
-        assert check(Path("-")).path == Path("-")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
-    check(Path("-"))
-    code = "from batchnorm.tools.checkpoints import *; print(len(read_checkpoint('-').layers))"
-    data = path.read_bytes()
-    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
-    assert done.stdout == b"2\n"
-
-
-def test_standard_input_may_be_as_large_as_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x.pt"
-    WRITERS["pt"](path)
-    for stream in (path.open(), io.TextIOWrapper(io.BytesIO(path.read_bytes()))):
-        with stream:
-            monkeypatch.setattr(sys, "stdin", stream)
-            with pytest.raises(CheckpointError, match=r"standard input has more .*--limit"):
-                read_checkpoint("-", limit=path.stat().st_size - 1)
-
-
-def test_pipe_that_gives_nothing_ends_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    reading, writing = os.pipe()
-    with os.fdopen(reading) as stream, os.fdopen(writing, "w"):
-        monkeypatch.setattr(sys, "stdin", stream)
-        with pytest.raises(CheckpointError, match="longer than 2 s"):
-            read_checkpoint("-", seconds=2)
-
-
-# Messages and options
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), True, "1"])
@@ -465,13 +274,28 @@ def test_message_about_a_bound_names_the_option_that_raises_it(tmp_path: Path) -
 def test_names_of_a_file_do_not_reach_the_terminal_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "a\n\x1b[2Jb.safetensors"
     name = "x\n\x1b[2J" + "y" * 100
-    adversaries._write_safetensors(path, {f"{name}.running_mean": (3,)})
+    adversaries.write_safetensors(path, {f"{name}.running_mean": (3,)})
     (note,) = read_checkpoint(path).notes
     assert note.isprintable()
-    adversaries._write_safetensors(path, {name * 20: (3,)})
+    adversaries.write_safetensors(path, {name * 20: (3,)})
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
     assert str(caught.value).isprintable()
+
+
+def test_page_says_the_bounds_that_hold() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    assert f"{limits.DEFAULT_LIMIT >> 30} GiB | `limit=`" in page
+    assert f"| {limits.DEFAULT_SECONDS:g} s | `seconds=`" in page
+    assert f"{limits.SLACK >> 20} MiB, the file's size" in page
+    assert f"no more than {limits.MEMORY_PER_BYTE} bytes for a byte" in page
+    assert (limits.COPIES, limits.OBJECTS_PER_BYTE) == (3, 32)  # three times, a thirty-second
+    assert f"| characters of a name | {LONGEST_NAME} |" in page
+    assert f"looked at | {limits.MOST_VALUES:,} |" in page
+    assert f"several times | {limits.MOST_VISITS:,} |" in page
+    assert f"within each other | {limits.DEEPEST} |" in page
+    assert f"of a message | {limits.LONGEST_MESSAGE}," in page
+    assert f"| notes | {limits.MOST_NOTES}," in page
 
 
 def test_child_reports_what_it_cannot_import(capfdbinary: Any, monkeypatch: Any) -> None:

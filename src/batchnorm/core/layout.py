@@ -216,7 +216,12 @@ def check_length_values(owner: str, lengths: Any, size: int) -> None:
     """Raise if a NumPy array holds a length that is not between 0 and `size`."""
     wrong = lengths[(lengths < 0) | (lengths > size)]
     if wrong.size:
-        raise ValueError(
-            f"{owner}: lengths must lie between 0 and size={size}; got {int(wrong[0])}. Give the "
-            "size that sequences are padded to, and clip longer ones."
-        )
+        raise length_value_error(owner, wrong[0], size)
+
+
+def length_value_error(owner: str, value: Any, size: int) -> ValueError:
+    """The error for a length that is not between 0 and `size`."""
+    return ValueError(
+        f"{owner}: lengths must lie between 0 and size={size}; got {int(value)}. Give the size "
+        "that sequences are padded to, and clip longer ones."
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.core.layout import mask_value_error
+from batchnorm.core.layout import length_value_error, mask_value_error
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Unsigned types of which torch has little more than the name, and signed ones to read them by.
@@ -124,7 +124,7 @@ def check_lengths(owner: str, lengths: Any, size: int) -> Tensor:
             value = low if low < 0 else high
             if value < 0 and lengths.dtype is torch.uint64:
                 value += 2**64
-            raise ValueError(f"{owner}: lengths must lie between 0 and size={size}; got {value}.")
+            raise length_value_error(owner, value, size)
     return wide
 
 

@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> int:
         data = serial.refusal(
             f"reading it takes more memory than a limit of {limit} allows; {RAISE_LIMIT}"
         )
+    except OSError as error:  # of a standard input that cannot be read
+        data = serial.refusal(f"it cannot be read: {error.strerror or error}.")
     except CheckpointError as error:
         data = serial.refusal(str(error).removeprefix(str(budget.error(""))))
     with os.fdopen(answer, "wb") as file:
@@ -56,6 +58,7 @@ def main(arguments: list[str]) -> int:
 def _read(budget: Budget, source: str, seconds: float) -> bytes:
     _bound_memory(_LIBRARIES + COPIES * budget.limit)
     _bound("RLIMIT_CPU", math.ceil(seconds) + 1)
+    _bound("RLIMIT_CORE", 0)
     path = budget.path if source == "path" else _spool(budget)
     kind = detect(path, budget)
     prepare(kind)
@@ -83,14 +86,15 @@ def _spool(budget: Budget) -> Path:
 def _bound_memory(more: int) -> None:
     """Bound the address space to what is taken already, and `more` bytes."""
     statm = Path("/proc/self/statm")
-    taken = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-    _bound("RLIMIT_AS", taken + more)
+    if statm.exists():  # systems other than Linux do not keep to such a bound, or refuse it
+        taken = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        _bound("RLIMIT_AS", taken + more)
 
 
 def _bound(name: str, value: int) -> None:
     try:
         import resource
-    except ImportError:  # Windows has none; sizes are checked before reading, and time outside
+    except ImportError:  # Windows has none
         return
     kind = getattr(resource, name)
     _, hard = resource.getrlimit(kind)

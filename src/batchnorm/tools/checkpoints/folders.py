@@ -116,6 +116,9 @@ class Folder:
         current = os.dup(self._descriptor)
         try:
             for part in real.relative_to(self._root).parts:
+                mode = os.stat(part, dir_fd=current, follow_symlinks=False).st_mode
+                if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening may do something
+                    raise OSError(0, "it is neither a file nor a folder")
                 inner = os.open(part, _FLAGS, dir_fd=current)
                 os.close(current)
                 current = inner

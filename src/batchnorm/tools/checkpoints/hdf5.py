@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.tools.checkpoints.archives import Archive, Bytes
+from batchnorm.tools.checkpoints.groups import natural
 from batchnorm.tools.checkpoints.limits import Budget, shown
-from batchnorm.tools.checkpoints.naming import natural
 from batchnorm.tools.checkpoints.source import ITEM_SIZES, Catalog, Entry, LayerConfig, Source
 
 __all__ = ["read", "read_keras"]

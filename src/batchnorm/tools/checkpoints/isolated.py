@@ -28,6 +28,7 @@ _CHILD = (
     "from batchnorm.tools.checkpoints.child import main; sys.exit(main(sys.argv[1:]))"
 )
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_PIECE = 1 << 20
 _OUT_OF_TIME = -24  # by SIGXCPU; a name that Windows does not have
 
 
@@ -61,7 +62,7 @@ def read_isolated(budget: Budget, seconds: float, stream: Any = None) -> Checkpo
 
 def _run(
     arguments: list[str], place: str, stream: Any, budget: Budget, seconds: float
-) -> tuple[bytes, int]:
+) -> tuple[bytearray, int]:
     """The child's answer and exit status; `place` is the folder for its temporary files."""
     most, start = serial.most_bytes(budget), time.monotonic()
     with subprocess.Popen(
@@ -75,7 +76,9 @@ def _run(
         timer = Timer(seconds, child.kill)
         timer.start()
         try:
-            answer = child.stdout.read(most + 1)
+            answer = bytearray()
+            while len(answer) <= most and (piece := child.stdout.read(_PIECE)):
+                answer += piece
             if len(answer) > most:
                 child.kill()
             status = child.wait()

@@ -22,12 +22,13 @@ __all__ = [
 ]
 
 DEFAULT_LIMIT = 1 << 30  # bytes of arrays
-DEFAULT_SECONDS = 60.0  # of wall time, the start of the reading process included
+DEFAULT_SECONDS = 120.0  # of wall time, the start of the reading process included
 
 LONGEST_NAME = 1024  # characters
 LONGEST_MESSAGE = 300  # characters after the file's name
 MOST_NOTES = 100
 MOST_VALUES = 1_000_000  # arrays, or other values looked at in the search for arrays
+MOST_VISITS = 300_000  # of objects of a pickle, which may be shared
 MOST_AXES = 32
 DEEPEST = 64  # maps or groups within each other
 
@@ -99,10 +100,10 @@ class Budget:
         self.check_header(self._names, "the list of array names")
         return name
 
-    def check_values(self, count: int, depth: int = 0) -> None:
+    def check_values(self, count: int, depth: int = 0, most: int = MOST_VALUES) -> None:
         """Raise if there are more values than a checkpoint has, or more within each other."""
-        if count > MOST_VALUES:
-            raise self.error(f"its objects are without an end: more than {MOST_VALUES}.")
+        if count > most:
+            raise self.error(f"its objects are without an end: more than {most}.")
         if depth > DEEPEST:
             raise self.error(f"its objects are more than {DEEPEST} deep within each other.")
 

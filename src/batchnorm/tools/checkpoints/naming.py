@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from string import digits
+from collections.abc import Iterable, Mapping
 
+from batchnorm.tools.checkpoints.groups import Group, Path, last_part, summary, why_incomplete
 from batchnorm.tools.checkpoints.limits import MOST_NOTES, one_line, shown
+from batchnorm.tools.checkpoints.numbering import find_numbered, is_numbered
 from batchnorm.tools.checkpoints.source import LayerConfig, Source
 
-__all__ = ["Group", "find_groups", "natural"]
+__all__ = ["Group", "find_groups"]
 
 # What each library calls what; roles are the fields of the canonical state.
 _TORCH = {
@@ -50,31 +49,6 @@ _MERGED = ("flax", "haiku")  # a layer's arrays are in two collections
 _COLLECTIONS = ("params", "batch_stats", "state")
 _WRAPPERS = ("state_dict", "model_state_dict", "model_weights")
 _EMA = {"mean_ema": "mean", "var_ema": "var"}
-_LOOKS_LIKE_ONE = re.compile(r"batch_?norm|(^|[_/])bn(\d|_|/|$)", re.IGNORECASE)
-
-_STATISTICS = ("mean", "var", "moving_stddev", "renorm_mean", "renorm_stddev")
-
-Path = tuple[str, ...]
-
-
-@dataclass
-class Group:
-    """The arrays of one batch norm.
-
-    Args:
-        name: path of the layer, as its library spells it.
-        family: "torch", "flax.linen", "flax.nnx", "keras" or "haiku".
-        roles: names of entries by field of the canonical state; "packed" for mean and variance
-            in one array.
-        config: what a Keras file says beside the arrays.
-        place: the layer's path as it is in the file, which no other layer has.
-    """
-
-    name: str
-    family: str
-    roles: dict[str, str] = field(default_factory=dict)
-    config: LayerConfig | None = None
-    place: str = ""
 
 
 def find_groups(source: Source) -> tuple[list[Group], list[str]]:
@@ -87,21 +61,22 @@ def find_groups(source: Source) -> tuple[list[Group], list[str]]:
     configs: dict[str, LayerConfig] = {}
     for config in source.configs:
         configs.setdefault(config.name, config)
-    numbered = {name for name in source.entries if _numbered(name)}
-    groups, notes = _find_numbered(source, numbered, configs)
+    numbered = dict.fromkeys(name for name in source.entries if is_numbered(name))
+    known: set[str] = set()  # names of configs that have weights
+    groups, notes = find_numbered(source, numbered, configs, known)
     named, doubtful = _find_named([n for n in source.entries if n not in numbered], source)
     _unwrap(named)
     for group in named:
         if group.family == "keras":
-            group.config = configs.get(_last(group.name))
+            group.config = configs.get(last_part(group.name))
+            known.add(last_part(group.name))
     groups += named
     _make_unique(groups)
     if configs:
         order = {name: i for i, name in enumerate(configs)}
         groups.sort(key=lambda g: order.get(g.config.name, len(order)) if g.config else len(order))
-    known = {group.config.name for group in groups if group.config is not None}
     missing = [name for name in configs if name not in known]
-    notes += _summary("batch norms of the config have no weights here", missing)
+    notes += summary("batch norms of the config have no weights here", missing)
     notes += [*doubtful, *source.notes]
     if len(notes) > MOST_NOTES:
         notes[MOST_NOTES:] = [f"{len(notes) - MOST_NOTES} more notes like these are left out."]
@@ -123,18 +98,21 @@ def _find_named(names: Iterable[str], source: Source) -> tuple[list[Group], list
                 roles = found.setdefault((family, mark, base), {}).setdefault(path, {})
                 if roles.setdefault(role, name) != name:
                     doubles.append(name)
-    notes = _summary("arrays have the place of another in their layer", doubles)
+    notes = summary("arrays have the place of another in their layer", doubles)
     linen = any("batch_stats" in path for parts in found.values() for path in parts)
     groups = []
     for (family, mark, base), parts in found.items():
         for path, roles in _merge(base, parts):
             shown_family = family if family != "flax" else "flax.linen" if linen else "flax.nnx"
             group = Group(_join(path, family), shown_family, roles, place=mark.join(path))
-            reason = _why_incomplete(group, source)
+            reason = why_incomplete(group, source)
             if reason is None:
                 groups.append(group)
             elif _is_distinctive(group):
                 notes.append(f"{shown(group.name)} is no batch norm that can be read: {reason}.")
+        if len(parts) > 1 and _are_apart(parts):
+            some = shown(_join(base, family))
+            notes.append(f"{some} is in several collections with one role twice; each is read.")
     return groups, notes
 
 
@@ -149,29 +127,13 @@ def _merge(
     base: Path, parts: Mapping[Path, dict[str, str]]
 ) -> Iterable[tuple[Path, dict[str, str]]]:
     """One layer of parts in several collections; several layers where parts have a role twice."""
-    merged = {role: name for roles in parts.values() for role, name in roles.items()}
-    apart = len(merged) < sum(map(len, parts.values()))
-    return parts.items() if apart else [(base, merged)]
+    if _are_apart(parts):
+        return parts.items()
+    return [(base, {role: name for roles in parts.values() for role, name in roles.items()})]
 
 
-def _why_incomplete(group: Group, source: Source) -> str | None:
-    """The reason why a group cannot be read; None if it has statistics, of shapes that agree."""
-    roles, entries = group.roles, source.entries
-    for name in roles.values():
-        if name in source.skipped:
-            return f"{shown(name)} is {source.skipped[name]}"
-    if "packed" in roles:
-        shape: tuple[int, ...] = entries[roles["packed"]].shape[1:]
-        if entries[roles["packed"]].shape != (2, *shape):
-            return f"its statistics have shape {entries[roles['packed']].shape}"
-    elif "mean" in roles and "var" in roles:
-        shape = entries[roles["mean"]].shape
-    else:
-        return "it lacks its mean or its variance"
-    shapes = {r: entries[roles[r]].shape for r in (*_STATISTICS, "gamma", "beta") if r in roles}
-    if not shape or any(found != shape for found in shapes.values()):
-        return "its arrays have shapes " + ", ".join(f"{r} {s}" for r, s in shapes.items())
-    return None
+def _are_apart(parts: Mapping[Path, dict[str, str]]) -> bool:
+    return len(set().union(*parts.values())) < sum(map(len, parts.values()))
 
 
 def _is_distinctive(group: Group) -> bool:
@@ -191,68 +153,6 @@ def _make_unique(groups: list[Group]) -> None:
             group.name = group.place
 
 
-def _find_numbered(
-    source: Source, numbered: Iterable[str], configs: Mapping[str, LayerConfig]
-) -> tuple[list[Group], list[str]]:
-    """Keras 3 numbers a layer's weights: `…/batch_normalization_3/vars/0`."""
-    members: dict[Path, list[str]] = {}
-    for name in numbered:
-        parts = tuple(name.split("/"))
-        if parts[0] != "optimizer":
-            members.setdefault(parts[:-1], []).append(name)
-    groups, notes = [], []
-    for parent in sorted(members, key=natural):
-        name = _keras_name(parent, source.labels)
-        config = configs.get(_last(name))
-        names = sorted(members[parent], key=lambda n: natural([_last(n)]))
-        shapes = [source.entries[n].shape for n in names]
-        looks_like_one = _LOOKS_LIKE_ONE.search("/".join([*parent[-2:-1], name]))
-        if config is None and (source.configs or not looks_like_one):
-            if not source.configs and len(shapes) == 4 and len(set(shapes)) == 1 == len(shapes[0]):
-                notes.append(f"{shown(name)} may be a batch norm by its shapes, not by its name.")
-            continue
-        roles = _number_roles(shapes, config)
-        group = Group(name, "keras", dict(zip(roles, names, strict=False)), config)
-        group.place = "/".join(parent)
-        if roles and _why_incomplete(group, source) is None:
-            groups.append(group)
-        else:
-            who = name if len(name) < 80 else shown(name)
-            notes.append(
-                f"{who}: it is unclear which of its weights is which, shapes {shapes[:8]}. A "
-                ".keras file says so; weights alone do not."
-            )
-    return groups, notes
-
-
-def _number_roles(shapes: list[tuple[int, ...]], config: LayerConfig | None) -> list[str]:
-    """Roles of a layer's weights in Keras's order; empty if that cannot be told."""
-    channels = shapes[0] if len(shapes) > 1 else shapes[-1][1:]
-    packed = shapes[-1] == (2, *channels)
-    statistics = (["packed"],) if packed else (list(_STATISTICS[:2]), list(_STATISTICS))
-    choices = [["gamma", "beta"], []]
-    if config is not None:
-        choices = [["gamma"] * config.scale + ["beta"] * config.center]
-    fitting = [p + s for p in choices for s in statistics if len(p) + len(s) == len(shapes)]
-    return fitting[0] if len(fitting) == 1 else []
-
-
-def _summary(what: str, names: Sequence[str]) -> list[str]:
-    some = ", ".join(map(shown, names[:3]))
-    return [f"{len(names)} {what}: {some}."] if names else []
-
-
-def _keras_name(parent: Path, labels: Mapping[str, str]) -> str:
-    """Names of the layers around a group of weights, where the file has them."""
-    paths = ("/".join([*parent[:i], "vars"]) for i in range(1, len(parent)) if labels)
-    named = [labels[path] for path in paths if path in labels]
-    return "/".join(named) or "/".join(part for part in parent[:-1] if part != "layers")
-
-
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
 def _join(path: Path, family: str) -> str:
     if family == "keras":  # `bn/bn/gamma:0` in files of Keras 2
         path = tuple(p for i, p in enumerate(path) if i == 0 or p != path[i - 1])
@@ -262,8 +162,9 @@ def _join(path: Path, family: str) -> str:
 
 def _without_collection(path: Path) -> Path:
     """A path without the collection that linen and Haiku file it under."""
-    for i, part in enumerate(path):
-        if part in _COLLECTIONS:
+    for name in _COLLECTIONS:
+        if name in path:
+            i = path.index(name)
             return path[:i] + path[i + 1 :]
     return path
 
@@ -275,14 +176,3 @@ def _unwrap(groups: list[Group]) -> None:
         if groups and all(g.name.startswith(prefixes) for g in groups):
             for group in groups:
                 group.name = group.name[len(wrapper) + 1 :]
-
-
-def _numbered(name: str) -> bool:
-    parts = name.rsplit("/", 2)[-2:]
-    return len(parts) == 2 and parts[0] == "vars" and parts[1].isdecimal()
-
-
-def natural(path: Iterable[str]) -> list[tuple[str, int]]:
-    """A key that sorts `bn_2` before `bn_10`."""
-    stems = [(part, part.rstrip(digits)) for part in path]
-    return [(stem, int(part[len(stem) :][:18] or -1)) for part, stem in stems]

@@ -26,7 +26,7 @@ _ARRAYS = ("mean", "var", "gamma", "beta")
 _RENORM = tuple(f.name for f in fields(RenormState))
 _PLAIN = tuple(f.name for f in fields(BatchNormState) if f.name not in (*_ARRAYS, "renorm"))
 _TYPES = ("float32", "float64")
-_TEXT = 8  # of a header's bytes, as JSON with escapes, shapes and types
+_TEXT = 16  # as many times as a header: JSON has escapes, shapes and types
 
 
 def refusal(message: str) -> bytes:
@@ -77,11 +77,13 @@ def decode(answer: memoryview, budget: Budget) -> Checkpoint:
             arrays, data = _take(layer["arrays"], data)
             layers.append(_state(layer["plain"], arrays))
         entries = {name: Entry(tuple(shape), dtype) for name, shape, dtype in found["entries"]}
-        if len(data):
-            raise ValueError("bytes follow the last array")
+        texts = [found["format"], *found["notes"], *entries, *(e.dtype for e in entries.values())]
+        numbers = [found["others"], *(n for entry in entries.values() for n in entry.shape)]
+        if len(data) or {type(t) for t in texts} - {str} or {type(n) for n in numbers} - {int}:
+            raise ValueError("more bytes or other types than there should be")
         plain = (found[name] for name in ("notes", "others"))
         return Checkpoint(Path(budget.path), found["format"], entries, layers, *plain)
-    except (ValueError, TypeError, KeyError, struct.error) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, struct.error) as error:
         raise budget.error(f"the process that read it answered nonsense: {error}") from error
 
 

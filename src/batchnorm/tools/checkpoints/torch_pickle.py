@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.tools.checkpoints.archives import Archive, Bytes
-from batchnorm.tools.checkpoints.limits import Budget, shown
+from batchnorm.tools.checkpoints.limits import MOST_VISITS, Budget, shown
 from batchnorm.tools.checkpoints.pickles import Made, Named, PickleError, run
 from batchnorm.tools.checkpoints.source import ITEM_SIZES, Catalog, Entry, Source, from_bytes
 
@@ -195,7 +195,7 @@ def _walk(root: Any, budget: Budget) -> Iterator[tuple[str, Made]]:
     seen = count()
 
     def walk(name: str, value: Any, depth: int) -> Iterator[tuple[str, Made]]:
-        budget.check_values(next(seen), depth)
+        budget.check_values(next(seen), depth, MOST_VISITS)
         items = _items(value)
         if items is None:
             yield name, value
