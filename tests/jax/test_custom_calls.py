@@ -103,7 +103,7 @@ def test_masks_of_every_type_are_read_in_place(dtype: str, shape: Any) -> None:
         assert f"convert({dtype}" not in lowered.as_text()
         compiled = lowered.compile()
         assert "convert" not in compiled.as_text()
-        expected, _ = batchnorm.batch_norm(np.asarray(x), mask=np.asarray(mask))
+        expected, _ = batchnorm.batch_norm(np.asarray(x), mask=np.asarray(mask) != 0)
         np.testing.assert_allclose(compiled(x, mask), expected, rtol=1e-5, atol=1e-5)
 
 
