@@ -144,6 +144,18 @@ def test_an_empty_batch_without_eps_has_zero_gradients(path: str) -> None:
     assert (dx.tolist(), dgamma.tolist()) == ([[0.0] * 2] * 3, [0.0] * 2)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_single_real_row_has_no_gradient_to_the_bit(path: str) -> None:
+    """Although rstd is 1/sqrt(eps), and x̂ at padded rows is what that makes of them (S7)."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(1e3, 1, (7, 3)).astype(np.float32) for _ in range(2))
+    y, dx, dgamma = PATHS[path](x, dy, 1e-5, np.arange(7) == 4)
+    assert (dx == 0).all()
+    assert (dgamma == 0).all()
+    assert (y[4] == 0).all()
+    np.testing.assert_allclose(y[0], (x[0].astype(float) - x[4]) / np.sqrt(1e-5), rtol=1e-5)
+
+
 @pytest.mark.parametrize("fused", [None, False])
 def test_a_running_variance_of_zero_without_eps_gives_beta(fused: bool | None) -> None:
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

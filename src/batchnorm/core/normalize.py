@@ -55,7 +55,9 @@ def normalize_batch(
         xp: array namespace.
     """
     rstd = rstd_of(centred, eps=eps, correction=correction, xp=xp)
-    y = _apply(centred.deviation, *_to_xhat(centred, rstd), affine, xp)
+    # Of a single row x̂ is 0 whatever x is, so that dx is 0 to the bit (S7).
+    own = xp.where(centred.count <= max(correction, 1), 0.0, rstd)
+    y = _apply(centred.deviation, *_to_xhat(centred, own), affine, xp)
     if mask is None:
         return y
     # All of padding's arithmetic is on constants, so that none of it reaches a gradient (S8).
