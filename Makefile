@@ -7,7 +7,7 @@ FRAMEWORK ?= torch
 CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 FUZZ ?= 250
 FUZZ_ALL ?= 1500
-FILES ?= 18000
+FILES ?= 3000
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
 .PHONY: demo test test-all mutants lint format bench bench-gpu dist docs pictures sanitize clean

@@ -305,3 +305,30 @@ def test_states_and_checkpoints_are_sources_but_no_targets(tmp_path: Path) -> No
     assert transfer(single, torch.nn.BatchNorm1d(4)).pairs == [("", "")]
     with pytest.raises(TypeError, match="transfer: source and target must be"):
         transfer(single, 3)
+
+
+def test_what_looks_like_a_layer_in_a_file_or_a_tree_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    arrays = torch.nn.BatchNorm1d(3).state_dict()
+    torch.save({**arrays, "half.running_mean": torch.zeros(2)}, path)
+    (note,) = [n for n in transfer(str(path)).notes if "half" in n]
+    layer = torch.nn.BatchNorm1d(3)
+    assert note in transfer(str(path), layer).notes
+    tree = {"a": {k: np.zeros(3) for k in ("mean", "var")}, "b": {"mean": np.zeros(2)}}
+    found = transfer({"params": {}, "batch_stats": tree})
+    assert len(found.states) == 1
+    assert any("b" in n for n in found.notes)
+
+
+def test_keys_that_a_tree_joins_to_one_name_are_an_error() -> None:
+    leaves = {"mean": np.zeros(3), "var": np.ones(3)}
+    tree = {"batch_stats": {"a/b": leaves, "a": {"b": leaves}}, "params": {}}
+    with pytest.raises(ValueError, match=r"transfer: a tree's keys.*'batch_stats/a/b/mean'"):
+        transfer(tree)
+
+
+def test_bounds_of_reading_are_passed_on(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(torch.nn.BatchNorm1d(1000).state_dict(), path)
+    with pytest.raises(ValueError, match="limit="):
+        transfer(str(path), limit=100)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.tools.checkpoints import Checkpoint, read_checkpoint
+from batchnorm.tools.checkpoints.limits import DEFAULT_LIMIT, DEFAULT_SECONDS
 from batchnorm.tools.conventions import Count, convert_variance, count_of
 from batchnorm.tools.fitting import check_number, fit
 from batchnorm.tools.matching import Names, match
@@ -34,7 +35,8 @@ class Transferred:
         states: the states of the layers that were written, as they are now; without a target
             the source's states.
         pairs: names of source and target for each of them.
-        notes: what is not exact, or was not carried over, and for which layers.
+        notes: what is not exact, or was not carried over, and for which layers; and what looks
+            like a layer in a file or a tree of arrays, but is none.
     """
 
     target: Any
@@ -51,6 +53,8 @@ def transfer(
     count: Count = None,
     eps: float | None = None,
     decay: float | None = None,
+    limit: int = DEFAULT_LIMIT,
+    seconds: float = DEFAULT_SECONDS,
 ) -> Transferred:
     """Write the batch norms of one model into another, whatever library each is of.
 
@@ -73,6 +77,7 @@ def transfer(
             Without it the variance is carried as it is, and a note says so.
         eps: where the source does not know it, as in most checkpoints.
         decay: weight of the old value in the running statistics, likewise.
+        limit, seconds: bytes and time that a checkpoint may take, as in `read_checkpoint`.
 
     Returns:
         What was done; read its `notes`.
@@ -91,9 +96,10 @@ def transfer(
     """
     check_number("transfer", "eps", eps)
     check_number("transfer", "decay", decay, 1.0)
-    sources = [_complete(state, eps, decay) for state in _take(source)]
+    found, notes = _take(source, limit, seconds)
+    sources = [_complete(state, eps, decay) for state in found]
     if target is None:
-        return Transferred(None, sources)
+        return Transferred(None, sources, notes=notes)
     side = _open(target)
     if not sources or not side.states:
         which = "target" if sources else "source"
@@ -121,7 +127,7 @@ def transfer(
         result,
         [written[name] for name in changes],
         [(sources[i].name, side.states[j].name) for i, j in pairs],
-        remarks.lines(),
+        [*notes, *side.notes, *remarks.lines()],
     )
 
 
@@ -129,6 +135,7 @@ class _Model:
     """Layers that are written in place."""
 
     options = True  # eps and decay are attributes of the layers
+    notes: tuple[str, ...] = ()
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -150,6 +157,7 @@ class _Immutable:
     def __init__(self, tree: Any, options: bool) -> None:
         self.tree, self.options = tree, options
         self.states: list[BatchNormState] = tree.states
+        self.notes = tuple(tree.notes)
 
     def write(self, changes: Mapping[str, BatchNormState]) -> Any:
         return self.tree.replaced(changes)
@@ -175,16 +183,18 @@ def _open(model: Any) -> _Model | _Immutable:
     )
 
 
-def _take(source: Any) -> list[BatchNormState]:
+def _take(source: Any, limit: int, seconds: float) -> tuple[list[BatchNormState], list[str]]:
+    """The source's layers, and notes on what looks like one."""
     if isinstance(source, (str, os.PathLike)):
-        source = read_checkpoint(source)
+        source = read_checkpoint(source, limit=limit, seconds=seconds)
     if isinstance(source, Checkpoint):
-        return source.layers
+        return source.layers, source.notes
     if isinstance(source, BatchNormState):
-        return [source]
+        return [source], []
     if isinstance(source, list) and all(isinstance(s, BatchNormState) for s in source):
-        return source
-    return _open(source).states
+        return source, []
+    side = _open(source)
+    return side.states, list(side.notes)
 
 
 def _complete(state: BatchNormState, eps: float | None, decay: float | None) -> BatchNormState:

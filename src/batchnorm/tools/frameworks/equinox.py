@@ -29,6 +29,8 @@ def owns(model: Any) -> bool:
 class Pair:
     """The batch norms of `(model, state)`; the pair itself stays usable, and as it is."""
 
+    notes = ()  # a class says what it is
+
     def __init__(self, pair: Any) -> None:
         self._model, self._state = pair
         self._layers = dict(_find(self._model))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm.tools.checkpoints.limits import shown
 from batchnorm.tools.checkpoints.naming import Group, find_groups
 from batchnorm.tools.checkpoints.source import Entry, Source
 from batchnorm.tools.checkpoints.states import make_state
@@ -47,7 +48,7 @@ class Tree:
             name: Entry(np.shape(leaf), _type_of(leaf)) for name, leaf in self._leaves.items()
         }
         source = Source("tree", entries, self._load)
-        self._groups, _ = find_groups(source)
+        self._groups, self.notes = find_groups(source)
         self.states = [make_state(group, source) for group in self._groups]
 
     def replaced(self, changes: Mapping[str, BatchNormState]) -> Any:
@@ -96,6 +97,11 @@ class Tree:
                 self._visit(child, (*path, key))
         elif hasattr(node, "dtype") and hasattr(node, "shape"):
             name = "/".join(map(str, path))
+            if name in self._leaves:
+                raise ValueError(
+                    f"transfer: a tree's keys, joined by slashes, must name one array each; got "
+                    f"{shown(name)} for {self._paths[name]} and {path}. Rename one of them."
+                )
             self._leaves[name], self._paths[name] = node, path
 
     def _rebuild(self, node: Any, path: Path, leaves: Mapping[Path, Any]) -> Any:
