@@ -93,7 +93,7 @@ def test_masks_by_argument_and_by_context() -> None:
     rows = x.movedim(1, -1)[mask].double()
     by_argument, by_context = BatchNorm1d(3), BatchNorm1d(3)
     recalibrate(by_argument, [(x, mask)], call=lambda layer, batch: layer(*batch))
-    recalibrate(by_argument, [{"x": x, "mask": mask}])
+    recalibrate(by_argument, [{"input": x, "mask": mask}])
 
     def inside(layer: Any, batch: Any) -> None:
         with padding_mask(batch[1]):
