@@ -14,6 +14,7 @@ from batchnorm.core.running import Running
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 from batchnorm.kernels.select import extension_status
+from batchnorm.torch.checks import can_read
 from batchnorm.torch.functional import normalize as normalize_tensors
 from batchnorm.torch.paths import Mode, Parameters
 from batchnorm.torch.synchronize import find_synchronizer
@@ -26,14 +27,7 @@ def resolve_training(training: Any) -> bool:
 
 def read_values(a: Tensor) -> np.ndarray | None:
     """The values of a tensor where no device but the CPU has to be asked for them, or None."""
-    traced = (
-        type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
-    return None if traced or not a.is_cpu else a.detach().numpy()
+    return a.detach().numpy() if can_read(a) else None
 
 
 def refuse_kernel(call: Call, rank: int | None) -> str | None:
