@@ -19,13 +19,14 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python tests/run.py --workers $(WORKERS)
 
-# Everything: all cases on all paths, the randomized tests of kernels and of readers too.
-test-all: $(VENV)/.installed $(CMAKE)
+# Everything: after `make test` all cases on all paths, and the randomized tests of kernels and
+# readers.
+test-all: test $(CMAKE)
 	$(CMAKE) -S . -B build/fuzz -DBATCHNORM_PYTHON=OFF -DBATCHNORM_FUZZ=ON
 	$(CMAKE) --build build/fuzz --parallel $(WORKERS)
 	build/fuzz/fuzz $(FUZZ_ALL)
 	$(BIN)/python tests/tools/fuzz_checkpoints.py $(FILES)
-	$(BIN)/python tests/run.py --all --workers $(WORKERS)
+	$(BIN)/python tests/run.py --rest --workers $(WORKERS)
 
 # Are the table's cover and the table equally sharp? Half an hour.
 mutants: $(VENV)/.installed $(CMAKE)
