@@ -14,8 +14,9 @@ from jax import Array
 from batchnorm.core import config
 from batchnorm.core.config import Options
 from batchnorm.core.layout import check_axis, normalize_axis
-from batchnorm.core.running import Running
+from batchnorm.core.running import Running, derive_renorm
 from batchnorm.jax.checks import check_input, wide_type
+from batchnorm.jax.namespace import XP
 from batchnorm.jax.options import check_dtype, check_features, freeze_groups, make_keys
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
@@ -361,5 +362,6 @@ def load_state(module: nnx.Module, state: Any) -> None:
             continue
         at = tuple(map(str, path))
         if (*at, "var") in given and (*at, "stddev") not in given:
-            layer.stddev[...] = layer.renorm_stddev[...] = jnp.sqrt(layer.var[...] + layer.epsilon)
-            layer.renorm_mean[...] = layer.mean[...]
+            mean, stddev = derive_renorm(layer.mean[...], layer.var[...], eps=layer.epsilon, xp=XP)
+            layer.stddev[...] = layer.renorm_stddev[...] = stddev
+            layer.renorm_mean[...] = mean

@@ -14,7 +14,7 @@ from jax import Array
 from batchnorm.core.config import Options
 from batchnorm.core.forward import forward_batch, forward_running
 from batchnorm.core.layout import Layout, make_layout
-from batchnorm.core.moments import Centred, Moments, centred_from
+from batchnorm.core.moments import Moments, centred_from
 from batchnorm.core.running import Running, average_groups, update_running
 from batchnorm.jax import custom_calls
 from batchnorm.jax.checks import check_channels, check_input, check_mask, working_type
@@ -258,8 +258,7 @@ def move_statistics(
     grouped = moments.mean.ndim > running.mean.ndim
     high, low = (moments.mean, jnp.zeros_like(moments.mean)) if mean is None else mean
     centred = centred_from(moments.count, high, low, moments.var, XP)
-    constant = Centred(*(jax.lax.stop_gradient(a) for a in centred))
-    average = average_groups(constant, 0 if grouped else None, XP)
+    average = average_groups(centred.map(jax.lax.stop_gradient), 0 if grouped else None, XP)
     before = _before(running, moments.mean.dtype)
     assert before is not None
     axes = tuple(range(moments.mean.ndim))
@@ -286,8 +285,7 @@ def _before(running: Running | None, dtype: Any) -> Running | None:
     """The statistics in the working type, constant to differentiation."""
     if running is None:
         return None
-    cast = (_constant(_cast(a, dtype)) for a in running._replace(batches=None))
-    return Running(*cast)._replace(batches=running.batches)
+    return running.map(lambda a: jax.lax.stop_gradient(jnp.asarray(a).astype(dtype)))
 
 
 def _in_type_of(old: Running, new: Running) -> Running:

@@ -52,7 +52,7 @@ def normalize(
     """As `batchnorm.keras.functional.Backend` says."""
     mask = None if mask is None else fit_mask(call.owner, tf.convert_to_tensor(mask), x, call.axes)
     gamma, beta = (None if a is None else tf.convert_to_tensor(a) for a in (gamma, beta))
-    running = Running(*(None if a is None else tf.convert_to_tensor(a) for a in running))
+    running = running.map(tf.convert_to_tensor)
 
     def train() -> tuple[tf.Tensor, Running]:
         return _by_batch(x, mask, gamma, beta, running, call)
@@ -208,7 +208,7 @@ def _cast(a: Any, dtype: tf.DType) -> Any:
 
 
 def _in(running: Running, dtype: tf.DType) -> Running:
-    return Running(*(_cast(a, dtype) for a in running))
+    return running.map(lambda a: tf.cast(a, dtype))
 
 
 def _adjusted(owner: str, name: str, a: Any, x: tf.Tensor, dtype: tf.DType) -> Any:

@@ -56,7 +56,7 @@ def normalize(
     training = bool(call.training)
     pure = training and in_stateless_scope()
     if pure:
-        running = Running(*(None if a is None else a.detach().clone() for a in running))
+        running = running.map(lambda a: a.detach().clone())
     layout = make_layout(call.owner, tuple(x.shape), call.axes)
     y = normalize_tensors(
         x,
