@@ -285,3 +285,19 @@ def test_a_step_in_halves_is_the_step() -> None:
         found.append((y, dx, dgamma, dbeta))
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= 5e-6
+
+
+@pytest.mark.parametrize("deviation", [0.0, 1e-39, 1e-38, 1e-30])
+def test_a_deviation_without_reciprocal_counts_as_none(deviation: float) -> None:
+    """Without eps: x̂ and dx are 0 below the smallest normal float32 (S7)."""
+    x = torch.tensor([[1.0], [-1.0], [-1.0], [1.0]]) * deviation
+    y, dx = train(x, eps=0.0)
+    expected = [1.0, -1.0, -1.0, 1.0] if deviation == 1e-30 else [0.0] * 4
+    torch.testing.assert_close(y.flatten(), torch.tensor(expected))
+    assert deviation == 1e-30 or (dx == 0).all()
+
+
+def test_a_running_variance_of_zero_without_eps_gives_beta() -> None:
+    x, zero = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2)
+    y = batch_norm(x, zero, zero.clone(), None, torch.tensor([7.0, -1.0]), eps=0.0, fused=True)
+    assert y.tolist() == [[7.0, -1.0]] * 2
