@@ -17,7 +17,7 @@ from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
 from batchnorm.torch import checks
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.unmoved import write_all
+from batchnorm.torch.rollback import write_all
 
 __all__ = ["BatchNorm"]
 

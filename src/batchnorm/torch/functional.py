@@ -14,9 +14,13 @@ from batchnorm.core.layout import Layout, check_per_channel, count_values, make_
 from batchnorm.core.running import Running
 from batchnorm.kernels.select import refuse_fused
 from batchnorm.torch import checks, jagged
-from batchnorm.torch import fused as kernels
-from batchnorm.torch.paths import Job, Mode, Parameters, by_array, by_kernel, by_operator
-from batchnorm.torch.synchronize import Synchronizer, find_synchronizer, participate
+from batchnorm.torch.call import Call, Mode, Parameters
+from batchnorm.torch.kernels.decision import decide
+from batchnorm.torch.kernels.tensors import is_plain
+from batchnorm.torch.ranks.synchronizer import Synchronizer, find_synchronizer, participate
+from batchnorm.torch.ways.array_code import by_array
+from batchnorm.torch.ways.eager_kernels import by_kernel
+from batchnorm.torch.ways.graph_operators import by_operator
 
 __all__ = ["RenormStatistics", "batch_norm"]
 
@@ -188,9 +192,9 @@ def normalize(
     mask = checks.check_mask(owner, mask, x.device)
     size = options.virtual_batch_size if mode.training else None
     adjustment = adjustment if mode.training else None
-    prepared = None
-    if fused is not False and kernels.is_plain(x):
-        prepared = kernels.prepare(
+    decision = None
+    if fused is not False and is_plain(x):
+        decision = decide(
             owner,
             x.shape,
             x.stride(),
@@ -203,24 +207,24 @@ def normalize(
             x.device.type,
             fused is True,
         )
-        layout = prepared.layout
+        layout = decision.layout
     else:
         layout = make_layout(owner, tuple(x.shape), axis, size)
     _check_shapes(owner, x, mask, parameters, residual, running, layout, mode, synchronizer)
     part = None
     if synchronizer is not None and mode.training:
         part = participate(synchronizer, owner, layout, options, mask)
-    job = Job(
+    call = Call(
         x, mask, parameters, residual, running, layout, options, adjustment, mode, owner, part
     )
     if fused is not False:
         compiling = torch.compiler.is_compiling()
-        y = by_operator(job, fused is True) if compiling else by_kernel(job, prepared)
+        y = by_operator(call, fused is True) if compiling else by_kernel(call, decision)
         if not isinstance(y, str):
             return y
         if fused:
             raise refuse_fused(owner, y)
-    return by_array(job)
+    return by_array(call)
 
 
 def _check_shapes(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchnorm.core.layout import normalize_axis
 from batchnorm.torch import checks
-from batchnorm.torch.unmoved import unmoved_on_failure
+from batchnorm.torch.rollback import unmoved_on_failure
 
 
 class _Packed(NamedTuple):

@@ -14,14 +14,14 @@ from torch.fx import Proxy
 from batchnorm.core import config
 from batchnorm.core.layout import check_axis, normalize_axis
 from batchnorm.torch import checks, jagged, masking
+from batchnorm.torch.buffers import RunningStatistics
+from batchnorm.torch.call import Mode, Parameters
 from batchnorm.torch.functional import normalize
-from batchnorm.torch.graphs import trace_call
+from batchnorm.torch.fx import trace_call
 from batchnorm.torch.masking import ambient_mask
-from batchnorm.torch.paths import Mode, Parameters
-from batchnorm.torch.runtime import recomputation_flag
-from batchnorm.torch.shortcut import Memory
-from batchnorm.torch.statistics import RunningStatistics
-from batchnorm.torch.synchronize import Synchronizer, check_group
+from batchnorm.torch.ranks.synchronizer import Synchronizer, check_group
+from batchnorm.torch.recompute import recomputation_flag
+from batchnorm.torch.ways.last_call import LastCalls
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -158,7 +158,7 @@ class BatchNorm(RunningStatistics):
             self._synchronizer.enlist()
         self.frozen = False
         self._masked_by_context = False
-        self._memory = Memory()
+        self._memory = LastCalls()
         if self.renorm is not None and self.running_mean is None:
             raise ValueError(
                 f"{owner}: renorm=True compares with running statistics and needs "
@@ -258,7 +258,7 @@ class BatchNorm(RunningStatistics):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._memory = Memory()
+        self._memory = LastCalls()
 
     def freeze(self) -> BatchNorm:
         """Normalize by the running statistics, and leave them alone, in training too (S15).

@@ -14,9 +14,9 @@ from batchnorm.core.running import Running
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 from batchnorm.kernels.select import extension_status
+from batchnorm.torch.call import Mode, Parameters
 from batchnorm.torch.functional import normalize as normalize_tensors
-from batchnorm.torch.paths import Mode, Parameters
-from batchnorm.torch.synchronize import find_synchronizer
+from batchnorm.torch.ranks.synchronizer import find_synchronizer
 
 
 def resolve_training(training: Any) -> bool:

@@ -17,20 +17,11 @@ from torch import Tensor
 
 from batchnorm.core import config
 from batchnorm.core.running import Running
-from batchnorm.torch.prepared import (
-    Prepared,
-    empty_output,
-    has_memory,
-    is_plain,
-    like,
-    prepare,
-    refuse_parameters,
-    refuse_tensors,
-)
-from batchnorm.torch.replay import differentiable_backward
-from batchnorm.torch.runtime import StepHistory, untraced
-from batchnorm.torch.steps import (
-    Call,
+from batchnorm.torch.kernels.decision import Decision, decide
+from batchnorm.torch.kernels.memory import empty_output, like
+from batchnorm.torch.kernels.second_order import differentiable_backward
+from batchnorm.torch.kernels.step import (
+    KernelStep,
     Wanted,
     arrange,
     backward,
@@ -38,14 +29,17 @@ from batchnorm.torch.steps import (
     find_passes,
     forward,
 )
-from batchnorm.torch.synchronize import Participation
-from batchnorm.torch.unmoved import unmoved_on_failure
+from batchnorm.torch.kernels.tensors import has_memory, is_plain, refuse_parameters, refuse_tensors
+from batchnorm.torch.ranks.synchronizer import Participation
+from batchnorm.torch.recompute import StepHistory
+from batchnorm.torch.rollback import unmoved_on_failure
+from batchnorm.torch.tracing import untraced
 
 __all__ = [
-    "Prepared",
+    "Decision",
+    "decide",
     "is_plain",
     "normalize",
-    "prepare",
     "refuse_parameters",
     "refuse_tensors",
     "run",
@@ -58,7 +52,7 @@ def normalize(
     parameters: tuple[Tensor | None, Tensor | None],
     residual: Tensor | None,
     running: Running | None,
-    prepared: Prepared,
+    decision: Decision,
     options: config.Options,
     *,
     batch: bool,
@@ -73,7 +67,7 @@ def normalize(
     Args:
         x, mask, parameters, residual, running: checked, and nothing that `is_plain` or
             `refuse_tensors` objects to.
-        prepared: of x and the mask.
+        decision: of x and the mask.
         options: as in Options.
         batch: normalize by the batch's own statistics.
         update: move the running ones.
@@ -82,14 +76,14 @@ def normalize(
         owner: whose name error messages carry.
         part: how the call takes part in synchronization, or None (S14).
     """
-    arranged = arrange(x, mask, parameters, residual, prepared, options.activation)
+    arranged = arrange(x, mask, parameters, residual, decision, options.activation)
     if isinstance(arranged, str):
         return arranged
-    x, mask, weight, bias, residual, prepared = arranged
-    passes = find_passes(prepared)
+    x, mask, weight, bias, residual, decision = arranged
+    passes = find_passes(decision)
     state = passes.find_state(weight, bias, running)
     residuals = residual is not None
-    call = Call(prepared, mask, running, state, options, batch, update, residuals, None, part)
+    call = KernelStep(decision, mask, running, state, options, batch, update, residuals, None, part)
     if call.renorm:
         assert running is not None
         if again:  # the statistics have moved since the step that is recomputed
@@ -102,7 +96,7 @@ def normalize(
 
 
 def run(
-    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    call: KernelStep, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """y, recorded for autograd where a gradient may be asked for."""
     if torch.is_grad_enabled() and (
@@ -120,16 +114,16 @@ def run(
         # Running statistics have served their turn, and may move before the backward pass.
         call.running = call.mask = call.history = None
     else:
-        y = empty_output(x, call.prepared)
+        y = empty_output(x, call.decision)
         forward(call, x, weight, bias, residual, y)
     return y
 
 
 def _run_before_hooks(
-    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    call: KernelStep, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """The same where hooks on saved tensors, which may raise, take y as soon as it is recorded."""
-    y = empty_output(x, call.prepared)
+    y = empty_output(x, call.decision)
     with unmoved_on_failure(call.running if call.update else None):
         forward(call, x, weight, bias, residual, y)
         call.y = y
@@ -147,9 +141,9 @@ class _Fused(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        call: Call,
+        call: KernelStep,
     ) -> Tensor:
-        y = empty_output(x, call.prepared) if call.y is None else call.y
+        y = empty_output(x, call.decision) if call.y is None else call.y
         call.y = None
         ctx.save_for_backward(x, weight, call.mask, None if call.options.activation is None else y)
         ctx.memory = _memory(x, call.mask, y)
@@ -168,7 +162,7 @@ class _Fused(torch.autograd.Function):
             # Hooks on saved tensors may bring them back in other memory.
             or _memory(x, mask, y) != (*ctx.memory[:2], None if y is None else ctx.memory[2])
         ):
-            passes = find_passes(ctx.call.prepared)
+            passes = find_passes(ctx.call.decision)
             return differentiable_backward(passes, ctx, dy, x, weight, mask, y)
         wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
         gated = ctx.call.options.activation is not None
@@ -178,7 +172,7 @@ class _Fused(torch.autograd.Function):
             ctx.bias_type if wants_bias else None,
             wants_residual and gated,
         )
-        dy = like(dy, x, ctx.call.prepared)
+        dy = like(dy, x, ctx.call.decision)
         found = backward(ctx.call, dy, x, y, mask, ctx.call.kept, wanted)
         return (*found[:3], dy if wants_residual and not gated else found[3], None)
 

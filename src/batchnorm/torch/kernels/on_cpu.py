@@ -1,4 +1,4 @@
-"""The compiled kernels as `steps` calls them: tensors become addresses and sizes."""
+"""The compiled kernels as `step` calls them: tensors become addresses and sizes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 from batchnorm.core.config import Renorm
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.torch.prepared import NAMES, Prepared, row_of
+from batchnorm.torch.kernels.decision import Decision
+from batchnorm.torch.kernels.memory import row_of
+from batchnorm.torch.kernels.tensors import NAMES
 
 if TYPE_CHECKING:
-    from batchnorm.torch.steps import Call
+    from batchnorm.torch.kernels.step import KernelStep
 
 _CODES = {dtype: cpu.TYPES[name] for dtype, name in NAMES.items()}
 
@@ -35,16 +37,16 @@ def find_state(
     )
 
 
-def moments(call: Call, x: Tensor) -> Any:
+def moments(call: KernelStep, x: Tensor) -> Any:
     """What the first pass keeps: count, mean and variance."""
-    prepared = call.prepared
-    assert prepared.geometry is not None
+    decision = call.decision
+    assert decision.geometry is not None
     mask = 0 if call.mask is None else call.mask.data_ptr()
-    return prepared.plan.moments(x.data_ptr(), prepared.geometry.row, mask, torch.get_num_threads())
+    return decision.plan.moments(x.data_ptr(), decision.geometry.row, mask, torch.get_num_threads())
 
 
 def forward(
-    call: Call,
+    call: KernelStep,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -56,14 +58,14 @@ def forward(
 
     `merged`: what `moments` keeps, merged with other ranks'; or None.
     """
-    prepared, options, mask = call.prepared, call.options, call.mask
-    geometry = prepared.geometry
+    decision, options, mask = call.decision, call.options, call.mask
+    geometry = decision.geometry
     assert geometry is not None
-    kept = prepared.plan.forward(
+    kept = decision.plan.forward(
         x.data_ptr(),
         geometry.row,
         0 if residual is None else residual.data_ptr(),
-        0 if residual is None else row_of(residual, x, prepared),
+        0 if residual is None else row_of(residual, x, decision),
         0 if mask is None else mask.data_ptr(),
         y.data_ptr(),
         geometry.dense,
@@ -81,7 +83,7 @@ def forward(
 
 
 def backward(
-    call: Call,
+    call: KernelStep,
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -93,7 +95,7 @@ def backward(
     kept: Any,
 ) -> None:
     """Fill the gradients that are given."""
-    call.prepared.plan.backward(
+    call.decision.plan.backward(
         *_rows(call, dy, x, y, mask),
         *_output(call, dx),
         *_output(call, dresidual),
@@ -105,7 +107,7 @@ def backward(
 
 
 def reduce(
-    call: Call,
+    call: KernelStep,
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -116,7 +118,7 @@ def reduce(
     kept: Any,
 ) -> Tensor:
     """The sums that `apply` needs; fills the gradients that are given."""
-    sums = call.prepared.plan.reduce(
+    sums = call.decision.plan.reduce(
         *_rows(call, dy, x, y, mask),
         *_output(call, dresidual),
         *_parameters(dweight, dbias),
@@ -127,7 +129,7 @@ def reduce(
 
 
 def apply(
-    call: Call,
+    call: KernelStep,
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -138,7 +140,7 @@ def apply(
     kept: Any,
 ) -> None:
     """Fill dx."""
-    call.prepared.plan.apply(
+    call.decision.plan.apply(
         *_rows(call, dy, x, y, mask),
         *_output(call, dx),
         *_output(call, dresidual),
@@ -163,19 +165,19 @@ def pack(kept: Any) -> Tensor:
     return torch.from_numpy(kept.all())
 
 
-def unpack(prepared: Prepared, data: Tensor) -> Any:
+def unpack(decision: Decision, data: Tensor) -> Any:
     """What a step kept, without renormalization, from the array that `pack` gave."""
-    return prepared.plan.restore(data.data_ptr(), data.numel(), False)
+    return decision.plan.restore(data.data_ptr(), data.numel(), False)
 
 
 def _rows(
-    call: Call, dy: Tensor, x: Tensor, y: Tensor | None, mask: Tensor | None
+    call: KernelStep, dy: Tensor, x: Tensor, y: Tensor | None, mask: Tensor | None
 ) -> tuple[int, ...]:
-    geometry = call.prepared.geometry
+    geometry = call.decision.geometry
     assert geometry is not None
     return (
         dy.data_ptr(),
-        row_of(dy, x, call.prepared),
+        row_of(dy, x, call.decision),
         x.data_ptr(),
         geometry.row,
         0 if y is None else y.data_ptr(),
@@ -184,9 +186,9 @@ def _rows(
     )
 
 
-def _output(call: Call, a: Tensor | None) -> tuple[int, int]:
-    assert call.prepared.geometry is not None
-    return 0 if a is None else a.data_ptr(), call.prepared.geometry.dense
+def _output(call: KernelStep, a: Tensor | None) -> tuple[int, int]:
+    assert call.decision.geometry is not None
+    return 0 if a is None else a.data_ptr(), call.decision.geometry.dense
 
 
 def _parameters(dweight: Tensor | None, dbias: Tensor | None) -> tuple[int, ...]:

@@ -16,9 +16,9 @@ from batchnorm.core.normalize import (
     normalize_running,
 )
 from batchnorm.core.synchronize import recentre
-from batchnorm.torch.kernel_merge import moments_of_kernel
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.rank_merge import RankMerge
+from batchnorm.torch.ranks.array_moments import RankMerge
+from batchnorm.torch.ranks.kernel_moments import moments_of_kernel
 
 
 def differentiable_backward(
@@ -33,7 +33,7 @@ def differentiable_backward(
     """The same gradients by the plain path, differentiable again in dy, x and weight (S8)."""
     call = ctx.call
     wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
-    layout = call.prepared.layout
+    layout = call.decision.layout
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     if call.options.activation is not None:
         dy = activation_gradient(dy, y, call.options.activation, XP)
@@ -60,7 +60,7 @@ def _replay(
     passes: Any, call: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """What the forward step made of x and gamma, in differentiable operations."""
-    layout, options = call.prepared.layout, call.options
+    layout, options = call.decision.layout, call.options
 
     def row(name: str) -> Tensor:
         values = passes.row(call.kept, name)

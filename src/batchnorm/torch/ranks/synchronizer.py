@@ -2,7 +2,7 @@
 
 Statistics travel as one float64 vector: the count of real rows (one for each channel where the
 mask varies along channels), the means, the biased variances. Every rank merges the same vectors
-in the same order (`reduction.sum_pairwise`), and gets the same bits.
+in the same order (`sums.sum_pairwise`), and gets the same bits.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Moments, merge_moments
 from batchnorm.core.namespace import Namespace
 from batchnorm.core.synchronize import merge_averages
-from batchnorm.torch.exchange import Expected, Peers, SynchronizationError, find_peers
 from batchnorm.torch.namespace import HOST_OVER_RANKS, OVER_RANKS
-from batchnorm.torch.runtime import in_backward
+from batchnorm.torch.ranks.messages import Expected, Peers, SynchronizationError, find_peers
+from batchnorm.torch.recompute import in_backward
 
 __all__ = [
     "Participation",
@@ -35,7 +35,7 @@ __all__ = [
     "check_group",
     "find_by_key",
     "find_synchronizer",
-    "merge_parts",
+    "merge_vectors",
     "pack",
     "participate",
     "unpack",
@@ -163,7 +163,7 @@ class Synchronizer:
             if expected is None:
                 peers.agree(text, waiting, local.device)
             parts = peers.gather(local, f"forward {text}", waiting, expected)
-            merged = merge_parts(parts, channels, pooled)
+            merged = merge_vectors(parts, channels, pooled)
         self._steps.append((local, merged))
         return merged
 
@@ -184,7 +184,7 @@ class Synchronizer:
         )
 
 
-def merge_parts(parts: Tensor, channels: int, pooled: bool) -> Tensor:
+def merge_vectors(parts: Tensor, channels: int, pooled: bool) -> Tensor:
     """The ranks' vectors, one row each, as one; `pooled` as in `Synchronizer.merge`."""
     if not parts.is_cpu:
         return torch.cat(_merge_rows(parts, channels, pooled, OVER_RANKS))

@@ -1,4 +1,4 @@
-"""The Triton kernels as `steps` calls them: launches on the device of the tensors."""
+"""The Triton kernels as `step` calls them: launches on the device of the tensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.kernels.triton.arguments import Array, Kept, Mask, Parameters
-from batchnorm.torch.prepared import Prepared, row_of
+from batchnorm.torch.kernels.decision import Decision
+from batchnorm.torch.kernels.memory import row_of
 
 if TYPE_CHECKING:
-    from batchnorm.torch.steps import Call
+    from batchnorm.torch.kernels.step import KernelStep
 
 
 def find_state(
@@ -24,14 +25,14 @@ def find_state(
     return ()
 
 
-def moments(call: Call, x: Tensor) -> Kept:
+def moments(call: KernelStep, x: Tensor) -> Kept:
     """What the first pass keeps: count, mean and variance."""
     with _on_device(x):
-        return call.prepared.plan.moments(_input(call, x, x), _mask(call, call.mask))
+        return call.decision.plan.moments(_input(call, x, x), _mask(call, call.mask))
 
 
 def forward(
-    call: Call,
+    call: KernelStep,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -44,7 +45,7 @@ def forward(
     `merged`: what `moments` keeps, merged with other ranks'; or None.
     """
     with _on_device(x):
-        return call.prepared.plan.forward(
+        return call.decision.plan.forward(
             _input(call, x, x),
             _input(call, residual, x),
             _mask(call, call.mask),
@@ -59,7 +60,7 @@ def forward(
 
 
 def backward(
-    call: Call,
+    call: KernelStep,
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -72,7 +73,7 @@ def backward(
 ) -> None:
     """Fill the gradients that are given."""
     with _on_device(x):
-        call.prepared.plan.backward(
+        call.decision.plan.backward(
             _input(call, x, x),
             _input(call, dy, x),
             _output(call, y),
@@ -87,7 +88,7 @@ def backward(
 
 
 def reduce(
-    call: Call,
+    call: KernelStep,
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -99,7 +100,7 @@ def reduce(
 ) -> Tensor:
     """The sums that `apply` needs; fills the gradients that are given."""
     with _on_device(x):
-        return call.prepared.plan.reduce(
+        return call.decision.plan.reduce(
             _input(call, x, x),
             _input(call, dy, x),
             _output(call, y),
@@ -112,7 +113,7 @@ def reduce(
 
 
 def apply(
-    call: Call,
+    call: KernelStep,
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -124,7 +125,7 @@ def apply(
 ) -> None:
     """Fill dx."""
     with _on_device(x):
-        call.prepared.plan.apply(
+        call.decision.plan.apply(
             _input(call, x, x),
             _input(call, dy, x),
             _output(call, y),
@@ -152,9 +153,9 @@ def pack(kept: Kept) -> Tensor:
     return kept.data[: len(cpu.STATISTICS) * kept.size + kept.groups]
 
 
-def unpack(prepared: Prepared, data: Tensor) -> Kept:
+def unpack(decision: Decision, data: Tensor) -> Kept:
     """What a step kept, without renormalization, from the array that `pack` gave."""
-    return Kept(data, prepared.plan.statistics, prepared.plan.sizes.groups)
+    return Kept(data, decision.plan.statistics, decision.plan.sizes.groups)
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -164,19 +165,19 @@ def _on_device(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _input(call: Call, a: Tensor | None, x: Tensor) -> Array:
-    return Array(None) if a is None else Array(a, row_of(a, x, call.prepared))
+def _input(call: KernelStep, a: Tensor | None, x: Tensor) -> Array:
+    return Array(None) if a is None else Array(a, row_of(a, x, call.decision))
 
 
-def _output(call: Call, a: Tensor | None) -> Array:
-    assert call.prepared.geometry is not None
-    return Array(None) if a is None else Array(a, call.prepared.geometry.dense)
+def _output(call: KernelStep, a: Tensor | None) -> Array:
+    assert call.decision.geometry is not None
+    return Array(None) if a is None else Array(a, call.decision.geometry.dense)
 
 
-def _mask(call: Call, mask: Tensor | None) -> Mask:
+def _mask(call: KernelStep, mask: Tensor | None) -> Mask:
     if mask is None:
         return Mask(None)
-    assert call.prepared.view is not None
+    assert call.decision.view is not None
     # The bytes of a bool, which is what a kernel reads.
     data = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
-    return Mask(data, *call.prepared.view)
+    return Mask(data, *call.decision.view)

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from batchnorm.core import config
 from batchnorm.core.running import Running
-from batchnorm.torch import compiled, fused, masking, steps
-from batchnorm.torch.runtime import in_backward, untraced
+from batchnorm.torch import masking
+from batchnorm.torch.kernels import autograd, on_cpu, step
+from batchnorm.torch.kernels.decision import Decision, decide
+from batchnorm.torch.kernels.tensors import is_plain, refuse_tensors
+from batchnorm.torch.recompute import in_backward
+from batchnorm.torch.tracing import untraced
 
 if TYPE_CHECKING:
     from batchnorm.torch.layers import BatchNorm
@@ -52,7 +56,7 @@ def _state(layer: BatchNorm) -> tuple[Tensor | None, ...] | None:
         return None
 
 
-class Memory:
+class LastCalls:
     """The inputs that a layer has seen lately, and shortcuts for those that come again.
 
     A shortcut takes time to make, so that an input must come twice, and after a shortcut that
@@ -65,17 +69,17 @@ class Memory:
     __slots__ = ("_known", "_patience")
 
     def __init__(self) -> None:
-        self._known: dict[Any, Shortcut | int] = {}  # or how often the input must come yet
+        self._known: dict[Any, LastCall | int] = {}  # or how often the input must come yet
         self._patience = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled layer begins anew."""
-        return Memory, ()
+        return LastCalls, ()
 
     @untraced
     def find_key(self, layer: BatchNorm, x: Tensor) -> Any:
         """The kind of input that x is; None where no shortcut leads."""
-        if not fused.is_plain(x) or masking.in_use() or layer._masked_by_context or in_backward():
+        if not is_plain(x) or masking.in_use() or layer._masked_by_context or in_backward():
             return None
         return x.shape, x.stride(), x.dtype, layer.training, x.is_cpu
 
@@ -83,7 +87,7 @@ class Memory:
     def repeat(self, layer: BatchNorm, x: Tensor, key: Any) -> Tensor | None:
         """y by the shortcut for inputs of this kind, or None."""
         shortcut = self._known.get(key)
-        if type(shortcut) is not Shortcut:
+        if type(shortcut) is not LastCall:
             return None
         y: Tensor | None = shortcut.repeat(layer, x)
         if y is None:
@@ -99,22 +103,22 @@ class Memory:
             if len(known) >= self._INPUTS:
                 known.clear()
             known[key] = self._patience
-        elif isinstance(left, Shortcut):
+        elif isinstance(left, LastCall):
             return
         elif left > 1:
             known[key] = left - 1
         else:
-            known[key] = find_shortcut(layer, x, options) or self._MOST
+            known[key] = find_last_call(layer, x, options) or self._MOST
 
 
-class Shortcut:
+class LastCall:
     """The way one call went: through the kernels, without mask, residual or renormalization."""
 
     __slots__ = (
         "addresses",
         "batch",
+        "decision",
         "options",
-        "prepared",
         "running",
         "seen",
         "settings",
@@ -126,7 +130,7 @@ class Shortcut:
         self,
         layer: BatchNorm,
         state: tuple[Tensor | None, ...],
-        prepared: fused.Prepared,
+        decision: Decision,
         options: config.Options,
         batch: bool,
         update: bool,
@@ -137,8 +141,8 @@ class Shortcut:
         self.seen = [(a, (a.data_ptr(), a.dtype, a.shape)) for a in state if a is not None]
         self.tensors = state
         self.running = None if statistics[0] is None else Running(*statistics)
-        self.addresses = compiled.find_state(weight, bias, self.running)
-        self.prepared, self.options = prepared, options
+        self.addresses = on_cpu.find_state(weight, bias, self.running)
+        self.decision, self.options = decision, options
         self.batch, self.update = batch, update
 
     def repeat(self, layer: BatchNorm, x: Tensor) -> Tensor | None:
@@ -159,8 +163,8 @@ class Shortcut:
                 or (a.requires_grad and a is not state[0] and a is not state[1])
             ):
                 return None
-        call = steps.Call(
-            self.prepared,
+        call = step.KernelStep(
+            self.decision,
             None,
             self.running,
             self.addresses,
@@ -170,20 +174,20 @@ class Shortcut:
             False,
             None,
         )
-        return fused.run(call, x, state[0], state[1], None)
+        return autograd.run(call, x, state[0], state[1], None)
 
 
-def find_shortcut(layer: BatchNorm, x: Tensor, options: config.Options) -> Shortcut | None:
+def find_last_call(layer: BatchNorm, x: Tensor, options: config.Options) -> LastCall | None:
     """The shortcut for calls like the one that x has just been through, or None."""
     state = _state(layer)
     if state is None or layer.fused is False or options.renorm is not None:
         return None
-    if not fused.is_plain(x) or not x.is_cpu:
+    if not is_plain(x) or not x.is_cpu:
         return None
     training = layer.training and not layer.frozen
     if training and layer.synchronized:
         return None
-    prepared = fused.prepare(
+    decision = decide(
         type(layer).__name__,
         x.shape,
         x.stride(),
@@ -197,9 +201,9 @@ def find_shortcut(layer: BatchNorm, x: Tensor, options: config.Options) -> Short
     weight, bias, *statistics = state
     running = None if statistics[0] is None else Running(*statistics)
     if (
-        prepared.kernel != "cpu"
-        or prepared.plan is None
-        or fused.refuse_tensors(x, (weight, bias), running) is not None
+        decision.kernel != "cpu"
+        or decision.plan is None
+        or refuse_tensors(x, (weight, bias), running) is not None
     ):
         return None
     if any(a is not None and not a.is_contiguous() for a in (weight, bias)):
@@ -208,4 +212,4 @@ def find_shortcut(layer: BatchNorm, x: Tensor, options: config.Options) -> Short
         return None
     batch = training or running is None
     update = training and running is not None and layer.track_running_stats
-    return Shortcut(layer, state, prepared, options, batch, update)
+    return LastCall(layer, state, decision, options, batch, update)

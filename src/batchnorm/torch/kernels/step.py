@@ -1,6 +1,6 @@
 """One step of the kernels, forward or backward, on tensors.
 
-The kernels are those of the extension (`compiled`) or, on a GPU, those of Triton (`launched`).
+The kernels are those of the extension (`on_cpu`) or, on a GPU, those of Triton (`on_gpu`).
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from torch.autograd.graph import increment_version
 from batchnorm.core import config
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
-from batchnorm.torch import compiled
-from batchnorm.torch.kernel_merge import merge_kept, total_of_kernel
-from batchnorm.torch.prepared import Prepared, empty_output, like, rearrange
-from batchnorm.torch.runtime import StepHistory
-from batchnorm.torch.synchronize import Participation
-from batchnorm.torch.unmoved import unmoved_on_failure
+from batchnorm.torch.kernels import on_cpu
+from batchnorm.torch.kernels.decision import Decision, rearrange
+from batchnorm.torch.kernels.memory import empty_output, like
+from batchnorm.torch.ranks.kernel_moments import merge_kept, total_of_kernel
+from batchnorm.torch.ranks.synchronizer import Participation
+from batchnorm.torch.recompute import StepHistory
+from batchnorm.torch.rollback import unmoved_on_failure
 
-__all__ = ["Call", "Wanted", "arrange", "backward", "find_moments", "find_passes", "forward"]
+__all__ = ["KernelStep", "Wanted", "arrange", "backward", "find_moments", "find_passes", "forward"]
 
 
-class Call:
+class KernelStep:
     """One call of the kernels: all that they need beside the tensors that gradients flow to."""
 
     __slots__ = (
         "batch",
+        "decision",
         "history",
         "kept",
         "mask",
         "options",
         "part",
-        "prepared",
         "residual",
         "running",
         "state",
@@ -44,7 +45,7 @@ class Call:
 
     def __init__(
         self,
-        prepared: Prepared,
+        decision: Decision,
         mask: Tensor | None,
         running: Running | None,
         state: tuple[int, ...],
@@ -55,7 +56,7 @@ class Call:
         history: StepHistory | None,
         part: Participation | None = None,
     ) -> None:
-        self.prepared = prepared
+        self.decision = decision
         self.mask = mask
         self.running = running
         self.state = state  # the per-channel tensors as the kernels take them
@@ -74,17 +75,17 @@ class Call:
         return self.options.renorm is not None and self.batch and self.running is not None
 
 
-def find_passes(prepared: Prepared) -> Any:
-    """The kernels that serve such calls: `compiled` or `launched`, modules of one interface.
+def find_passes(decision: Decision) -> Any:
+    """The kernels that serve such calls: `on_cpu` or `on_gpu`, modules of one interface.
 
     In both, outputs are tensors to be filled, None where they are not wanted, and `kept` is what
     a forward step leaves for its backward step.
     """
-    if prepared.kernel == "cpu":
-        return compiled
-    from batchnorm.torch import launched  # imports Triton
+    if decision.kernel == "cpu":
+        return on_cpu
+    from batchnorm.torch.kernels import on_gpu  # imports Triton
 
-    return launched
+    return on_gpu
 
 
 def arrange(
@@ -92,29 +93,29 @@ def arrange(
     mask: Tensor | None,
     parameters: tuple[Tensor | None, Tensor | None],
     residual: Tensor | None,
-    prepared: Prepared,
+    decision: Decision,
     activation: str | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Prepared] | str:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Decision] | str:
     """x, mask, weight, bias and residual in memory that suits the kernels; or why there is none."""
-    if prepared.plan is None:
-        x, mask, prepared = rearrange(x, mask, prepared, activation)
-        if prepared.plan is None:
-            return f"channel axes {prepared.layout.channel_axes} are apart in memory"
+    if decision.plan is None:
+        x, mask, decision = rearrange(x, mask, decision, activation)
+        if decision.plan is None:
+            return f"channel axes {decision.layout.channel_axes} are apart in memory"
     if mask is not None:
-        assert prepared.mask_shape is not None
-        mask = mask.view(prepared.mask_shape)
+        assert decision.mask_shape is not None
+        mask = mask.view(decision.mask_shape)
     weight, bias = parameters
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if residual is not None:
-        residual = like(residual, x, prepared)
-    return x, mask, weight, bias, residual, prepared
+        residual = like(residual, x, decision)
+    return x, mask, weight, bias, residual, decision
 
 
 def forward(
-    call: Call,
+    call: KernelStep,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -134,7 +135,7 @@ def forward(
 
 
 def _fill(
-    call: Call,
+    call: KernelStep,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -145,7 +146,7 @@ def _fill(
     if call.update:  # first, since some tensors may not be written
         assert call.running is not None
         increment_version([a for a in call.running if a is not None])
-    passes = find_passes(call.prepared)
+    passes = find_passes(call.decision)
     call.kept = passes.forward(call, x, weight, bias, residual, y, merged)
 
 
@@ -159,7 +160,7 @@ class Wanted(NamedTuple):
 
 
 def backward(
-    call: Call,
+    call: KernelStep,
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
@@ -168,16 +169,16 @@ def backward(
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias and dresidual, each None where it is not wanted."""
-    prepared, channels = call.prepared, call.prepared.layout.channels
-    dx = empty_output(x, prepared) if wanted.x or wanted.residual else None
-    dresidual = empty_output(x, prepared) if wanted.residual else None
+    decision, channels = call.decision, call.decision.layout.channels
+    dx = empty_output(x, decision) if wanted.x or wanted.residual else None
+    dresidual = empty_output(x, decision) if wanted.residual else None
     dweight, dbias = (
         None if dtype is None else torch.empty(channels, dtype=dtype, device=x.device)
         for dtype in wanted[1:3]
     )
     # y decides where the activation's input was not x's doing alone.
     rows = (dy, x, y if call.residual else None, mask)
-    passes = find_passes(prepared)
+    passes = find_passes(decision)
     if call.part is None or not wanted.x:
         passes.backward(call, *rows, dx, dresidual, dweight, dbias, kept)
     else:
@@ -187,20 +188,20 @@ def backward(
     return dx if wanted.x else None, dweight, dbias, dresidual
 
 
-def find_moments(call: Call, x: Tensor) -> Moments:
+def find_moments(call: KernelStep, x: Tensor) -> Moments:
     """The moments that a forward step would find."""
     return _moments(call, _find_kept(call, x))
 
 
-def _find_kept(call: Call, x: Tensor) -> Any:
+def _find_kept(call: KernelStep, x: Tensor) -> Any:
     """What the first pass of a forward step keeps, merged with what it keeps on other ranks."""
-    passes = find_passes(call.prepared)
+    passes = find_passes(call.decision)
     if call.part is None:
         return passes.moments(call, x)
     return merge_kept(passes, lambda: passes.moments(call, x), call.part, x.device)
 
 
-def _moments(call: Call, kept: Any) -> Moments:
-    passes, shape = find_passes(call.prepared), call.prepared.layout.moments
+def _moments(call: KernelStep, kept: Any) -> Moments:
+    passes, shape = find_passes(call.decision), call.decision.layout.moments
     mean, var = (passes.row(kept, name).clone().reshape(shape) for name in ("mean", "var"))
     return Moments(passes.count(kept).clone(), mean, var)

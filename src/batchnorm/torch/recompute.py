@@ -1,36 +1,16 @@
-"""Facts that only hold while a graph runs, for eager and compiled code alike."""
+"""Forward passes that are run again in a backward pass (activation checkpointing, S9)."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import eval_frame
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def untraced(function: _Function) -> _Function:
-    """Mark what `torch.compile` must run as it is, with all that it calls.
-
-    Where the tracer gives up on a caller of a layer it goes on with the functions called inside,
-    down to calls of the extension, which it makes without `self`. This is what
-    `torch.compiler.disable` does, less its cost for each call and the import of the compiler. A
-    torch without the (private) function for it traces as before; a test says if that happens.
-    """
-    if not hasattr(eval_frame, "set_code_exec_strategy"):
-        return function
-    skip = eval_frame._FrameAction.SKIP
-    strategy = eval_frame._FrameExecStrategy(skip, skip)
-    eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    return function
 
 
 def recomputation_flag(x: Tensor) -> Tensor | bool | None:
@@ -98,6 +78,9 @@ class StepHistory:
             f"{owner}: a recomputed forward pass (activation checkpointing) with renormalization "
             f"is none of the layer's latest {self._STEPS}; call backward sooner."
         )
+
+
+HISTORY = StepHistory()
 
 
 @torch.library.custom_op("batchnorm::snapshot", mutates_args=())

@@ -17,9 +17,10 @@ from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Centred, centred_from
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.torch import steps
+from batchnorm.torch.kernels import step as steps
+from batchnorm.torch.kernels.decision import Decision, decide
+from batchnorm.torch.kernels.memory import empty_output, like
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.prepared import Prepared, empty_output, like, prepare
 
 __all__ = ["step"]
 
@@ -104,11 +105,11 @@ def _step(
         assert running_var is not None
         running = Running(running_mean, running_var)
     arranged = _arrange(x, mask, (weight, bias), residual, axes, size, activation, demanded, owner)
-    there, mask, weight, bias, residual, prepared = arranged
-    passes = steps.find_passes(prepared)
+    there, mask, weight, bias, residual, decision = arranged
+    passes = steps.find_passes(decision)
     state = passes.find_state(weight, bias, running)
-    call = steps.Call(
-        prepared,
+    call = steps.KernelStep(
+        decision,
         mask,
         running,
         state,
@@ -118,7 +119,7 @@ def _step(
         residual=residual is not None,
         history=None,
     )
-    y = empty_output(there, prepared)
+    y = empty_output(there, decision)
     steps.forward(call, there, weight, bias, residual, y)
     kept = call.kept
     # This step has not written these, and no operator may return what nobody has written.
@@ -169,10 +170,10 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and dresidual, each without elements where it is not wanted."""
     arranged = _arrange(x, mask, (None, None), None, axes, size, activation, demanded, owner)
-    there, mask, _, _, _, prepared = arranged
+    there, mask, _, _, _, decision = arranged
     options = config.Options(virtual_batch_size=size, activation=activation)
-    call = steps.Call(
-        prepared,
+    call = steps.KernelStep(
+        decision,
         mask=None,
         running=None,
         state=(),
@@ -184,11 +185,11 @@ def _gradient(
     )
     found = steps.backward(
         call,
-        like(dy, there, prepared),
+        like(dy, there, decision),
         there,
-        None if y is None else like(y, there, prepared),
+        None if y is None else like(y, there, decision),
         mask,
-        steps.find_passes(prepared).unpack(prepared, kept),
+        steps.find_passes(decision).unpack(decision, kept),
         steps.Wanted(wants_x, weight_type, bias_type, wants_residual),
     )
     dx, dweight, dbias, dresidual = (x.new_empty(0) if a is None else a for a in found)
@@ -287,9 +288,9 @@ def _arrange(
     activation: str | None,
     demanded: bool,
     owner: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Prepared]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Decision]:
     """The tensors in memory that suits the kernels, which there were when the graph was made."""
-    prepared = prepare(
+    decision = decide(
         owner,
         x.shape,
         x.stride(),
@@ -302,11 +303,11 @@ def _arrange(
         x.device.type,
         demanded,
     )
-    arranged = steps.arrange(x, mask, parameters, residual, prepared, activation)
-    if prepared.refusal is not None or isinstance(arranged, str):
+    arranged = steps.arrange(x, mask, parameters, residual, decision, activation)
+    if decision.refusal is not None or isinstance(arranged, str):
         raise RuntimeError(
             f"{owner}: a graph was compiled for kernels that do not serve it here: "
-            f"{prepared.refusal or arranged}. Compile it again in this process."
+            f"{decision.refusal or arranged}. Compile it again in this process."
         )
     return arranged
 
