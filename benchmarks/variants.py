@@ -14,7 +14,7 @@ from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.torch import BatchNorm
 from batchnorm.torch.kernels import on_cpu
-from batchnorm.torch.kernels.decision import decide
+from batchnorm.torch.kernels.decision import InputKind, decide
 from problem import EPS, Problem
 
 Step = Callable[[], Tensor]
@@ -177,7 +177,11 @@ def _reused(problem: Problem) -> Variant:
     x, dy, layer = problem.x, problem.dy, _ours(problem)
     y, dx = torch.empty_like(x), torch.empty_like(x)
     dgamma, dbeta = torch.empty_like(layer.weight), torch.empty_like(layer.bias)
-    decision = decide("benchmark", x.shape, x.stride(), x.dtype, 1, None, False, None, None)
+    decision = decide(
+        "benchmark",
+        InputKind(x.shape, x.stride(), x.dtype, "cpu"),
+        *(1, None, False, None, None, False),
+    )
     plan, geometry = decision.plan, decision.geometry
     assert geometry is not None
     running = Running(layer.running_mean, layer.running_var, layer.num_batches_tracked)

@@ -1,11 +1,7 @@
-"""The kernels as one differentiable function, with the plain path behind it.
+"""The kernels' step as one differentiable function, with array code behind it.
 
-Everything a step does runs in two calls of the kernels, one forward and one backward (`steps`).
-What the kernels cannot do, transformations and higher derivatives, goes to the differentiable
-path (S8).
-
-A small step is dominated by what surrounds the kernels, so that what depends on shapes and
-options alone is found once (`prepare`), and the rest is kept short.
+Everything a step does runs in two calls of the kernels, one forward and one backward (`step`).
+Higher derivatives go to array code (S8).
 """
 
 from __future__ import annotations
@@ -15,88 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.core import config
-from batchnorm.core.running import Running
-from batchnorm.torch.kernels.decision import Decision, decide
 from batchnorm.torch.kernels.memory import empty_output, like
+from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted
 from batchnorm.torch.kernels.second_order import differentiable_backward
-from batchnorm.torch.kernels.step import (
-    KernelStep,
-    Wanted,
-    arrange,
-    backward,
-    find_moments,
-    find_passes,
-    forward,
-)
-from batchnorm.torch.kernels.tensors import has_memory, is_plain, refuse_parameters, refuse_tensors
-from batchnorm.torch.ranks.synchronizer import Participation
-from batchnorm.torch.recompute import StepHistory
+from batchnorm.torch.kernels.step import backward, find_passes, forward
+from batchnorm.torch.kernels.tensors import has_memory
 from batchnorm.torch.rollback import unmoved_on_failure
 from batchnorm.torch.tracing import untraced
 
-__all__ = [
-    "Decision",
-    "decide",
-    "is_plain",
-    "normalize",
-    "refuse_parameters",
-    "refuse_tensors",
-    "run",
-]
-
-
-def normalize(
-    x: Tensor,
-    mask: Tensor | None,
-    parameters: tuple[Tensor | None, Tensor | None],
-    residual: Tensor | None,
-    running: Running | None,
-    decision: Decision,
-    options: config.Options,
-    *,
-    batch: bool,
-    update: bool,
-    history: StepHistory,
-    again: bool,
-    owner: str,
-    part: Participation | None = None,
-) -> Tensor | str:
-    """Normalize by the kernels; the reason where x's memory does not suit them.
-
-    Args:
-        x, mask, parameters, residual, running: checked, and nothing that `is_plain` or
-            `refuse_tensors` objects to.
-        decision: of x and the mask.
-        options: as in Options.
-        batch: normalize by the batch's own statistics.
-        update: move the running ones.
-        history: of steps with renormalization, for when one is recomputed.
-        again: whether this one is a recomputation (S9).
-        owner: whose name error messages carry.
-        part: how the call takes part in synchronization, or None (S14).
-    """
-    arranged = arrange(x, mask, parameters, residual, decision, options.activation)
-    if isinstance(arranged, str):
-        return arranged
-    x, mask, weight, bias, residual, decision = arranged
-    passes = find_passes(decision)
-    state = passes.find_state(weight, bias, running)
-    residuals = residual is not None
-    call = KernelStep(decision, mask, running, state, options, batch, update, residuals, None, part)
-    if call.renorm:
-        assert running is not None
-        if again:  # the statistics have moved since the step that is recomputed
-            moments = find_moments(call, x)
-            call.running = history.recall(owner, running.renorm_mean, moments)
-            call.state = passes.find_state(weight, bias, call.running)
-        else:
-            call.history = history
-    return run(call, x, weight, bias, residual)
+__all__ = ["run"]
 
 
 def run(
-    call: KernelStep, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    step: KernelStep, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """y, recorded for autograd where a gradient may be asked for."""
     if torch.is_grad_enabled() and (
@@ -105,29 +32,29 @@ def run(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        if call.options.activation is not None and _has_hooks(True) is not None:
-            y = _run_before_hooks(call, x, weight, bias, residual)
+        if step.options.activation is not None and _has_hooks(True) is not None:
+            y = _run_before_hooks(step, x, weight, bias, residual)
         else:
             # What autograd refuses to save it refuses before the kernels move statistics (S9).
-            y = _apply(x, weight, bias, residual, call)
-            forward(call, x, weight, bias, residual, y)
-        # Running statistics have served their turn, and may move before the backward pass.
-        call.running = call.mask = call.history = None
+            y = _apply(x, weight, bias, residual, step)
+            forward(step, x, weight, bias, residual, y)
+        # Drop what the backward pass does not need; the statistics may have changed by then.
+        step.running = step.mask = None
     else:
-        y = empty_output(x, call.decision)
-        forward(call, x, weight, bias, residual, y)
+        y = empty_output(x, step.decision)
+        forward(step, x, weight, bias, residual, y)
     return y
 
 
 def _run_before_hooks(
-    call: KernelStep, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    step: KernelStep, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """The same where hooks on saved tensors, which may raise, take y as soon as it is recorded."""
-    y = empty_output(x, call.decision)
-    with unmoved_on_failure(call.running if call.update else None):
-        forward(call, x, weight, bias, residual, y)
-        call.y = y
-        recorded: Tensor = _apply(x, weight, bias, residual, call)
+    y = empty_output(x, step.decision)
+    with unmoved_on_failure(step.running if step.update else None):
+        forward(step, x, weight, bias, residual, y)
+        step.y = y
+        recorded: Tensor = _apply(x, weight, bias, residual, step)
     return recorded
 
 
@@ -141,20 +68,21 @@ class _Fused(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        call: KernelStep,
+        step: KernelStep,
     ) -> Tensor:
-        y = empty_output(x, call.decision) if call.y is None else call.y
-        call.y = None
-        ctx.save_for_backward(x, weight, call.mask, None if call.options.activation is None else y)
-        ctx.memory = _memory(x, call.mask, y)
-        ctx.renorm, ctx.bias_type = call.renorm, None if bias is None else bias.dtype
-        ctx.call = call
+        y = empty_output(x, step.decision) if step.y is None else step.y
+        step.y = None
+        ctx.save_for_backward(x, weight, step.mask, None if step.options.activation is None else y)
+        ctx.memory = _memory(x, step.mask, y)
+        ctx.renorm, ctx.bias_type = step.renormalizes, None if bias is None else bias.dtype
+        ctx.step = step
         return y
 
     @staticmethod
     @untraced
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, mask, y = ctx.saved_tensors
+        step: KernelStep = ctx.step
         if (
             torch.is_grad_enabled()
             or type(dy) is not Tensor
@@ -162,19 +90,21 @@ class _Fused(torch.autograd.Function):
             # Hooks on saved tensors may bring them back in other memory.
             or _memory(x, mask, y) != (*ctx.memory[:2], None if y is None else ctx.memory[2])
         ):
-            passes = find_passes(ctx.call.decision)
+            passes = find_passes(step.decision)
             return differentiable_backward(passes, ctx, dy, x, weight, mask, y)
         wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
-        gated = ctx.call.options.activation is not None
+        gated = step.options.activation is not None
         wanted = Wanted(
             wants_x,
             weight.dtype if wants_weight else None,
             ctx.bias_type if wants_bias else None,
             wants_residual and gated,
         )
-        dy = like(dy, x, ctx.call.decision)
-        found = backward(ctx.call, dy, x, y, mask, ctx.call.kept, wanted)
-        return (*found[:3], dy if wants_residual and not gated else found[3], None)
+        dy = like(dy, x, step.decision)
+        # With a residual only y tells the sign of the activation's input.
+        rows = Rows(dy, x, y if step.residual else None, mask)
+        found = backward(step, rows, step.kept, wanted)
+        return (*found[:3], dy if wants_residual and not gated else found.residual, None)
 
 
 def _memory(x: Tensor, mask: Tensor | None, y: Tensor | None) -> tuple[Any, ...]:

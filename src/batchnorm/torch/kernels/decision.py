@@ -43,52 +43,66 @@ class Decision(NamedTuple):
     view: cpu.MaskView | None = None
 
 
+class InputKind(NamedTuple):
+    """What is decided by of x: its shape, strides, type, and the kind of its device."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+
+class MaskKind(NamedTuple):
+    """What is decided by of a mask: its shape, strides, and bytes an element."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    width: int
+
+
 @lru_cache(maxsize=4096)
 def decide(
     owner: str,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
+    x: InputKind,
     axis: int | tuple[int, ...],
     virtual_batch_size: int | None,
     adjusted: bool,
     activation: str | None,
-    mask: tuple[tuple[int, ...], tuple[int, ...], int] | None,
-    device: str = "cpu",
-    demanded: bool = False,
+    mask: MaskKind | None,
+    demanded: bool,
 ) -> Decision:
-    """Decide how calls of these shapes run.
+    """Decide how calls of one kind run.
 
     Args:
         owner: whose name error messages carry.
-        shape, strides, dtype: of x.
+        x, mask: the tensors' kinds.
         axis, virtual_batch_size, adjusted, activation: the options that matter.
-        mask: its shape, strides and bytes an element, or None.
-        device: of x, its kind.
         demanded: whether fused=True demands a kernel.
 
     Raises:
         ValueError: shapes that do not fit.
     """
     # Plain tuples: torch.Size would show in error messages.
-    layout = make_layout(owner, tuple(shape), axis, virtual_batch_size)
-    mask_shape = None if mask is None else layout.mask_shape(tuple(mask[0]), owner)
-    per_channel = mask_shape is not None and any(mask_shape[a] != 1 for a in layout.channel_axes)
-    choice = choose(device, NAMES[dtype], adjusted, per_channel, demanded)
+    layout = make_layout(owner, tuple(x.shape), axis, virtual_batch_size)
+    mask_shape = None if mask is None else layout.mask_shape(tuple(mask.shape), owner)
+    varies = mask_shape is not None and layout.varies_along_channels(mask_shape)
+    choice = choose(x.device, NAMES[x.dtype], adjusted, varies, demanded)
     if choice.kernel is None:
         return Decision(layout, choice.reason)
-    geometry = cpu.find_geometry(layout, strides)
+    geometry = cpu.find_geometry(layout, x.strides)
     unsuited = Decision(layout, None, mask_shape=mask_shape, kernel=choice.kernel)
     if geometry is None:
+        if _order_to_copy(layout, x.strides) is None:
+            return Decision(layout, f"channel axes {layout.channel_axes} are apart in memory")
         return unsuited
     view, width = None, 1
     if mask is not None:
         assert mask_shape is not None
-        width = mask[2]
-        view = cpu.view_mask(geometry, shape, mask_shape, _strides_in(mask_shape, mask))
+        width = mask.width
+        view = cpu.view_mask(geometry, x.shape, mask_shape, _strides_in(mask_shape, mask))
         if view is None:
             return unsuited
-    return _with_plan(unsuited, geometry, dtype, activation, view, width)
+    return _with_plan(unsuited, geometry, x.dtype, activation, (view, width))
 
 
 def _with_plan(
@@ -96,18 +110,18 @@ def _with_plan(
     geometry: cpu.Geometry,
     dtype: torch.dtype,
     activation: str | None,
-    view: cpu.MaskView | None,
-    mask_width: int,
+    mask: tuple[cpu.MaskView | None, int],
 ) -> Decision:
+    """The decision with the kernels' side; `mask`: how it is read, and bytes an element."""
     layout, name = decision.layout, NAMES[dtype]
     if decision.kernel == "cpu":
-        plan = cpu.make_plan(layout, geometry, name, activation, view, mask_width, _TEAM)
+        plan = cpu.make_plan(layout, geometry, name, activation, *mask, _TEAM)
     else:
         from batchnorm.kernels.triton.launch import Plan  # imports Triton
 
         plan = Plan(layout, geometry, name)
     gapped = geometry.row != geometry.dense
-    return decision._replace(plan=plan, geometry=geometry, gapped=gapped, view=view)
+    return decision._replace(plan=plan, geometry=geometry, gapped=gapped, view=mask[0])
 
 
 def choose(
@@ -142,15 +156,11 @@ def rearrange(
     layout = decision.layout
     geometry = cpu.find_geometry(layout, x.stride())
     if geometry is None:
-        order = sorted(range(x.dim()), key=lambda a: -x.stride()[a])
-        back = [order.index(a) for a in range(x.dim())]
-        for dense in (x.permute(order).contiguous().permute(back), x.contiguous()):
-            geometry = cpu.find_geometry(layout, dense.stride())
-            if geometry is not None:
-                x = dense
-                break
-    if geometry is None:
-        return x, mask, decision
+        order = _order_to_copy(layout, x.stride())
+        assert order is not None  # or the decision were a refusal
+        x = x.permute(order).contiguous().permute([order.index(a) for a in range(x.dim())])
+        geometry = cpu.find_geometry(layout, x.stride())
+        assert geometry is not None
     view, width = None, 1
     if mask is not None:
         assert decision.mask_shape is not None
@@ -159,17 +169,28 @@ def rearrange(
         if view is None:
             sizes = [1 if a in layout.channel_axes else n for a, n in enumerate(layout.shape)]
             rest = [a for a in range(x.dim()) if a not in geometry.order]
-            order = [*geometry.order, *rest]
-            dense = mask.expand(sizes).permute(order).contiguous()
-            mask = dense.permute([order.index(a) for a in range(x.dim())])
+            wide = [*geometry.order, *rest]
+            dense = mask.expand(sizes).permute(wide).contiguous()
+            mask = dense.permute([wide.index(a) for a in range(x.dim())])
             view = cpu.view_mask(geometry, layout.shape, tuple(sizes), mask.stride())
             decision = decision._replace(mask_shape=tuple(sizes))
-    return x, mask, _with_plan(decision, geometry, x.dtype, activation, view, width)
+    return x, mask, _with_plan(decision, geometry, x.dtype, activation, (view, width))
 
 
-def _strides_in(
-    wanted: tuple[int, ...], mask: tuple[tuple[int, ...], tuple[int, ...], int]
-) -> tuple[int, ...]:
+def _order_to_copy(layout: Layout, strides: tuple[int, ...]) -> list[int] | None:
+    """An order of x's axes in which a dense copy suits the kernels: its own, or torch's."""
+    plain = list(range(len(strides)))
+    for order in (sorted(plain, key=lambda a: -strides[a]), plain):
+        dense, step = [1] * len(order), 1
+        for a in reversed(order):
+            dense[a] = step
+            step *= max(layout.shape[a], 1)
+        if cpu.find_geometry(layout, tuple(dense)) is not None:
+            return order
+    return None
+
+
+def _strides_in(wanted: tuple[int, ...], mask: MaskKind) -> tuple[int, ...]:
     """The strides of a mask that is viewed with axes of size 1 put in between."""
     shape, strides, _ = mask
     if len(shape) == len(wanted):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +12,7 @@ from batchnorm.kernels import cpu
 from batchnorm.kernels.triton.arguments import Array, Kept, Mask, Parameters
 from batchnorm.torch.kernels.decision import Decision
 from batchnorm.torch.kernels.memory import row_of
-
-if TYPE_CHECKING:
-    from batchnorm.torch.kernels.step import KernelStep
+from batchnorm.torch.kernels.records import Gradients, KernelStep, Rows
 
 
 def find_state(
@@ -25,14 +22,14 @@ def find_state(
     return ()
 
 
-def moments(call: KernelStep, x: Tensor) -> Kept:
+def moments(step: KernelStep, x: Tensor) -> Kept:
     """What the first pass keeps: count, mean and variance."""
     with _on_device(x):
-        return call.decision.plan.moments(_input(call, x, x), _mask(call, call.mask))
+        return step.decision.plan.moments(_input(step, x, x), _mask(step, step.mask))
 
 
 def forward(
-    call: KernelStep,
+    step: KernelStep,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -45,96 +42,65 @@ def forward(
     `merged`: what `moments` keeps, merged with other ranks'; or None.
     """
     with _on_device(x):
-        return call.decision.plan.forward(
-            _input(call, x, x),
-            _input(call, residual, x),
-            _mask(call, call.mask),
-            _output(call, y),
+        return step.decision.plan.forward(
+            _input(step, x, x),
+            _input(step, residual, x),
+            _mask(step, step.mask),
+            _output(step, y),
             Parameters(weight, bias),
-            call.running,
-            call.options,
-            batch=call.batch,
-            update=call.update,
+            step.running,
+            step.options,
+            batch=step.batch,
+            update=step.update,
             kept=merged,
         )
 
 
-def backward(
-    call: KernelStep,
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mask: Tensor | None,
-    dx: Tensor | None,
-    dresidual: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    kept: Kept,
-) -> None:
+def backward(step: KernelStep, rows: Rows, found: Gradients, kept: Kept) -> None:
     """Fill the gradients that are given."""
-    with _on_device(x):
-        call.decision.plan.backward(
-            _input(call, x, x),
-            _input(call, dy, x),
-            _output(call, y),
-            _output(call, dx),
-            _output(call, dresidual),
-            _mask(call, mask),
-            Parameters(dweight, dbias),
+    with _on_device(rows.x):
+        step.decision.plan.backward(
+            _input(step, rows.x, rows.x),
+            _input(step, rows.dy, rows.x),
+            _output(step, rows.y),
+            _output(step, found.x),
+            _output(step, found.residual),
+            _mask(step, rows.mask),
+            Parameters(found.weight, found.bias),
             kept,
-            call.options,
-            batch=call.batch,
+            step.options,
+            batch=step.batch,
         )
 
 
-def reduce(
-    call: KernelStep,
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mask: Tensor | None,
-    dresidual: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    kept: Kept,
-) -> Tensor:
+def reduce(step: KernelStep, rows: Rows, found: Gradients, kept: Kept) -> Tensor:
     """The sums that `apply` needs; fills the gradients that are given."""
-    with _on_device(x):
-        return call.decision.plan.reduce(
-            _input(call, x, x),
-            _input(call, dy, x),
-            _output(call, y),
-            _output(call, dresidual),
-            _mask(call, mask),
-            Parameters(dweight, dbias),
+    with _on_device(rows.x):
+        return step.decision.plan.reduce(
+            _input(step, rows.x, rows.x),
+            _input(step, rows.dy, rows.x),
+            _output(step, rows.y),
+            _output(step, found.residual),
+            _mask(step, rows.mask),
+            Parameters(found.weight, found.bias),
             kept,
-            call.options,
+            step.options,
         )
 
 
-def apply(
-    call: KernelStep,
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mask: Tensor | None,
-    dx: Tensor | None,
-    dresidual: Tensor | None,
-    sums: Tensor,
-    kept: Kept,
-) -> None:
+def apply(step: KernelStep, rows: Rows, found: Gradients, sums: Tensor, kept: Kept) -> None:
     """Fill dx."""
-    with _on_device(x):
-        call.decision.plan.apply(
-            _input(call, x, x),
-            _input(call, dy, x),
-            _output(call, y),
-            _output(call, dx),
-            _output(call, dresidual),
-            _mask(call, mask),
+    with _on_device(rows.x):
+        step.decision.plan.apply(
+            _input(step, rows.x, rows.x),
+            _input(step, rows.dy, rows.x),
+            _output(step, rows.y),
+            _output(step, found.x),
+            _output(step, found.residual),
+            _mask(step, rows.mask),
             sums,
             kept,
-            call.options,
+            step.options,
         )
 
 
@@ -165,19 +131,19 @@ def _on_device(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _input(call: KernelStep, a: Tensor | None, x: Tensor) -> Array:
-    return Array(None) if a is None else Array(a, row_of(a, x, call.decision))
+def _input(step: KernelStep, a: Tensor | None, x: Tensor) -> Array:
+    return Array(None) if a is None else Array(a, row_of(a, x, step.decision))
 
 
-def _output(call: KernelStep, a: Tensor | None) -> Array:
-    assert call.decision.geometry is not None
-    return Array(None) if a is None else Array(a, call.decision.geometry.dense)
+def _output(step: KernelStep, a: Tensor | None) -> Array:
+    assert step.decision.geometry is not None
+    return Array(None) if a is None else Array(a, step.decision.geometry.dense)
 
 
-def _mask(call: KernelStep, mask: Tensor | None) -> Mask:
+def _mask(step: KernelStep, mask: Tensor | None) -> Mask:
     if mask is None:
         return Mask(None)
-    assert call.decision.view is not None
+    assert step.decision.view is not None
     # The bytes of a bool, which is what a kernel reads.
     data = mask.view(torch.uint8) if mask.dtype is torch.bool else mask
-    return Mask(data, *call.decision.view)
+    return Mask(data, *step.decision.view)

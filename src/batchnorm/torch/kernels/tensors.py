@@ -94,3 +94,10 @@ def refuse_tensors(
     ):
         return f"it counts batches in one int64 on {device}, and got {a.dtype}"
     return None
+
+
+def refuse_residual(x: Tensor, residual: Tensor | None) -> str | None:
+    """What the kernels have against the residual, or None."""
+    if residual is None or residual.dtype is x.dtype:
+        return None
+    return f"it takes a residual of x's type {x.dtype}, and got {residual.dtype}"

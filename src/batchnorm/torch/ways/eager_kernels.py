@@ -1,51 +1,65 @@
-"""y by the kernels, in eager code."""
+"""y by the kernels, in eager code.
+
+A small step is dominated by what surrounds the kernels, so that what depends on shapes and
+options alone is decided once (`decide`), and the rest is kept short.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from batchnorm.torch.call import Call
-from batchnorm.torch.kernels import autograd as kernels
-from batchnorm.torch.recompute import HISTORY, recomputation_flag
+from batchnorm.torch.kernels.autograd import run as run_step
+from batchnorm.torch.kernels.records import KernelStep
+from batchnorm.torch.kernels.step import arrange, find_moments, find_passes
+from batchnorm.torch.kernels.tensors import refuse_parameters, refuse_residual, refuse_tensors
+from batchnorm.torch.recompute import recall_step
 from batchnorm.torch.tracing import untraced
 
 
 @untraced
-def by_kernel(call: Call, decision: kernels.Decision | None) -> Tensor | str:
-    """y, or why no kernel can compute it."""
+def refuse(call: Call) -> str | None:
+    """Why no kernel can compute y, or None."""
+    decision = call.decision
     if decision is None:
         return "x is not a plain tensor, or a transformation of torch is at work"
-    x, mask, parameters, residual, running = call[:5]
-    refusal = (
+    x, mask, weight, bias, residual, running = call.tensors
+    reason = (
         decision.refusal
-        or kernels.refuse_parameters(parameters)
-        or kernels.refuse_tensors(x, (mask, *parameters, residual), running)
-        or refuse_residual(call)
+        or refuse_parameters((weight, bias))
+        or refuse_tensors(x, (mask, weight, bias, residual), running)
+        or refuse_residual(x, residual)
     )
-    if refusal is None and call.part is not None and decision.layout.groups is not None:
-        refusal = "none merges the averages of ghost batches over ranks"
-    if refusal is not None:
-        return refusal
-    again = recomputation_flag(x) is True
-    return kernels.normalize(
-        x,
-        mask,
-        parameters,
-        residual,
-        running,
+    if reason is None and call.part is not None and decision.layout.groups is not None:
+        return "none merges the averages of ghost batches over ranks"
+    return reason
+
+
+@untraced
+def run(call: Call) -> Tensor:
+    """y by the kernels."""
+    assert call.decision is not None
+    options, again = call.options, call.again is True
+    tensors, decision = arrange(call.tensors, call.decision, options.activation)
+    x, mask, weight, bias, residual, running = tensors
+    passes = find_passes(decision)
+    step = KernelStep(
         decision,
-        call.options,
-        batch=call.batch,
-        update=call.mode.update and running is not None and not again,
-        history=HISTORY,
-        again=again,
-        owner=call.owner,
-        part=call.part,
+        mask,
+        running,
+        passes.find_state(weight, bias, running),
+        options,
+        call.by_batch,
+        call.update and running is not None and not again,
+        residual is not None,
+        call.part,
     )
-
-
-def refuse_residual(call: Call) -> str | None:
-    """What kernels have against the residual, or None."""
-    if call.residual is None or call.residual.dtype is call.x.dtype:
-        return None
-    return f"it takes a residual of x's type {call.x.dtype}, and got {call.residual.dtype}"
+    if step.renormalizes:
+        assert running is not None
+        if again:  # the statistics have moved since the step that is recomputed
+            moments = find_moments(step, x)
+            step.running = recall_step(call.owner, running.renorm_mean, moments)
+            step.state = passes.find_state(weight, bias, step.running)
+        else:
+            step.remembered = True
+    return run_step(step, x, weight, bias, residual)

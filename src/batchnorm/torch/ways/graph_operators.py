@@ -10,32 +10,17 @@ from batchnorm.core.forward import move_running
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels import operators
 from batchnorm.torch.kernels.decision import choose
-from batchnorm.torch.kernels.tensors import NAMES, refuse_parameters, refuse_tensors
+from batchnorm.torch.kernels.tensors import (
+    NAMES,
+    refuse_parameters,
+    refuse_residual,
+    refuse_tensors,
+)
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.ways.array_code import store
-from batchnorm.torch.ways.eager_kernels import refuse_residual
+from batchnorm.torch.rollback import store
 
 
-def by_operator(call: Call, demanded: bool) -> Tensor | str:
-    """y by an operator of a compiled graph, or why there is none for it."""
-    refusal = _refuse_operator(call, demanded)
-    if refusal is not None:
-        return refusal
-    y, centred = operators.step(
-        *call[:5],
-        call.layout,
-        call.options,
-        batch=call.batch,
-        demanded=demanded,
-        owner=call.owner,
-    )
-    if call.mode.update and call.running is not None:
-        moved = move_running(call.running, centred, call.layout, call.options, XP)
-        store(call.running, moved, call.x)
-    return y
-
-
-def _refuse_operator(call: Call, demanded: bool) -> str | None:
+def refuse(call: Call) -> str | None:
     """Why a graph should not hold the operator for such a call, or None."""
     if torch.compiler.is_exporting():
         return "an exported program holds array code, which runs without this library"
@@ -43,24 +28,32 @@ def _refuse_operator(call: Call, demanded: bool) -> str | None:
         return "forward-mode differentiation is at work"
     if call.part is not None:
         return "compiled graphs merge with other ranks in array code"
-    if not call.batch and not demanded:
+    demanded = call.settings.fused is True
+    if not call.by_batch and not demanded:
         return "the compiler fuses evaluation with what surrounds it"
-    if call.options.renorm is not None and call.batch:
+    if call.renormalizes:
         return "compiled graphs renormalize in array code"
-    axes = call.layout.channel_axes
-    if axes != tuple(range(axes[0], axes[0] + len(axes))):
+    if not call.layout.channels_are_neighbours:
+        axes = call.layout.channel_axes
         return f"channel axes {axes} are no neighbours, as compiled graphs need them"
-    x, mask, parameters, residual, running = call[:5]
-    shape = None if mask is None else call.layout.mask_shape(tuple(mask.shape), call.owner)
-    per_channel = shape is not None and any(shape[a] != 1 for a in axes)
+    x, _, weight, bias, residual, running = call.tensors
+    adjusted = call.adjustment is not None
     return (
-        refuse_residual(call)
-        or refuse_parameters(parameters)
-        or refuse_tensors(x, (x, mask, *parameters, residual), running, traced=True)
-        or _choose(
-            x.device.type, NAMES[x.dtype], call.adjustment is not None, per_channel, demanded
-        )
+        refuse_residual(x, residual)
+        or refuse_parameters((weight, bias))
+        or refuse_tensors(x, call.tensors[:5], running, traced=True)
+        or _choose(x.device.type, NAMES[x.dtype], adjusted, call.mask_varies, demanded)
     )
+
+
+def run(call: Call) -> Tensor:
+    """y by the operator; the graph moves the running statistics."""
+    y, centred = operators.step(call)
+    running = call.tensors.running
+    if call.update and running is not None:
+        moved = move_running(running, centred, call.layout, call.options, XP)
+        store(running, moved, call.again)
+    return y
 
 
 def _choose(

@@ -5,43 +5,42 @@ A step on a small tensor is a matter of microseconds, most of which would go int
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from batchnorm.core import config
 from batchnorm.core.running import Running
 from batchnorm.torch import masking
-from batchnorm.torch.kernels import autograd, on_cpu, step
-from batchnorm.torch.kernels.decision import Decision, decide
-from batchnorm.torch.kernels.tensors import is_plain, refuse_tensors
+from batchnorm.torch.call import Call
+from batchnorm.torch.kernels import on_cpu
+from batchnorm.torch.kernels.autograd import run
+from batchnorm.torch.kernels.records import KernelStep
+from batchnorm.torch.kernels.tensors import is_plain
 from batchnorm.torch.recompute import in_backward
 from batchnorm.torch.tracing import untraced
+from batchnorm.torch.ways import eager_kernels
 
-if TYPE_CHECKING:
-    from batchnorm.torch.layers import BatchNorm
-
-
-def _settings(layer: BatchNorm) -> tuple[Any, ...]:
-    """Everything but tensors that a call depends on; users may assign any of it."""
-    return (
-        layer.training,
-        layer.frozen,
-        layer.eps,
-        layer.momentum,
-        layer.axis,
-        layer.num_features,
-        layer.track_running_stats,
-        layer.virtual_batch_size,
-        layer.renorm,
-        layer.adjustment,
-        layer.activation,
-        layer.fused,
-        layer.synchronized,
-    )
+# Everything but tensors that a call depends on; users may assign any of it.
+_settings: Callable[[Any], tuple[Any, ...]] = attrgetter(
+    "training",
+    "frozen",
+    "eps",
+    "momentum",
+    "axis",
+    "num_features",
+    "track_running_stats",
+    "virtual_batch_size",
+    "renorm",
+    "adjustment",
+    "activation",
+    "fused",
+    "synchronized",
+)
 
 
-def _state(layer: BatchNorm) -> tuple[Tensor | None, ...] | None:
+def _tensors(layer: nn.Module) -> tuple[Tensor | None, ...] | None:
     """The layer's tensors; None where one of them is computed anew for each call."""
     parameters, buffers = layer._parameters, layer._buffers
     try:
@@ -57,9 +56,9 @@ def _state(layer: BatchNorm) -> tuple[Tensor | None, ...] | None:
 
 
 class LastCalls:
-    """The inputs that a layer has seen lately, and shortcuts for those that come again.
+    """The inputs that a layer has seen lately, and the ways of those that come again.
 
-    A shortcut takes time to make, so that an input must come twice, and after a shortcut that
+    A way takes time to remember, so that an input must come twice, and after one that
     was of no use more often.
     """
 
@@ -77,26 +76,26 @@ class LastCalls:
         return LastCalls, ()
 
     @untraced
-    def find_key(self, layer: BatchNorm, x: Tensor) -> Any:
-        """The kind of input that x is; None where no shortcut leads."""
+    def find_key(self, layer: nn.Module, x: Tensor) -> Any:
+        """The kind of input that x is; None where no way is remembered."""
         if not is_plain(x) or masking.in_use() or layer._masked_by_context or in_backward():
             return None
         return x.shape, x.stride(), x.dtype, layer.training, x.is_cpu
 
     @untraced
-    def repeat(self, layer: BatchNorm, x: Tensor, key: Any) -> Tensor | None:
-        """y by the shortcut for inputs of this kind, or None."""
-        shortcut = self._known.get(key)
-        if type(shortcut) is not LastCall:
+    def repeat(self, layer: nn.Module, x: Tensor, key: Any) -> Tensor | None:
+        """y by the way of the last input of this kind, or None."""
+        last = self._known.get(key)
+        if type(last) is not LastCall:
             return None
-        y: Tensor | None = shortcut.repeat(layer, x)
+        y: Tensor | None = last.repeat(layer, x)
         if y is None:
             self._patience = min(2 * self._patience, self._MOST)
             self._known[key] = self._patience
         return y
 
-    def learn(self, layer: BatchNorm, x: Tensor, key: Any, options: config.Options) -> None:
-        """Remember an input of this kind that has just gone the whole way."""
+    def learn(self, layer: nn.Module, key: Any, call: Call) -> None:
+        """Remember a call of this kind that has just gone the whole way."""
         known = self._known
         left = known.get(key)
         if left is None:
@@ -108,51 +107,44 @@ class LastCalls:
         elif left > 1:
             known[key] = left - 1
         else:
-            known[key] = find_last_call(layer, x, options) or self._MOST
+            known[key] = find_last_call(layer, call) or self._MOST
 
 
 class LastCall:
     """The way one call went: through the kernels, without mask, residual or renormalization."""
 
     __slots__ = (
-        "addresses",
         "batch",
         "decision",
         "options",
         "running",
         "seen",
         "settings",
+        "state",
         "tensors",
         "update",
     )
 
-    def __init__(
-        self,
-        layer: BatchNorm,
-        state: tuple[Tensor | None, ...],
-        decision: Decision,
-        options: config.Options,
-        batch: bool,
-        update: bool,
-    ) -> None:
-        weight, bias, *statistics = state
+    def __init__(self, layer: nn.Module, tensors: tuple[Tensor | None, ...], call: Call) -> None:
+        assert call.decision is not None
+        weight, bias, *statistics = tensors
         self.settings = _settings(layer)
         # What may change about a tensor that stays the same object.
-        self.seen = [(a, (a.data_ptr(), a.dtype, a.shape)) for a in state if a is not None]
-        self.tensors = state
+        self.seen = [(a, (a.data_ptr(), a.dtype, a.shape)) for a in tensors if a is not None]
+        self.tensors = tensors
         self.running = None if statistics[0] is None else Running(*statistics)
-        self.addresses = on_cpu.find_state(weight, bias, self.running)
-        self.decision, self.options = decision, options
-        self.batch, self.update = batch, update
+        self.state = on_cpu.find_state(weight, bias, self.running)
+        self.decision, self.options = call.decision, call.options
+        self.batch, self.update = call.by_batch, call.update and self.running is not None
 
-    def repeat(self, layer: BatchNorm, x: Tensor) -> Tensor | None:
+    def repeat(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """y for an input of the same kind, or None if anything else is not as it was."""
         if _settings(layer) != self.settings:
             return None
-        state = _state(layer)
-        if state is None:
+        tensors = _tensors(layer)
+        if tensors is None:
             return None
-        for a, kept in zip(state, self.tensors, strict=True):
+        for a, kept in zip(tensors, self.tensors, strict=True):
             if a is not kept:
                 return None
         for a, seen in self.seen:
@@ -160,56 +152,34 @@ class LastCall:
                 (a.data_ptr(), a.dtype, a.shape) != seen
                 or a.is_neg()
                 or not a.is_contiguous()
-                or (a.requires_grad and a is not state[0] and a is not state[1])
+                or (a.requires_grad and a is not tensors[0] and a is not tensors[1])
             ):
                 return None
-        call = step.KernelStep(
+        step = KernelStep(
             self.decision,
             None,
             self.running,
-            self.addresses,
+            self.state,
             self.options,
             self.batch,
             self.update,
             False,
-            None,
         )
-        return autograd.run(call, x, state[0], state[1], None)
+        return run(step, x, tensors[0], tensors[1], None)
 
 
-def find_last_call(layer: BatchNorm, x: Tensor, options: config.Options) -> LastCall | None:
-    """The shortcut for calls like the one that x has just been through, or None."""
-    state = _state(layer)
-    if state is None or layer.fused is False or options.renorm is not None:
+def find_last_call(layer: nn.Module, call: Call) -> LastCall | None:
+    """The way that a call has just gone, if it can be repeated; or None."""
+    tensors, decision = _tensors(layer), call.decision
+    if tensors is None or decision is None or call.settings.fused is False:
         return None
-    if not is_plain(x) or not x.is_cpu:
+    if decision.kernel != "cpu" or decision.plan is None or eager_kernels.refuse(call) is not None:
         return None
-    training = layer.training and not layer.frozen
-    if training and layer.synchronized:
+    if call.options.renorm is not None or (call.training and call.settings.synchronizer):
         return None
-    decision = decide(
-        type(layer).__name__,
-        x.shape,
-        x.stride(),
-        x.dtype,
-        layer.axis,
-        options.virtual_batch_size if training else None,
-        training and layer.adjustment is not None,
-        options.activation,
-        None,
-    )
-    weight, bias, *statistics = state
-    running = None if statistics[0] is None else Running(*statistics)
-    if (
-        decision.kernel != "cpu"
-        or decision.plan is None
-        or refuse_tensors(x, (weight, bias), running) is not None
-    ):
-        return None
+    weight, bias, *statistics = tensors
     if any(a is not None and not a.is_contiguous() for a in (weight, bias)):
         return None
     if any(a is not None and (a.requires_grad or a.is_inference()) for a in statistics):
         return None
-    batch = training or running is None
-    update = training and running is not None and layer.track_running_stats
-    return LastCall(layer, state, decision, options, batch, update)
+    return LastCall(layer, tensors, call)
