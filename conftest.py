@@ -28,7 +28,10 @@ else:
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob.append("tests/kernels/gpu/*")
 if find_spec("triton") is None:  # there are wheels for Linux only
-    collect_ignore_glob += ["src/batchnorm/kernels/triton/*", "src/batchnorm/torch/launched.py"]
+    collect_ignore_glob += [
+        "src/batchnorm/kernels/triton/*",
+        "src/batchnorm/torch/kernels/on_gpu.py",
+    ]
     collect_ignore_glob += ["tests/kernels/ptx/*"]
 
 

@@ -158,12 +158,12 @@ def test_positions_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 4, 50)
     expected = train(x)
     monkeypatch.setattr(arguments, "FAR", 1)  # as if a row were so long
-    from batchnorm.torch import prepared
+    from batchnorm.torch.kernels import decision
 
-    prepared.prepare.cache_clear()
+    decision.decide.cache_clear()
     for a, b in zip(train(x), expected, strict=True):
         assert torch.equal(a, b)
-    prepared.prepare.cache_clear()
+    decision.decide.cache_clear()
 
 
 def test_bits_are_the_same_each_time_and_for_each_order_of_programs(
@@ -191,12 +191,12 @@ def test_the_cut_changes_no_more_than_rounding(request: pytest.FixtureRequest) -
 
 
 def test_outputs_are_written_everywhere(monkeypatch: pytest.MonkeyPatch, pieces: Any) -> None:
-    from batchnorm.torch import steps
+    from batchnorm.torch.kernels import step
 
-    def poisoned(x: Tensor, prepared: Any) -> Tensor:
+    def poisoned(x: Tensor, decision: Any) -> Tensor:
         return torch.full_like(x, torch.nan)
 
-    monkeypatch.setattr(steps, "empty_output", poisoned)
+    monkeypatch.setattr(step, "empty_output", poisoned)
     residual = torch.randn(37, 5, 3, requires_grad=True)
     mask = torch.rand(37) < 0.5
     y, dx = train(torch.randn(37, 5, 3), mask, residual=residual, activation="leaky_relu")

@@ -14,10 +14,10 @@ from batchnorm.core.running import Running
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 from batchnorm.kernels.select import extension_status
+from batchnorm.torch.call import Settings, Tensors
 from batchnorm.torch.checks import can_read
 from batchnorm.torch.functional import normalize as normalize_tensors
-from batchnorm.torch.paths import Mode, Parameters
-from batchnorm.torch.synchronize import find_synchronizer
+from batchnorm.torch.ranks.synchronizer import find_synchronizer
 
 
 def resolve_training(training: Any) -> bool:
@@ -58,20 +58,17 @@ def normalize(
     if pure:
         running = running.map(lambda a: a.detach().clone())
     layout = make_layout(call.owner, tuple(x.shape), call.axes)
-    y = normalize_tensors(
-        x,
-        _fit_mask(call.owner, mask, x, layout, training),
-        Parameters(gamma, beta),
-        None,
-        running,
-        axis=call.axes,
-        options=call.options,
-        adjustment=call.adjustment,
-        fused=call.fused,
-        mode=Mode(own_statistics=training, training=training, update=training),
-        owner=call.owner,
-        synchronizer=find_synchronizer(call.owner, call.synchronized, call.process_group),
+    settings = Settings(
+        call.owner,
+        call.axes,
+        call.options,
+        call.adjustment,
+        call.fused,
+        find_synchronizer(call.owner, call.synchronized, call.process_group),
     )
+    mask = _fit_mask(call.owner, mask, x, layout, training)
+    tensors = Tensors(x, mask, gamma, beta, None, running)
+    y = normalize_tensors(tensors, settings, training=training, update=training)
     return y, running if pure else None
 
 
