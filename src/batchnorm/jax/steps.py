@@ -17,10 +17,10 @@ from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.moments import Moments, centred_from
 from batchnorm.core.running import Running, average_groups, update_running
 from batchnorm.jax import custom_calls
+from batchnorm.jax.call import Call, Operands
 from batchnorm.jax.checks import check_channels, check_input, check_mask, working_type
 from batchnorm.jax.namespace import XP
-from batchnorm.jax.plain import Operands
-from batchnorm.jax.primitives import Call, run_step
+from batchnorm.jax.primitives import run_step
 from batchnorm.jax.synchronize import Groups, make_merge
 from batchnorm.kernels import cpu
 from batchnorm.kernels.select import refuse_fused
