@@ -19,6 +19,9 @@ from batchnorm.kernels.select import select_kernel
 if TYPE_CHECKING:
     from batchnorm.jax.primitives import Call
 
+# What an explanation adds, since a program may yet be compiled for something else.
+NOTE = "where it is compiled for one CPU device; array code elsewhere"
+
 cpu.warn_if_missing()
 
 
