@@ -17,6 +17,9 @@ from batchnorm.jax.checks import working_type
 from batchnorm.kernels import cpu
 from batchnorm.kernels.select import select_kernel
 
+# What an explanation adds, since a program may yet be compiled for something else.
+NOTE = "where it is compiled for one CPU device; array code elsewhere"
+
 cpu.warn_if_missing()
 
 

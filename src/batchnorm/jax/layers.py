@@ -20,6 +20,7 @@ from batchnorm.jax.namespace import XP
 from batchnorm.jax.options import check_dtype, check_features, freeze_groups, make_keys
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
+from batchnorm.kernels.explanation import Explanation, ask
 
 __all__ = ["BatchNorm", "Momentum", "load_state"]
 
@@ -270,6 +271,15 @@ class BatchNorm(nnx.Module):
         for name in _STATISTICS if self.renorm is not None else _STATISTICS[:2]:
             getattr(self, name)[...] = getattr(after, name)
         return y.astype(dtype)
+
+    def _explain(self, x: Any, use_running_average: bool | None = None, **rest: Any) -> Explanation:
+        """The way of a call."""
+        if not self.initialized:
+            raise ValueError(
+                f"{type(self).__name__}: the layer is not initialized, and has no way yet; call "
+                "layer.init(key, x) first, or pass num_features and rngs to the constructor."
+            )
+        return ask(lambda: BatchNorm.__call__(self, x, use_running_average, **rest))
 
     @property
     def use_running_average(self) -> bool:

@@ -22,7 +22,7 @@ from batchnorm.jax import array_code, custom_calls
 from batchnorm.jax.call import Call, Operands
 from batchnorm.jax.checks import working_type
 from batchnorm.jax.synchronize import varying_axes
-from batchnorm.kernels import cpu
+from batchnorm.kernels import cpu, explanation
 from batchnorm.kernels.select import refuse_fused
 
 DIFFERENTIABLE = ("x", "gamma", "beta")
@@ -220,11 +220,17 @@ def _lower(
         reason = custom_calls.refuse_context(context)
         if reason is not None and call.demanded:
             raise refuse_fused(call.owner, reason)
+        if reason is not None:
+            _report(call, reason)
         function = by_kernel if reason is None else by_arrays
         lowered = mlir.lower_fun(function, multiple_results=True)
         return lowered(context, *arrays, call=call, **params)
 
     return rule
+
+
+def _report(call: Call, reason: str) -> None:
+    explanation.report(call.owner, explanation.ARRAY_CODE, ((explanation.KERNELS, reason),))
 
 
 def _register(
@@ -237,6 +243,7 @@ def _register(
     ) -> Any:
         if call.demanded:
             raise refuse_fused(call.owner, f"there is none {where}")
+        _report(call, f"there is none {where}")
         return mlir.lower_fun(by_arrays, multiple_results=True)(
             context, *arrays, call=call, **params
         )

@@ -22,7 +22,7 @@ from batchnorm.jax.checks import check_channels, check_input, check_mask, workin
 from batchnorm.jax.namespace import XP
 from batchnorm.jax.primitives import run_step
 from batchnorm.jax.synchronize import Groups, make_merge
-from batchnorm.kernels import cpu
+from batchnorm.kernels import cpu, explanation
 from batchnorm.kernels.select import refuse_fused
 
 
@@ -62,6 +62,7 @@ def normalize_batch(
     given = _prepare(owner, x, mask, scale, bias, running, axis, options.virtual_batch_size)
     x, layout, operands, _ = given
     merge = make_merge(owner, axis_name, axis_index_groups)
+    reason: str | None = explanation.UNFUSED
     if fused is not False:
         reason = _refuse(given, owner)
         if s is not None or t is not None:
@@ -69,9 +70,11 @@ def normalize_batch(
         if merge is not None:
             reason = "none synchronizes over a named axis"
         if reason is None:
+            explanation.report(owner, explanation.KERNELS, note=custom_calls.NOTE)
             return _by_kernel(given, running, options, update, fused is True, owner)
         if fused:
             raise refuse_fused(owner, reason)
+    explanation.report(owner, explanation.ARRAY_CODE, ((explanation.KERNELS, str(reason)),))
     work = working_type(x)
     outcome = forward_batch(
         operands.inputs(s=_cast(s, work), t=_cast(t, work)),
@@ -111,8 +114,13 @@ def normalize_running(
         reason = _refuse(given, owner)
         if reason is not None:
             raise refuse_fused(owner, reason)
+        explanation.report(owner, explanation.KERNELS, note=custom_calls.NOTE)
         call = Call(layout, options.eps, False, None, True, owner, ())
         return _returned(run_step(_for_kernel(given, owner), call).y, given)
+    reason = "the compiler fuses evaluation with what surrounds it"
+    if fused is False:
+        reason = explanation.UNFUSED
+    explanation.report(owner, explanation.ARRAY_CODE, ((explanation.KERNELS, reason),))
     statistics = Running(operands.mean, operands.var)
     y = forward_running(operands.inputs(), statistics, layout, options, owner=owner, xp=XP)
     return _returned(y, given)

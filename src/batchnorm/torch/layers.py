@@ -13,6 +13,7 @@ from torch.fx import Proxy
 
 from batchnorm.core import config
 from batchnorm.core.layout import check_axis, normalize_axis
+from batchnorm.kernels.explanation import LAST_CALL, Explanation, Refusal, ask
 from batchnorm.torch import checks, jagged, masking
 from batchnorm.torch.buffers import RunningStatistics
 from batchnorm.torch.call import Settings, Tensors, make_call
@@ -228,6 +229,28 @@ class BatchNorm(RunningStatistics):
         if key is not None and mask is None:
             self._memory.learn(self, key, call)
         return y
+
+    def _explain(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        graph: bool = False,
+    ) -> Explanation:
+        """The way of a call; `graph`: in a graph of `torch.compile`."""
+        reason = self._memory.refuse(self, x, mask is None and residual is None)
+        if reason is None and not graph:
+            return Explanation(type(self).__name__, LAST_CALL)
+        before = self._memory, self._masked_by_context
+        self._memory = LastCalls()
+        try:
+            found = ask(lambda: BatchNorm.forward(self, x, mask, residual), graph=graph)
+        finally:
+            self._memory, self._masked_by_context = before
+        if reason is None or graph:
+            return found
+        return found._replace(refused=(Refusal(LAST_CALL, reason), *found.refused))
 
     @property
     def process_group(self) -> Any:

@@ -17,6 +17,7 @@ NAMES = {
     torch.float32: "float32",
     torch.float64: "float64",
 }
+NOT_PLAIN = "x is not a plain tensor, or a transformation of torch is at work"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

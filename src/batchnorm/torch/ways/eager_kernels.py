@@ -12,7 +12,12 @@ from batchnorm.torch.call import Call
 from batchnorm.torch.kernels.autograd import run as run_step
 from batchnorm.torch.kernels.records import KernelStep
 from batchnorm.torch.kernels.step import arrange, find_moments, find_passes
-from batchnorm.torch.kernels.tensors import refuse_parameters, refuse_residual, refuse_tensors
+from batchnorm.torch.kernels.tensors import (
+    NOT_PLAIN,
+    refuse_parameters,
+    refuse_residual,
+    refuse_tensors,
+)
 from batchnorm.torch.recompute import recall_step
 from batchnorm.torch.tracing import untraced
 
@@ -22,7 +27,7 @@ def refuse(call: Call) -> str | None:
     """Why no kernel can compute y, or None."""
     decision = call.decision
     if decision is None:
-        return "x is not a plain tensor, or a transformation of torch is at work"
+        return NOT_PLAIN
     x, mask, weight, bias, residual, running = call.tensors
     reason = (
         decision.refusal

@@ -26,7 +26,7 @@ def refuse(call: Call) -> str | None:
         return "an exported program holds array code, which runs without this library"
     if forward_ad._current_level >= 0:  # read where it is traced, so that graphs depend on it
         return "forward-mode differentiation is at work"
-    if call.part is not None:
+    if call.training and call.settings.synchronizer is not None:
         return "compiled graphs merge with other ranks in array code"
     demanded = call.settings.fused is True
     if not call.by_batch and not demanded:

@@ -17,7 +17,7 @@ from batchnorm.torch.call import Call
 from batchnorm.torch.kernels import on_cpu
 from batchnorm.torch.kernels.autograd import run
 from batchnorm.torch.kernels.records import KernelStep
-from batchnorm.torch.kernels.tensors import is_plain
+from batchnorm.torch.kernels.tensors import NOT_PLAIN, is_plain
 from batchnorm.torch.recompute import in_backward
 from batchnorm.torch.tracing import untraced
 from batchnorm.torch.ways import eager_kernels
@@ -82,6 +82,25 @@ class LastCalls:
             return None
         return x.shape, x.stride(), x.dtype, layer.training, x.is_cpu
 
+    def refuse(self, layer: nn.Module, x: Tensor, alone: bool) -> str | None:
+        """Why a call does not repeat one, or None; `alone`: without mask and residual."""
+        if not alone:
+            return "it repeats calls of x alone, and this one has a mask or a residual"
+        if not is_plain(x):
+            return NOT_PLAIN
+        key = self.find_key(layer, x)
+        if key is None:
+            return "padding_mask is in use, or a backward pass runs"
+        last = self._known.get(key)
+        if type(last) is not LastCall:
+            return (
+                "it repeats what has come twice: x's shape, strides and type, by kernels on the "
+                "CPU, without renormalization and other ranks"
+            )
+        if last.find_tensors(layer) is None:
+            return "an option or a tensor of the layer has changed since"
+        return None
+
     @untraced
     def repeat(self, layer: nn.Module, x: Tensor, key: Any) -> Tensor | None:
         """y by the way of the last input of this kind, or None."""
@@ -137,8 +156,8 @@ class LastCall:
         self.decision, self.options = call.decision, call.options
         self.batch, self.update = call.by_batch, call.update and self.running is not None
 
-    def repeat(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """y for an input of the same kind, or None if anything else is not as it was."""
+    def find_tensors(self, layer: nn.Module) -> tuple[Tensor | None, ...] | None:
+        """The layer's tensors, or None if they or its options are not as they were."""
         if _settings(layer) != self.settings:
             return None
         tensors = _tensors(layer)
@@ -155,6 +174,13 @@ class LastCall:
                 or (a.requires_grad and a is not tensors[0] and a is not tensors[1])
             ):
                 return None
+        return tensors
+
+    def repeat(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """y for an input of the same kind, or None if anything else is not as it was."""
+        tensors = self.find_tensors(layer)
+        if tensors is None:
+            return None
         step = KernelStep(
             self.decision,
             None,
