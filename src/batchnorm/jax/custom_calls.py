@@ -1,4 +1,4 @@
-"""The compiled passes as XLA custom calls; native/bind_xla.cpp is the other side."""
+"""The compiled passes as XLA custom calls; native/bind/xla.cpp is the other side."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from batchnorm.core.config import Renorm
 from batchnorm.core.layout import Layout
 from batchnorm.jax.checks import working_type
 from batchnorm.kernels import cpu
@@ -83,8 +84,7 @@ def step(*arrays: Array, call: Call) -> Sequence[Array]:
     work = working_type(x)
     groups = 1 if layout.groups is None else layout.groups
     rows = (len(cpu.STATISTICS), *layout.moments)
-    renorm = call.renorm
-    limits = (0.0, 0.0, 0.0) if renorm is None else (renorm.rmin, renorm.rmax, renorm.dmax)
+    limits = call.renorm or Renorm()
     return jax.ffi.ffi_call(
         "batchnorm_forward",
         (
@@ -95,10 +95,13 @@ def step(*arrays: Array, call: Call) -> Sequence[Array]:
     )(
         x,
         *(_or_nothing(a, work) for a in operands[1:]),
-        geometry=_geometry(layout, operands.mask),
-        numbers=np.array([call.eps, *limits], np.float64),
+        **_geometry(layout, operands.mask),
+        eps=np.float64(call.eps),
+        rmin=np.float64(limits.rmin),
+        rmax=np.float64(limits.rmax),
+        dmax=np.float64(limits.dmax),
         batch=np.bool_(call.batch),
-        renorm=np.bool_(renorm is not None),
+        renorm=np.bool_(call.renorm is not None),
     )
 
 
@@ -120,7 +123,7 @@ def gradient(*arrays: Array, call: Call, wanted: tuple[bool, ...]) -> list[Array
         _or_nothing(operands.mask, statistics.dtype),
         statistics,
         count,
-        geometry=_geometry(call.layout, operands.mask),
+        **_geometry(call.layout, operands.mask),
         batch=np.bool_(call.batch),
         renorm=np.bool_(call.renorm is not None),
     )
@@ -132,8 +135,8 @@ def _or_nothing(a: Array | None, dtype: Any) -> Array:
     return jnp.zeros((0,), dtype) if a is None else a
 
 
-def _geometry(layout: Layout, mask: Array | None) -> np.ndarray:
-    """In the order of `Size` in bind_xla.cpp."""
+def _geometry(layout: Layout, mask: Array | None) -> dict[str, dict[str, np.int64]]:
+    """What the shapes of x and of the mask decide, as attributes by name."""
     geometry = cpu.find_geometry(layout, _dense(layout.shape))
     assert geometry is not None
     view = cpu.MaskView(1, 0, 0)
@@ -141,7 +144,11 @@ def _geometry(layout: Layout, mask: Array | None) -> np.ndarray:
         found = cpu.view_mask(geometry, layout.shape, tuple(mask.shape), _dense(mask.shape))
         assert found is not None
         view = found
-    return np.array([*cpu.sizes_of(layout, geometry), *view], np.int64)
+    return {"layout": _named(cpu.sizes_of(layout, geometry)), "view": _named(view)}
+
+
+def _named(sizes: cpu.Sizes | cpu.MaskView) -> dict[str, np.int64]:
+    return {name: np.int64(n) for name, n in sizes._asdict().items()}
 
 
 def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:

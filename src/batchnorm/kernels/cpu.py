@@ -174,7 +174,7 @@ def make_plan(
     mask_width: int,
     team: int,
 ) -> Any:
-    """The compiled side of a call; see native/bind_python.cpp. `team` is from `find_team`."""
+    """The compiled side of a call; see native/bind/python.cpp. `team` is from `find_team`."""
     plan = _cpu.Plan(TYPES[dtype], *sizes_of(layout, geometry), _ACTIVATIONS[activation])
     if mask is not None:
         plan.set_mask(mask_width, *mask)
@@ -201,7 +201,7 @@ def sizes_of(layout: Layout, geometry: Geometry) -> Sizes:
 
 
 def xla_handlers() -> dict[str, Any]:
-    """XLA custom calls by name; see native/bind_xla.cpp."""
+    """XLA custom calls by name; see native/bind/xla.cpp."""
     return dict(_cpu.xla_handlers())
 
 
