@@ -16,7 +16,7 @@ import batchnorm
 import tolerances
 from batchnorm.core.layout import make_layout
 from batchnorm.jax import batch_norm, custom_calls
-from batchnorm.kernels import cpu
+from batchnorm.kernels.kept import STATISTICS
 
 # Many calls at once, from Python threads and as independent parts of one program.
 CONCURRENT = """
@@ -134,7 +134,7 @@ def call_forward(x: jax.Array, absent: int = 7, **given: Any) -> Any:
     none = jnp.zeros((0,), jnp.float32)
     outputs = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
-        jax.ShapeDtypeStruct((len(cpu.STATISTICS), 3), x.dtype),
+        jax.ShapeDtypeStruct((len(STATISTICS), 3), x.dtype),
         jax.ShapeDtypeStruct((1,), x.dtype),
     )
     return jax.ffi.ffi_call("batchnorm_forward", outputs)(x, *[none] * absent, **given)
@@ -196,7 +196,7 @@ def test_a_mask_of_floats_is_refused() -> None:
     none = jnp.zeros((0,), jnp.float32)
     outputs = (
         jax.ShapeDtypeStruct((8, 3), np.float32),
-        jax.ShapeDtypeStruct((len(cpu.STATISTICS), 3), np.float32),
+        jax.ShapeDtypeStruct((len(STATISTICS), 3), np.float32),
         jax.ShapeDtypeStruct((1,), np.float32),
     )
     call = jax.ffi.ffi_call("batchnorm_forward", outputs)

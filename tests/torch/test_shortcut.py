@@ -13,12 +13,12 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm.torch.fused as kernels
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
 from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask, shortcut
 from batchnorm.torch.shortcut import Memory, Shortcut
 
 pytestmark = pytest.mark.skipif(
-    cpu.missing_reason() is not None, reason=f"no kernels: {cpu.missing_reason()}"
+    extension.missing_reason() is not None, reason=f"no kernels: {extension.missing_reason()}"
 )
 
 SHAPE = (8, 4, 6)

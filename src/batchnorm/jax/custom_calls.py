@@ -14,20 +14,30 @@ from jax import Array
 from batchnorm.core.config import Renorm
 from batchnorm.core.layout import Layout
 from batchnorm.jax.checks import working_type
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
+from batchnorm.kernels.geometry import (
+    MaskView,
+    Sizes,
+    find_geometry,
+    row_major_strides,
+    row_mask_shape,
+    sizes_of,
+    view_mask,
+)
+from batchnorm.kernels.kept import STATISTICS
 from batchnorm.kernels.select import select_kernel
 
 if TYPE_CHECKING:
     from batchnorm.jax.primitives import Call
 
-cpu.warn_if_missing()
+extension.warn_if_missing()
 
 
 @lru_cache(maxsize=1)
 def _registered() -> str | None:
     """Make the handlers known to XLA; why that is not possible, or None."""
     try:
-        for name, handler in cpu.xla_handlers().items():
+        for name, handler in extension.xla_handlers().items():
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
     except RuntimeError as error:  # an XLA whose interface these kernels were not built for
         return f"this jaxlib does not take its custom calls ({error})"
@@ -44,7 +54,7 @@ def refuse(layout: Layout, dtype: Any, mask_shape: tuple[int, ...] | None) -> st
     )
     if choice.kernel is None:
         return choice.reason
-    if cpu.find_geometry(layout, _dense(layout.shape)) is None:
+    if find_geometry(layout, row_major_strides(layout.shape)) is None:
         return f"channel axes {layout.channel_axes} are apart in memory"
     return _registered()
 
@@ -70,11 +80,10 @@ def readable_mask(layout: Layout, mask: Array | None, owner: str) -> Array | Non
         return None
     shape = layout.mask_shape(tuple(mask.shape), owner)
     mask = mask.reshape(shape)
-    geometry = cpu.find_geometry(layout, _dense(layout.shape))
-    if geometry is None or cpu.view_mask(geometry, layout.shape, shape, _dense(shape)):
+    geometry = find_geometry(layout, row_major_strides(layout.shape))
+    if geometry is None or view_mask(geometry, layout.shape, shape, row_major_strides(shape)):
         return mask
-    sizes = [1 if a in layout.channel_axes else n for a, n in enumerate(layout.shape)]
-    return jnp.broadcast_to(mask, sizes)
+    return jnp.broadcast_to(mask, row_mask_shape(layout))
 
 
 def step(*arrays: Array, call: Call) -> Sequence[Array]:
@@ -83,7 +92,7 @@ def step(*arrays: Array, call: Call) -> Sequence[Array]:
     layout, x = call.layout, operands.x
     work = working_type(x)
     groups = 1 if layout.groups is None else layout.groups
-    rows = (len(cpu.STATISTICS), *layout.moments)
+    rows = (len(STATISTICS), *layout.moments)
     limits = call.renorm or Renorm()
     return jax.ffi.ffi_call(
         "batchnorm_forward",
@@ -137,24 +146,15 @@ def _or_nothing(a: Array | None, dtype: Any) -> Array:
 
 def _geometry(layout: Layout, mask: Array | None) -> dict[str, dict[str, np.int64]]:
     """What the shapes of x and of the mask decide, as attributes by name."""
-    geometry = cpu.find_geometry(layout, _dense(layout.shape))
+    geometry = find_geometry(layout, row_major_strides(layout.shape))
     assert geometry is not None
-    view = cpu.MaskView(1, 0, 0)
+    view = MaskView(1, 0, 0)
     if mask is not None:
-        found = cpu.view_mask(geometry, layout.shape, tuple(mask.shape), _dense(mask.shape))
+        found = view_mask(geometry, layout.shape, tuple(mask.shape), row_major_strides(mask.shape))
         assert found is not None
         view = found
-    return {"layout": _named(cpu.sizes_of(layout, geometry)), "view": _named(view)}
+    return {"layout": _named(sizes_of(layout, geometry)), "view": _named(view)}
 
 
-def _named(sizes: cpu.Sizes | cpu.MaskView) -> dict[str, np.int64]:
+def _named(sizes: Sizes | MaskView) -> dict[str, np.int64]:
     return {name: np.int64(n) for name, n in sizes._asdict().items()}
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of an array without gaps, in elements: XLA's operands are such."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
