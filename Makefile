@@ -85,7 +85,7 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.png
 
 # PIP_CONSTRAINT reaches build environments too. Old pips cannot install editable wheels.
-$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*.?pp)
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable ".[dev]"

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "pool.hpp"
+#include "driver/pool.hpp"
 
 namespace batchnorm {
 
@@ -16,6 +16,8 @@ using Index = std::int64_t;
 
 enum class Type : int { f16, bf16, f32, f64 };
 enum class Activation : int { none, relu, leaky_relu };
+
+constexpr Index kBytes[] = {2, 2, 4, 8};  // of an element, by Type
 
 constexpr double kNegativeSlope = 0.01;  // S18
 

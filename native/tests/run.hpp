@@ -4,8 +4,8 @@
 #include <array>
 #include <stdexcept>
 
-#include "cases.hpp"
-#include "float_mode.hpp"
+#include "draw_cases.hpp"
+#include "driver/float_mode.hpp"
 
 namespace batchnorm::tests {
 

@@ -16,7 +16,7 @@ import batchnorm
 import tolerances
 from batchnorm.core.layout import make_layout
 from batchnorm.jax import batch_norm, custom_calls
-from batchnorm.kernels import cpu
+from batchnorm.kernels.kept import STATISTICS
 
 # Many calls at once, from Python threads and as independent parts of one program.
 CONCURRENT = """
@@ -114,31 +114,99 @@ def test_wide_integers_count_as_real_whichever_bits_are_set() -> None:
     np.testing.assert_array_equal(found, batch_norm(x, mask=mask != 0, fused=True)[0])
 
 
-def call_forward(x: jax.Array, geometry: Any, numbers: Any) -> Any:
+LAYOUT = {"outer": 8, "channels": 3, "inner": 1, "groups": 1, "run": 1}
+VIEW = {"repeat": 1, "outer": 0, "inner": 0}
+NUMBERS = {"eps": 1e-5, "rmin": 0.0, "rmax": 0.0, "dmax": 0.0}
+
+
+def attributes(**changes: Any) -> dict[str, Any]:
+    """The attributes of a forward step of shape (8, 3)."""
+
+    def named(sizes: dict[str, int]) -> dict[str, np.int64]:
+        return {name: np.int64(n) for name, n in sizes.items()}
+
+    numbers = {name: np.float64(n) for name, n in NUMBERS.items()}
+    flags = {"batch": np.bool_(True), "renorm": np.bool_(False)}
+    return {"layout": named(LAYOUT), "view": named(VIEW), **numbers, **flags, **changes}
+
+
+def call_forward(x: jax.Array, absent: int = 7, **given: Any) -> Any:
     none = jnp.zeros((0,), jnp.float32)
     outputs = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
-        jax.ShapeDtypeStruct((len(cpu.STATISTICS), 3), x.dtype),
+        jax.ShapeDtypeStruct((len(STATISTICS), 3), x.dtype),
         jax.ShapeDtypeStruct((1,), x.dtype),
     )
-    call = jax.ffi.ffi_call("batchnorm_forward", outputs)
-    settings = {"batch": np.bool_(True), "renorm": np.bool_(False)}
-    return call(x, *[none] * 7, geometry=geometry, numbers=numbers, **settings)
+    return jax.ffi.ffi_call("batchnorm_forward", outputs)(x, *[none] * absent, **given)
 
 
-@pytest.mark.parametrize(
-    ("geometry", "numbers", "message"),
-    [
-        ([9, 3, 1, 1, 1, 1, 0, 0], [1e-5, 0, 0, 0], "geometry must have the elements of x"),
-        ([8, 3, 1], [1e-5, 0, 0, 0], "geometry must have 8 entries"),
-        ([8, 3, 1, 1, 1, 1, 0, 0], [1e-5], "numbers must have 4 entries"),
-    ],
-)
-def test_a_geometry_that_does_not_fit_is_refused(geometry: Any, numbers: Any, message: str) -> None:
+def without(sizes: dict[str, int], name: str) -> dict[str, np.int64]:
+    return {n: np.int64(size) for n, size in sizes.items() if n != name}
+
+
+REFUSED = {
+    "rows that x does not have": (
+        {"layout": without(LAYOUT, "outer") | {"outer": np.int64(9)}},
+        "layout must have the elements of x, 24",
+    ),
+    "a layout without a size": (
+        {"layout": without(LAYOUT, "run")},
+        "attribute run must be an int64",
+    ),
+    "a layout of other integers": (
+        {"layout": without(LAYOUT, "inner") | {"inner": np.int32(1)}},
+        "attribute inner must be an int64",
+    ),
+    "no dictionary": ({"layout": np.int64(8)}, "attribute layout must be a dictionary"),
+    "half a number": ({"eps": np.float32(1e-5)}, "attribute eps must be a float64"),
+    "a flag as a number": ({"batch": np.int64(1)}, "attribute batch must be a bool"),
+}
+
+
+@pytest.fixture
+def registered() -> None:
+    jax.clear_caches()  # equal numbers of other types would share a program
     assert custom_calls.refuse(make_layout("test", (8, 3), -1), "float32", None) is None
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_call_is_refused_with(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message):
-        jax.block_until_ready(
-            call_forward(
-                jnp.zeros((8, 3)), np.array(geometry, np.int64), np.array(numbers, np.float64)
-            )
-        )
+        jax.block_until_ready(call_forward(jnp.zeros((8, 3)), **attributes(**changes)))
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("name", ["layout", "view", "eps", "rmin", "rmax", "dmax", "batch"])
+def test_a_call_is_refused_without(name: str) -> None:
+    given = attributes()
+    del given[name]
+    with pytest.raises(Exception, match=f"attribute {name} must be"):
+        jax.block_until_ready(call_forward(jnp.zeros((8, 3)), **given))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_call_is_refused_with_other_operands() -> None:
+    with pytest.raises(Exception, match="must have 8 operands and 3 results"):
+        jax.block_until_ready(call_forward(jnp.zeros((8, 3)), absent=5, **attributes()))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_mask_of_floats_is_refused() -> None:
+    none = jnp.zeros((0,), jnp.float32)
+    outputs = (
+        jax.ShapeDtypeStruct((8, 3), np.float32),
+        jax.ShapeDtypeStruct((len(STATISTICS), 3), np.float32),
+        jax.ShapeDtypeStruct((1,), np.float32),
+    )
+    call = jax.ffi.ffi_call("batchnorm_forward", outputs)
+    with pytest.raises(Exception, match="a mask must be of booleans or integers"):
+        jax.block_until_ready(call(jnp.zeros((8, 3)), jnp.ones(8), *[none] * 6, **attributes()))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_call_by_names_normalizes() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    y, _, count = call_forward(x, **attributes())
+    np.testing.assert_array_equal(y, batch_norm(x, fused=True)[0])
+    np.testing.assert_array_equal(count, [8])

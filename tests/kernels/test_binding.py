@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
+from batchnorm.kernels.kept import STATISTICS
 
 _cpu = pytest.importorskip("batchnorm.kernels._cpu")
 
@@ -410,9 +411,9 @@ except ValueError as error:
 def test_moments_are_those_of_the_rows(arrays):
     kept = plan().moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
     x = arrays.x.astype(np.float64)
-    mean, low = kept.row(cpu.STATISTICS["mean"]), kept.row(cpu.STATISTICS["low"])
+    mean, low = kept.row(STATISTICS["mean"]), kept.row(STATISTICS["low"])
     np.testing.assert_allclose(mean + low, x.mean(axis=0), rtol=5e-6, atol=5e-6)
-    np.testing.assert_allclose(kept.row(cpu.STATISTICS["var"]), x.var(axis=0), rtol=5e-6)
+    np.testing.assert_allclose(kept.row(STATISTICS["var"]), x.var(axis=0), rtol=5e-6)
 
 
 def test_forward_normalizes_the_rows(arrays):
@@ -440,8 +441,8 @@ def test_statistics_have_eight_rows(arrays, which):
 
 
 def test_row_of_statistics_outlives_what_was_kept(arrays):
-    expected = arrays.forward().row(cpu.STATISTICS["rstd"]).copy()
-    row = arrays.forward().row(cpu.STATISTICS["rstd"])
+    expected = arrays.forward().row(STATISTICS["rstd"]).copy()
+    row = arrays.forward().row(STATISTICS["rstd"])
     gc.collect()
     others = [arrays.forward() for _ in range(100)]
     assert np.array_equal(row, expected)
@@ -453,28 +454,28 @@ def test_row_of_statistics_outlives_what_was_kept(arrays):
 
 @pytest.fixture
 def restored():
-    before = cpu.instructions()
+    before = extension.instructions()
     yield
-    cpu.use_instructions(before)
+    extension.use_instructions(before)
 
 
 @pytest.mark.parametrize("name", ["", "sse9", "AVX2", "avx", "baseline "])
 def test_unknown_instructions_are_refused(name):
     with pytest.raises(ValueError, match=f"this machine cannot run {name!r} instructions"):
-        cpu.use_instructions(name)
+        extension.use_instructions(name)
 
 
 def test_refused_instructions_change_nothing():
-    before = cpu.instructions()
+    before = extension.instructions()
     with pytest.raises(ValueError, match="sse9"):
-        cpu.use_instructions("sse9")
-    assert cpu.instructions() == before
+        extension.use_instructions("sse9")
+    assert extension.instructions() == before
 
 
 @pytest.mark.usefixtures("restored")
 def test_baseline_instructions_run_everywhere():
-    cpu.use_instructions("baseline")
-    assert cpu.instructions() == "baseline"
+    extension.use_instructions("baseline")
+    assert extension.instructions() == "baseline"
 
 
 # Steps in halves, between which other processes' share is added
@@ -492,17 +493,17 @@ class TestHalves:
         np.testing.assert_array_equal(fresh.y, y)
         np.testing.assert_array_equal(fresh.running_mean, mean)
         np.testing.assert_array_equal(fresh.running_var, var)
-        for row in cpu.STATISTICS.values():
-            if row < cpu.STATISTICS["r"]:
+        for row in STATISTICS.values():
+            if row < STATISTICS["r"]:
                 np.testing.assert_array_equal(kept.row(row), whole.row(row))
 
     def test_forward_step_normalizes_by_the_moments_that_it_is_given(self, arrays):
         kept = plan().moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
         mean, var = np.array([1.0, -2.0, 3.0]), np.array([4.0, 0.25, 1.0])
         kept.count()[:] = 100.0
-        kept.row(cpu.STATISTICS["mean"])[:] = mean
-        kept.row(cpu.STATISTICS["low"])[:] = 0.0
-        kept.row(cpu.STATISTICS["var"])[:] = var
+        kept.row(STATISTICS["mean"])[:] = mean
+        kept.row(STATISTICS["low"])[:] = 0.0
+        kept.row(STATISTICS["var"])[:] = var
         arrays.forward(
             kept=kept, update=True, decay=0.0, eps=0.0, **arrays.at("running_mean", "running_var")
         )
@@ -554,7 +555,7 @@ class TestHalves:
         kept = arrays.forward(eps=0.0)
         sums = arrays.reduce(kept)
         arrays.apply(kept, np.zeros_like(sums))
-        rstd = kept.row(cpu.STATISTICS["rstd"])
+        rstd = kept.row(STATISTICS["rstd"])
         np.testing.assert_allclose(arrays.dx, arrays.dy * rstd, rtol=1e-5)
 
     @pytest.mark.parametrize("size", [0, CHANNELS, 2 * CHANNELS + 1])

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm.core.layout import Layout
-from batchnorm.kernels.cpu import Geometry, find_geometry, row_distance, view_mask
+from batchnorm.kernels.geometry import (
+    Geometry,
+    find_geometry,
+    row_distance,
+    row_major_strides,
+    row_mask_shape,
+    view_mask,
+)
 
 
 def strides_of(shape, order=None, gap=0, at=0):
@@ -409,3 +416,22 @@ def test_mask_that_lies_as_x_does_needs_no_copy(memory):
     mask_shape = tuple(1 if a in memory.axes else n for a, n in enumerate(memory.shape))
     strides = strides_of(mask_shape, memory.order)
     assert view_mask(geometry, memory.shape, mask_shape, strides) is not None
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (2, 1, 4), (2, 0, 4), (1, 1)])
+def test_row_major_strides_are_those_of_an_array_without_gaps(shape):
+    strides = row_major_strides(shape)
+    expected = np.empty(shape, np.int8).strides
+    for n, found, true in zip(shape, strides, expected, strict=True):
+        assert found == true or n == 1 or 0 in shape
+
+
+@pytest.mark.parametrize("channels", [(0,), (1,), (2,), (1, 2), (0, 2)])
+def test_copied_mask_of_rows_can_be_walked(channels):
+    shape = (4, 5, 6)
+    layout = Layout(shape, channels)
+    geometry = find_geometry(layout, row_major_strides(shape))
+    rows = row_mask_shape(layout)
+    assert layout.mask_shape(rows, "test") == rows
+    if geometry is not None:
+        assert view_mask(geometry, shape, rows, row_major_strides(rows)) is not None

@@ -12,7 +12,7 @@ import torch
 from batchnorm.core.config import Options
 from batchnorm.core.layout import make_layout
 from batchnorm.core.running import Running
-from batchnorm.kernels import cpu
+from batchnorm.kernels.geometry import find_geometry
 from batchnorm.kernels.select import is_interpreting, triton_status
 
 pytestmark = pytest.mark.skipif(
@@ -89,7 +89,7 @@ def test_kernels_compile(name: str, compiled: Any, tmp_path: Any) -> None:
 
     shape, dtype, residual = CASES[name]
     layout = make_layout("test", shape, 1)
-    geometry = cpu.find_geometry(layout, torch.empty(shape, device="meta").stride())
+    geometry = find_geometry(layout, torch.empty(shape, device="meta").stride())
     assert geometry is not None
     plan = Plan(layout, geometry, str(dtype).removeprefix("torch."))
     array, channels = Array(torch.empty(16, dtype=dtype), geometry.row), torch.empty(16)

@@ -19,7 +19,7 @@ from typing import Any
 from running import Mutant, Verdict, judge
 
 ROOT = Path(__file__).parent.parent.parent
-FILE = "native/channels.cpp"
+FILE = "native/passes/channels.cpp"
 BUILD = ROOT / "build" / "mutants"
 _EDITS = (
     (r" \+ ", " - "),

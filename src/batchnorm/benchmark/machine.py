@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -22,7 +22,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "system": platform.system(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "instructions": cpu.instructions(),
+        "instructions": extension.instructions(),
         "transparent huge pages": _huge_pages(),
     }
 

@@ -24,11 +24,11 @@ from batchnorm.core.running import Running
 from batchnorm.jax.call import Call, Operands
 from batchnorm.jax.checks import working_type
 from batchnorm.jax.namespace import XP
-from batchnorm.kernels import cpu
+from batchnorm.kernels.kept import STATISTICS
 
 
 def step(operands: Operands, call: Call) -> tuple[Array, Array, Array]:
-    """y, rows of statistics as in `cpu.STATISTICS`, count of each group."""
+    """y, rows of statistics as in `STATISTICS`, count of each group."""
     layout = call.layout
     if not call.batch:
         y = _forward_running(operands, call)
@@ -64,8 +64,7 @@ def gradients(
     layout = call.layout
     work = working_type(operands.x)
     named: dict[str, Array] = {
-        name: jnp.reshape(statistics[row], layout.statistics)
-        for name, row in cpu.STATISTICS.items()
+        name: jnp.reshape(statistics[row], layout.statistics) for name, row in STATISTICS.items()
     }
     kept = layout.kept if layout.groups is None else layout.kept[1:]
     shape = tuple(
@@ -181,5 +180,5 @@ def _rows(call: Call, *, mean: Any, low: Any, var: Any, rstd: Any, affine: Affin
         "d": d,
     }
     shape = call.layout.statistics
-    rows = [jnp.broadcast_to(jnp.asarray(named[n], mean.dtype), shape) for n in cpu.STATISTICS]
+    rows = [jnp.broadcast_to(jnp.asarray(named[n], mean.dtype), shape) for n in STATISTICS]
     return jnp.stack([jnp.reshape(row, call.layout.moments) for row in rows])

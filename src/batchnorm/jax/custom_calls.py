@@ -1,4 +1,4 @@
-"""The compiled passes as XLA custom calls; native/bind_xla.cpp is the other side."""
+"""The compiled passes as XLA custom calls; native/bind/xla.cpp is the other side."""
 
 from __future__ import annotations
 
@@ -11,23 +11,34 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from batchnorm.core.config import Renorm
 from batchnorm.core.layout import Layout
 from batchnorm.jax.call import Call
 from batchnorm.jax.checks import working_type
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
+from batchnorm.kernels.geometry import (
+    MaskView,
+    Sizes,
+    find_geometry,
+    row_major_strides,
+    row_mask_shape,
+    sizes_of,
+    view_mask,
+)
+from batchnorm.kernels.kept import STATISTICS
 from batchnorm.kernels.select import select_kernel
 
 # What an explanation adds, since a program may yet be compiled for something else.
 NOTE = "where it is compiled for one CPU device; array code elsewhere"
 
-cpu.warn_if_missing()
+extension.warn_if_missing()
 
 
 @lru_cache(maxsize=1)
 def _registered() -> str | None:
     """Make the handlers known to XLA; why that is not possible, or None."""
     try:
-        for name, handler in cpu.xla_handlers().items():
+        for name, handler in extension.xla_handlers().items():
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
     except RuntimeError as error:  # an XLA whose interface these kernels were not built for
         return f"this jaxlib does not take its custom calls ({error})"
@@ -44,7 +55,7 @@ def refuse(layout: Layout, dtype: Any, mask_shape: tuple[int, ...] | None) -> st
     )
     if choice.kernel is None:
         return choice.reason
-    if cpu.find_geometry(layout, _dense(layout.shape)) is None:
+    if find_geometry(layout, row_major_strides(layout.shape)) is None:
         return f"channel axes {layout.channel_axes} are apart in memory"
     return _registered()
 
@@ -70,11 +81,10 @@ def readable_mask(layout: Layout, mask: Array | None, owner: str) -> Array | Non
         return None
     shape = layout.mask_shape(tuple(mask.shape), owner)
     mask = mask.reshape(shape)
-    geometry = cpu.find_geometry(layout, _dense(layout.shape))
-    if geometry is None or cpu.view_mask(geometry, layout.shape, shape, _dense(shape)):
+    geometry = find_geometry(layout, row_major_strides(layout.shape))
+    if geometry is None or view_mask(geometry, layout.shape, shape, row_major_strides(shape)):
         return mask
-    sizes = [1 if a in layout.channel_axes else n for a, n in enumerate(layout.shape)]
-    return jnp.broadcast_to(mask, sizes)
+    return jnp.broadcast_to(mask, row_mask_shape(layout))
 
 
 def step(*arrays: Array, call: Call) -> Sequence[Array]:
@@ -83,9 +93,8 @@ def step(*arrays: Array, call: Call) -> Sequence[Array]:
     layout, x = call.layout, operands.x
     work = working_type(x)
     groups = 1 if layout.groups is None else layout.groups
-    rows = (len(cpu.STATISTICS), *layout.moments)
-    renorm = call.renorm
-    limits = (0.0, 0.0, 0.0) if renorm is None else (renorm.rmin, renorm.rmax, renorm.dmax)
+    rows = (len(STATISTICS), *layout.moments)
+    limits = call.renorm or Renorm()
     return jax.ffi.ffi_call(
         "batchnorm_forward",
         (
@@ -96,10 +105,13 @@ def step(*arrays: Array, call: Call) -> Sequence[Array]:
     )(
         x,
         *(_or_nothing(a, work) for a in operands[1:]),
-        geometry=_geometry(layout, operands.mask),
-        numbers=np.array([call.eps, *limits], np.float64),
+        **_geometry(layout, operands.mask),
+        eps=np.float64(call.eps),
+        rmin=np.float64(limits.rmin),
+        rmax=np.float64(limits.rmax),
+        dmax=np.float64(limits.dmax),
         batch=np.bool_(call.batch),
-        renorm=np.bool_(renorm is not None),
+        renorm=np.bool_(call.renorm is not None),
     )
 
 
@@ -121,7 +133,7 @@ def gradient(*arrays: Array, call: Call, wanted: tuple[bool, ...]) -> list[Array
         _or_nothing(operands.mask, statistics.dtype),
         statistics,
         count,
-        geometry=_geometry(call.layout, operands.mask),
+        **_geometry(call.layout, operands.mask),
         batch=np.bool_(call.batch),
         renorm=np.bool_(call.renorm is not None),
     )
@@ -133,22 +145,17 @@ def _or_nothing(a: Array | None, dtype: Any) -> Array:
     return jnp.zeros((0,), dtype) if a is None else a
 
 
-def _geometry(layout: Layout, mask: Array | None) -> np.ndarray:
-    """In the order of `Size` in bind_xla.cpp."""
-    geometry = cpu.find_geometry(layout, _dense(layout.shape))
+def _geometry(layout: Layout, mask: Array | None) -> dict[str, dict[str, np.int64]]:
+    """What the shapes of x and of the mask decide, as attributes by name."""
+    geometry = find_geometry(layout, row_major_strides(layout.shape))
     assert geometry is not None
-    view = cpu.MaskView(1, 0, 0)
+    view = MaskView(1, 0, 0)
     if mask is not None:
-        found = cpu.view_mask(geometry, layout.shape, tuple(mask.shape), _dense(mask.shape))
+        found = view_mask(geometry, layout.shape, tuple(mask.shape), row_major_strides(mask.shape))
         assert found is not None
         view = found
-    return np.array([*cpu.sizes_of(layout, geometry), *view], np.int64)
+    return {"layout": _named(sizes_of(layout, geometry)), "view": _named(view)}
 
 
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of an array without gaps, in elements: XLA's operands are such."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
+def _named(sizes: Sizes | MaskView) -> dict[str, np.int64]:
+    return {name: np.int64(n) for name, n in sizes._asdict().items()}

@@ -22,14 +22,15 @@ from batchnorm.jax import array_code, custom_calls
 from batchnorm.jax.call import Call, Operands
 from batchnorm.jax.checks import working_type
 from batchnorm.jax.synchronize import varying_axes
-from batchnorm.kernels import cpu, explanation
+from batchnorm.kernels import explanation
+from batchnorm.kernels.kept import STATISTICS
 from batchnorm.kernels.select import refuse_fused
 
 DIFFERENTIABLE = ("x", "gamma", "beta")
 
 
 class Stepped(NamedTuple):
-    """What a step returns: y; rows of statistics as in `cpu.STATISTICS`; each group's count."""
+    """What a step returns: y; rows of statistics as in `STATISTICS`; each group's count."""
 
     y: Array
     statistics: Array
@@ -81,7 +82,7 @@ def _aval(like: Any, shape: Sequence[int], dtype: Any) -> Any:
 @step_p.def_abstract_eval
 def _step_avals(x: Any, *_: Any, call: Call) -> tuple[Any, ...]:
     layout, work = call.layout, working_type(x)
-    rows = (len(cpu.STATISTICS), *layout.moments)
+    rows = (len(STATISTICS), *layout.moments)
     return (
         x.update(weak_type=False),
         _aval(x, rows, work),
@@ -153,8 +154,8 @@ def _step_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, call: Call) 
     names = tuple(n for n in DIFFERENTIABLE if _moves(moving[n]))
     given = _alike([*(moving[n] for n in names), statistics, count, *primals])
     dy, dmean, dvar = tangent_p.bind(*given, call=call, names=names)
-    rows = [jnp.zeros_like(dmean) for _ in cpu.STATISTICS]
-    rows[cpu.STATISTICS["mean"]], rows[cpu.STATISTICS["var"]] = dmean, dvar
+    rows = [jnp.zeros_like(dmean) for _ in STATISTICS]
+    rows[STATISTICS["mean"]], rows[STATISTICS["var"]] = dmean, dvar
     return (y, statistics, count), (dy, jnp.stack(rows), jnp.zeros_like(count))
 
 

@@ -22,7 +22,8 @@ from batchnorm.jax.checks import check_channels, check_input, check_mask, workin
 from batchnorm.jax.namespace import XP
 from batchnorm.jax.primitives import run_step
 from batchnorm.jax.synchronize import Groups, make_merge
-from batchnorm.kernels import cpu, explanation
+from batchnorm.kernels import explanation
+from batchnorm.kernels.kept import STATISTICS
 from batchnorm.kernels.select import refuse_fused
 
 
@@ -241,7 +242,7 @@ def _by_kernel(
         operands = operands._replace(renorm_mean=None, renorm_stddev=None)
     call = Call(layout, options.eps, True, options.renorm, demanded, owner, ())
     y, rows, counts = run_step(operands, call)
-    high, low, var = (rows[cpu.STATISTICS[name]] for name in ("mean", "low", "var"))
+    high, low, var = (rows[STATISTICS[name]] for name in ("mean", "low", "var"))
     groups = () if layout.groups is None else (layout.groups,)
     counts = counts.reshape((*groups, *(1,) * len(layout.channels)))
     # Empty groups were normalized by other statistics, which are not their moments (S6).

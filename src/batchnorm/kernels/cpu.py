@@ -1,250 +1,27 @@
-"""The compiled passes: how a call's arrays look to them, and whether they are there."""
+"""Names of `extension`, `geometry` and `kept` together, for the torch front end."""
 
-from __future__ import annotations
+from batchnorm.kernels.extension import find_team, make_plan, missing_reason, warn_if_missing
+from batchnorm.kernels.geometry import (
+    Geometry,
+    MaskView,
+    dense_strides,
+    find_geometry,
+    row_distance,
+    view_mask,
+)
+from batchnorm.kernels.kept import STATISTICS, TYPES
 
-import ctypes
-import warnings
-from collections.abc import Sequence
-from functools import lru_cache
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
-
-from batchnorm.core.layout import Layout
-
-try:
-    from batchnorm.kernels import _cpu
-except ImportError as error:
-    _cpu = None  # type: ignore[assignment]
-    _reason = f"the compiled extension is missing ({error})"
-
-TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-# Rows of what a forward step keeps: Statistics::Row in native/batchnorm.hpp.
-STATISTICS = {
-    name: row
-    for row, name in enumerate(("mean", "low", "var", "rstd", "scale", "offset", "r", "d"))
-}
-_ACTIVATIONS = {None: 0, "relu": 1, "leaky_relu": 2}
-
-
-def missing_reason() -> str | None:
-    """Why there are no compiled passes, or None."""
-    return _reason if _cpu is None else None
-
-
-def warn_if_missing() -> None:
-    """Say once, when a front end is imported, that it will be slow."""
-    if _cpu is None:
-        warnings.warn(
-            f"batchnorm: {_reason}; layers use plain array code, which is several times slower. "
-            "Install a C++17 compiler and run `pip install --force-reinstall batchnorm`; "
-            "batchnorm.show_config() says what is in use.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def instructions() -> str:
-    """The instruction set in use: "baseline", "avx2" or "avx512"."""
-    return str(_cpu.instructions())
-
-
-def use_instructions(name: str) -> None:
-    """Choose another instruction set that this machine runs; results are the same to the bit."""
-    if not _cpu.use_instructions(name):
-        raise ValueError(f"kernels: this machine cannot run {name!r} instructions.")
-
-
-class MaskView(NamedTuple):
-    """Mask entry (o, i) is element `(o // repeat) * outer + i * inner`."""
-
-    repeat: int
-    outer: int
-    inner: int
-
-
-class Geometry(NamedTuple):
-    """How memory of one shape and its strides looks to the kernels.
-
-    Attributes:
-        order: x's axes as they lie in memory: reduced, channels, reduced.
-        split: how many of them come before the channels, and before the inner ones.
-        outer, channels, inner: their sizes.
-        row: distance between rows of outer, in elements.
-        dense: the same where nothing lies between them.
-    """
-
-    order: tuple[int, ...]
-    split: tuple[int, int]
-    outer: int
-    channels: int
-    inner: int
-    row: int
-    dense: int
-
-
-@lru_cache(maxsize=4096)
-def find_geometry(layout: Layout, strides: tuple[int, ...]) -> Geometry | None:
-    """The geometry of x, or None if its memory is not rows of channels, or channels of rows.
-
-    Args:
-        layout: of x; with ghost batches axis 0 must come first in memory.
-        strides: of x, in elements.
-    """
-    shape, channel_axes = layout.shape, layout.channel_axes
-    wide = [a for a in range(len(shape)) if shape[a] != 1 or a in channel_axes]
-    order = sorted(wide, key=lambda a: (-strides[a] if shape[a] != 1 else 0, a))
-    order = _place_single_channels(order, layout)
-    at = [order.index(a) for a in channel_axes]
-    if at != list(range(at[0], at[0] + len(at))):
-        return None
-    split = (at[0], at[-1] + 1)
-    if layout.groups is not None and shape[0] != 1 and (not order or order[0] != 0):
-        return None
-    sizes = [shape[a] for a in order]
-    outer, channels, inner = (
-        _product(sizes[: split[0]]),
-        _product(sizes[split[0] : split[1]]),
-        _product(sizes[split[1] :]),
-    )
-    dense = channels * inner
-    found = Geometry(tuple(order), split, outer, channels, inner, dense, dense)
-    row = row_distance(found, shape, strides)
-    return None if row is None else found._replace(row=row)
-
-
-@lru_cache(maxsize=4096)
-def row_distance(
-    geometry: Geometry, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> int | None:
-    """Distance between outer rows of an array of x's shape; None if it lies otherwise."""
-    order, (first, _) = geometry.order, geometry.split
-    if _product([shape[a] for a in order]) == 0:
-        return geometry.dense
-    inside = [(shape[a], strides[a]) for a in order[first:]]
-    if _product([size for size, _ in inside]) > 1 and _collapse(inside) != 1:
-        return None
-    distance = _collapse([(shape[a], strides[a]) for a in order[:first]])
-    if geometry.outer == 1:
-        return geometry.dense
-    return distance if distance is not None and distance >= geometry.dense else None
-
-
-def dense_strides(geometry: Geometry, shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of an array of x's shape whose axes lie in memory as x's do, without gaps."""
-    strides, step = [1] * len(shape), 1
-    for axis in reversed(geometry.order):
-        strides[axis] = step
-        step *= max(shape[axis], 1)
-    return tuple(strides)
-
-
-@lru_cache(maxsize=4096)
-def view_mask(
-    geometry: Geometry,
-    shape: tuple[int, ...],
-    mask_shape: tuple[int, ...],
-    strides: tuple[int, ...],
-) -> MaskView | None:
-    """How a mask of x's rank, sizes x's or 1, is read; None if it must be copied first."""
-    order, (first, last) = geometry.order, geometry.split
-    if geometry.outer * geometry.inner == 0:  # nothing is read, whatever the strides
-        return MaskView(1, 0, 0)
-
-    def walk(axes: Sequence[int]) -> list[tuple[int, int]]:
-        return [(shape[a], strides[a] if mask_shape[a] != 1 else 0) for a in axes]
-
-    outer, repeat = walk(order[:first]), 1
-    while outer and outer[-1][1] == 0:
-        repeat *= outer.pop()[0]
-    distance, inner = _collapse(outer), _collapse(walk(order[last:]))
-    if distance is None or inner is None:
-        return None
-    return MaskView(max(repeat, 1), distance, inner)
-
-
-@lru_cache(maxsize=4096)
-def make_plan(
-    layout: Layout,
-    geometry: Geometry,
-    dtype: str,
-    activation: str | None,
-    mask: MaskView | None,
-    mask_width: int,
-    team: int,
-) -> Any:
-    """The compiled side of a call; see native/bind_python.cpp. `team` is from `find_team`."""
-    plan = _cpu.Plan(TYPES[dtype], *sizes_of(layout, geometry), _ACTIVATIONS[activation])
-    if mask is not None:
-        plan.set_mask(mask_width, *mask)
-    plan.set_team(team)
-    return plan
-
-
-class Sizes(NamedTuple):
-    """native/batchnorm.hpp's Layout."""
-
-    outer: int
-    channels: int
-    inner: int
-    groups: int
-    run: int
-
-
-def sizes_of(layout: Layout, geometry: Geometry) -> Sizes:
-    """What the kernels know of x's shape."""
-    groups = 1 if layout.groups is None else layout.groups
-    samples = layout.shape[0]
-    run = 1 if layout.groups is None else max(geometry.outer // max(samples, 1), 1)
-    return Sizes(geometry.outer, geometry.channels, geometry.inner, groups, run)
-
-
-def xla_handlers() -> dict[str, Any]:
-    """XLA custom calls by name; see native/bind_xla.cpp."""
-    return dict(_cpu.xla_handlers())
-
-
-def find_team(library: Path) -> int:
-    """The address of OpenMP's GOMP_parallel as `library` uses it; 0 if it uses another runtime.
-
-    Its idle threads spin for milliseconds before they sleep: threads of our own would compete with
-    them for cores.
-    """
-    try:
-        found = ctypes.CDLL(str(library)).GOMP_parallel
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(found, ctypes.c_void_p).value or 0
-
-
-def _place_single_channels(order: list[int], layout: Layout) -> list[int]:
-    """Channel axes of size 1 have no place in memory of their own: put them beside the others."""
-    single = [a for a in layout.channel_axes if layout.shape[a] == 1]
-    if not single:
-        return order
-    kept = [a for a in order if a not in single]
-    others = [a for a in layout.channel_axes if layout.shape[a] != 1]
-    if others:
-        begin = min(kept.index(a) for a in others)
-        moved = sorted([*single, *kept[begin : begin + len(others)]])
-        return [*kept[:begin], *moved, *kept[begin + len(others) :]]
-    return [*kept, *single]
-
-
-def _collapse(axes: Sequence[tuple[int, int]]) -> int | None:
-    """The stride of several (size, stride) axes taken as one; None if there is no such."""
-    wide = [(size, stride) for size, stride in axes if size != 1]
-    if not wide:
-        return 0
-    for (_, stride), (size, inner) in pairwise(wide):
-        if stride != size * inner:
-            return None
-    return wide[-1][1]
-
-
-def _product(sizes: Sequence[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+__all__ = [
+    "STATISTICS",
+    "TYPES",
+    "Geometry",
+    "MaskView",
+    "dense_strides",
+    "find_geometry",
+    "find_team",
+    "make_plan",
+    "missing_reason",
+    "row_distance",
+    "view_mask",
+    "warn_if_missing",
+]

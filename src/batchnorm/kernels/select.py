@@ -14,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
+from batchnorm.kernels.kept import TYPES
 
 _TRITON = (3, 7)  # 3.7 takes named tuples of arguments, and double-precision numbers
 
@@ -28,10 +29,10 @@ class Choice(NamedTuple):
 
 def extension_status() -> Choice:
     """Whether this installation holds compiled kernels for the CPU."""
-    missing = cpu.missing_reason()
+    missing = extension.missing_reason()
     if missing is not None:
         return Choice(None, missing)
-    return Choice("cpu", f"compiled, {cpu.instructions()} instructions")
+    return Choice("cpu", f"compiled, {extension.instructions()} instructions")
 
 
 @lru_cache(maxsize=1)
@@ -77,7 +78,7 @@ def select_kernel(
     status = triton_status() if device != "cpu" or interpreted else extension_status()
     if status.kernel is None:
         return status
-    if dtype not in cpu.TYPES:
+    if dtype not in TYPES:
         return Choice(None, f"there is none for {dtype}")
     if adjusted:
         return Choice(None, "none takes an adjustment")

@@ -10,7 +10,9 @@ import numpy as np
 
 from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Moments, centre, merge_moments
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
+from batchnorm.kernels.geometry import find_geometry, view_mask
+from batchnorm.kernels.kept import STATISTICS, TYPES
 from batchnorm.kernels.select import select_kernel
 from batchnorm.reference import XP
 
@@ -30,7 +32,7 @@ def measure(x: Any, mask: Any, axes: Sequence[int]) -> Moments:
 
     Source: S2, S3.
     """
-    if x.dtype.name not in cpu.TYPES or x.dtype.name == "bfloat16":
+    if x.dtype.name not in TYPES or x.dtype.name == "bfloat16":
         x = x.astype(np.float32)  # NumPy does not know how to add bfloat16
     layout = Layout(x.shape, tuple(axes))
     found = _by_kernel(x, mask, layout) if x.size else None
@@ -57,22 +59,22 @@ def _by_kernel(x: Any, mask: Any, layout: Layout) -> Moments | None:
     choice = select_kernel("cpu", x.dtype.name, adjusted=False, per_channel_mask=per_channel)
     if choice.kernel is None:
         return None
-    geometry = cpu.find_geometry(layout, _strides(x))
+    geometry = find_geometry(layout, _strides(x))
     if geometry is None:
         x = np.ascontiguousarray(x)
-        geometry = cpu.find_geometry(layout, _strides(x))
+        geometry = find_geometry(layout, _strides(x))
     if geometry is None:
         return None
     view = None
     if mask is not None:
         mask = np.ascontiguousarray(mask)
-        view = cpu.view_mask(geometry, layout.shape, mask.shape, _strides(mask))
+        view = view_mask(geometry, layout.shape, mask.shape, _strides(mask))
         if view is None:
             return None
-    plan = cpu.make_plan(layout, geometry, x.dtype.name, None, view, 1, 0)
+    plan = extension.make_plan(layout, geometry, x.dtype.name, None, view, 1, 0)
     address = 0 if mask is None else mask.ctypes.data
     kept = plan.moments(x.ctypes.data, geometry.row, address, os.cpu_count() or 1)
-    rows = (np.array(kept.row(cpu.STATISTICS[name])) for name in ("mean", "var"))
+    rows = (np.array(kept.row(STATISTICS[name])) for name in ("mean", "var"))
     channels = geometry.channels
     return Moments(np.full(channels, kept.count()), *rows)
 

@@ -12,7 +12,8 @@ import batchnorm
 import torch_path
 from batchnorm.core.config import Options
 from batchnorm.core.layout import make_layout
-from batchnorm.kernels import cpu
+from batchnorm.kernels.geometry import find_geometry, sizes_of
+from batchnorm.kernels.kept import BYTES
 from batchnorm.kernels.triton import arguments, launch, tiling
 from batchnorm.torch import BatchNorm, batch_norm
 from cases import Case, make_data
@@ -241,11 +242,11 @@ def test_autocast_leaves_the_input_s_type() -> None:
 def test_tiles_cover_an_array_within_the_limits(shape: tuple[int, ...], dtype: str) -> None:
     layout = make_layout("test", shape, 1)
     strides = torch.empty(shape, device="meta").stride()
-    sizes = cpu.sizes_of(layout, cpu.find_geometry(layout, strides))
-    cut = tiling.find_tiling(sizes, cpu.BYTES[dtype], tiling.LIMITS)
+    sizes = sizes_of(layout, find_geometry(layout, strides))
+    cut = tiling.find_tiling(sizes, BYTES[dtype], tiling.LIMITS)
     assert cut.parts * cut.width >= sizes.channels > (cut.parts - 1) * cut.width
     assert cut.tiles * cut.length >= tiling.count_positions(sizes) > (cut.tiles - 1) * cut.length
-    assert cut.width * cut.length * cpu.BYTES[dtype] <= tiling.LIMITS.tile
+    assert cut.width * cut.length * BYTES[dtype] <= tiling.LIMITS.tile
     assert 1 <= cut.blocks * cut.parts <= max(tiling.LIMITS.programs, cut.parts)
     assert cut.blocks <= cut.tiles
 
@@ -255,7 +256,7 @@ def test_a_step_in_halves_is_the_step() -> None:
     x, dy, nothing = torch.randn(40, 3), torch.randn(40, 3), arguments.Array(None)
     mask = arguments.Mask((torch.rand(40) < 0.5).to(torch.uint8), 1, 1, 0)
     layout = make_layout("test", (40, 3), 1)
-    geometry = cpu.find_geometry(layout, x.stride())
+    geometry = find_geometry(layout, x.stride())
     assert geometry is not None
     plan = launch.Plan(layout, geometry, "float32")
     parameters = arguments.Parameters(torch.rand(3), torch.rand(3))

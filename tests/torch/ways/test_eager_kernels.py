@@ -19,12 +19,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import jvp, vmap
 
 import batchnorm.torch.kernels.autograd as kernels
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
 from batchnorm.torch import BatchNorm, RenormStatistics, batch_norm
 from batchnorm.torch.kernels.decision import decide
 
 pytestmark = pytest.mark.skipif(
-    cpu.missing_reason() is not None, reason=f"no kernels: {cpu.missing_reason()}"
+    extension.missing_reason() is not None, reason=f"no kernels: {extension.missing_reason()}"
 )
 
 KERNEL = 5e-6  # S3
@@ -54,16 +54,16 @@ def threads():
 @pytest.fixture
 def instructions():
     """Choose instructions, or skip; undone afterwards."""
-    before = cpu.instructions()
+    before = extension.instructions()
 
     def use(name):
         try:
-            cpu.use_instructions(name)
+            extension.use_instructions(name)
         except ValueError:
             pytest.skip(f"this machine does not run {name} instructions")
 
     yield use
-    cpu.use_instructions(before)
+    extension.use_instructions(before)
 
 
 def layer_for(channels, **options):
@@ -685,8 +685,10 @@ def test_layer_uses_a_kernel_unless_told_otherwise(monkeypatch, fused, training)
 
 @pytest.fixture
 def missing_extension(monkeypatch):
-    monkeypatch.setattr(cpu, "_cpu", None)
-    monkeypatch.setattr(cpu, "_reason", "the compiled extension is missing (test)", raising=False)
+    monkeypatch.setattr(extension, "_cpu", None)
+    monkeypatch.setattr(
+        extension, "_reason", "the compiled extension is missing (test)", raising=False
+    )
     decide.cache_clear()
     yield
     decide.cache_clear()
@@ -710,7 +712,7 @@ def test_without_the_extension_fused_says_why():
 @pytest.mark.usefixtures("missing_extension")
 def test_without_the_extension_importing_warns():
     with pytest.warns(RuntimeWarning, match="the compiled extension is missing"):
-        cpu.warn_if_missing()
+        extension.warn_if_missing()
 
 
 # Derivatives of every order

@@ -13,13 +13,13 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm.torch.kernels.autograd as kernels
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
 from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask
 from batchnorm.torch.ways import last_call
 from batchnorm.torch.ways.last_call import LastCall, LastCalls
 
 pytestmark = pytest.mark.skipif(
-    cpu.missing_reason() is not None, reason=f"no kernels: {cpu.missing_reason()}"
+    extension.missing_reason() is not None, reason=f"no kernels: {extension.missing_reason()}"
 )
 
 SHAPE = (8, 4, 6)

@@ -21,12 +21,14 @@ from batchnorm.core.running import Running
 from batchnorm.keras.backends.tensorflow_arrays import place_given
 from batchnorm.keras.backends.tensorflow_devices import find_accelerator, is_compiled
 from batchnorm.keras.call import Call
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
+from batchnorm.kernels.geometry import find_geometry, row_major_strides, row_mask_shape, view_mask
+from batchnorm.kernels.kept import TYPES
 from batchnorm.kernels.select import extension_status, select_kernel
 
 _ALIGNMENT = 64  # bytes; TensorFlow copies arrays that start elsewhere
 
-cpu.warn_if_missing()
+extension.warn_if_missing()
 
 
 def refuse_options(call: Call, rank: int | None) -> str | None:
@@ -204,8 +206,8 @@ def _prepare(
     else:
         found = _plan(*settings, mask.shape, mask.itemsize)
         if found is None:
-            sizes = [1 if a in passes.axes else n for a, n in enumerate(x.shape)]
-            mask = np.ascontiguousarray(np.broadcast_to(mask, sizes))
+            rows = row_mask_shape(Layout(x.shape, passes.axes))
+            mask = np.ascontiguousarray(np.broadcast_to(mask, rows))
             found = _plan(*settings, mask.shape, mask.itemsize)
     assert found is not None
     return found, mask
@@ -223,25 +225,16 @@ def _plan(
 ) -> _Prepared | None:
     """What dense arrays of these shapes decide; None if the mask must be copied first."""
     layout = make_layout(owner, shape, axes, virtual_batch_size)
-    geometry = cpu.find_geometry(layout, _dense(shape))
+    geometry = find_geometry(layout, row_major_strides(shape))
     assert geometry is not None
     view = None
     if mask_shape is not None:
         Layout(shape, axes).mask_shape(mask_shape, owner)  # sizes that the graph did not know
-        view = cpu.view_mask(geometry, shape, mask_shape, _dense(mask_shape))
+        view = view_mask(geometry, shape, mask_shape, row_major_strides(mask_shape))
         if view is None:
             return None
-    plan = cpu.make_plan(layout, geometry, dtype, None, view, mask_width, 0)
+    plan = extension.make_plan(layout, geometry, dtype, None, view, mask_width, 0)
     return _Prepared(plan, geometry.dense)
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of an array in row-major order, in elements."""
-    strides, distance = [], 1
-    for size in reversed(shape):
-        strides.append(distance)
-        distance *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 def _aligned(
@@ -270,7 +263,7 @@ def _address(a: np.ndarray | None) -> int:
 
 
 def _type(a: np.ndarray | None) -> int:
-    return cpu.TYPES["float32" if a is None else str(a.dtype)]
+    return TYPES["float32" if a is None else str(a.dtype)]
 
 
 def _threads() -> int:

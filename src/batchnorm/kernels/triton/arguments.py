@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from batchnorm.core.config import Options
-from batchnorm.kernels import cpu
+from batchnorm.kernels.geometry import Sizes
+from batchnorm.kernels.kept import STATISTICS
 from batchnorm.kernels.triton import tiling
 from batchnorm.kernels.triton.tiling import Tiling
 
@@ -26,7 +27,7 @@ class Array(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A mask, or None, and how it is read: see `batchnorm.kernels.cpu.MaskView`."""
+    """A mask, or None, and how it is read: see `batchnorm.kernels.geometry.MaskView`."""
 
     data: Tensor | None
     repeat: int = 1
@@ -84,17 +85,17 @@ class Kept(NamedTuple):
 
     def row(self, name: str) -> Tensor:
         """One of STATISTICS: a value for each group and channel."""
-        begin = cpu.STATISTICS[name] * self.size
+        begin = STATISTICS[name] * self.size
         return self.data[begin : begin + self.size]
 
     def counts(self) -> Tensor:
         """Real rows of each group, as the first part of the channels has them."""
-        begin = len(cpu.STATISTICS) * self.size
+        begin = len(STATISTICS) * self.size
         return self.data[begin : begin + self.groups]
 
 
 def make_walk(
-    sizes: cpu.Sizes,
+    sizes: Sizes,
     cut: Tiling,
     blocks: int,
     together: int,

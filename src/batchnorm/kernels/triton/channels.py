@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.cpu import STATISTICS
+from batchnorm.kernels.kept import STATISTICS
 
 MEAN, LOW, VAR, RSTD, SCALE, OFFSET, R, D = (tl.constexpr(row) for row in STATISTICS.values())
 COUNT = tl.constexpr(len(STATISTICS))

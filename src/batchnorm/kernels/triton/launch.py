@@ -15,7 +15,8 @@ from torch import Tensor
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
 from batchnorm.core.running import Running
-from batchnorm.kernels import cpu
+from batchnorm.kernels.geometry import Geometry, sizes_of
+from batchnorm.kernels.kept import BYTES, STATISTICS
 from batchnorm.kernels.triton import backward, channels, forward, tiling
 from batchnorm.kernels.triton.arguments import (
     ACTIVATIONS,
@@ -37,9 +38,9 @@ _NO_RUNNING = Running(None, None)
 class Plan:
     """The launches for arrays of one layout and type."""
 
-    def __init__(self, layout: Layout, geometry: cpu.Geometry, dtype: str) -> None:
-        self.sizes = sizes = cpu.sizes_of(layout, geometry)
-        self._bytes = cpu.BYTES[dtype]
+    def __init__(self, layout: Layout, geometry: Geometry, dtype: str) -> None:
+        self.sizes = sizes = sizes_of(layout, geometry)
+        self._bytes = BYTES[dtype]
         self._type = tl.float64 if dtype == "float64" else tl.float32
         self.tiling = tiling.find_tiling(sizes, self._bytes, tiling.LIMITS)
         self.statistics = sizes.groups * sizes.channels
@@ -270,7 +271,7 @@ class Plan:
         groups = self.sizes.groups
         # No kernel that writes counts has more programs for a group.
         parts = max(1, self.tiling.parts, divide_up(self.sizes.channels, 8))
-        data = self._new(x, len(cpu.STATISTICS) * self.statistics + parts * groups)
+        data = self._new(x, len(STATISTICS) * self.statistics + parts * groups)
         if self.sizes.channels == 0:  # no kernel runs
             data.zero_()
         return Kept(data, self.statistics, groups)

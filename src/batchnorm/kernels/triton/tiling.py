@@ -25,7 +25,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from batchnorm.kernels.cpu import Sizes
+from batchnorm.kernels.geometry import Sizes
 
 
 class Limits(NamedTuple):

@@ -2,7 +2,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "passes.hpp"
+#include "passes/passes.hpp"
 
 namespace batchnorm {
 namespace {

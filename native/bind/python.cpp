@@ -11,7 +11,7 @@
 #include <string>
 
 #include "batchnorm.hpp"
-#include "bind_xla.hpp"
+#include "bind/xla.hpp"
 
 namespace nb = nanobind;
 using namespace batchnorm;
@@ -19,8 +19,6 @@ using namespace batchnorm;
 namespace {
 
 using Address = std::uintptr_t;
-
-constexpr Index kBytes[] = {2, 2, 4, 8};
 
 [[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
 
@@ -324,8 +322,8 @@ NB_MODULE(_cpu, m) {
         nb::arg("name"));
     m.def("xla_handlers", [] {
         nb::dict handlers;
-        handlers["batchnorm_forward"] = nb::capsule(kXlaForward);
-        handlers["batchnorm_backward"] = nb::capsule(kXlaBackward);
+        handlers["batchnorm_forward"] = nb::capsule(bind::kXlaForward);
+        handlers["batchnorm_backward"] = nb::capsule(bind::kXlaBackward);
         return handlers;
     });
     nb::class_<Kept>(m, "Kept")

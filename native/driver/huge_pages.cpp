@@ -12,7 +12,6 @@ void advise_huge_pages([[maybe_unused]] const Array& array, [[maybe_unused]] con
     constexpr Index kSmallest = Index(4) << 20;  // below, system calls cost more than they save
     const Layout& layout = step.layout;
     if (!array || array.stride != layout.channels * layout.inner) return;
-    static constexpr Index kBytes[] = {2, 2, 4, 8};
     const Index bytes = layout.outer * array.stride * kBytes[static_cast<int>(step.type)];
     if (bytes < kSmallest) return;
     const auto begin = reinterpret_cast<std::uintptr_t>(array.data);

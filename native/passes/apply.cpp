@@ -1,0 +1,207 @@
+// Gradient application: dx from g and its sums (S8, S18).
+#include "gate.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+namespace {
+
+// dresidual holds g already, unless a half type rounded it.
+template <class T>
+bool has_gradient(const Step& s) {
+    return s.dresidual && (sizeof(T) > 2 || s.options.activation == Activation::relu);
+}
+
+template <int kStep, class T>
+void apply_chunks(const Step& s, const T* g, const T* x, const T* y, T* dx, Index n, bool gated,
+                  const Coefficients<Compute<T>>& k) {
+    Compute<T> gate_buffer[kChunk];
+    Access<T> of_g, of_x, to;
+    const bool reads_x = s.options.batch;
+    const Index limit = gated ? kChunk : Access<T>::kLimit;
+    for (Index i = 0; i < n;) {
+        const Index m = n - i < limit ? n - i : limit;
+        const Coefficients<Compute<T>> here = kStep ? at(k, i) : k;
+        const Compute<T>* gs = gate_buffer;
+        if (gated) {
+            gate<kStep>(g + i, x + i, at(y, i), gate_buffer, m, here, s.options.activation);
+        } else {
+            gs = of_g.read(g + i, m);
+        }
+        apply_line<kStep>(gs, of_x.read(reads_x ? x + i : nullptr, m), to.target(dx + i), m,
+                          s.options.batch, here);
+        to.write(dx + i, m);
+        i += m;
+    }
+}
+
+template <class T>
+struct Source {
+    bool gated;
+    Array g;
+
+    explicit Source(const Step& s)
+        : gated(s.options.activation != Activation::none && !has_gradient<T>(s)),
+          g(has_gradient<T>(s) ? s.dresidual : s.dy) {}
+};
+
+template <class T>
+void apply_row(const Step& s, const Source<T>& from, Index o, Index offset, Index n,
+               const Coefficients<Compute<T>>& k) {
+    apply_chunks<1>(s, element<const T>(from.g, o, offset), element<const T>(s.x, o, offset),
+                    element<const T>(s.y, o, offset), element<T>(s.dx, o, offset), n, from.gated,
+                    k);
+}
+
+template <class T>
+void apply_padded_row(const Step& s, Index o, Index offset, Index n) {
+    T* dx = element<T>(s.dx, o, offset);
+    for (Index i = 0; i < n; ++i) dx[i] = T{};
+    if (!s.dresidual) return;
+    gate_to(element<const T>(s.dy, o, offset), element<const T>(s.y, o, offset),
+            element<T>(s.dresidual, o, offset), n, s.options.activation);
+}
+
+// Several rows at once where all arrays are contiguous, which pays where channels are few.
+template <class T>
+Index rows_together(const Step& s) {
+    const Index width = s.layout.channels * s.layout.inner;
+    const Array all[] = {s.x, s.y, s.dy, s.dx, s.dresidual};
+    for (const Array& a : all) {
+        if (a && a.stride != width) return 1;
+    }
+    return rows_per_line(width);
+}
+
+constexpr Index kRowsAhead = 16;
+
+template <class T>
+void fetch_row(const Step& s, const Source<T>& from, Index o, Index offset, Index n) {
+    const Index step = Index(64 / sizeof(T)), most = 16 * step;  // hardware follows longer ones
+    for (Index i = 0, end = n < most ? n : most; i < end; i += step) {
+        __builtin_prefetch(element<const T>(from.g, o, offset + i));
+        __builtin_prefetch(element<const T>(s.x, o, offset + i));
+    }
+}
+
+// Rows o + i of which keep[i] says that they are real. Where few are left out, all are computed,
+// which hardware foresees, and the padded ones overwritten.
+template <class T>
+void apply_some_rows(const Step& s, const Source<T>& from, Index o, Index n, Index offset,
+                     Index width, const unsigned char* keep, const Coefficients<Compute<T>>& k) {
+    unsigned char rows[2][kRowsAhead];  // padded, real
+    Index found[2] = {0, 0};
+    for (Index i = 0; i < n; ++i) {
+        rows[0][found[0]] = rows[1][found[1]] = static_cast<unsigned char>(i);
+        ++found[keep[i]];
+    }
+    if (3 * found[1] > n) {
+        for (Index i = 0; i < n; ++i) apply_row<T>(s, from, o + i, offset, width, k);
+    } else {
+        for (Index i = 0; i < found[1]; ++i)
+            apply_row<T>(s, from, o + rows[1][i], offset, width, k);
+    }
+    for (Index i = 0; i < found[0]; ++i) apply_padded_row<T>(s, o + rows[0][i], offset, width);
+}
+
+// Rows [o, o + n) one by one. Left out rows break the streams that hardware follows, so that the
+// real ones of the next few are fetched ahead.
+template <class T>
+void apply_masked_rows(const Step& s, const Source<T>& from, Index o, Index n, Index offset,
+                       Index width, const Coefficients<Compute<T>>& k) {
+    unsigned char keep[2][kRowsAhead];
+    read_rows(s.mask, o, n < kRowsAhead ? n : kRowsAhead, keep[0]);
+    for (Index r = 0; r < n; r += kRowsAhead) {
+        const unsigned char* now = keep[r / kRowsAhead % 2];
+        unsigned char* next = keep[(r / kRowsAhead + 1) % 2];
+        const Index left = n - r, ahead = left - kRowsAhead;
+        const Index some = ahead < 0 ? 0 : ahead < kRowsAhead ? ahead : kRowsAhead;
+        read_rows(s.mask, o + r + kRowsAhead, some, next);
+        for (Index i = 0; i < some; ++i) {
+            if (next[i]) fetch_row<T>(s, from, o + r + kRowsAhead + i, offset, width);
+        }
+        apply_some_rows<T>(s, from, o + r, left < kRowsAhead ? left : kRowsAhead, offset, width,
+                           now, k);
+    }
+}
+
+template <class T>
+void apply_rows(const Step& s, const Block& b, const double* sums) {
+    const Index span = s.layout.inner, width = b.channels * span, first = b.channel * span;
+    const Index joined = b.channels == s.layout.channels ? rows_together<T>(s) : 1;
+    const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width,
+                                              s.options.batch ? sums : nullptr);
+    const Source<T> from(s);
+    for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
+        if (s.mask && joined == 1) {
+            apply_masked_rows<T>(s, from, o, n, first, width, lanes.from());
+            return true;
+        }
+        unsigned char keep[64];  // kTile are used; GCC 12 warns of whole vectors
+        for (Index r = 0; r < n; r += joined) {
+            const Index m = n - r < joined ? n - r : joined;
+            Index real = m;
+            if (s.mask) {
+                read_rows(s.mask, o + r, m, keep);
+                real = 0;
+                for (Index i = 0; i < m; ++i) real += keep[i];
+            }
+            // Padded rows between real ones are computed along, and overwritten.
+            if (real > 0) apply_row<T>(s, from, o + r, first, m * width, lanes.from());
+            if (real == m) continue;
+            for (Index i = 0; i < m; ++i) {
+                if (!keep[i]) apply_padded_row<T>(s, o + r + i, first, width);
+            }
+        }
+        return true;
+    });
+}
+
+constexpr Index kBlanked = 512;
+
+template <class T>
+void apply_positions(const Step& s, const Block& b, const double* sums) {
+    const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels, s.options.batch ? sums : nullptr);
+    const Source<T> from(s);
+    Selection<T> real;
+    for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
+        const Index step = s.mask ? piece_of(length) : length;
+        for (Index i = first; i < first + length; i += step) {
+            const Index n = first + length - i < step ? first + length - i : step;
+            real.read(s.mask, o, i, n);
+            for (Index c = 0; c < b.channels; ++c) {
+                const Index offset = (b.channel + c) * s.layout.inner + i;
+                T* dx = element<T>(s.dx, o, offset);
+                if (real.none) {
+                    for (Index p = 0; p < n; ++p) dx[p] = T{};
+                    continue;
+                }
+                const T *g = element<const T>(from.g, o, offset),
+                        *x = element<const T>(s.x, o, offset);
+                const T* y = element<const T>(s.y, o, offset);
+                // What is still in the nearest cache is cheaply blanked.
+                const Index part = real.all ? n : kBlanked;
+                for (Index p = 0; p < n; p += part) {
+                    const Index m = n - p < part ? n - p : part;
+                    apply_chunks<0>(s, g + p, x + p, at(y, p), dx + p, m, from.gated,
+                                    lanes.from(c));
+                    if (!real.all) real.select(dx + p, T{}, dx + p, m, p);
+                }
+            }
+        }
+        return true;
+    });
+}
+
+}  // namespace
+
+template <class T>
+void apply_block(const Step& step, const Block& block, const double* sums) {
+    if (by_rows(step)) return apply_rows<T>(step, block, sums);
+    apply_positions<T>(step, block, sums);
+}
+
+template void apply_block<Half>(const Step&, const Block&, const double*);
+template void apply_block<Bfloat>(const Step&, const Block&, const double*);
+template void apply_block<float>(const Step&, const Block&, const double*);
+template void apply_block<double>(const Step&, const Block&, const double*);
+
+}  // namespace batchnorm::BATCHNORM_ISA

@@ -1,0 +1,83 @@
+"""The compiled extension: is it there, its plans, and the threads that it may use."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from batchnorm.core.layout import Layout
+from batchnorm.kernels.geometry import Geometry, MaskView, sizes_of
+from batchnorm.kernels.kept import ACTIVATIONS, TYPES
+
+try:
+    from batchnorm.kernels import _cpu
+except ImportError as error:
+    _cpu = None  # type: ignore[assignment]
+    _reason = f"the compiled extension is missing ({error})"
+
+
+def missing_reason() -> str | None:
+    """Why there are no compiled passes, or None."""
+    return _reason if _cpu is None else None
+
+
+def warn_if_missing() -> None:
+    """Say once, when a front end is imported, that it will be slow."""
+    if _cpu is None:
+        warnings.warn(
+            f"batchnorm: {_reason}; layers use plain array code, which is several times slower. "
+            "Install a C++17 compiler and run `pip install --force-reinstall batchnorm`; "
+            "batchnorm.show_config() says what is in use.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def instructions() -> str:
+    """The instruction set in use: "baseline", "avx2" or "avx512"."""
+    return str(_cpu.instructions())
+
+
+def use_instructions(name: str) -> None:
+    """Choose another instruction set that this machine runs; results are the same to the bit."""
+    if not _cpu.use_instructions(name):
+        raise ValueError(f"kernels: this machine cannot run {name!r} instructions.")
+
+
+@lru_cache(maxsize=4096)
+def make_plan(
+    layout: Layout,
+    geometry: Geometry,
+    dtype: str,
+    activation: str | None,
+    mask: MaskView | None,
+    mask_width: int,
+    team: int,
+) -> Any:
+    """The compiled side of a call; see native/bind/python.cpp. `team` is from `find_team`."""
+    plan = _cpu.Plan(TYPES[dtype], *sizes_of(layout, geometry), ACTIVATIONS[activation])
+    if mask is not None:
+        plan.set_mask(mask_width, *mask)
+    plan.set_team(team)
+    return plan
+
+
+def xla_handlers() -> dict[str, Any]:
+    """XLA custom calls by name; see native/bind/xla.cpp."""
+    return dict(_cpu.xla_handlers())
+
+
+def find_team(library: Path) -> int:
+    """The address of OpenMP's GOMP_parallel as `library` uses it; 0 if it uses another runtime.
+
+    Its idle threads spin for milliseconds before they sleep: threads of our own would compete with
+    them for cores.
+    """
+    try:
+        found = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(found, ctypes.c_void_p).value or 0
