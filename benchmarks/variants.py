@@ -14,7 +14,7 @@ from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.torch import BatchNorm
 from batchnorm.torch.kernels import on_cpu
-from batchnorm.torch.kernels.decision import InputKind, decide
+from batchnorm.torch.kernels.decision import decide
 from problem import EPS, Problem
 
 Step = Callable[[], Tensor]
@@ -179,7 +179,7 @@ def _reused(problem: Problem) -> Variant:
     dgamma, dbeta = torch.empty_like(layer.weight), torch.empty_like(layer.bias)
     decision = decide(
         "benchmark",
-        InputKind(x.shape, x.stride(), x.dtype, "cpu"),
+        (x.shape, x.stride(), x.dtype, "cpu"),
         *(1, None, False, None, None, False),
     )
     plan, geometry = decision.plan, decision.geometry

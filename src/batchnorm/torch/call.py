@@ -12,7 +12,7 @@ from batchnorm.core import config
 from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
 from batchnorm.core.running import Running
 from batchnorm.torch import checks
-from batchnorm.torch.kernels.decision import Decision, InputKind, MaskKind, decide
+from batchnorm.torch.kernels.decision import Decision, decide
 from batchnorm.torch.kernels.tensors import is_plain
 from batchnorm.torch.ranks.synchronizer import Participation, Synchronizer, participate
 from batchnorm.torch.recompute import recomputation_flag
@@ -142,12 +142,12 @@ def make_call(tensors: Tensors, settings: Settings, training: bool, update: bool
     if settings.fused is not False and is_plain(x):
         decision = decide(
             owner,
-            InputKind(x.shape, x.stride(), x.dtype, x.device.type),
+            (x.shape, x.stride(), x.dtype, x.device.type),
             settings.axis,
             size,
             training and settings.adjustment is not None,
             options.activation,
-            None if mask is None else MaskKind(mask.shape, mask.stride(), mask.element_size()),
+            None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
             settings.fused is True,
         )
         layout = decision.layout
@@ -164,8 +164,8 @@ def make_call(tensors: Tensors, settings: Settings, training: bool, update: bool
 
 
 def _check_tensors(call: Call) -> None:
-    (x, _, weight, bias, residual, running), layout, owner = call.tensors, call.layout, call.owner
-    channels = layout.channels
+    (x, _, weight, bias, residual, running), layout = call.tensors, call.layout
+    channels, owner = layout.channels, call.settings.owner
     for name, a in (("weight", weight), ("bias", bias)):
         if a is not None:
             if a.shape != channels:
@@ -173,14 +173,13 @@ def _check_tensors(call: Call) -> None:
             if type(a) is not Parameter or a.dtype is not x.dtype or a.layout is not torch.strided:
                 checks.check_parameter(owner, name, a)
     if running is not None:
-        _check_running(call, running)
+        _check_running(call, running, channels)
     if residual is not None:
         checks.check_residual(owner, residual, x)
 
 
-def _check_running(call: Call, running: Running) -> None:
-    layout, owner = call.layout, call.owner
-    channels, written = layout.channels, call.update and not call.traced
+def _check_running(call: Call, running: Running, channels: tuple[int, ...]) -> None:
+    layout, owner, written = call.layout, call.settings.owner, call.update and not call.traced
     for name, a in zip(_STATISTICS, running, strict=True):
         if a is None:
             continue

@@ -319,7 +319,7 @@ def test_a_graph_whose_kernels_are_gone_says_so(monkeypatch):
     layer = torch.compile(BatchNorm(3), fullgraph=True, backend=BACKEND)
     x = torch.randn(6, 3)
     layer(x)
-    kind = decision.InputKind((2, 3), (3, 1), x.dtype, "cpu")
+    kind = (2, 3), (3, 1), x.dtype, "cpu"
     refused = decision.decide("BatchNorm", kind, 1, None, True, None, None, False)
     monkeypatch.setattr(operators, "decide", lambda *arguments: refused)
     with pytest.raises(RuntimeError, match="compiled for kernels that do not serve it here"):

@@ -43,21 +43,10 @@ class Decision(NamedTuple):
     view: cpu.MaskView | None = None
 
 
-class InputKind(NamedTuple):
-    """What is decided by of x: its shape, strides, type, and the kind of its device."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-
-
-class MaskKind(NamedTuple):
-    """What is decided by of a mask: its shape, strides, and bytes an element."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    width: int
+# What is decided by, of x: shape, strides, type and the kind of its device; of a mask: shape,
+# strides and bytes an element. Plain tuples, which a call makes in no time.
+InputKind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, str]
+MaskKind = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 @lru_cache(maxsize=4096)
@@ -82,27 +71,28 @@ def decide(
     Raises:
         ValueError: shapes that do not fit.
     """
+    shape, strides, dtype, device = x
     # Plain tuples: torch.Size would show in error messages.
-    layout = make_layout(owner, tuple(x.shape), axis, virtual_batch_size)
-    mask_shape = None if mask is None else layout.mask_shape(tuple(mask.shape), owner)
+    layout = make_layout(owner, tuple(shape), axis, virtual_batch_size)
+    mask_shape = None if mask is None else layout.mask_shape(tuple(mask[0]), owner)
     varies = mask_shape is not None and layout.varies_along_channels(mask_shape)
-    choice = choose(x.device, NAMES[x.dtype], adjusted, varies, demanded)
+    choice = choose(device, NAMES[dtype], adjusted, varies, demanded)
     if choice.kernel is None:
         return Decision(layout, choice.reason)
-    geometry = cpu.find_geometry(layout, x.strides)
+    geometry = cpu.find_geometry(layout, strides)
     unsuited = Decision(layout, None, mask_shape=mask_shape, kernel=choice.kernel)
     if geometry is None:
-        if _order_to_copy(layout, x.strides) is None:
+        if _order_to_copy(layout, strides) is None:
             return Decision(layout, f"channel axes {layout.channel_axes} are apart in memory")
         return unsuited
     view, width = None, 1
     if mask is not None:
         assert mask_shape is not None
-        width = mask.width
-        view = cpu.view_mask(geometry, x.shape, mask_shape, _strides_in(mask_shape, mask))
+        width = mask[2]
+        view = cpu.view_mask(geometry, shape, mask_shape, _strides_in(mask_shape, mask))
         if view is None:
             return unsuited
-    return _with_plan(unsuited, geometry, x.dtype, activation, (view, width))
+    return _with_plan(unsuited, geometry, dtype, activation, (view, width))
 
 
 def _with_plan(

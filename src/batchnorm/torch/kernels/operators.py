@@ -18,7 +18,7 @@ from batchnorm.core.moments import Centred, centred_from
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
 from batchnorm.torch.call import Call, Tensors
-from batchnorm.torch.kernels.decision import Decision, InputKind, MaskKind, decide
+from batchnorm.torch.kernels.decision import Decision, decide
 from batchnorm.torch.kernels.memory import empty_output, like
 from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted
 from batchnorm.torch.kernels.step import arrange, backward, find_passes, forward
@@ -257,12 +257,12 @@ def _arrange(
     x, mask = tensors.x, tensors.mask
     decision = decide(
         owner,
-        InputKind(x.shape, x.stride(), x.dtype, x.device.type),
+        (x.shape, x.stride(), x.dtype, x.device.type),
         tuple(axes),
         size,
         False,
         activation,
-        None if mask is None else MaskKind(mask.shape, mask.stride(), mask.element_size()),
+        None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
         demanded,
     )
     if decision.refusal is not None:
