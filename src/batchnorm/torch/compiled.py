@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from batchnorm.core.config import Renorm
 from batchnorm.core.running import Running
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
+from batchnorm.kernels.kept import STATISTICS, TYPES
 from batchnorm.torch.prepared import NAMES, Prepared, row_of
 
 if TYPE_CHECKING:
+    from batchnorm.kernels import _cpu
     from batchnorm.torch.steps import Call
 
-_CODES = {dtype: cpu.TYPES[name] for dtype, name in NAMES.items()}
+_CODES = {dtype: TYPES[name] for dtype, name in NAMES.items()}
+_FLOAT32 = TYPES["float32"]  # also of absent arrays
 
 
 def find_state(
     weight: Tensor | None, bias: Tensor | None, running: Running | None
-) -> tuple[int, ...]:
+) -> extension.State:
     """Addresses and types of the per-channel tensors."""
-    mean, var, batches = (None, None, None) if running is None else running[:3]
-    return (
-        0 if weight is None else weight.data_ptr(),
-        2 if weight is None else _CODES[weight.dtype],
-        0 if bias is None else bias.data_ptr(),
-        2 if bias is None else _CODES[bias.dtype],
-        0 if mean is None else mean.data_ptr(),
-        2 if mean is None else _CODES[mean.dtype],
-        0 if var is None else var.data_ptr(),
-        0 if batches is None else batches.data_ptr(),
+    state = Running(None, None) if running is None else running
+    return extension.State(
+        gamma=_address(weight),
+        gamma_type=_type(weight),
+        beta=_address(bias),
+        beta_type=_type(bias),
+        running_type=_type(state.mean),
+        running_mean=_address(state.mean),
+        running_var=_address(state.var),
+        batches=_address(state.batches),
+        running_stddev=_address(state.stddev),
+        renorm_mean=_address(state.renorm_mean),
+        renorm_stddev=_address(state.renorm_stddev),
     )
 
 
-def moments(call: Call, x: Tensor) -> Any:
+def moments(call: Call, x: Tensor) -> _cpu.Kept:
     """What the first pass keeps: count, mean and variance."""
-    prepared = call.prepared
-    assert prepared.geometry is not None
-    mask = 0 if call.mask is None else call.mask.data_ptr()
-    return prepared.plan.moments(x.data_ptr(), prepared.geometry.row, mask, torch.get_num_threads())
+    plan: _cpu.Plan = call.prepared.plan
+    return plan.moments(x=x.data_ptr(), mask=_address(call.mask), threads=torch.get_num_threads())
 
 
 def forward(
@@ -50,34 +53,30 @@ def forward(
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
-    merged: Any,
-) -> Any:
+    merged: _cpu.Kept | None,
+) -> _cpu.Kept:
     """Fill y and move the running statistics; what the backward step needs.
 
     `merged`: what `moments` keeps, merged with other ranks'; or None.
     """
-    prepared, options, mask = call.prepared, call.options, call.mask
-    geometry = prepared.geometry
-    assert geometry is not None
-    kept = prepared.plan.forward(
-        x.data_ptr(),
-        geometry.row,
-        0 if residual is None else residual.data_ptr(),
-        0 if residual is None else row_of(residual, x, prepared),
-        0 if mask is None else mask.data_ptr(),
-        y.data_ptr(),
-        geometry.dense,
-        *call.state,
-        _renorm(options.renorm, call.running) if call.renorm else None,
-        options.eps,
-        -1.0 if options.decay is None else options.decay,
-        call.batch,
-        call.update,
-        options.unbiased,
-        torch.get_num_threads(),
-        merged,
+    plan: _cpu.Plan = call.prepared.plan
+    options, mask = call.options, call.mask
+    return plan.forward(
+        x=x.data_ptr(),
+        mask=0 if mask is None else mask.data_ptr(),
+        y=y.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        residual_row=0 if residual is None else row_of(residual, x, call.prepared),
+        state=call.state,
+        eps=options.eps,
+        decay=-1.0 if options.decay is None else options.decay,
+        batch=call.batch,
+        update=call.update,
+        unbiased=options.unbiased,
+        renorm=extension.make_renorm(options.renorm) if call.renorm else None,
+        threads=torch.get_num_threads(),
+        kept=merged,
     )
-    return merged if kept is None else kept
 
 
 def backward(
@@ -90,17 +89,25 @@ def backward(
     dresidual: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
-    kept: Any,
+    kept: _cpu.Kept,
 ) -> None:
     """Fill the gradients that are given."""
-    call.prepared.plan.backward(
-        *_rows(call, dy, x, y, mask),
-        *_output(call, dx),
-        *_output(call, dresidual),
-        *_parameters(dweight, dbias),
-        kept,
-        call.batch,
-        torch.get_num_threads(),
+    plan: _cpu.Plan = call.prepared.plan
+    plan.backward(
+        dy=dy.data_ptr(),
+        dy_row=row_of(dy, x, call.prepared),
+        x=x.data_ptr(),
+        y=0 if y is None else y.data_ptr(),
+        mask=0 if mask is None else mask.data_ptr(),
+        dx=0 if dx is None else dx.data_ptr(),
+        dresidual=0 if dresidual is None else dresidual.data_ptr(),
+        dgamma=0 if dweight is None else dweight.data_ptr(),
+        dgamma_type=_FLOAT32 if dweight is None else _CODES[dweight.dtype],
+        dbeta=0 if dbias is None else dbias.data_ptr(),
+        dbeta_type=_FLOAT32 if dbias is None else _CODES[dbias.dtype],
+        kept=kept,
+        batch=call.batch,
+        threads=torch.get_num_threads(),
     )
 
 
@@ -113,15 +120,23 @@ def reduce(
     dresidual: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
-    kept: Any,
+    kept: _cpu.Kept,
 ) -> Tensor:
     """The sums that `apply` needs; fills the gradients that are given."""
-    sums = call.prepared.plan.reduce(
-        *_rows(call, dy, x, y, mask),
-        *_output(call, dresidual),
-        *_parameters(dweight, dbias),
-        kept,
-        torch.get_num_threads(),
+    plan: _cpu.Plan = call.prepared.plan
+    sums = plan.reduce(
+        dy=dy.data_ptr(),
+        dy_row=row_of(dy, x, call.prepared),
+        x=x.data_ptr(),
+        y=_address(y),
+        mask=_address(mask),
+        dresidual=_address(dresidual),
+        dgamma=_address(dweight),
+        dgamma_type=_type(dweight),
+        dbeta=_address(dbias),
+        dbeta_type=_type(dbias),
+        kept=kept,
+        threads=torch.get_num_threads(),
     )
     return torch.from_numpy(sums)
 
@@ -135,71 +150,48 @@ def apply(
     dx: Tensor | None,
     dresidual: Tensor | None,
     sums: Tensor,
-    kept: Any,
+    kept: _cpu.Kept,
 ) -> None:
     """Fill dx."""
-    call.prepared.plan.apply(
-        *_rows(call, dy, x, y, mask),
-        *_output(call, dx),
-        *_output(call, dresidual),
-        sums.numpy(),
-        kept,
-        torch.get_num_threads(),
+    plan: _cpu.Plan = call.prepared.plan
+    plan.apply(
+        dy=dy.data_ptr(),
+        dy_row=row_of(dy, x, call.prepared),
+        x=x.data_ptr(),
+        y=_address(y),
+        mask=_address(mask),
+        dx=_address(dx),
+        dresidual=_address(dresidual),
+        sums=sums.numpy(),
+        kept=kept,
+        threads=torch.get_num_threads(),
     )
 
 
-def row(kept: Any, name: str) -> Tensor:
+def row(kept: _cpu.Kept, name: str) -> Tensor:
     """One of STATISTICS, a value for each group and channel: memory of `kept` itself."""
-    return torch.from_numpy(kept.row(cpu.STATISTICS[name]))
+    return torch.from_numpy(kept.row(STATISTICS[name]))
 
 
-def count(kept: Any) -> Tensor:
+def count(kept: _cpu.Kept) -> Tensor:
     """Real rows of each group: memory of `kept` itself."""
     return torch.from_numpy(kept.count())
 
 
-def pack(kept: Any) -> Tensor:
+def pack(kept: _cpu.Kept) -> Tensor:
     """What a backward step needs of `kept` as one array: its memory itself."""
     return torch.from_numpy(kept.all())
 
 
-def unpack(prepared: Prepared, data: Tensor) -> Any:
+def unpack(prepared: Prepared, data: Tensor) -> _cpu.Kept:
     """What a step kept, without renormalization, from the array that `pack` gave."""
-    return prepared.plan.restore(data.data_ptr(), data.numel(), False)
+    plan: _cpu.Plan = prepared.plan
+    return plan.restore(data=data.data_ptr(), size=data.numel(), renorm=False)
 
 
-def _rows(
-    call: Call, dy: Tensor, x: Tensor, y: Tensor | None, mask: Tensor | None
-) -> tuple[int, ...]:
-    geometry = call.prepared.geometry
-    assert geometry is not None
-    return (
-        dy.data_ptr(),
-        row_of(dy, x, call.prepared),
-        x.data_ptr(),
-        geometry.row,
-        0 if y is None else y.data_ptr(),
-        geometry.dense,
-        0 if mask is None else mask.data_ptr(),
-    )
+def _address(a: Tensor | None) -> int:
+    return 0 if a is None else a.data_ptr()
 
 
-def _output(call: Call, a: Tensor | None) -> tuple[int, int]:
-    assert call.prepared.geometry is not None
-    return 0 if a is None else a.data_ptr(), call.prepared.geometry.dense
-
-
-def _parameters(dweight: Tensor | None, dbias: Tensor | None) -> tuple[int, ...]:
-    return (
-        0 if dweight is None else dweight.data_ptr(),
-        2 if dweight is None else _CODES[dweight.dtype],
-        0 if dbias is None else dbias.data_ptr(),
-        2 if dbias is None else _CODES[dbias.dtype],
-    )
-
-
-def _renorm(renorm: Renorm | None, running: Running | None) -> tuple[Any, ...]:
-    assert renorm is not None
-    assert running is not None
-    addresses = (a.data_ptr() for a in running[3:] if a is not None)
-    return (*addresses, renorm.decay, renorm.rmin, renorm.rmax, renorm.dmax)
+def _type(a: Tensor | None) -> int:
+    return _FLOAT32 if a is None else _CODES[a.dtype]

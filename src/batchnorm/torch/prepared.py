@@ -112,6 +112,7 @@ def _with_plan(
     mask_width: int,
 ) -> Prepared:
     layout, name = prepared.layout, NAMES[dtype]
+    plan: Any
     if prepared.kernel == "cpu":
         plan = cpu.make_plan(layout, geometry, name, activation, view, mask_width, _TEAM)
     else:

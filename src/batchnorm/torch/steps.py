@@ -47,7 +47,7 @@ class Call:
         prepared: Prepared,
         mask: Tensor | None,
         running: Running | None,
-        state: tuple[int, ...],
+        state: Any,
         options: config.Options,
         batch: bool,
         update: bool,
