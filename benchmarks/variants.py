@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from batchnorm.benchmark.torch_steps import pack, pick_layer
 from batchnorm.core.running import Running
-from batchnorm.kernels import cpu
+from batchnorm.kernels.kept import TYPES
 from batchnorm.torch import BatchNorm
 from batchnorm.torch.kernels import on_cpu
 from batchnorm.torch.kernels.decision import decide
@@ -185,18 +186,43 @@ def _reused(problem: Problem) -> Variant:
     plan, geometry = decision.plan, decision.geometry
     assert geometry is not None
     running = Running(layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    row, kind, threads = geometry.dense, cpu.TYPES["float32"], torch.get_num_threads()
+    kind, threads = TYPES["float32"], torch.get_num_threads()
+    forward = partial(
+        plan.forward,
+        x=x.data_ptr(),
+        mask=0,
+        y=y.data_ptr(),
+        residual=0,
+        residual_row=0,
+        eps=EPS,
+        decay=0.9,
+        batch=True,
+        update=True,
+        unbiased=True,
+        renorm=None,
+        threads=threads,
+        kept=None,
+    )
+    backward = partial(
+        plan.backward,
+        dy=dy.data_ptr(),
+        dy_row=geometry.dense,
+        x=x.data_ptr(),
+        y=0,
+        mask=0,
+        dx=dx.data_ptr(),
+        dresidual=0,
+        batch=True,
+        threads=threads,
+        dgamma=dgamma.data_ptr(),
+        dgamma_type=kind,
+        dbeta=dbeta.data_ptr(),
+        dbeta_type=kind,
+    )
 
     def step() -> Tensor:
-        state = on_cpu.find_state(layer.weight, layer.bias, running)
-        kept = plan.forward(
-            *(x.data_ptr(), row, 0, 0, 0, y.data_ptr(), row, *state),
-            *(None, EPS, 0.9, True, True, True, threads),
-        )
-        plan.backward(
-            *(dy.data_ptr(), row, x.data_ptr(), row, 0, row, 0, dx.data_ptr(), row, 0, row),
-            *(dgamma.data_ptr(), kind, dbeta.data_ptr(), kind, kept, True, threads),
-        )
+        kept = forward(state=on_cpu.find_state(layer.weight, layer.bias, running))
+        backward(kept=kept)
         return y
 
     return Variant(step, [lambda: dx], exact=True, padding=True)

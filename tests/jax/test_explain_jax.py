@@ -13,11 +13,11 @@ from flax import nnx
 
 from batchnorm import explain
 from batchnorm.jax import BatchNorm
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
 from batchnorm.kernels.explanation import ARRAY_CODE, KERNELS
 
 pytestmark = pytest.mark.skipif(
-    cpu.missing_reason() is not None, reason=f"no kernels: {cpu.missing_reason()}"
+    extension.missing_reason() is not None, reason=f"no kernels: {extension.missing_reason()}"
 )
 
 SHAPE = (8, 5, 3)

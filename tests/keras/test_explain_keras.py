@@ -8,11 +8,11 @@ import pytest
 
 from batchnorm import explain
 from batchnorm.keras import BatchNormalization
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
 from batchnorm.kernels.explanation import ARRAY_CODE, KERNELS
 
 pytestmark = pytest.mark.skipif(
-    cpu.missing_reason() is not None, reason=f"no kernels: {cpu.missing_reason()}"
+    extension.missing_reason() is not None, reason=f"no kernels: {extension.missing_reason()}"
 )
 
 SHAPE = (8, 5, 3)

@@ -18,45 +18,36 @@ F16, BF16, F32, F64 = range(4)
 ROWS, CHANNELS = 6, 3
 FORWARD = {
     "x": 0,
-    "x_stride": CHANNELS,
-    "residual": 0,
-    "residual_stride": 0,
     "mask": 0,
     "y": 0,
-    "y_stride": CHANNELS,
-    "gamma": 0,
-    "gamma_type": F32,
-    "beta": 0,
-    "beta_type": F32,
-    "running_mean": 0,
-    "running_type": F32,
-    "running_var": 0,
-    "batches": 0,
-    "renorm": None,
+    "residual": 0,
+    "residual_row": CHANNELS,
     "eps": 1e-5,
     "decay": 0.9,
     "batch": True,
     "update": False,
     "unbiased": True,
+    "renorm": None,
     "threads": 1,
+    "kept": None,
 }
+# What a step takes in one `State`.
+STATE = (
+    *("gamma", "gamma_type", "beta", "beta_type", "running_type", "running_mean", "running_var"),
+    *("batches", "running_stddev", "renorm_mean", "renorm_stddev"),
+)
 BACKWARD = {
     "dy": 0,
-    "dy_stride": CHANNELS,
+    "dy_row": CHANNELS,
     "x": 0,
-    "x_stride": CHANNELS,
     "y": 0,
-    "y_stride": CHANNELS,
     "mask": 0,
     "dx": 0,
-    "dx_stride": CHANNELS,
     "dresidual": 0,
-    "dresidual_stride": CHANNELS,
     "dgamma": 0,
     "dgamma_type": F32,
     "dbeta": 0,
     "dbeta_type": F32,
-    "kept": None,
     "batch": True,
     "threads": 1,
 }
@@ -67,6 +58,7 @@ PLAN = {
     "inner": 1,
     "groups": 1,
     "run": 1,
+    "row": CHANNELS,
     "activation": 0,
 }
 
@@ -91,24 +83,28 @@ class Arrays:
         return {name: getattr(self, name).ctypes.data for name in names}
 
     def forward(self, of=None, **changes):
+        state = _cpu.State(**{n: changes.pop(n) for n in STATE if n in changes})
         arguments = FORWARD | self.at("x", "y") | changes
-        return (of or plan()).forward(*arguments.values())
+        return (of or plan()).forward(state=state, **arguments)
 
     def backward(self, kept, of=None, **changes):
-        arguments = BACKWARD | self.at("x", "dy", "dx") | {"kept": kept} | changes
-        return (of or plan()).backward(*arguments.values())
+        arguments = BACKWARD | self.at("x", "dy", "dx") | changes
+        return (of or plan()).backward(kept=kept, **arguments)
 
     def reduce(self, kept, of=None, **changes):
-        return (of or plan()).reduce(*self._half(kept, ("dx", "batch"), changes).values())
+        arguments = self._half(("dx", "batch"), changes)
+        return (of or plan()).reduce(kept=kept, **arguments)
 
     def apply(self, kept, sums, of=None, **changes):
-        arguments = self._half(kept, ("dgamma", "dbeta", "gamma", "batch"), self.at("dx") | changes)
-        threads, kept = arguments.pop("threads"), arguments.pop("kept")
-        return (of or plan()).apply(*arguments.values(), sums, kept, threads)
+        arguments = self._half(("dgamma", "dbeta", "batch"), self.at("dx") | changes)
+        return (of or plan()).apply(kept=kept, sums=sums, **arguments)
 
-    def _half(self, kept, without, changes):
-        """The arguments of `backward`, in its order, without some."""
-        arguments = BACKWARD | self.at("x", "dy") | {"kept": kept} | changes
+    def moments(self, of=None):
+        return (of or plan()).moments(**self.at("x"), mask=0, threads=1)
+
+    def _half(self, without, changes):
+        """The arguments of `backward` without some."""
+        arguments = BACKWARD | self.at("x", "dy") | changes
         return {n: a for n, a in arguments.items() if not n.startswith(without)}
 
 
@@ -176,13 +172,13 @@ def test_plan_takes_only_64_bit_integers(name, value):
 @pytest.mark.parametrize("width", [-1, 0, 3, 5, 16])
 def test_mask_width_is_that_of_an_integer_type(width):
     with pytest.raises(ValueError, match=rf"mask width must be 1, 2, 4 or 8; got {width}\."):
-        plan().set_mask(width, 1, 1, 0)
+        plan().set_mask(width=width, repeat=1, outer=1, inner=0)
 
 
 @pytest.mark.parametrize("repeat", [0, -1])
 def test_mask_repeat_is_positive(repeat):
     with pytest.raises(ValueError, match=rf"mask repeat must be at least 1; got {repeat}\."):
-        plan().set_mask(1, repeat, 1, 0)
+        plan().set_mask(width=1, repeat=repeat, outer=1, inner=0)
 
 
 # Forward
@@ -204,33 +200,54 @@ def test_forward_refuses_a_misaligned(arrays, name, offset):
     address = getattr(arrays, name).ctypes.data + offset
     message = rf"kernels: {name} must be aligned to its element size; got {address}\."
     with pytest.raises(ValueError, match=message):
-        arrays.forward(**{"residual_stride": CHANNELS, name: address})
+        arrays.forward(**{name: address})
 
 
 @pytest.mark.parametrize(("width", "offset"), [(2, 1), (4, 2), (8, 4)])
 def test_forward_refuses_a_mask_misaligned_for_its_width(arrays, width, offset):
     masked = plan()
-    masked.set_mask(width, 1, 1, 0)
+    masked.set_mask(width=width, repeat=1, outer=1, inner=0)
     with pytest.raises(ValueError, match="mask must be aligned to its element size"):
         arrays.forward(masked, mask=arrays.mask.ctypes.data + offset)
 
 
 def test_forward_takes_a_mask_of_bytes_at_any_address(arrays):
     masked = plan()
-    masked.set_mask(1, 1, 1, 0)
+    masked.set_mask(width=1, repeat=1, outer=1, inner=0)
     mask = np.array([9, 1, 0, 1, 1, 1, 0], np.uint8)
     kept = arrays.forward(masked, mask=mask.ctypes.data + 1)
     assert kept.count() == [4]
 
 
-@pytest.mark.parametrize("stride", [2, 0, -3, 2**61, 2**63 - 1])
-@pytest.mark.parametrize("name", ["x", "y", "residual"])
-def test_forward_refuses_rows_that_overlap_or_leave_memory(arrays, name, stride):
-    message = rf"{name} must be dense within a row, .*; got {stride}\."
+OVERLAPPING = [2, 0, -3, 2**61, 2**63 - 1]
+
+
+@pytest.mark.parametrize("row", OVERLAPPING)
+def test_plan_refuses_rows_of_x_that_overlap_or_leave_memory(row):
+    message = rf"row must be dense within a row, .*; got {row}\."
     with pytest.raises(ValueError, match=message):
-        arrays.forward(
-            **arrays.at("residual") | {"residual_stride": CHANNELS, f"{name}_stride": stride}
-        )
+        plan(row=row)
+
+
+@pytest.mark.parametrize("row", OVERLAPPING)
+def test_forward_refuses_a_residual_whose_rows_overlap_or_leave_memory(arrays, row):
+    message = rf"residual must be dense within a row, .*; got {row}\."
+    with pytest.raises(ValueError, match=message):
+        arrays.forward(**arrays.at("residual"), residual_row=row)
+
+
+@pytest.mark.parametrize("name", ["x", "residual"])
+def test_gaps_between_rows_are_left_alone(arrays, name):
+    wide = np.full((ROWS, CHANNELS + 2), np.nan, np.float32)
+    wide[:, :CHANNELS] = getattr(arrays, name)
+    arrays.forward(**arrays.at("residual"))
+    dense = arrays.y.copy()
+    rows = {"row": CHANNELS + 2} if name == "x" else {}
+    given = arrays.at("residual") | {name: wide.ctypes.data}
+    if name == "residual":
+        given["residual_row"] = CHANNELS + 2
+    arrays.forward(plan(**rows), **given)
+    np.testing.assert_array_equal(arrays.y, dense)
 
 
 @pytest.mark.parametrize("name", ["x", "y"])
@@ -263,10 +280,29 @@ def test_cumulative_average_needs_the_number_of_batches(arrays):
         arrays.forward(**arrays.at("running_mean", "running_var"), update=True, decay=-1.0)
 
 
-@pytest.mark.parametrize("size", [0, 6, 8])
-def test_renorm_has_seven_entries(arrays, size):
-    with pytest.raises(ValueError, match="renorm must have 7 entries"):
-        arrays.forward(**arrays.at("running_mean", "running_var"), renorm=(0,) * size)
+NUMBERS = {"decay": 0.9, "rmin": 0.9, "rmax": 1.1, "dmax": 1.0}
+
+
+def renorm():
+    return _cpu.Renorm(**NUMBERS)
+
+
+@pytest.mark.parametrize("missing", NUMBERS)
+def test_renorm_has_all_its_numbers(missing):
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _cpu.Renorm(**{name: n for name, n in NUMBERS.items() if name != missing})
+
+
+@pytest.mark.parametrize("missing", FORWARD)
+def test_forward_takes_every_argument_by_name(arrays, missing):
+    arguments = {name: a for name, a in (FORWARD | arrays.at("x", "y")).items() if name != missing}
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        plan().forward(state=_cpu.State(), **arguments)
+
+
+def test_arguments_have_no_places(arrays):
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        plan().moments(arrays.x.ctypes.data, 0, 1)
 
 
 @pytest.mark.parametrize("update", [False, True])
@@ -289,7 +325,7 @@ def test_empty_arrays_may_be_null(arrays):
 
 @pytest.mark.parametrize("changes", [{"channels": 4}, {"groups": 2}, {"groups": 0, "outer": 0}])
 def test_backward_refuses_what_another_plan_kept(arrays, changes):
-    kept = plan(**changes | {"outer": 0}).moments(0, 0, 0, 1)
+    kept = plan(**changes | {"outer": 0}).moments(x=0, mask=0, threads=1)
     with pytest.raises(ValueError, match="kept must come from a step of this plan"):
         arrays.backward(kept)
 
@@ -312,13 +348,11 @@ def test_gradient_of_the_residual_needs(arrays, missing):
         arrays.backward(arrays.forward(), **given)
 
 
-@pytest.mark.parametrize("stride", [2, -3, 2**61])
-@pytest.mark.parametrize("name", ["dy", "x", "y", "dx", "dresidual"])
-def test_backward_refuses_rows_that_overlap_or_leave_memory(arrays, name, stride):
-    given = arrays.at("y", "dresidual") | {f"{name}_stride": stride}
-    message = rf"{name} must be dense within a row, .*; got {stride}\."
+@pytest.mark.parametrize("row", OVERLAPPING)
+def test_backward_refuses_rows_of_dy_that_overlap_or_leave_memory(arrays, row):
+    message = rf"dy must be dense within a row, .*; got {row}\."
     with pytest.raises(ValueError, match=message):
-        arrays.backward(arrays.forward(), **given)
+        arrays.backward(arrays.forward(), dy_row=row)
 
 
 @pytest.mark.parametrize("name", ["dy", "x", "y", "dx", "dresidual", "dgamma", "dbeta"])
@@ -378,27 +412,27 @@ except (MemoryError, ValueError) as error:
 
 def test_statistics_that_do_not_fit_are_a_memory_error():
     with pytest.raises(MemoryError):
-        _cpu.Plan(2, 0, 2**55, 1, 1, 1, 0).forward(*(FORWARD | {"x": 0, "y": 0}).values())
+        Arrays().forward(plan(outer=0, channels=2**55), x=0, y=0)
 
 
 def test_moments_that_no_memory_holds_are_an_error():
     code = """
 try:
-    plan(outer=0, groups=2**20, channels=2**44).moments(0, 0, 0, 1)
+    plan(outer=0, groups=2**20, channels=2**44).moments(x=0, mask=0, threads=1)
 except (MemoryError, ValueError) as error:
     print("refused")
 """
     assert outcome(code) == "refused"
 
 
-@pytest.mark.parametrize("missing", [0, 1, 2])
+@pytest.mark.parametrize("missing", ["running_stddev", "renorm_mean", "renorm_stddev"])
 def test_renorm_refuses_a_null_pointer_for_its_statistics(missing):
     code = f"""
 a = Arrays()
-renorm = [a.running_var.ctypes.data] * 3 + [0.9, 0.9, 1.1, 1.0]
-renorm[{missing}] = 0
+names = {{"running_stddev", "renorm_mean", "renorm_stddev"}} - {{{missing!r}}}
+state = a.at("running_mean", "running_var") | dict.fromkeys(names, a.running_var.ctypes.data)
 try:
-    a.forward(**a.at("running_mean", "running_var"), renorm=tuple(renorm), update=True)
+    a.forward(**state, renorm=renorm(), update=True)
 except ValueError as error:
     print("refused")
 """
@@ -409,7 +443,7 @@ except ValueError as error:
 
 
 def test_moments_are_those_of_the_rows(arrays):
-    kept = plan().moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
+    kept = arrays.moments()
     x = arrays.x.astype(np.float64)
     mean, low = kept.row(STATISTICS["mean"]), kept.row(STATISTICS["low"])
     np.testing.assert_allclose(mean + low, x.mean(axis=0), rtol=5e-6, atol=5e-6)
@@ -486,10 +520,10 @@ class TestHalves:
         whole = arrays.forward(update=True, **arrays.at("gamma", "running_mean", "running_var"))
         y, mean, var = arrays.y.copy(), arrays.running_mean.copy(), arrays.running_var.copy()
         fresh = Arrays()
-        kept = plan().moments(fresh.x.ctypes.data, CHANNELS, 0, 1)
+        kept = fresh.moments()
         given = {"update": True, "kept": kept}
         state = fresh.at("gamma", "running_mean", "running_var")
-        assert fresh.forward(**state, **given) is None
+        assert fresh.forward(**state, **given) is kept
         np.testing.assert_array_equal(fresh.y, y)
         np.testing.assert_array_equal(fresh.running_mean, mean)
         np.testing.assert_array_equal(fresh.running_var, var)
@@ -498,7 +532,7 @@ class TestHalves:
                 np.testing.assert_array_equal(kept.row(row), whole.row(row))
 
     def test_forward_step_normalizes_by_the_moments_that_it_is_given(self, arrays):
-        kept = plan().moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
+        kept = arrays.moments()
         mean, var = np.array([1.0, -2.0, 3.0]), np.array([4.0, 0.25, 1.0])
         kept.count()[:] = 100.0
         kept.row(STATISTICS["mean"])[:] = mean
@@ -512,7 +546,7 @@ class TestHalves:
         np.testing.assert_allclose(arrays.running_var, var * 100 / 99, rtol=1e-7)
 
     def test_given_moments_without_rows_hand_over_to_the_running_ones(self, arrays):
-        kept = plan().moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
+        kept = arrays.moments()
         kept.count()[:] = 0.0
         arrays.running_mean[:] = 5.0
         arrays.forward(kept=kept, update=True, eps=0.0, **arrays.at("running_mean", "running_var"))
@@ -525,7 +559,7 @@ class TestHalves:
         mask = {}
         if masked:
             arrays.mask[2:4] = 0
-            of.set_mask(8, 1, 1, 0)
+            of.set_mask(width=8, repeat=1, outer=1, inner=0)
             mask = arrays.at("mask")
         kept = arrays.forward(of, **mask)
         arrays.backward(kept, of, **mask, **arrays.at("dgamma", "dbeta"))
@@ -564,14 +598,14 @@ class TestHalves:
             arrays.apply(arrays.forward(), np.zeros(size))
 
     def test_moments_of_another_plan_are_refused(self, arrays):
-        other = plan(channels=2).moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
+        other = arrays.moments(plan(channels=2))
         with pytest.raises(ValueError, match="kept must come from a step of this plan"):
             arrays.forward(kept=other)
         with pytest.raises(ValueError, match="kept must come from a step of this plan"):
             arrays.reduce(other)
 
     def test_given_moments_and_running_statistics_exclude_each_other(self, arrays):
-        kept = plan().moments(arrays.x.ctypes.data, CHANNELS, 0, 1)
+        kept = arrays.moments()
         with pytest.raises(ValueError, match="kept moments need batch=True"):
             arrays.forward(kept=kept, batch=False)
 

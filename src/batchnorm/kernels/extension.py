@@ -8,12 +8,26 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from batchnorm.core.config import Renorm
 from batchnorm.core.layout import Layout
 from batchnorm.kernels.geometry import Geometry, MaskView, sizes_of
 from batchnorm.kernels.kept import ACTIVATIONS, TYPES
 
+__all__ = [
+    "State",
+    "find_team",
+    "instructions",
+    "make_plan",
+    "make_renorm",
+    "missing_reason",
+    "use_instructions",
+    "warn_if_missing",
+    "xla_handlers",
+]
+
 try:
     from batchnorm.kernels import _cpu
+    from batchnorm.kernels._cpu import State
 except ImportError as error:
     _cpu = None  # type: ignore[assignment]
     _reason = f"the compiled extension is missing ({error})"
@@ -56,13 +70,25 @@ def make_plan(
     mask: MaskView | None,
     mask_width: int,
     team: int,
-) -> Any:
-    """The compiled side of a call; see native/bind/python.cpp. `team` is from `find_team`."""
-    plan = _cpu.Plan(TYPES[dtype], *sizes_of(layout, geometry), ACTIVATIONS[activation])
+) -> _cpu.Plan:
+    """The compiled side of a call; see native/bind/plan.hpp. `team` is from `find_team`."""
+    plan = _cpu.Plan(
+        type=TYPES[dtype],
+        **sizes_of(layout, geometry)._asdict(),
+        row=geometry.row,
+        activation=ACTIVATIONS[activation],
+    )
     if mask is not None:
-        plan.set_mask(mask_width, *mask)
+        plan.set_mask(width=mask_width, **mask._asdict())
     plan.set_team(team)
     return plan
+
+
+def make_renorm(renorm: Renorm | None) -> _cpu.Renorm | None:
+    """Renormalization's numbers, as a step takes them."""
+    if renorm is None:
+        return None
+    return _cpu.Renorm(decay=renorm.decay, rmin=renorm.rmin, rmax=renorm.rmax, dmax=renorm.dmax)
 
 
 def xla_handlers() -> dict[str, Any]:

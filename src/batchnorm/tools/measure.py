@@ -73,7 +73,7 @@ def _by_kernel(x: Any, mask: Any, layout: Layout) -> Moments | None:
             return None
     plan = extension.make_plan(layout, geometry, x.dtype.name, None, view, 1, 0)
     address = 0 if mask is None else mask.ctypes.data
-    kept = plan.moments(x.ctypes.data, geometry.row, address, os.cpu_count() or 1)
+    kept = plan.moments(x=x.ctypes.data, mask=address, threads=os.cpu_count() or 1)
     rows = (np.array(kept.row(STATISTICS[name])) for name in ("mean", "var"))
     channels = geometry.channels
     return Moments(np.full(channels, kept.count()), *rows)

@@ -13,14 +13,14 @@ from torch.func import vmap
 
 import batchnorm
 from batchnorm import explain
-from batchnorm.kernels import cpu, explanation
+from batchnorm.kernels import explanation, extension
 from batchnorm.torch import BatchNorm, BatchNorm1d, padding_mask
 from batchnorm.torch.call import make_call
 from batchnorm.torch.ranks.synchronizer import Participation
 from batchnorm.torch.ways import eager_kernels
 
 pytestmark = pytest.mark.skipif(
-    cpu.missing_reason() is not None, reason=f"no kernels: {cpu.missing_reason()}"
+    extension.missing_reason() is not None, reason=f"no kernels: {extension.missing_reason()}"
 )
 
 KERNELS, ARRAY_CODE = explanation.KERNELS, explanation.ARRAY_CODE

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -25,6 +25,9 @@ from batchnorm.kernels import extension
 from batchnorm.kernels.geometry import find_geometry, row_major_strides, row_mask_shape, view_mask
 from batchnorm.kernels.kept import TYPES
 from batchnorm.kernels.select import extension_status, select_kernel
+
+if TYPE_CHECKING:
+    from batchnorm.kernels import _cpu
 
 _ALIGNMENT = 64  # bytes; TensorFlow copies arrays that start elsewhere
 
@@ -151,7 +154,7 @@ class _Passes(NamedTuple):
 class _Prepared(NamedTuple):
     """What the shapes of a call decide."""
 
-    plan: Any
+    plan: _cpu.Plan
     row: int  # distance between rows of x
 
 
@@ -164,13 +167,21 @@ def _forward(passes: _Passes, x: np.ndarray, *arrays: np.ndarray) -> list[np.nda
     statistics = [_aligned(a.shape, a.dtype, a) for a in rest]
     prepared, mask = _prepare(passes, x, mask)
     y, options = _aligned(x.shape, x.dtype), passes.options
-    mean, var, *renorm = statistics
     kept = prepared.plan.forward(
-        *(x.ctypes.data, prepared.row, 0, 0, _address(mask), y.ctypes.data, prepared.row),
-        *(_address(gamma), _type(gamma), _address(beta), _type(beta)),
-        *(mean.ctypes.data, _type(mean), var.ctypes.data, 0),
-        _renorm(options, renorm),
-        *(options.eps, options.decay, True, True, options.unbiased, _threads()),
+        x=x.ctypes.data,
+        mask=_address(mask),
+        y=y.ctypes.data,
+        residual=0,
+        residual_row=0,
+        state=_state(gamma, beta, statistics),
+        eps=options.eps,
+        decay=options.decay,
+        batch=True,
+        update=True,
+        unbiased=options.unbiased,
+        renorm=extension.make_renorm(options.renorm),
+        threads=_threads(),
+        kept=None,
     )
     return [y, kept.all().copy(), *statistics]
 
@@ -185,13 +196,22 @@ def _backward(
     prepared, mask = _prepare(passes, x, next(rest) if passes.masked else None)
     dx = _aligned(x.shape, x.dtype)
     dgamma, dbeta = (None if a is None else np.empty_like(a) for a in (gamma, beta))
-    plan, row = prepared.plan, prepared.row
-    renormalized = passes.options.renorm is not None
+    plan, renorm = prepared.plan, passes.options.renorm is not None
     plan.backward(
-        *(dy.ctypes.data, row, x.ctypes.data, row, 0, row, _address(mask)),
-        *(dx.ctypes.data, row, 0, row),
-        *(_address(dgamma), _type(dgamma), _address(dbeta), _type(dbeta)),
-        *(plan.restore(kept.ctypes.data, kept.size, renormalized), True, _threads()),
+        dy=dy.ctypes.data,
+        dy_row=prepared.row,
+        x=x.ctypes.data,
+        y=0,
+        mask=_address(mask),
+        dx=dx.ctypes.data,
+        dresidual=0,
+        dgamma=_address(dgamma),
+        dgamma_type=_type(dgamma),
+        dbeta=_address(dbeta),
+        dbeta_type=_type(dbeta),
+        kept=plan.restore(data=kept.ctypes.data, size=kept.size, renorm=renorm),
+        batch=True,
+        threads=_threads(),
     )
     return [a for a in (dx, dgamma, dbeta) if a is not None]
 
@@ -250,12 +270,20 @@ def _aligned(
     return found
 
 
-def _renorm(options: Options, statistics: list[np.ndarray]) -> tuple[Any, ...] | None:
-    renorm = options.renorm
-    if renorm is None:
-        return None
-    addresses = (a.ctypes.data for a in statistics)
-    return (*addresses, renorm.decay, renorm.rmin, renorm.rmax, renorm.dmax)
+def _state(
+    gamma: np.ndarray | None, beta: np.ndarray | None, statistics: list[np.ndarray]
+) -> extension.State:
+    """The per-channel arrays; `statistics` are mean and var, and renormalization's three."""
+    names = ("running_mean", "running_var", "running_stddev", "renorm_mean", "renorm_stddev")
+    running = dict(zip(names, (a.ctypes.data for a in statistics), strict=False))
+    return extension.State(
+        gamma=_address(gamma),
+        gamma_type=_type(gamma),
+        beta=_address(beta),
+        beta_type=_type(beta),
+        running_type=_type(statistics[0]),
+        **running,
+    )
 
 
 def _address(a: np.ndarray | None) -> int:

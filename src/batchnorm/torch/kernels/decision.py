@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from batchnorm.core.layout import Layout, make_layout
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
+from batchnorm.kernels import geometry as memory
 from batchnorm.kernels.select import Choice, select_kernel, triton_status
 from batchnorm.torch.kernels.tensors import NAMES
 
-cpu.warn_if_missing()
-_TEAM = cpu.find_team(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+extension.warn_if_missing()
+_TEAM = extension.find_team(Path(torch.__file__).parent / "lib" / "libtorch_memory.so")
 
 
 class Decision(NamedTuple):
@@ -36,11 +37,11 @@ class Decision(NamedTuple):
     layout: Layout
     refusal: str | None
     plan: Any = None
-    geometry: cpu.Geometry | None = None
+    geometry: memory.Geometry | None = None
     mask_shape: tuple[int, ...] | None = None
     gapped: bool = False
     kernel: str = "cpu"
-    view: cpu.MaskView | None = None
+    view: memory.MaskView | None = None
 
 
 # What is decided by, of x: shape, strides, type and the kind of its device; of a mask: shape,
@@ -79,7 +80,7 @@ def decide(
     choice = choose(device, NAMES[dtype], adjusted, varies, demanded)
     if choice.kernel is None:
         return Decision(layout, choice.reason)
-    geometry = cpu.find_geometry(layout, strides)
+    geometry = memory.find_geometry(layout, strides)
     unsuited = Decision(layout, None, mask_shape=mask_shape, kernel=choice.kernel)
     if geometry is None:
         if _order_to_copy(layout, strides) is None:
@@ -89,7 +90,7 @@ def decide(
     if mask is not None:
         assert mask_shape is not None
         width = mask[2]
-        view = cpu.view_mask(geometry, shape, mask_shape, _strides_in(mask_shape, mask))
+        view = memory.view_mask(geometry, shape, mask_shape, _strides_in(mask_shape, mask))
         if view is None:
             return unsuited
     return _with_plan(unsuited, geometry, dtype, activation, (view, width))
@@ -97,15 +98,16 @@ def decide(
 
 def _with_plan(
     decision: Decision,
-    geometry: cpu.Geometry,
+    geometry: memory.Geometry,
     dtype: torch.dtype,
     activation: str | None,
-    mask: tuple[cpu.MaskView | None, int],
+    mask: tuple[memory.MaskView | None, int],
 ) -> Decision:
     """The decision with the kernels' side; `mask`: how it is read, and bytes an element."""
     layout, name = decision.layout, NAMES[dtype]
+    plan: Any
     if decision.kernel == "cpu":
-        plan = cpu.make_plan(layout, geometry, name, activation, *mask, _TEAM)
+        plan = extension.make_plan(layout, geometry, name, activation, *mask, _TEAM)
     else:
         from batchnorm.kernels.triton.launch import Plan  # imports Triton
 
@@ -144,25 +146,25 @@ def rearrange(
 ) -> tuple[Tensor, Tensor | None, Decision]:
     """x and the mask copied, as far as needed, into memory that the kernels can walk."""
     layout = decision.layout
-    geometry = cpu.find_geometry(layout, x.stride())
+    geometry = memory.find_geometry(layout, x.stride())
     if geometry is None:
         order = _order_to_copy(layout, x.stride())
         assert order is not None  # or the decision were a refusal
         x = x.permute(order).contiguous().permute([order.index(a) for a in range(x.dim())])
-        geometry = cpu.find_geometry(layout, x.stride())
+        geometry = memory.find_geometry(layout, x.stride())
         assert geometry is not None
     view, width = None, 1
     if mask is not None:
         assert decision.mask_shape is not None
         mask, width = mask.reshape(decision.mask_shape), mask.element_size()
-        view = cpu.view_mask(geometry, layout.shape, decision.mask_shape, mask.stride())
+        view = memory.view_mask(geometry, layout.shape, decision.mask_shape, mask.stride())
         if view is None:
             sizes = [1 if a in layout.channel_axes else n for a, n in enumerate(layout.shape)]
             rest = [a for a in range(x.dim()) if a not in geometry.order]
             wide = [*geometry.order, *rest]
             dense = mask.expand(sizes).permute(wide).contiguous()
             mask = dense.permute([wide.index(a) for a in range(x.dim())])
-            view = cpu.view_mask(geometry, layout.shape, tuple(sizes), mask.stride())
+            view = memory.view_mask(geometry, layout.shape, tuple(sizes), mask.stride())
             decision = decision._replace(mask_shape=tuple(sizes))
     return x, mask, _with_plan(decision, geometry, x.dtype, activation, (view, width))
 
@@ -175,7 +177,7 @@ def _order_to_copy(layout: Layout, strides: tuple[int, ...]) -> list[int] | None
         for a in reversed(order):
             dense[a] = step
             step *= max(layout.shape[a], 1)
-        if cpu.find_geometry(layout, tuple(dense)) is not None:
+        if memory.find_geometry(layout, tuple(dense)) is not None:
             return order
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.kernels import cpu
+from batchnorm.kernels import geometry
 from batchnorm.torch.kernels.decision import Decision
 
 
@@ -14,7 +14,7 @@ def empty_output(x: Tensor, decision: Decision) -> Tensor:
     if not decision.gapped:
         return torch.empty_like(x)
     assert decision.geometry is not None
-    strides = cpu.dense_strides(decision.geometry, decision.layout.shape)
+    strides = geometry.dense_strides(decision.geometry, decision.layout.shape)
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
@@ -23,7 +23,7 @@ def like(a: Tensor, x: Tensor, decision: Decision) -> Tensor:
     if a.stride() == x.stride():
         return a
     assert decision.geometry is not None
-    if cpu.row_distance(decision.geometry, decision.layout.shape, a.stride()) is not None:
+    if geometry.row_distance(decision.geometry, decision.layout.shape, a.stride()) is not None:
         return a
     return empty_output(x, decision).copy_(a)
 
@@ -33,6 +33,6 @@ def row_of(a: Tensor, x: Tensor, decision: Decision) -> int:
     assert decision.geometry is not None
     if a.stride() == x.stride():
         return decision.geometry.row
-    row = cpu.row_distance(decision.geometry, decision.layout.shape, a.stride())
+    row = geometry.row_distance(decision.geometry, decision.layout.shape, a.stride())
     assert row is not None
     return row

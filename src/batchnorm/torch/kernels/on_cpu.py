@@ -1,46 +1,51 @@
-"""The compiled kernels as `step` calls them: tensors become addresses and sizes."""
+"""The compiled kernels as `step` calls them: tensors become addresses."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from batchnorm.core.config import Renorm
 from batchnorm.core.running import Running
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
+from batchnorm.kernels.kept import STATISTICS, TYPES
 from batchnorm.torch.kernels.decision import Decision
 from batchnorm.torch.kernels.memory import row_of
 from batchnorm.torch.kernels.records import Gradients, KernelStep, Rows
 from batchnorm.torch.kernels.tensors import NAMES
 
-_CODES = {dtype: cpu.TYPES[name] for dtype, name in NAMES.items()}
+if TYPE_CHECKING:
+    from batchnorm.kernels import _cpu
+
+_CODES = {dtype: TYPES[name] for dtype, name in NAMES.items()}
+_FLOAT32 = TYPES["float32"]  # also of absent arrays
 
 
 def find_state(
     weight: Tensor | None, bias: Tensor | None, running: Running | None
-) -> tuple[int, ...]:
+) -> extension.State:
     """Addresses and types of the per-channel tensors."""
-    mean, var, batches = (None, None, None) if running is None else running[:3]
-    return (
-        0 if weight is None else weight.data_ptr(),
-        2 if weight is None else _CODES[weight.dtype],
-        0 if bias is None else bias.data_ptr(),
-        2 if bias is None else _CODES[bias.dtype],
-        0 if mean is None else mean.data_ptr(),
-        2 if mean is None else _CODES[mean.dtype],
-        0 if var is None else var.data_ptr(),
-        0 if batches is None else batches.data_ptr(),
+    state = Running(None, None) if running is None else running
+    return extension.State(
+        gamma=_address(weight),
+        gamma_type=_type(weight),
+        beta=_address(bias),
+        beta_type=_type(bias),
+        running_type=_type(state.mean),
+        running_mean=_address(state.mean),
+        running_var=_address(state.var),
+        batches=_address(state.batches),
+        running_stddev=_address(state.stddev),
+        renorm_mean=_address(state.renorm_mean),
+        renorm_stddev=_address(state.renorm_stddev),
     )
 
 
-def moments(step: KernelStep, x: Tensor) -> Any:
+def moments(step: KernelStep, x: Tensor) -> _cpu.Kept:
     """What the first pass keeps: count, mean and variance."""
-    decision = step.decision
-    assert decision.geometry is not None
-    mask = 0 if step.mask is None else step.mask.data_ptr()
-    return decision.plan.moments(x.data_ptr(), decision.geometry.row, mask, torch.get_num_threads())
+    plan: _cpu.Plan = step.decision.plan
+    return plan.moments(x=x.data_ptr(), mask=_address(step.mask), threads=torch.get_num_threads())
 
 
 def forward(
@@ -50,124 +55,115 @@ def forward(
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
-    merged: Any,
-) -> Any:
+    merged: _cpu.Kept | None,
+) -> _cpu.Kept:
     """Fill y and move the running statistics; what the backward step needs.
 
     `merged`: what `moments` keeps, merged with other ranks'; or None.
     """
-    decision, options, mask = step.decision, step.options, step.mask
-    geometry = decision.geometry
-    assert geometry is not None
-    kept = decision.plan.forward(
-        x.data_ptr(),
-        geometry.row,
-        0 if residual is None else residual.data_ptr(),
-        0 if residual is None else row_of(residual, x, decision),
-        0 if mask is None else mask.data_ptr(),
-        y.data_ptr(),
-        geometry.dense,
-        *step.state,
-        _renorm(options.renorm, step.running) if step.renormalizes else None,
-        options.eps,
-        -1.0 if options.decay is None else options.decay,
-        step.batch,
-        step.update,
-        options.unbiased,
-        torch.get_num_threads(),
-        merged,
+    plan: _cpu.Plan = step.decision.plan
+    options, mask = step.options, step.mask
+    return plan.forward(
+        x=x.data_ptr(),
+        mask=0 if mask is None else mask.data_ptr(),
+        y=y.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        residual_row=0 if residual is None else row_of(residual, x, step.decision),
+        state=step.state,
+        eps=options.eps,
+        decay=-1.0 if options.decay is None else options.decay,
+        batch=step.batch,
+        update=step.update,
+        unbiased=options.unbiased,
+        renorm=extension.make_renorm(options.renorm) if step.renormalizes else None,
+        threads=torch.get_num_threads(),
+        kept=merged,
     )
-    return merged if kept is None else kept
 
 
-def backward(step: KernelStep, rows: Rows, found: Gradients, kept: Any) -> None:
+def backward(step: KernelStep, rows: Rows, found: Gradients, kept: _cpu.Kept) -> None:
     """Fill the gradients that are given."""
-    step.decision.plan.backward(
-        *_rows(step, rows),
-        *_output(step, found.x),
-        *_output(step, found.residual),
-        *_parameters(found.weight, found.bias),
-        kept,
-        step.batch,
-        torch.get_num_threads(),
+    plan: _cpu.Plan = step.decision.plan
+    (dy, x, y, mask), (dx, dweight, dbias, dresidual) = rows, found
+    plan.backward(
+        dy=dy.data_ptr(),
+        dy_row=row_of(dy, x, step.decision),
+        x=x.data_ptr(),
+        y=0 if y is None else y.data_ptr(),
+        mask=0 if mask is None else mask.data_ptr(),
+        dx=0 if dx is None else dx.data_ptr(),
+        dresidual=0 if dresidual is None else dresidual.data_ptr(),
+        dgamma=0 if dweight is None else dweight.data_ptr(),
+        dgamma_type=_FLOAT32 if dweight is None else _CODES[dweight.dtype],
+        dbeta=0 if dbias is None else dbias.data_ptr(),
+        dbeta_type=_FLOAT32 if dbias is None else _CODES[dbias.dtype],
+        kept=kept,
+        batch=step.batch,
+        threads=torch.get_num_threads(),
     )
 
 
-def reduce(step: KernelStep, rows: Rows, found: Gradients, kept: Any) -> Tensor:
+def reduce(step: KernelStep, rows: Rows, found: Gradients, kept: _cpu.Kept) -> Tensor:
     """The sums that `apply` needs; fills the gradients that are given."""
-    sums = step.decision.plan.reduce(
-        *_rows(step, rows),
-        *_output(step, found.residual),
-        *_parameters(found.weight, found.bias),
-        kept,
-        torch.get_num_threads(),
+    plan: _cpu.Plan = step.decision.plan
+    sums = plan.reduce(
+        dy=rows.dy.data_ptr(),
+        dy_row=row_of(rows.dy, rows.x, step.decision),
+        x=rows.x.data_ptr(),
+        y=_address(rows.y),
+        mask=_address(rows.mask),
+        dresidual=_address(found.residual),
+        dgamma=_address(found.weight),
+        dgamma_type=_type(found.weight),
+        dbeta=_address(found.bias),
+        dbeta_type=_type(found.bias),
+        kept=kept,
+        threads=torch.get_num_threads(),
     )
     return torch.from_numpy(sums)
 
 
-def apply(step: KernelStep, rows: Rows, found: Gradients, sums: Tensor, kept: Any) -> None:
+def apply(step: KernelStep, rows: Rows, found: Gradients, sums: Tensor, kept: _cpu.Kept) -> None:
     """Fill dx."""
-    step.decision.plan.apply(
-        *_rows(step, rows),
-        *_output(step, found.x),
-        *_output(step, found.residual),
-        sums.numpy(),
-        kept,
-        torch.get_num_threads(),
+    plan: _cpu.Plan = step.decision.plan
+    plan.apply(
+        dy=rows.dy.data_ptr(),
+        dy_row=row_of(rows.dy, rows.x, step.decision),
+        x=rows.x.data_ptr(),
+        y=_address(rows.y),
+        mask=_address(rows.mask),
+        dx=_address(found.x),
+        dresidual=_address(found.residual),
+        sums=sums.numpy(),
+        kept=kept,
+        threads=torch.get_num_threads(),
     )
 
 
-def row(kept: Any, name: str) -> Tensor:
+def row(kept: _cpu.Kept, name: str) -> Tensor:
     """One of STATISTICS, a value for each group and channel: memory of `kept` itself."""
-    return torch.from_numpy(kept.row(cpu.STATISTICS[name]))
+    return torch.from_numpy(kept.row(STATISTICS[name]))
 
 
-def count(kept: Any) -> Tensor:
+def count(kept: _cpu.Kept) -> Tensor:
     """Real rows of each group: memory of `kept` itself."""
     return torch.from_numpy(kept.count())
 
 
-def pack(kept: Any) -> Tensor:
+def pack(kept: _cpu.Kept) -> Tensor:
     """What a backward step needs of `kept` as one array: its memory itself."""
     return torch.from_numpy(kept.all())
 
 
-def unpack(decision: Decision, data: Tensor) -> Any:
+def unpack(decision: Decision, data: Tensor) -> _cpu.Kept:
     """What a step kept, without renormalization, from the array that `pack` gave."""
-    return decision.plan.restore(data.data_ptr(), data.numel(), False)
+    plan: _cpu.Plan = decision.plan
+    return plan.restore(data=data.data_ptr(), size=data.numel(), renorm=False)
 
 
-def _rows(step: KernelStep, rows: Rows) -> tuple[int, ...]:
-    geometry = step.decision.geometry
-    assert geometry is not None
-    dy, x, y, mask = rows
-    return (
-        dy.data_ptr(),
-        row_of(dy, x, step.decision),
-        x.data_ptr(),
-        geometry.row,
-        0 if y is None else y.data_ptr(),
-        geometry.dense,
-        0 if mask is None else mask.data_ptr(),
-    )
+def _address(a: Tensor | None) -> int:
+    return 0 if a is None else a.data_ptr()
 
 
-def _output(step: KernelStep, a: Tensor | None) -> tuple[int, int]:
-    assert step.decision.geometry is not None
-    return 0 if a is None else a.data_ptr(), step.decision.geometry.dense
-
-
-def _parameters(dweight: Tensor | None, dbias: Tensor | None) -> tuple[int, ...]:
-    return (
-        0 if dweight is None else dweight.data_ptr(),
-        2 if dweight is None else _CODES[dweight.dtype],
-        0 if dbias is None else dbias.data_ptr(),
-        2 if dbias is None else _CODES[dbias.dtype],
-    )
-
-
-def _renorm(renorm: Renorm | None, running: Running | None) -> tuple[Any, ...]:
-    assert renorm is not None
-    assert running is not None
-    addresses = (a.data_ptr() for a in running[3:] if a is not None)
-    return (*addresses, renorm.decay, renorm.rmin, renorm.rmax, renorm.dmax)
+def _type(a: Tensor | None) -> int:
+    return _FLOAT32 if a is None else _CODES[a.dtype]

@@ -50,7 +50,7 @@ class KernelStep:
         decision: Decision,
         mask: Tensor | None,
         running: Running | None,
-        state: tuple[int, ...],
+        state: Any,
         options: config.Options,
         batch: bool,
         update: bool,
