@@ -46,7 +46,7 @@ def inspect(
     if html is not None:
         check_writable("--html", html, ".html", file)
     with reading(file, "files,cli"):
-        from batchnorm.tools.health import Thresholds
+        from batchnorm.tools.inspection import Thresholds
         from batchnorm.tools.inspection import inspect as look
 
         report = look(file, thresholds=Thresholds(eps=eps), limit=limit, seconds=seconds)

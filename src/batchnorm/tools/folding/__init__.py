@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from batchnorm.tools.folding.report import OWNER, Folded, Folding, FoldReport, Kept
+from batchnorm.tools.folding.report import Folding, FoldReport, check_same
+from batchnorm.tools.frameworks.records import Folded, Kept
+from batchnorm.tools.frameworks.switch import adapter_for
 from batchnorm.tools.models import find_layers
 
 __all__ = ["FoldReport", "Folded", "Folding", "Kept", "fold"]
@@ -53,13 +54,11 @@ def fold(
     """
     layers = find_layers(model)
     if not layers:
-        raise ValueError(f"{OWNER}: model must hold a batch norm; {type(model).__name__} has none.")
-    framework = layers[0].framework
-    if pairs is not None and framework != "nnx":
+        raise ValueError(f"fold: model must hold a batch norm; {type(model).__name__} has none.")
+    adapter = adapter_for(layers[0].framework)
+    if pairs is not None and adapter.orders_layers:
         raise ValueError(
-            f"{OWNER}: pairs are for flax nnx; the order in a {framework} model is found by itself."
+            f"fold: pairs are for flax nnx; the order in a {adapter.name} model is found by itself."
         )
-    folding = importlib.import_module(f"batchnorm.tools.folding.{framework}")
-    options = {"pairs": pairs} if framework == "nnx" else {}
-    result: Folding = folding.fold_model(model, layers, example, tolerance, **options)
-    return result
+    new = adapter.fold(model, layers, example, pairs)
+    return Folding(new.model, check_same(new, tolerance))

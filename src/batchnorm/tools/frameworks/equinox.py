@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -29,7 +29,8 @@ def owns(model: Any) -> bool:
 class Pair:
     """The batch norms of `(model, state)`; the pair itself stays usable, and as it is."""
 
-    notes = ()  # a class says what it is
+    notes: Sequence[str] = ()  # a class is no guess from names
+    has_options: bool = True
 
     def __init__(self, pair: Any) -> None:
         self._model, self._state = pair

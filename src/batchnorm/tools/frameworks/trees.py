@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,6 +38,8 @@ class Tree:
         model: variables of linen, a pure dict of nnx, or Haiku's `(params, state)`.
     """
 
+    has_options: bool = False  # they are attributes of the modules, not arrays
+
     def __init__(self, model: Any) -> None:
         self._pair = _is_pair(model)
         self._tree = dict(zip(_PAIR, model, strict=True)) if self._pair else model
@@ -48,7 +50,8 @@ class Tree:
             name: Entry(np.shape(leaf), _type_of(leaf)) for name, leaf in self._leaves.items()
         }
         source = Source("tree", entries, self._load)
-        self._groups, self.notes = find_groups(source)
+        self._groups, notes = find_groups(source)
+        self.notes: Sequence[str] = notes
         self.states = [make_state(group, source) for group in self._groups]
 
     def replaced(self, changes: Mapping[str, BatchNormState]) -> Any:

@@ -1,0 +1,67 @@
+"""The answers of Keras, by modules that are imported when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+
+from batchnorm.tools.frameworks.adapter import Adapter, Pairs
+from batchnorm.tools.frameworks.keras import states
+from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
+from batchnorm.tools.state import BatchNormState
+
+__all__ = ["ADAPTER"]
+
+
+class _Keras(Adapter):
+    name: Framework = "keras"
+
+    def owns(self, model: Any) -> bool:
+        return states.owns(model)
+
+    def is_batch_norm(self, layer: Any) -> bool:
+        return states.is_batch_norm(layer)
+
+    def find(self, model: Any) -> list[tuple[str, Any]]:
+        return states.find(model)
+
+    def take_state(self, layer: Any, name: str = "") -> BatchNormState:
+        return states.take_state(layer, name)
+
+    def put_state(self, layer: Any, state: BatchNormState) -> None:
+        states.put_state(layer, state)
+
+    def runs_on_torch(self) -> bool:
+        return bool(keras.backend.backend() == "torch")
+
+    def refuse_update(self, layer: Any) -> str | None:
+        return None if layer.trainable else "is frozen; set trainable=True first"
+
+    def rehearse(
+        self, model: Any, layers: Sequence[FoundLayer]
+    ) -> AbstractContextManager[tuple[Any, Sequence[FoundLayer]]]:
+        from batchnorm.tools.frameworks.keras.rehearsing import rehearse
+
+        return rehearse(model, layers)
+
+    def watch(
+        self, layers: Sequence[FoundLayer], see: Callable[[Observation], None]
+    ) -> AbstractContextManager[None]:
+        from batchnorm.tools.frameworks.keras.watching import watch
+
+        return watch(layers, see)
+
+    def call(self, model: Any, batch: Any) -> None:
+        model(batch)  # a mapping is one input
+
+    def fold(self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs) -> FoldedModel:
+        from batchnorm.tools.frameworks.keras.folding import fold_model
+
+        assert pairs is None
+        return fold_model(model, layers, example)
+
+
+ADAPTER = _Keras()
