@@ -1,4 +1,4 @@
-"""The batch norms of a model, whatever framework made it."""
+"""The batch norms of a model of any framework."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def find_layers(model: Any) -> list[FoundLayer]:
 
     Returns:
         The layers in the order in which the model defines them; one that is used or held several
-        times is there once, under its first name. Of layers that `nnx.vmap` or `nnx.scan` has
-        stacked each is there, like `blocks.norm[0]`.
+        times is there once, under its first name. Layers that `nnx.vmap` or `nnx.scan` has
+        stacked are listed one by one, like `blocks.norm[0]`.
 
     Raises:
         TypeError: model is none of these.
@@ -42,8 +42,8 @@ def find_layers(model: Any) -> list[FoundLayer]:
             f"got {type(model).__name__}."
         )
     return [
-        FoundLayer(name, layer, adapter.name, adapter.take_state(layer, name))
-        for name, layer in adapter.find(model)
+        FoundLayer(name, layer, adapter.name, adapter.states.take_state(layer, name))
+        for name, layer in adapter.states.find(model)
     ]
 
 
@@ -52,13 +52,13 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
 
     Args:
         layer: a batch norm of torch, flax nnx or Keras, theirs or ours.
-        name: what the state is to be called.
+        name: name for the state.
 
     Raises:
         TypeError: no batch norm.
         ValueError: it has no weights yet.
     """
-    return _adapter_of("take_state", layer).take_state(layer, name)
+    return _adapter_of("take_state", layer).states.take_state(layer, name)
 
 
 def put_state(layer: Any, state: BatchNormState) -> None:
@@ -76,14 +76,14 @@ def put_state(layer: Any, state: BatchNormState) -> None:
     """
     adapter = _adapter_of("put_state", layer)
     adapter.check_shared([(layer, state)])
-    adapter.put_state(layer, state)
+    adapter.states.put_state(layer, state)
 
 
 def put_states(pairs: Sequence[tuple[FoundLayer, BatchNormState]]) -> None:
     """Write states into layers of one model: all, or none, even when interrupted.
 
     Args:
-        pairs: layers, whose `state` is what they have now, and what they are to have.
+        pairs: layers, with their present state, and the state that each is to have.
 
     Raises:
         ValueError: a state does not fit its layer; nothing has changed.
@@ -96,16 +96,16 @@ def put_states(pairs: Sequence[tuple[FoundLayer, BatchNormState]]) -> None:
     try:
         for found, state in pairs:
             written.append(found)
-            adapter.put_state(found.layer, state)
+            adapter.states.put_state(found.layer, state)
     except BaseException:
         for found in written:
-            adapter.put_state(found.layer, found.state)
+            adapter.states.put_state(found.layer, found.state)
         raise
 
 
 def _adapter_of(owner: str, layer: Any) -> Adapter:
     adapter = adapter_of(layer)
-    if adapter is None or not adapter.is_batch_norm(layer):
+    if adapter is None or not adapter.states.is_batch_norm(layer):
         raise TypeError(
             f"{owner}: layer must be a batch norm of torch, flax nnx or Keras; got "
             f"{type(layer).__name__}. find_layers(model) lists those of a model."

@@ -138,7 +138,7 @@ _FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "protocol of shared lists": (lambda p: p.write_bytes(nest_of_lists()), "protocol is not 1001"),
     "shared dicts, long keys": (pickled(lambda: shared(16, "k" * 20_000)), "more than 1024"),
     "shared dicts, short keys": (pickled(lambda: shared(16, "k" * 50)), "read 0"),
-    "shared dicts, deep": (pickled(lambda: shared(60, "k")), "without an end"),
+    "shared dicts, deep": (pickled(lambda: shared(60, "k")), "objects, more than weights need"),
     "many names, one prefix": (pickled(wide), "read 0 layers"),
     "keys of one hash": (lambda p: write_pt(p, same_hash()), "read 0 layers"),
     "tensors at the end of a packed storage": (late_tensors, "read 60 layers"),
@@ -254,8 +254,10 @@ def test_nothing_stays_in_the_folder_for_temporary_files(
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     WRITERS["orbax"](tmp_path / "x")
     read_checkpoint(tmp_path / "x")
-    with pytest.raises(CheckpointError):
-        read_checkpoint(tmp_path / "x", seconds=0.3)
+    lingers = "import tempfile, time; tempfile.mkdtemp(); time.sleep(60)"
+    monkeypatch.setattr(isolated, "_CHILD", lingers)
+    with pytest.raises(CheckpointError, match="takes longer than 1 s"):
+        read_checkpoint(tmp_path / "x", seconds=1)
     assert list(temporary.iterdir()) == []
 
 

@@ -96,7 +96,7 @@ def test_same_layer_in_two_collections_is_two_layers(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x", {n: torch.full((3,), float(i)) for i, n in enumerate(names)})
     assert means(tmp_path / "x") == {"bn": 0, "state/bn": 2}
     (note,) = read_checkpoint(tmp_path / "x").notes
-    assert note == "'bn' is in several collections with one role twice; each is read."
+    assert note == "'bn' is in several collections with one role twice; each is read as a layer."
 
 
 def test_collections_inside_a_state_are_joined(tmp_path: Path) -> None:
@@ -129,13 +129,13 @@ def incomplete(name: str) -> dict[str, torch.Tensor]:
 
 
 _UNREADABLE: list[tuple[Any, str]] = [
-    (incomplete("running_var"), r"'bn' is no batch norm .*: it lacks its mean or its variance"),
-    (incomplete("running_mean"), r"'bn' is no batch norm .*: it lacks its mean or its variance"),
+    (incomplete("running_var"), r"'bn' cannot be read .*: it lacks its mean or its variance"),
+    (incomplete("running_mean"), r"'bn' cannot be read .*: it lacks its mean or its variance"),
     (
         state_dict("bn", **{"bn.running_var": torch.ones(4)}),
-        r"'bn' is no batch norm .* mean \(3,\), var \(4,\)",
+        r"'bn' cannot be read .* mean \(3,\), var \(4,\)",
     ),
-    (state_dict("bn", **{"bn.running_var": torch.tensor(1.0)}), r"'bn' is no batch norm .* \(\)"),
+    (state_dict("bn", **{"bn.running_var": torch.tensor(1.0)}), r"'bn' cannot be read .* \(\)"),
     (
         state_dict("bn", **{"bn.running_var": torch.ones(3).to(torch.float8_e4m3fn)}),
         r"'bn.running_var' is a tensor of torch._utils._rebuild_tensor_v3",
@@ -175,7 +175,7 @@ def test_safetensors_of_a_type_that_is_not_read_has_a_line(tmp_path: Path) -> No
     found = read_checkpoint(tmp_path / "x")
     assert [layer.name for layer in found.layers] == ["other"]
     assert found.notes == [
-        "'bn' is no batch norm that can be read: 'bn.running_var' is of type F8_E4M3."
+        "'bn' cannot be read as a batch norm: 'bn.running_var' is of type F8_E4M3."
     ]
 
 

@@ -212,7 +212,11 @@ def test_model_without_batch_norms_is_an_empty_report() -> None:
         ({"model": 3}, TypeError, "model must be a torch.nn.Module"),
         ({"batches": []}, ValueError, "inspect: batches must yield at least one batch"),
         ({"batches": [(1, 2)]}, TypeError, "inspect: batches must yield arrays or mappings"),
-        ({"call": without_mask}, ValueError, "inspect: call and mask say what to do with batches"),
+        (
+            {"call": without_mask},
+            ValueError,
+            "inspect: call and mask are for batches; got no",
+        ),
         ({"model": "model.pt", "batches": [1]}, ValueError, "a checkpoint cannot run batches"),
     ],
 )

@@ -198,7 +198,7 @@ def test_name_map_moves_what_it_names(as_function: bool) -> None:
     done = transfer(torch_model(), target, names=names.get if as_function else names)
     assert done.pairs == [("bn2", "1")]
     assert target[0].running_mean.eq(0).all()
-    assert any(note.endswith("as names says: bn1") for note in done.notes)
+    assert any(note.endswith("since names leaves it out: bn1") for note in done.notes)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,9 @@ def test_nothing_is_written_unless_everything_fits() -> None:
 
 
 def test_failure_while_writing_puts_back_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    from batchnorm.tools.frameworks.torch.adapter import ADAPTER
+    from batchnorm.tools.frameworks.torch import states
 
-    put, calls = ADAPTER.put_state, []
+    put, calls = states.put_state, []
 
     def interrupted(layer: Any, state: Any) -> None:
         calls.append(layer)
@@ -260,7 +260,7 @@ def test_failure_while_writing_puts_back_what_was_written(monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         put(layer, state)
 
-    monkeypatch.setattr(ADAPTER, "put_state", interrupted)
+    monkeypatch.setattr(states, "put_state", interrupted)
     target = empty_torch()
     with pytest.raises(KeyboardInterrupt):
         transfer(torch_model(), target)
@@ -282,7 +282,7 @@ def test_trees_are_copied_and_their_sources_stay_usable() -> None:
     variables = empty_linen()
     done = transfer(torch_model(), variables)
     assert float(variables["batch_stats"]["bn1"]["mean"].max()) == 0.0
-    assert any("is to be set in the target's own module" in note for note in done.notes)
+    assert any("set it in the target's module" in note for note in done.notes)
 
     class Net(nn.Module):
         @nn.compact

@@ -15,7 +15,7 @@ __all__ = ["FoldReport", "Folding", "check_same"]
 
 @dataclass(frozen=True)
 class FoldReport:
-    """Which batch norms `fold` has removed, and how exact the new model is.
+    """The batch norms that `fold` has removed, and the exactness of the new model.
 
     Args:
         folded: batch norms that are gone, in the order of the forward pass.

@@ -1,4 +1,4 @@
-"""The questions that tools ask about models and their batch norms; each framework answers them."""
+"""The protocol between tools and frameworks: all questions about a model and its batch norms."""
 
 from __future__ import annotations
 
@@ -10,36 +10,23 @@ from typing import Any, Protocol
 from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
 from batchnorm.tools.state import BatchNormState
 
-__all__ = ["Adapter", "ArrayTree"]
+__all__ = ["Adapter", "ArrayTree", "States"]
 
 Pairs = Sequence[tuple[str, str]] | None
 
 
-class Adapter(Protocol):
-    """One framework: its models, and the batch norms in them.
+class States(Protocol):
+    """A framework's module that finds batch norms, and reads and writes their states."""
 
-    Attributes:
-        name: of the framework.
-        orders_layers: a model of it tells the order in which its layers run, so that `fold` needs
-            no `pairs`.
-    """
-
-    name: Framework
-    orders_layers: bool = True
-
-    @abstractmethod
     def owns(self, model: Any) -> bool:
         """True for a model or layer of this framework."""
 
-    @abstractmethod
     def is_batch_norm(self, layer: Any) -> bool:
         """True for a layer that `take_state` reads."""
 
-    @abstractmethod
     def find(self, model: Any) -> list[tuple[str, Any]]:
         """Names and batch norms of a model, each once, in the order of definition."""
 
-    @abstractmethod
     def take_state(self, layer: Any, name: str = "") -> BatchNormState:
         """The layer's state, copied.
 
@@ -47,7 +34,6 @@ class Adapter(Protocol):
             ValueError: the layer has no weights yet.
         """
 
-    @abstractmethod
     def put_state(self, layer: Any, state: BatchNormState) -> None:
         """Write a state into a layer, in place, after checking all of it.
 
@@ -55,8 +41,23 @@ class Adapter(Protocol):
             ValueError: it does not fit; the layer is unchanged.
         """
 
+
+class Adapter(Protocol):
+    """One framework: its models, and the batch norms in them.
+
+    Attributes:
+        name: of the framework.
+        states: what finds, reads and writes its batch norms.
+        orders_layers: a model of it tells the order in which its layers run, so that `fold` needs
+            no `pairs`.
+    """
+
+    name: Framework
+    states: States
+    orders_layers: bool = True
+
     def check_shared(self, pairs: Sequence[tuple[Any, BatchNormState]]) -> None:
-        """Raise if layers would get different values of what they have once together.
+        """Raise if layers would get different values of an option that they share.
 
         Args:
             pairs: layers, and the states that they are to have.
@@ -111,7 +112,7 @@ class Adapter(Protocol):
 
     @abstractmethod
     def fold(self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs) -> FoldedModel:
-        """A copy without the batch norms that linear maps beside them take in (S19).
+        """A copy whose batch norms are folded into the linear maps beside them (S19).
 
         Args:
             model: a model of this framework; unchanged.

@@ -19,7 +19,7 @@ class Affine(NamedTuple):
 
     @property
     def moves_zero(self) -> bool:
-        """Whether zeros that pad its output are not what it would make of padded zeros."""
+        """True if it maps 0 to something else, so that padding before it and behind it differ."""
         return bool(np.any(self.offset != 0.0))
 
 

@@ -21,7 +21,7 @@ def adapter_of(model: Any) -> Adapter | None:
     for name, module in _MODULES.items():
         if module in sys.modules:
             adapter = adapter_for(name)
-            if adapter.owns(model):
+            if adapter.states.owns(model):
                 return adapter
     return None
 

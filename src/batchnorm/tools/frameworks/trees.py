@@ -19,15 +19,15 @@ from batchnorm.tools.state import BatchNormState
 __all__ = ["Tree", "owns"]
 
 _PAIR = ("params", "state")
-# Haiku's averages count updates to take out the bias of their start. After so many none is left,
-# as is right for statistics that come from elsewhere.
+# Haiku's averages count updates to correct the bias of the first ones. After so many there is none,
+# as in statistics that come from elsewhere.
 _SETTLED = 1 << 30
 
 Path = tuple[Any, ...]
 
 
 def owns(model: Any) -> bool:
-    """Whether it is a nested map, or Haiku's pair of them."""
+    """True for a nested map, or Haiku's pair of them."""
     return isinstance(model, Mapping) or _is_pair(model)
 
 

@@ -1,4 +1,4 @@
-"""What the batch norms of a model or a file are, and what is wrong with them."""
+"""The inspection of the batch norms of a model or a file."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def inspect(
     would be if padding were counted.
 
     With batches, the batch norms run as in training, by the statistics of each batch, and all
-    else (dropout) as in evaluation; so the drift of a layer is its own and not that of the layers
-    before it. The model is unchanged afterwards.
+    else (dropout) as in evaluation. So the drift of a layer is its own: the layers before it add
+    nothing. The model is unchanged afterwards.
 
     Args:
         model: a `torch.nn.Module`, `flax.nnx.Module` or Keras model; or the path of a checkpoint.
@@ -53,11 +53,12 @@ def inspect(
             `call` anything. A few batches of training data do.
         call: function of the model that it is given and a batch, like
             `lambda model, batch: model(batch[0], mask=batch[1])`.
-        mask: function of a batch that returns its mask (S1), for layers that are not given one:
-            what they make of padding is what one wants to know. It does not reach the model.
-        thresholds: where a number becomes a finding; None for the defaults.
+        mask: function of a batch that returns its mask (S1). It is for layers that the model
+            calls without a mask, to tell which rows they count by mistake; the model does not
+            get it.
+        thresholds: limits beyond which a number becomes a finding; None for the defaults.
         progress: show a bar where rich is installed and standard error is a terminal.
-        limit, seconds: bytes and time that a checkpoint may take, as in `read_checkpoint`.
+        limit, seconds: bounds for reading a checkpoint, as in `read_checkpoint`.
 
     Returns:
         The findings for each layer; `print` it, or use `to_json`, `save_html`, or rich.
@@ -82,9 +83,7 @@ def inspect(
     source = type(model).__name__
     if batches is None:
         if call is not None or mask is not None:
-            raise ValueError(
-                f"{_OWNER}: call and mask say what to do with batches; got none of them."
-            )
+            raise ValueError(f"{_OWNER}: call and mask are for batches; got no batches.")
         return Report(source, tuple(_report(found.state, limits) for found in layers), limits)
     watch = Watch(mask)
     given = Batches(_OWNER, batches, call, "inspecting" if progress else None)

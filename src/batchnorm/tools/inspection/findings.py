@@ -13,13 +13,13 @@ LEVELS: tuple[Level, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with one layer, or worth knowing.
+    """One problem of one layer, or a note on it.
 
     Args:
-        code: which kind, a key of `EXPLANATIONS`.
+        code: the kind, a key of `EXPLANATIONS`.
         level: "error" (evaluation gives wrong results), "warning" (it may), "note".
-        message: what was found, in one sentence.
-        channels: the channels that it is about, in ascending order; empty if it is about all.
+        message: one sentence with the figures.
+        channels: the channels concerned, in ascending order; empty if all are.
     """
 
     code: str
@@ -29,7 +29,7 @@ class Finding:
 
 
 class Explanation(NamedTuple):
-    """What a kind of finding means, and what to do about it."""
+    """The meaning of a kind of finding, and the remedy."""
 
     title: str
     meaning: str
@@ -40,12 +40,13 @@ EXPLANATIONS = {
     "non-finite": Explanation(
         "Values that are not finite",
         "NaN or inf among the statistics or parameters reaches every output of that channel.",
-        "Recalibrate the statistics with finite data. They stay finite in training when a batch "
-        "that overflows is left out, as this library's layers do.",
+        "Recalibrate the statistics with finite data. This library's layers leave out a batch that "
+        "overflows, so that statistics stay finite in training.",
     ),
     "negative-variance": Explanation(
         "Negative variance",
-        "No data has one. A variance computed as E[x²] − E[x]² in float32 can turn out negative.",
+        "No data has a negative variance. Rounding can make it negative if it is computed as "
+        "E[x²] − E[x]² in float32.",
         "Recalibrate. Train with a layer that centres before it squares.",
     ),
     "never-trained": Explanation(
@@ -55,42 +56,43 @@ EXPLANATIONS = {
     ),
     "padding-counted": Explanation(
         "Padding in the statistics",
-        "The running statistics agree with the moments of all rows, not with those of real rows.",
+        "The running statistics agree with the moments of all rows, padding included, not with "
+        "those of the real rows.",
         "Pass the mask to the layer in training, then recalibrate with masks.",
     ),
     "drift": Explanation(
         "Evaluation differs from training",
         "The running statistics are not those of the batches.",
-        "Recalibrate on training data. If it comes back: small batches ask for renorm=True, a "
-        "momentum too slow for the length of training for a faster one.",
+        "Recalibrate on training data. If it comes back after training: with small batches use "
+        "renorm=True; if momentum is too slow for the length of training, use a faster one.",
     ),
     "non-finite-input": Explanation(
         "Batches that are not finite",
         "The layer was given NaN or inf at real rows.",
-        "Look at what comes before the layer.",
+        "Look for the cause in the layers before it.",
     ),
     "dead-channels": Explanation(
         "Dead channels",
-        "The channel hardly varies, so that eps, not the variance, decides its scale. Any change "
-        "of its input in evaluation is multiplied by up to |gamma|/sqrt(eps).",
-        "Prune them, or look for the cause: a dead activation, a weight decayed to 0, an input "
-        "that is constant.",
+        "The channel hardly varies: its variance is small against eps. Evaluation multiplies any "
+        "change of its input by up to |gamma|/sqrt(eps).",
+        "Prune these channels, or look for the cause: a dead activation, a weight decayed to 0, a "
+        "constant input.",
     ),
     "exploding-gain": Explanation(
         "Exploding gain",
-        "gamma/sqrt(var + eps) is so large that rounding of the input shows in the output.",
+        "gamma/sqrt(var + eps) is so large that rounding errors of the input show in the output.",
         "Evaluate in float32; look at gamma's learning rate and weight decay.",
     ),
     "large-offset": Explanation(
         "Mean far from 0",
-        "The mean is many deviations away. A layer that computes E[x²] − E[x]² in float32 loses "
-        "its variance's digits, half precision loses the values themselves.",
-        "Use a layer that centres twice, as this library's do; subtract a constant before.",
+        "The mean is many standard deviations away from 0. A layer that computes E[x²] − E[x]² in "
+        "float32 loses digits of the variance; half precision loses digits of the values.",
+        "Use a layer that centres twice, as this library's do, or subtract a constant before it.",
     ),
     "half-statistics": Explanation(
         "Statistics in half precision",
-        "A running average stops where its step rounds to nothing.",
-        "Keep the statistics in float32, as this library's layers do under any cast.",
+        "A running average stops moving once its steps round to nothing.",
+        "Keep the statistics in float32; this library's layers do, even when the model is cast.",
     ),
     "no-statistics": Explanation(
         "No running statistics",
@@ -114,7 +116,7 @@ EXPLANATIONS = {
     ),
     "padding": Explanation(
         "Padded batches",
-        "What the statistics would be if the padded rows were counted.",
+        "The statistics that counting the padded rows would give.",
         "Nothing: the mask keeps them out.",
     ),
 }

@@ -21,7 +21,7 @@ _HALF_BITS = {"float16": 11, "bfloat16": 8}
 
 
 class _Case(NamedTuple):
-    """What the checks look at."""
+    """The facts that the checks look at."""
 
     state: BatchNormState
     quantities: Quantities
@@ -35,13 +35,13 @@ def judge(
     observed: Observed | None = None,
     limits: Thresholds | None = None,
 ) -> tuple[Finding, ...]:
-    """What is wrong with a layer, the worst first.
+    """The findings on a layer, the worst first.
 
     Args:
         state: the layer's.
         quantities: of that state and `observed`, from `quantities.derive`.
-        observed: what the layer was given, or None if nothing was run.
-        limits: where a number becomes a finding; None is the defaults.
+        observed: the layer's inputs, summed up; None if nothing was run.
+        limits: limits beyond which a number becomes a finding; None for the defaults.
     """
     case = _Case(state, quantities, observed, limits or Thresholds())
     found = [finding for check in _CHECKS for finding in check(case)]
@@ -195,7 +195,7 @@ _CHECKS: tuple[Callable[[_Case], Iterator[Finding]], ...] = (
 
 
 def _is_untouched(state: BatchNormState) -> bool:
-    """Whether the statistics are those that a new layer has."""
+    """True if the statistics are those of a new layer."""
     if state.mean is None or state.var is None or not state.mean.size:
         return False
     return bool(np.all(state.mean == 0) and np.all(state.var == 1))

@@ -1,4 +1,4 @@
-"""What a batch normalization's arrays say, channel by channel, in float64."""
+"""Figures of a batch normalization, channel by channel, in float64."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What one layer was given while batches ran through the model.
+    """The inputs of one layer while batches ran through the model, summed up.
 
     Args:
         real: moments of the real rows, each field of shape (C,), merged over the batches (S14).
         everything: the same with padded rows counted; None where no mask was seen.
         rows: real rows, in the channel that has most.
-        padded_rows: the others; 0 without a mask.
-        calls: how many times the layer ran.
-        skipped: calls that were left out of a channel's moments, because they were not finite.
+        padded_rows: the other rows; 0 without a mask.
+        calls: number of calls of the layer.
+        skipped: number of calls that a channel's moments leave out, because they were not finite.
     """
 
     real: Moments
@@ -48,12 +48,12 @@ class Observed:
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """How far evaluation, by the running statistics, moves x̂ from where training puts it.
+    """The distance between the normalized values of evaluation and those of training.
 
     With m, v the running statistics and μ, σ² those observed, over the observed rows,
     `x̂_evaluation − x̂_training` has mean `shift = (μ − m) / sqrt(v + eps)`, and its root mean
-    square is `distance`, in standard deviations. `ratio = sqrt((σ² + eps) / (v + eps))` is what
-    evaluation multiplies the deviation with.
+    square is `distance`, in standard deviations. Evaluation multiplies the standard deviation by
+    `ratio = sqrt((σ² + eps) / (v + eps))`.
 
     Args:
         shift, ratio, distance: shape (C,); NaN where no row was observed, or the running variance
@@ -67,16 +67,16 @@ class Drift:
 
 @dataclass(frozen=True, eq=False)
 class Quantities:
-    """What the arrays of one layer mean; every field has shape (C,), or is None.
+    """Figures derived from the arrays of one layer; each has shape (C,), or is None.
 
     Args:
         std: running standard deviation; NaN where the variance is negative.
-        signal: `sqrt(var / (var + eps))`, the deviation that the channel has left after
-            normalization, 1 for a living one.
+        signal: `sqrt(var / (var + eps))`, the standard deviation after normalization; about 1
+            unless the channel is dead.
         offset: `|mean| / sqrt(var + eps)`.
-        gain: `|gamma| / sqrt(var + eps)`, what evaluation multiplies a difference in x with.
-        drift: against the real rows observed.
-        drift_padded: against all rows, padded ones counted.
+        gain: `|gamma| / sqrt(var + eps)`, the factor of evaluation for a difference in x.
+        drift: distance from the statistics of the real rows observed.
+        drift_padded: distance from those of all rows, padding included.
     """
 
     std: Vector | None = None
@@ -93,14 +93,14 @@ def derive(state: BatchNormState, eps: float, observed: Observed | None = None) 
     Args:
         state: the layer's; without running statistics there are none.
         eps: used where the state does not know its own.
-        observed: what the layer was given, or None.
+        observed: the layer's inputs, summed up, or None.
     """
     if state.mean is None or state.var is None:
         return Quantities()
     eps = eps if state.eps is None else state.eps
     mean, var = _vector(state.mean), _vector(state.var)
     gamma = None if state.gamma is None else _vector(state.gamma)
-    with np.errstate(all="ignore"):  # negative and non-finite variances are what is looked for
+    with np.errstate(all="ignore"):  # negative and non-finite variances are findings, not errors
         rstd = 1.0 / np.sqrt(var + eps)
         gain, _ = inference_affine(mean, var, gamma, None, eps=eps, xp=cast(Any, np))
         return Quantities(
@@ -130,7 +130,7 @@ def _drift(mean: Vector, var: Vector, seen: Moments, eps: float) -> Drift:
         rstd = 1.0 / np.sqrt(var + eps)
         shift = (seen_mean - mean) * rstd
         ratio = np.where(seen.count > 0, np.sqrt(seen_var + eps) * rstd, np.nan)
-        # Of x̂ in training the deviation is sqrt(σ² / (σ² + eps)), a little below 1.
+        # In training, the standard deviation of x̂ is sqrt(σ² / (σ² + eps)), a little below 1.
         power = np.where(seen_var == 0, 0.0, seen_var / (seen_var + eps))
         distance = np.sqrt(shift**2 + power * (ratio - 1.0) ** 2)
     return Drift(shift, ratio, distance)

@@ -20,13 +20,13 @@ __all__ = ["Findings", "LayerReport"]
 
 @dataclass(frozen=True, eq=False)
 class LayerReport:
-    """One layer, and what is to be said about it.
+    """One layer with its findings.
 
     Args:
         state: its arrays and settings.
-        quantities: what they mean, per channel.
-        findings: what is wrong with it, the worst first; empty if nothing is.
-        observed: what it was given, or None if nothing was run.
+        quantities: figures derived from them, per channel.
+        findings: problems and notes, the worst first.
+        observed: its inputs, summed up; None if nothing was run.
     """
 
     state: BatchNormState
@@ -41,7 +41,7 @@ class LayerReport:
 
     @property
     def level(self) -> str:
-        """Of the worst finding that counts: "error", "warning" or "ok"."""
+        """The worst level among the findings: "error" or "warning", else "ok"."""
         levels = {finding.level for finding in self.findings}
         return "error" if "error" in levels else "warning" if "warning" in levels else "ok"
 
@@ -49,7 +49,7 @@ class LayerReport:
         """Plain types only; numbers that are not finite become None.
 
         Args:
-            per_channel: whether every channel's numbers are included, not only their range.
+            per_channel: include every channel's numbers, not only their range.
         """
         state = self.state
         found: dict[str, Any] = {
@@ -77,7 +77,7 @@ class LayerReport:
         return found
 
     def arrays(self) -> Iterator[tuple[str, Any]]:
-        """Everything known for each channel, by name."""
+        """All arrays with one number for each channel, by name."""
         for name in ("mean", "var", "gamma", "beta"):
             if getattr(self.state, name) is not None:
                 yield name, getattr(self.state, name)
@@ -100,15 +100,7 @@ class LayerReport:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """The layers of a model or file with what was found in them.
-
-    Args:
-        source: what was inspected: a model's type, or a file's path.
-        layers: in the model's order.
-        limits: where a number became a finding.
-        batches: how many were run; 0 if none.
-        notes: what else there is to say of a file, like arrays that look like a layer but are none.
-    """
+    """The fields of `Report`, which documents them, and the questions that its views ask."""
 
     source: str
     layers: tuple[LayerReport, ...]
@@ -123,17 +115,17 @@ class Findings:
 
     @property
     def warnings(self) -> tuple[LayerReport, ...]:
-        """Layers with which it may."""
+        """Layers with which evaluation may give wrong results."""
         return tuple(layer for layer in self.layers if layer.level == "warning")
 
     @property
     def ok(self) -> bool:
-        """Whether no layer has an error."""
+        """True if no layer has an error."""
         return not self.errors
 
     @property
     def channels(self) -> int:
-        """Of all layers together."""
+        """Number of channels of all layers together."""
         return sum(layer.state.channels for layer in self.layers)
 
     def by_code(self) -> dict[str, list[tuple[LayerReport, Finding]]]:
@@ -151,7 +143,7 @@ class Findings:
         """Plain types only; numbers that are not finite become None.
 
         Args:
-            per_channel: whether every channel's numbers are included, not only their range.
+            per_channel: include every channel's numbers, not only their range.
         """
         return {
             "source": self.source,

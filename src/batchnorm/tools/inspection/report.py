@@ -21,11 +21,11 @@ class Report(Findings):
     """The report that `batchnorm.tools.inspect` returns: a summary in print, a table in rich.
 
     Args:
-        source: what was inspected: a model's type, or a file's path.
+        source: the model's type, or the file's path.
         layers: in the model's order.
-        limits: where a number became a finding.
-        batches: how many were run; 0 if none.
-        notes: what else there is to say of a file, like arrays that look like a layer but are none.
+        limits: the thresholds that were applied.
+        batches: number of batches that were run.
+        notes: other remarks on a file, such as arrays that look like a layer but are none.
     """
 
     def to_json(self, *, per_channel: bool = False) -> str:
@@ -37,7 +37,7 @@ class Report(Findings):
         return json.dumps(self.to_dict(per_channel=per_channel), indent=2, allow_nan=False)
 
     def to_html(self) -> str:
-        """A page that needs nothing beside itself: no script, no request."""
+        """The report as an HTML page without scripts, which loads nothing."""
         return make_page(self)
 
     def save_html(self, path: str | Path) -> None:

@@ -23,7 +23,7 @@ _SHOWN = 8  # layers of a kind of finding
 
 
 def make_table(report: Findings) -> RenderableType:
-    """One line a layer, then each kind of finding with what to do about it, then the verdict.
+    """One line a layer, then each kind of finding with its remedy, then the verdict.
 
     Args:
         report: what `batchnorm.tools.inspect` returned.

@@ -10,25 +10,25 @@ __all__ = ["Thresholds"]
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a number becomes a finding.
+    """The limits beyond which a number becomes a finding.
 
     Args:
-        dead: a channel is dead if the standard deviation that it has left after normalization,
-            `sqrt(var / (var + eps))`, is at most this. A living channel has 1; at 0.01 the variance
-            is a ten-thousandth of eps, and the channel carries a hundredth of what gamma gives it.
-            So is a channel whose variance is no more than the rounding of a constant of its mean
-            to float32, `(2^-23·mean)²`.
-        gain: `|gamma| / sqrt(var + eps)` explodes beyond this. A value of size 1 rounds to
-            float16 by up to 2^-11; at 1000 the output moves by half a unit for that alone.
-        offset: `|mean| / sqrt(var + eps)` is large beyond this. The variance as
+        dead: a channel is dead if its standard deviation after normalization,
+            `sqrt(var / (var + eps))`, is at most this. A normal channel has 1. At 0.01 the variance
+            is a ten-thousandth of eps, and the output varies by a hundredth of gamma. A channel is
+            dead, too, if its variance is no larger than the rounding of its mean to float32
+            explains, `(2^-23·mean)²`.
+        gain: limit of `|gamma| / sqrt(var + eps)`. Rounding to float16 moves a value of size 1 by
+            up to 2^-11; a gain of 1000 makes half a unit of output from that alone.
+        offset: limit of `|mean| / sqrt(var + eps)`. A variance computed as
             `E[x²] − E[x]²` in float32 is off by about `offset²·2^-24`, 1 % at 410.
-        drift_warning: evaluation moves a channel's normalized values by more than this, in
-            standard deviations (`quantities.Drift`); by less after an ordinary training with an
-            ordinary momentum.
-        drift_error: the same, by as much as the values themselves vary.
-        sampling: standard errors that are put down to the few rows observed. n independent rows
-            of a normal distribution make `sqrt(1.5 / n)` of drift.
-        eps: taken where the source does not say its own, as in most checkpoints.
+        drift_warning: largest distance by which evaluation may move a channel's normalized values
+            without a warning, in standard deviations (`quantities.Drift`). Ordinary training with
+            an ordinary momentum stays below it.
+        drift_error: the same distance for an error; at 1, values move by as much as they vary.
+        sampling: number of standard errors by which few observed rows may raise both limits. The
+            standard error of n independent rows of a normal distribution is `sqrt(1.5 / n)`.
+        eps: for layers whose source does not say theirs, as most checkpoints.
     """
 
     dead: float = 0.01

@@ -1,4 +1,4 @@
-"""Exact population statistics in place of the moving averages that training left."""
+"""Exact population statistics in place of the moving averages from training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def recalibrate(
     Args:
         model: a `torch.nn.Module`, `flax.nnx.Module` or Keras model; it changes in place.
         batches: arrays, or mappings of keyword arguments (Keras: a mapping is one input); with
-            `call` anything. Larger batches come nearer to what training saw.
+            `call` anything. Use batches at least as large as in training.
         call: function of the model that it is given and a batch, like
             `lambda model, batch: model(batch[0], mask=batch[1])`.
         synchronized: count the batches of all ranks of torch.distributed. All ranks call this,
@@ -54,8 +54,9 @@ def recalibrate(
         progress: show a bar where rich is installed and standard error is a terminal.
 
     Returns:
-        Which layers changed, and which kept their statistics and why: frozen, without running
-        statistics, or never used. A channel without a finite row keeps its old values.
+        The layers that changed, and those that kept their statistics with the reason: frozen,
+        without running statistics, or never used. A channel without a finite row keeps its old
+        values.
 
     Raises:
         TypeError: not a model, or batches that need `call`.
@@ -63,10 +64,10 @@ def recalibrate(
             without torch; a Keras model that runs its layers in a graph.
         SynchronizationError: another rank failed; no rank's model has changed.
 
-    Source: S2, S9, S10, S14; Wu and Johnson 2021 (arXiv 2105.07576), section 3.2. Stored are the
-    biased or the unbiased variance as each layer does (S10), renormalization's statistics as they
-    would start from these (S11), and torch's `num_batches_tracked` becomes the number of calls,
-    so that a cumulative average goes on from there; momentum stays.
+    Source: S2, S9, S10, S14; Wu and Johnson 2021 (arXiv 2105.07576), section 3.2. Each layer gets
+    its own kind of variance, biased or unbiased (S10). Renormalization's statistics are derived
+    from the new ones (S11). torch's `num_batches_tracked` becomes the number of calls, so that a
+    cumulative average goes on from there; momentum stays.
     """
     layers = find_layers(model)
     if not layers:
@@ -187,7 +188,7 @@ def _write(found: Sequence[tuple[FoundLayer, tuple[int, int, Moments]]]) -> tupl
 
 
 def _with_moments(state: BatchNormState, moments: Moments, uses: int) -> BatchNormState:
-    """The state with these statistics, where they rest on a row (S6), in its own terms (S10)."""
+    """The state with new statistics in channels with a row (S6), of its kind of variance (S10)."""
     assert state.mean is not None
     assert state.var is not None
     count = moments.count

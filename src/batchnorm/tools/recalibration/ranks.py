@@ -29,14 +29,14 @@ def merge_over_ranks(
     tallies: Sequence[tuple[int, int, Moments]],
     device: torch.device,
 ) -> list[tuple[int, int, Moments]]:
-    """What all ranks have seen, the same on each of them.
+    """The uses, skipped uses and moments of all ranks together, the same on each of them.
 
     Args:
         owner: of error messages.
         peers: the ranks.
         names: of the layers, alike on all ranks.
         tallies: uses, skipped uses and moments of each layer on this rank.
-        device: one that the ranks can send from.
+        device: a device that the ranks can send from.
 
     Raises:
         SynchronizationError: a rank has failed, or has other layers.
@@ -87,7 +87,7 @@ def _pack(uses: int, skipped: int, moments: Moments) -> Any:
 
 
 def device_of(layer: Any) -> torch.device:
-    """Where a layer's statistics are, and what its ranks can send from."""
+    """The device of a layer's statistics, from which its ranks can send."""
     statistic = getattr(layer, "running_mean", None)
     if statistic is None:  # a Keras layer
         statistic = layer.moving_mean.value

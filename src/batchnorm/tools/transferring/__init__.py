@@ -1,29 +1,25 @@
-"""Carrying batch norms from one model, library or file into another."""
+"""The transfer of batch norms from one model, library or file into another."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from batchnorm.tools.checkpoints import DEFAULT_LIMIT, DEFAULT_SECONDS
 from batchnorm.tools.conventions import Count, convert_variance, count_of
 from batchnorm.tools.fitting import check_number, fit
 from batchnorm.tools.state import BatchNormState
 from batchnorm.tools.transferring.matching import Names, match
-from batchnorm.tools.transferring.remarks import Remarks, remark, remark_rest
+from batchnorm.tools.transferring.remarks import Remarks, remark, remark_rest, remark_rounding
 from batchnorm.tools.transferring.sides import open_side, read_source
 from batchnorm.tools.transferring.stacking import unstack
 
 __all__ = ["Transferred", "transfer"]
 
-_ARRAYS = ("mean", "var", "gamma", "beta")
-
 
 @dataclass(frozen=True, eq=False)
 class Transferred:
-    """What `transfer` did.
+    """The result of `transfer`.
 
     Args:
         target: the target that was given, if it is a model, which has been changed in place; a
@@ -31,8 +27,8 @@ class Transferred:
         states: the states of the layers that were written, as they are now; without a target
             the source's states.
         pairs: names of source and target for each of them.
-        notes: what is not exact, or was not carried over, and for which layers; and what looks
-            like a layer in a file or a tree of arrays, but is none.
+        notes: values that are not exact or were not carried over, with the layers concerned; and
+            arrays of a file or a tree that look like a layer, but are none.
     """
 
     target: Any
@@ -52,7 +48,7 @@ def transfer(
     limit: int = DEFAULT_LIMIT,
     seconds: float = DEFAULT_SECONDS,
 ) -> Transferred:
-    """Write the batch norms of one model into another, whatever library each is of.
+    """Write the batch norms of one model into another, of the same library or another one.
 
     Momentum, epsilon and the kind of variance are converted (S9, S10). Nothing is changed unless
     everything fits.
@@ -63,23 +59,22 @@ def transfer(
             `Checkpoint`; or `BatchNormState`s.
         target: a model or layer, which is written in place; or linen's variables, Haiku's or
             Equinox's pair, of which the result holds a new one. None only reads the source.
-        names: which source layer goes where: a map of names or a function of the source's
-            name; only these are moved. Without it all layers are, by equal names (but for case
-            and separators), else by order, if both sides have the same channels in the same
-            order.
+        names: target name for each source name, as a map or a function; only these layers are
+            moved. Without it all layers are, by equal names (but for case and separators), else
+            by order, if both sides have the same channels in the same order.
         count: values per channel in a training batch, N·H·W for images: torch stores the
             unbiased variance, the others the biased one, and their ratio depends on it. An int,
             or a map by the source's names or a function of the state where layers differ.
-            Without it the variance is carried as it is, and a note says so.
-        eps: where the source does not know it, as in most checkpoints.
-        decay: weight of the old value in the running statistics, likewise.
-        limit, seconds: bytes and time that a checkpoint may take, as in `read_checkpoint`.
+            Without it the variance is copied unchanged, and a note says so.
+        eps: for layers whose source does not say it, as in most checkpoints.
+        decay: weight of the old value in the running statistics, for such layers.
+        limit, seconds: bounds for reading a checkpoint, as in `read_checkpoint`.
 
     Returns:
-        What was done; read its `notes`.
+        The target and its new states; read the `notes`.
 
     Raises:
-        TypeError: source or target is nothing that holds batch norms.
+        TypeError: source or target is of a type that holds no batch norms.
         ValueError: layers do not match, or a state does not fit its layer: other channels, or no
             place for a gamma that matters. The target is unchanged.
         CheckpointError: the checkpoint cannot be read.
@@ -114,10 +109,7 @@ def transfer(
         changes[wanted.name] = moved
     result = side.write(changes)
     written = {state.name: state for state in open_side(result).states}
-    for _, j in pairs:
-        moved, now = changes[side.states[j].name], written[side.states[j].name]
-        if any(_differs(getattr(moved, name), getattr(now, name)) for name in _ARRAYS):
-            remarks.add("values were rounded to the target's type", now.name)
+    remark_rounding(remarks, changes, written)
     remark_rest(remarks, sources, side.states, pairs)
     return Transferred(
         result,
@@ -133,9 +125,3 @@ def _complete(state: BatchNormState, eps: float | None, decay: float | None) -> 
     if state.decay is None and not state.cumulative and decay is not None:
         state = replace(state, decay=decay)
     return state
-
-
-def _differs(wanted: Any, found: Any) -> bool:
-    if wanted is None or found is None:
-        return False
-    return not np.array_equal(wanted, found, equal_nan=True)

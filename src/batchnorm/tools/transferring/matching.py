@@ -1,4 +1,4 @@
-"""Which layer of one model belongs to which of another."""
+"""The matching of the layers of one model with those of another."""
 
 from __future__ import annotations
 

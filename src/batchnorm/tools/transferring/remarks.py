@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from batchnorm.tools.state import BatchNormState
 from batchnorm.tools.text import list_names
 from batchnorm.tools.transferring.sides import Side
 
-__all__ = ["Remarks", "remark", "remark_rest"]
+__all__ = ["Remarks", "remark", "remark_rest", "remark_rounding"]
+
+_ARRAYS = ("mean", "var", "gamma", "beta")
 
 
 class Remarks:
@@ -18,7 +23,7 @@ class Remarks:
         self._names: dict[str, list[str]] = {}
 
     def add(self, what: str, name: str) -> None:
-        """Note it for the layer of that name."""
+        """Add a remark on the layer of that name."""
         self._names.setdefault(what, []).append(name or "the layer")
 
     def lines(self) -> list[str]:
@@ -27,14 +32,14 @@ class Remarks:
 
 
 def remark(remarks: Remarks, state: BatchNormState, wanted: BatchNormState, side: Side) -> None:
-    """Add what does not reach a layer as its state means it."""
+    """Add remarks on what a layer does not get exactly as its state has it."""
     name = wanted.name
     if state.var is not None and state.variance != wanted.variance:
         if state.variance is None:
-            what = "the source does not say which variance it holds; it was carried as it is"
+            what = "the source does not say which kind of variance it has; it was copied unchanged"
         else:
             what = (
-                f"the {state.variance} variance was carried as it is, where the target keeps the "
+                f"the {state.variance} variance was copied unchanged, but the target keeps the "
                 f"{wanted.variance} one; count= converts it"
             )
         remarks.add(what, name)
@@ -44,7 +49,7 @@ def remark(remarks: Remarks, state: BatchNormState, wanted: BatchNormState, side
             kept = getattr(wanted, option)
             remarks.add(f"the source does not say {option}; the target keeps {kept}", name)
         elif value is not None and not side.has_options and getattr(wanted, option) is None:
-            remarks.add(f"{option}={value:g} is to be set in the target's own module", name)
+            remarks.add(f"{option}={value:g} was not written; set it in the target's module", name)
     if state.cumulative and not side.can_average:
         remarks.add("the source averages all batches (momentum=None); the target cannot", name)
     if state.renorm is not None and wanted.renorm is None:
@@ -63,7 +68,24 @@ def remark_rest(
     moved, reached = {i for i, _ in pairs}, {j for _, j in pairs}
     for i, state in enumerate(sources):
         if i not in moved:
-            remarks.add("not moved, as names says", state.name)
+            remarks.add("not moved, since names leaves it out", state.name)
     for j, state in enumerate(targets):
         if j not in reached:
-            remarks.add("unchanged in the target, as names says", state.name)
+            remarks.add("unchanged in the target, since names leaves it out", state.name)
+
+
+def remark_rounding(
+    remarks: Remarks,
+    wanted: Mapping[str, BatchNormState],
+    written: Mapping[str, BatchNormState],
+) -> None:
+    """Add the layers whose values differ from those that were to be written."""
+    for name, state in wanted.items():
+        if any(_differs(getattr(state, a), getattr(written[name], a)) for a in _ARRAYS):
+            remarks.add("values were rounded to the target's type", name)
+
+
+def _differs(wanted: Any, found: Any) -> bool:
+    if wanted is None or found is None:
+        return False
+    return not np.array_equal(wanted, found, equal_nan=True)

@@ -1,4 +1,4 @@
-"""States of stacked layers, as files and trees hold them, taken apart."""
+"""Splitting the states of stacked layers, which files and trees hold in one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SLICE = re.compile(r"(.*)\[([\d,]+)\]", re.DOTALL)  # as find_layers names them
 def unstack(
     sources: Sequence[BatchNormState], targets: Sequence[BatchNormState]
 ) -> list[BatchNormState]:
-    """The sources, of which those that are several layers of the target are given one by one.
+    """The sources; one that holds several layers of the target is split into them.
 
     Args:
         sources: a file's states, where stacked layers are one with arrays of shape (n, C).

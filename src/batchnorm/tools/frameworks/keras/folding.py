@@ -120,11 +120,11 @@ class _Folder:
 
 
 class _Removed(keras.layers.Layer):
-    """Stands for a folded batch norm while a model is copied; never called."""
+    """A placeholder for a folded batch norm while a model is copied; never called."""
 
 
 class _Graph:
-    """The graph of one model, and what of it folds."""
+    """The graph of one model, and the batch norms folded in it."""
 
     def __init__(self, model: Any) -> None:
         function = keras.Model(model.inputs, model.outputs)
@@ -137,7 +137,7 @@ class _Graph:
         self._names = {id(tensor): "the model's input" for tensor in function.inputs}
 
     def fold(self, node: Any) -> tuple[Any, str]:
-        """The layer that has taken a batch norm, or None and why none did."""
+        """The layer that a batch norm was folded into, or None with the reasons against it."""
         norm = node.operation
         refusal = self._refuse_norm(norm)
         if refusal is not None:
@@ -165,7 +165,7 @@ class _Graph:
         return None
 
     def _before(self, node: Any) -> tuple[Any, str]:
-        """The linear map that a batch norm can be folded into, or None and why there is none."""
+        """The linear map before a batch norm that can take it, or None with the reason."""
         tensor = _first_input(node)
         while True:
             if id(tensor) in self._names:
@@ -210,7 +210,7 @@ class _Graph:
         return maps.refuse_map(layer)
 
     def _passes(self, layer: Any) -> bool:
-        """Whether a layer hands its input on."""
+        """True for a layer that returns its input."""
         return maps.does_nothing(layer) or layer in self.removed
 
     def _readers(self, tensor: Any) -> list[Any]:
@@ -231,7 +231,7 @@ class _Graph:
 
 
 def _has_graph(model: Any) -> bool:
-    """Whether it is a functional or sequential model, a subclass with a call of its own aside."""
+    """True for a functional or sequential model without a `call` of its own."""
     if isinstance(model, keras.Sequential):
         return type(model).call is keras.Sequential.call and model.built
     return isinstance(model, Functional) and type(model).call is Functional.call
@@ -250,7 +250,7 @@ def _copy_weights(old: Any, new: Any, folded: dict[Any, list[Any]]) -> None:
         return
     new.set_weights(folded.get(old) or old.get_weights())
     for layer in new._flatten_layers():
-        if hasattr(layer, "finalize_state"):  # what Normalization derives from its weights
+        if hasattr(layer, "finalize_state"):  # Normalization derives values from its weights
             layer.finalize_state()
 
 

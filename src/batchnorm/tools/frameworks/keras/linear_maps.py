@@ -12,11 +12,11 @@ from batchnorm.tools.frameworks.affine import Affine, into_next, into_previous
 
 
 class LinearMap(NamedTuple):
-    """Where a kind of linear map keeps its channels.
+    """The axes of a kind of linear map that hold channels.
 
     Attributes:
         output: axes of the (last) kernel that hold output channels.
-        next: whether it takes a batch norm in front of it.
+        next: a batch norm in front of it can be folded into it.
     """
 
     output: tuple[int, ...]
@@ -42,17 +42,17 @@ _DO_NOTHING = (
 
 
 def is_map(layer: Any) -> bool:
-    """Whether it is a linear map that can swallow a batch norm."""
+    """True for a linear map that a batch norm can be folded into."""
     return type(layer) in _MAPS
 
 
 def does_nothing(layer: Any) -> bool:
-    """Whether its output is its input in inference."""
+    """True for a layer that returns its input in inference."""
     return type(layer) in _DO_NOTHING
 
 
 def refuse_map(layer: Any) -> str | None:
-    """Why a layer is more than a linear map, or None."""
+    """The reason why a layer is more than a linear map, or None."""
     if getattr(layer, "quantization_mode", None) is not None:
         return "it is quantized"
     if getattr(layer, "lora_enabled", False):
@@ -61,7 +61,7 @@ def refuse_map(layer: Any) -> str | None:
 
 
 def refuse_activation(layer: Any) -> str | None:
-    """Why nothing behind a layer can be folded into it, or None."""
+    """The reason against folding anything behind a layer into it, or None."""
     activation = getattr(layer, "activation", None)
     if activation in (None, keras.activations.linear):
         return None
@@ -69,7 +69,7 @@ def refuse_activation(layer: Any) -> str | None:
 
 
 def refuse_next(layer: Any, affine: Affine) -> str | None:
-    """Why a batch norm in front of a layer cannot be folded into it, or None."""
+    """The reason against folding a batch norm into the layer behind it, or None."""
     if not _MAPS[type(layer)].next or getattr(layer, "groups", 1) != 1:
         return "which only takes batch norms behind it"
     padding = getattr(layer, "padding", "valid")

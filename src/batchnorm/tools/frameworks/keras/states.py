@@ -18,12 +18,12 @@ _RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 
 
 def owns(model: Any) -> bool:
-    """Whether it is a Keras layer or model."""
+    """True for a Keras layer or model."""
     return isinstance(model, keras.layers.Layer)
 
 
 def is_batch_norm(layer: Any) -> bool:
-    """Whether `take_state` reads it."""
+    """True for a layer that `take_state` reads."""
     return isinstance(layer, keras.layers.BatchNormalization)
 
 
@@ -96,7 +96,7 @@ def put_state(layer: Any, state: BatchNormState) -> None:
 
 
 def _put_options(layer: Any, state: BatchNormState) -> None:
-    """Functions that Keras has compiled keep the old numbers until the model is compiled again."""
+    """Set eps and momentum; a compiled model uses the old ones until it is compiled again."""
     if state.eps is not None:
         layer.epsilon = state.eps
     if state.decay is not None:

@@ -21,7 +21,7 @@ from batchnorm.tools.measure import measure
 
 @contextmanager
 def watch(layers: Sequence[FoundLayer], see: Callable[[Observation], None]) -> Iterator[None]:
-    """As `observe`."""
+    """As `Adapter.watch`."""
 
     def watched(found: FoundLayer) -> Callable[[Any], None]:
         return lambda given: see(_observation(found, given))
@@ -44,7 +44,7 @@ def intercept(layer: Any, before: Callable[[dict[str, Any]], None]) -> Iterator[
         before(given.arguments)
         return original(*given.args, **given.kwargs)
 
-    # Past Keras's own attributes, which would track the function and complain of a built layer.
+    # Not by setattr: Keras would track the function, and refuse to change a built layer.
     own = layer.__dict__.get("call")
     layer.__dict__["call"] = call
     try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from batchnorm.tools.frameworks.adapter import Adapter, Pairs
+from batchnorm.tools.frameworks.adapter import Adapter, Pairs, States
 from batchnorm.tools.frameworks.nnx import rehearsing, stacked, states
 from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
 from batchnorm.tools.state import BatchNormState
@@ -16,22 +16,8 @@ __all__ = ["ADAPTER"]
 
 class _Nnx(Adapter):
     name: Framework = "nnx"
+    states: States = states
     orders_layers = False
-
-    def owns(self, model: Any) -> bool:
-        return states.owns(model)
-
-    def is_batch_norm(self, layer: Any) -> bool:
-        return states.is_batch_norm(layer)
-
-    def find(self, model: Any) -> list[tuple[str, Any]]:
-        return states.find(model)
-
-    def take_state(self, layer: Any, name: str = "") -> BatchNormState:
-        return states.take_state(layer, name)
-
-    def put_state(self, layer: Any, state: BatchNormState) -> None:
-        states.put_state(layer, state)
 
     def check_shared(self, pairs: Sequence[tuple[Any, BatchNormState]]) -> None:
         stacked.check_shared(pairs)

@@ -21,10 +21,10 @@ _SIZES = (32, 8)
 
 
 class Passed(nnx.Module):
-    """Stands where a batch norm was; takes its arguments and returns x."""
+    """The module in the place of a folded batch norm: takes its arguments, returns x."""
 
     def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
-        """x."""
+        """Return x."""
         return x
 
 
@@ -160,7 +160,7 @@ def _make_example(model: nnx.Module) -> Any:
             batch = jax.random.normal(jax.random.key(0), shape, module.kernel[...].dtype)
             try:
                 _run(model, batch)
-            except Exception as error:  # of whatever kind a wrong shape leads to
+            except Exception as error:  # a wrong shape may raise anything
                 failure = error
             else:
                 return batch

@@ -20,7 +20,7 @@ _NORMS = (nnx.BatchNorm, BatchNorm)
 
 
 def is_map(module: Any) -> bool:
-    """Whether it is a linear map that can swallow a batch norm."""
+    """True for a linear map that a batch norm can be folded into."""
     return type(module) in _MAPS
 
 
@@ -33,7 +33,7 @@ def fold_pair(first: Any, second: Any) -> str | None:
     """Fold a linear map and a batch norm that run one after the other, in place.
 
     Returns:
-        None, or why not; nothing has changed then.
+        None, or the reason against it; nothing has changed then.
     """
     behind = is_map(first)
     linear, norm = (first, second) if behind else (second, first)
@@ -63,7 +63,7 @@ def fold_pair(first: Any, second: Any) -> str | None:
 
 
 def _refuse_next(linear: Any, affine: Affine) -> str | None:
-    """Why a batch norm in front of a linear map cannot be folded into it, or None."""
+    """The reason against folding a batch norm into the linear map behind it, or None."""
     if isinstance(linear, nnx.Linear):
         return None
     if isinstance(linear, nnx.ConvTranspose):
@@ -76,7 +76,7 @@ def _refuse_next(linear: Any, affine: Affine) -> str | None:
 
 
 def _pads_nothing(conv: nnx.Conv) -> bool:
-    """Whether only values of the input, and no zeros, reach the output."""
+    """True if the convolution pads with no zeros."""
     padding = conv.padding
     if isinstance(padding, str):
         copies = padding.upper() in ("VALID", "CIRCULAR", "REFLECT")

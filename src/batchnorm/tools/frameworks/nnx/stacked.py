@@ -71,7 +71,7 @@ def slices_of(name: str, module: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_shared(pairs: Sequence[tuple[Any, BatchNormState]]) -> None:
-    """Raise if slices of one module would have different values of what it has once.
+    """Raise if slices of one module would get different values of an option that they share.
 
     Args:
         pairs: layers, and the states that they are to have.

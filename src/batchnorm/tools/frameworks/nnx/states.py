@@ -20,12 +20,12 @@ _RENORM = ("stddev", "renorm_mean", "renorm_stddev")
 
 
 def owns(model: Any) -> bool:
-    """Whether it is an nnx module, or one of the layers stacked in one."""
+    """True for an nnx module, or one of the layers stacked in one."""
     return isinstance(model, (nnx.Module, Slice))
 
 
 def is_batch_norm(layer: Any) -> bool:
-    """Whether `take_state` reads it."""
+    """True for a layer that `take_state` reads."""
     return isinstance(layer, (nnx.BatchNorm, Slice)) or _is_ours(layer)
 
 
@@ -40,7 +40,7 @@ def find(model: Any) -> list[tuple[str, Any]]:
 
 
 def find_modules(model: Any) -> list[tuple[str, Any]]:
-    """As `find`, with stacked layers as the module that they are."""
+    """As `find`, but layers stacked in a module are that module, once."""
     return [(name, module) for name, module in _walk(model, "", set()) if is_batch_norm(module)]
 
 
@@ -71,7 +71,7 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
 def put_state(layer: Any, state: BatchNormState) -> None:
     """Write the state into the layer, in place, after checking all of it.
 
-    What stacked layers have together (`check_shared`) is written for all of them.
+    Options that stacked layers share (`check_shared`) are written for all of them.
     """
     module, index = module_of(layer), _index_of(layer)
     current = take_state(layer, state.name)
@@ -143,7 +143,7 @@ def _momentum(module: Any, index: Any) -> float:
     momentum = module.momentum
     if not isinstance(momentum, nnx.Variable):
         return float(momentum)
-    # A float32 leaf: the shortest decimal that gives the same float32 is the number once typed.
+    # The shortest decimal with the same float32 is most likely the number that was typed.
     return float(str(np.float32(momentum[index])))
 
 

@@ -1,9 +1,8 @@
 """flax nnx's batch norm, and this library's, watched through their class.
 
-A transformation such as `jit`, `scan` or `vmap` makes other objects of the same layers, and gives
-them tracers. So every watched layer holds its number while it is watched, as an array beside its
-statistics, which transformations take along and slice as they do those; the number and the values
-come out by a callback.
+A transformation such as `jit`, `scan` or `vmap` makes new objects of the same layers, and gives
+them tracers. So every watched layer gets a number, in an array beside its statistics:
+transformations pass it on and slice it like these. A callback receives the number and the values.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _failures: list[BaseException] = []
 
 @contextmanager
 def watch(layers: Sequence[FoundLayer], see: Callable[[Observation], None]) -> Iterator[None]:
-    """As `observe`. Python looks `__call__` up in the class, so that is where it is watched."""
+    """As `Adapter.watch`. Python looks up `__call__` in the class, so the class is changed."""
     modules = {id(module): module for module in (module_of(found.layer) for found in layers)}
     with _lock, ExitStack() as stack:
         for module in modules.values():
@@ -52,7 +51,7 @@ def watch(layers: Sequence[FoundLayer], see: Callable[[Observation], None]) -> I
 
 
 def settle() -> None:
-    """Wait until all that has run is seen, and raise what went wrong in seeing it."""
+    """Wait until all calls so far have been seen, and raise what `see` raised."""
     jax.effects_barrier()
     if _failures:
         failure = _failures[0]
@@ -108,7 +107,7 @@ def _watch_class(cls: Any, running: set[int]) -> Iterator[None]:
 
 
 def _show(layer: Any, number: Any, x: Any, mask: Any) -> None:
-    """Call `see` with what a layer is given: now, or when traced code runs."""
+    """Call `see` with a layer's input: now, or when traced code runs."""
     x, owner = jnp.asarray(x), type(layer).__name__
     if number.ndim:
         raise ValueError(
@@ -128,7 +127,7 @@ def _show(layer: Any, number: Any, x: Any, mask: Any) -> None:
 
 
 def _receive(axes: tuple[int, ...], number: Any, x: Any, mask: Any = None) -> None:
-    """What a callback does; it runs in a thread of JAX's, where raising would only be logged."""
+    """The callback; it runs in a thread of JAX's, where an exception would only be logged."""
     if int(number) not in _watched:
         return
     found, see = _watched[int(number)]

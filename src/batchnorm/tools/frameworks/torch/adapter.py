@@ -8,31 +8,16 @@ from typing import Any
 
 import torch
 
-from batchnorm.tools.frameworks.adapter import Adapter, Pairs
+from batchnorm.tools.frameworks.adapter import Adapter, Pairs, States
 from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
 from batchnorm.tools.frameworks.torch import rehearsing, states
-from batchnorm.tools.state import BatchNormState
 
 __all__ = ["ADAPTER"]
 
 
 class _Torch(Adapter):
     name: Framework = "torch"
-
-    def owns(self, model: Any) -> bool:
-        return states.owns(model)
-
-    def is_batch_norm(self, layer: Any) -> bool:
-        return states.is_batch_norm(layer)
-
-    def find(self, model: Any) -> list[tuple[str, Any]]:
-        return states.find(model)
-
-    def take_state(self, layer: Any, name: str = "") -> BatchNormState:
-        return states.take_state(layer, name)
-
-    def put_state(self, layer: Any, state: BatchNormState) -> None:
-        states.put_state(layer, state)
+    states: States = states
 
     def can_average(self, layer: Any) -> bool:
         return hasattr(layer, "momentum")  # the explicit layer has none

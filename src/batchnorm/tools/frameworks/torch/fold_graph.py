@@ -21,7 +21,7 @@ from batchnorm.tools.frameworks.torch import linear_maps as maps
 from batchnorm.tools.state import BatchNormState
 
 _ARGUMENTS = inspect.signature(functional.batch_norm)
-_ABOUT = {"ndim", "shape", "dtype", "device", "size", "dim"}  # what a folded output shares
+_ABOUT = {"ndim", "shape", "dtype", "device", "size", "dim"}  # same before and after folding
 _DROPOUTS = (functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
 _ACTIVATIONS: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
     "relu": (functional.relu, {}),
@@ -30,7 +30,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
 
 
 class _Tracer(fx.Tracer):
-    """Sees linear maps and batch norms as one operation each, and into subclasses of them."""
+    """Takes linear maps and batch norms as one operation each, and looks into their subclasses."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return maps.is_norm(m) or super().is_leaf_module(m, module_qualified_name)
@@ -41,7 +41,7 @@ def trace(model: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
 
     Raises:
         TypeError: an argument that holds tensors, whose values would become constants.
-        Exception: whatever the model's code raises when its values are not there.
+        Exception: the model's code may raise anything when traced.
     """
     for name, value in given.items():
         if not isinstance(value, Tensor) and any(
@@ -55,7 +55,7 @@ def trace(model: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
     }
     fixed |= {name: value for name, value in given.items() if not isinstance(value, Tensor)}
     with warnings.catch_warnings():
-        # fx says that it cannot check what is fixed; it could not be passed any more.
+        # fx warns that it cannot check fixed arguments; they cannot be passed any more.
         warnings.simplefilter("ignore", UserWarning)
         graph = _Tracer().trace(model, concrete_args=fixed or None)
     for node in graph.find_nodes(op="placeholder"):
@@ -71,7 +71,7 @@ def _erase_with_users(graph: fx.Graph, node: fx.Node) -> None:
 
 
 class Shapes(fx.Interpreter):
-    """Runs a graph, and notes the shape of every tensor in it."""
+    """Runs a graph, and notes the shape of each node's value."""
 
     def run_node(self, n: fx.Node) -> Any:
         """The value of a node."""
@@ -133,7 +133,7 @@ class GraphFolder:
         )
 
     def _fold_one(self, norm: _Norm) -> tuple[str | None, str]:
-        """The name of the map that has taken it, or None and why none did."""
+        """The name of the map that it was folded into, or None with the reasons against it."""
         if norm.refusal is not None:
             return None, norm.refusal
         if norm.axis is None:
@@ -152,7 +152,7 @@ class GraphFolder:
         return None, f"before it: {before}; behind it: {behind}"
 
     def _before(self, norm: _Norm) -> fx.Node | str:
-        """The linear map that this batch norm can be folded into, or why there is none."""
+        """The linear map before it that can take it, or the reason against it."""
         node = norm.x
         while len(_uses(node)) == 1 and self._does_nothing(node):
             node = node.all_input_nodes[0]
@@ -197,7 +197,7 @@ class GraphFolder:
         return None if reason is None else f"it {reason}"
 
     def _remove(self, norm: _Norm) -> None:
-        """Put what is left of a batch norm in its place."""
+        """Replace a batch norm by its residual and activation, if it has any."""
         value: fx.Node = norm.x
         with self.graph.inserting_before(norm.node):
             if norm.residual is not None:
@@ -267,7 +267,7 @@ class GraphFolder:
         return node.op == "call_module" and maps.does_nothing(self._module(node))
 
     def _describe(self, node: fx.Node) -> str:
-        """What a reader of the report calls a node."""
+        """The name of a node in the report."""
         if node.op == "placeholder":
             return "the model's input"
         if node.op == "output":
@@ -280,7 +280,7 @@ class GraphFolder:
 
 
 def _uses(node: fx.Node) -> list[fx.Node]:
-    """What computes with the values of a node."""
+    """The nodes that compute with the values of a node."""
     return [user for user in node.users if not _asks_about(user)]
 
 

@@ -20,12 +20,12 @@ _Children = list[tuple[str, nn.Module]]
 def fold_neighbours(
     model: nn.Module, run: Callable[[], Any], obstacle: str
 ) -> tuple[list[Folded], list[Kept]]:
-    """Fold in place what a linear map and a batch norm side by side allow.
+    """Fold, in place, batch norms that stand beside a linear map.
 
     Args:
         model: in evaluation mode.
         run: runs it on the example.
-        obstacle: why it was not traced.
+        obstacle: the reason for not tracing it.
     """
     names = {id(module): name for name, module in model.named_modules()}
     norms = [module for module in model.modules() if maps.is_norm(module)]
@@ -63,7 +63,7 @@ def fold_neighbours(
 
 
 def _watch(model: nn.Module, run: Callable[[], Any]) -> tuple[Counter[int], dict[int, int]]:
-    """How often each module is called, and the rank of what it is given last."""
+    """The number of calls of each module, and the rank of its last input."""
     calls: Counter[int] = Counter()
     ranks: dict[int, int] = {}
 
@@ -81,7 +81,7 @@ def _watch(model: nn.Module, run: Callable[[], Any]) -> tuple[Counter[int], dict
 
 
 def _refuse_use(module: nn.Module, calls: Counter[int]) -> str | None:
-    """Why a module that is not called exactly once is left alone."""
+    """The reason against folding a module that is not called exactly once, or None."""
     times = calls[id(module)]
     return None if times == 1 else f"it is used {times} times"
 
@@ -120,7 +120,7 @@ def _fold_behind(
 
 
 def _left_over(norm: Any) -> nn.Module:
-    """What stays of a folded batch norm."""
+    """The module in the place of a folded batch norm."""
     activation = getattr(norm, "activation", None)
     if activation == "relu":
         return nn.ReLU()

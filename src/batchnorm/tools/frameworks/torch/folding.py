@@ -16,7 +16,7 @@ from batchnorm.tools.frameworks.torch import linear_maps as maps
 from batchnorm.tools.frameworks.torch.fold_graph import GraphFolder, Shapes, trace
 from batchnorm.tools.frameworks.torch.fold_neighbours import fold_neighbours
 
-# Sizes of images and the like to try on a model that says nothing about its input.
+# Sizes to try on a model that does not tell the shape of its input, by number of axes.
 _SIZES = {0: (1,), 1: (64, 256), 2: (64, 224, 28), 3: (16, 32)}
 
 
@@ -83,12 +83,12 @@ def _fold_copy(model: nn.Module, given: _Example, before: list[Tensor]) -> _Copy
 def _try_to_trace(
     root: nn.Module, given: _Example, before: list[Tensor]
 ) -> tuple[fx.Graph | None, str]:
-    """The graph, with shapes; or None and why not, which the report repeats for every layer."""
+    """The graph, with shapes; or None with the reason, which the report has for every layer."""
     try:
         names = given.names(root)
         graph = trace(root, names)
         found = _seeded(lambda: Shapes(root, graph=graph).run(*_tensors(names)))
-    except Exception as error:  # whatever the model's code makes of values that are not there
+    except Exception as error:  # the model's code may raise anything when traced
         reason = str(error).strip().partition("\n")[0]
         return None, f"torch.fx cannot trace the model ({type(error).__name__}: {reason})"
     same = len(found) == len(before) and all(
@@ -145,7 +145,7 @@ def _make_example(model: nn.Module) -> _Example:
         given = _Example((batch,), {})
         try:
             _run(model, given)
-        except Exception as error:  # of whatever kind a wrong shape leads to
+        except Exception as error:  # a wrong shape may raise anything
             last = error
         else:
             return given

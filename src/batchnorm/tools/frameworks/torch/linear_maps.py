@@ -15,7 +15,7 @@ from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNor
 
 
 class LinearMap(NamedTuple):
-    """Where a kind of linear map keeps its channels.
+    """The axes of a kind of linear map that hold channels.
 
     Attributes:
         spatial: axes behind the channels of input and output.
@@ -44,23 +44,23 @@ _DO_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
 
 
 def is_map(module: Any) -> bool:
-    """Whether it is a linear map that can swallow a batch norm."""
+    """True for a linear map that a batch norm can be folded into."""
     return type(module) in _MAPS
 
 
 def is_norm(module: Any) -> bool:
-    """Whether it computes a batch norm and nothing else, but for what `BatchNorm` says it does."""
+    """True for a class that computes a batch norm and no more than `BatchNorm` does."""
     fixed = type(module).__name__.endswith("FrozenBatchNorm2d")  # torchvision's and its copies
     return type(module) in _NORMS or (fixed and is_batch_norm(module))
 
 
 def does_nothing(module: Any) -> bool:
-    """Whether its output is its input in evaluation."""
+    """True for a module that returns its input in evaluation."""
     return type(module) in _DO_NOTHING and not module.training
 
 
 def refuse_module(module: Any) -> str | None:
-    """Why a linear map or batch norm is more than its type says, or None."""
+    """The reason why a linear map or batch norm does more than its type says, or None."""
     if nn.utils.parametrize.is_parametrized(module):
         return "is parametrized"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
@@ -70,7 +70,7 @@ def refuse_module(module: Any) -> str | None:
 
 
 def refuse_norm(module: Any) -> str | None:
-    """Why a batch norm has nothing that could be folded, or None."""
+    """The reason why a batch norm cannot be folded, or None."""
     if module.running_mean is None:
         return "keeps no running statistics, so that it evaluates by the batch's"
     if module.training and not getattr(module, "frozen", False) and type(module) in _NORMS:
@@ -101,7 +101,7 @@ def state_of(norm: nn.Module) -> Any:
 
 
 def refuse_padding(module: Any, affine: Affine) -> str | None:
-    """Why a batch norm in front of a linear map cannot be folded into it, or None."""
+    """The reason against folding a batch norm into the linear map behind it, or None."""
     if isinstance(module, nn.Linear):
         return None
     if module.transposed:
@@ -119,14 +119,14 @@ def refuse_padding(module: Any, affine: Affine) -> str | None:
 
 
 def fold_previous(module: Any, affine: Affine) -> None:
-    """Give the linear map the batch norm behind it."""
+    """Fold the batch norm behind a linear map into it, in place."""
     where, groups = _MAPS[type(module)], getattr(module, "groups", 1)
     weight, bias = _wide(module)
     _replace(module, into_previous(weight, bias, affine, axis=where.output, groups=groups))
 
 
 def fold_next(module: Any, affine: Affine) -> None:
-    """Give the linear map the batch norm in front of it, if `refuse_padding` is content."""
+    """Fold the batch norm in front of a linear map into it, if `refuse_padding` gives no reason."""
     weight, bias = _wide(module)
     groups = getattr(module, "groups", 1)
     _replace(module, into_next(weight, bias, affine, axis=1, output_axis=0, groups=groups))
@@ -140,7 +140,7 @@ def _wide(module: Any) -> tuple[Any, Any]:
 
 
 def _replace(module: Any, folded: Folded) -> None:
-    """New parameters, since others may hold the old ones."""
+    """Set new parameters, since others may hold the old ones."""
     old = module.weight
     for name, array in (("weight", folded.weight), ("bias", folded.bias)):
         tensor: Tensor = torch.from_numpy(array).to(device=old.device, dtype=old.dtype)
@@ -149,7 +149,7 @@ def _replace(module: Any, folded: Folded) -> None:
 
 
 def _format_of(old: Tensor, new: Tensor) -> torch.memory_format:
-    """Channels last where the weight was."""
+    """Channels last if the old weight was, else contiguous."""
     if new.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format

@@ -36,7 +36,7 @@ def rehearse(
     ]
     try:
         for module, _ in modes:
-            module.training = False  # train() may be overridden, to keep a part in evaluation
+            module.training = False  # not by eval(): models may override train()
         for found in layers:
             found.layer.training = True
         with torch.no_grad():

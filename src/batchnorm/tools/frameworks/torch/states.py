@@ -18,12 +18,12 @@ _FROZEN = ("weight", "bias", "running_mean", "running_var")
 
 
 def owns(model: Any) -> bool:
-    """Whether it is a torch module, or the explicit layer, which is none."""
+    """True for a torch module, or the explicit layer, which is not a module."""
     return isinstance(model, nn.Module) or _is_explicit(model)
 
 
 def is_batch_norm(layer: Any) -> bool:
-    """Whether `take_state` reads it."""
+    """True for a layer that `take_state` reads."""
     return isinstance(layer, _BatchNorm) or _is_explicit(layer) or _is_frozen_copy(layer)
 
 

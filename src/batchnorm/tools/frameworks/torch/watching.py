@@ -24,7 +24,7 @@ from batchnorm.torch.namespace import XP
 
 @contextmanager
 def watch(layers: Sequence[FoundLayer], see: Callable[[Observation], None]) -> Iterator[None]:
-    """As `observe`."""
+    """As `Adapter.watch`."""
     with ExitStack() as stack:
         # Compiled code does not look for hooks that came later.
         stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -1,4 +1,4 @@
-"""The HTML report: one file, no script, nothing to fetch, light or dark as the reader's system."""
+"""The report as one HTML file without scripts, light or dark as the reader's system is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from batchnorm.tools.text import plural, printable
 
 __all__ = ["make_page"]
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # whatever a name holds, nothing loads
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a layer's name can load nothing
 _SHOWN = 6  # layers of a finding before the rest is folded away
 
 
@@ -82,20 +82,20 @@ def _make_header(report: Findings) -> Markup:
 def _judge(report: Findings) -> tuple[str, str]:
     total = len(report.layers)
     if not total:
-        return "ok", "There are none."
+        return "ok", "The model has none."
     of = f"of {plural(total, 'layer')}" if total > 1 else "of 1 layer"
     if report.errors:
-        return "error", f"Evaluation goes wrong in {len(report.errors):,} {of}."
+        return "error", f"Evaluation gives wrong results in {len(report.errors):,} {of}."
     if report.warnings:
-        return "warning", f"{len(report.warnings):,} {of} may go wrong in evaluation."
-    return "ok", "Nothing is wrong." if total > 1 else "Nothing is wrong with the one layer."
+        return "warning", f"Evaluation may give wrong results in {len(report.warnings):,} {of}."
+    return "ok", f"No problem found in {plural(total, 'layer')}."
 
 
 def _make_findings(report: Findings) -> Markup:
     cards = [
         _make_card(report, code, found)
         for code, found in report.by_code().items()
-        if code != "padding"  # the layers' own lines say it
+        if code != "padding"  # the layers' own rows have it
     ]
     if not cards:
         return Markup()

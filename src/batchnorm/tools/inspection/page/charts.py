@@ -1,4 +1,4 @@
-"""Charts as inline SVG; colours are the page's style's."""
+"""Charts as inline SVG; the page's style sheet has their colours."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Line", "Spread", "draw_histogram", "draw_layers", "draw_sparkline", 
 
 _WIDTH, _LEFT, _RIGHT = 1000.0, 52.0, 78.0
 _TOP, _HEIGHT, _NAMES = 14.0, 150.0, 22.0
-_NOTCHED = 6.0  # height of a bar in which the median can be told
+_NOTCHED = 6.0  # least height of a bar in which the median is drawn
 _QUARTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _GROUPS = 12
-_LETTER = 6.2  # width of one in the labels' size, about
+_LETTER = 6.2  # about the width of a letter of a label
 
 
 class Spread(NamedTuple):
@@ -191,7 +191,7 @@ def _draw_groups(names: Sequence[str], step: float) -> Markup:
 
 
 def _group(names: Sequence[str]) -> list[str]:
-    """For each name, the beginning that it shares with its neighbours: at most 12 of them."""
+    """For each name, the beginning that it shares with its neighbours; at most 12 in all."""
     if len(names) <= _GROUPS:
         return list(names)
     paths = [re.split(r"[./]", name) for name in names]
@@ -228,7 +228,7 @@ def draw_histogram(title: str, values: Any, scale: Scale, other: Any = None) -> 
     """A histogram over channels, with an axis.
 
     Args:
-        title: what the values are.
+        title: name of the values.
         values: any shape.
         scale: of both sets.
         other: a second set, drawn as an outline.
@@ -273,7 +273,7 @@ def _anchor(x: float, width: float) -> str:
 
 
 def _outline(counts: Sequence[int], width: float, height: float, most: int | None = None) -> str:
-    """A path along the tops of the bars; the least bar that is not empty stays visible."""
+    """A path along the tops of the bars; every bar that is not empty stays visible."""
     step = width / len(counts)
     most = most or max([*counts, 1])
     path = f"M0 {height:.4g}"

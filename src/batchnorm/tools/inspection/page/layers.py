@@ -27,7 +27,7 @@ _WORST = 8  # channels in a layer's table
 
 
 class _Column(NamedTuple):
-    """One quantity: of every layer, and how it is shown."""
+    """A column of the list: one quantity of every layer, on one scale."""
 
     key: str
     title: str
@@ -75,8 +75,8 @@ _CHARTS = (
         "How far evaluation moves the normalized values from those of training, in standard "
         "deviations.",
     ),
-    ("std", "Running standard deviation", "What evaluation divides by."),
-    ("gain", "Gain", "|gamma| / sqrt(var + eps): what evaluation multiplies a difference with."),
+    ("std", "Running standard deviation", "The divisor of evaluation, but for eps."),
+    ("gain", "Gain", "|gamma| / sqrt(var + eps): the factor of evaluation for a difference in x."),
 )
 _LEGEND = "Line: all channels. Bar: the middle half of them. Notch: their median."
 _RING = " Ring: the median if padding were counted."
@@ -96,7 +96,7 @@ def _limits(limits: Thresholds) -> dict[str, Sequence[Line]]:
 def _fit_chart(key: str, spreads: Sequence[Spread | None]) -> Scale:
     values = [v for s in spreads if s for v in (s.low, s.median, s.high, s.other) if v is not None]
     if key == "drift":
-        # A whole range even where nothing drifts, so that reports compare.
+        # The same range where nothing drifts, so that reports can be compared.
         least = min([0.01, *(s.first for s in spreads if s and s.first > _FLOOR[key])])
         return Scale(least, max(3.0, max(values) * 1.3), log=True)
     found = fit(values, least=_FLOOR[key], log=True)
@@ -105,7 +105,7 @@ def _fit_chart(key: str, spreads: Sequence[Spread | None]) -> Scale:
 
 
 def make_layers(report: Findings) -> Markup:
-    """A line for each layer, which opens.
+    """A row for each layer, which opens.
 
     Args:
         report: with at least one layer.
@@ -125,7 +125,7 @@ def make_layers(report: Findings) -> Markup:
         element(
             "p",
             {"class": "legend"},
-            "Distributions over channels, on one scale a column. A line opens.",
+            "Histograms over channels, one scale for each column. Click a row for details.",
         ),
         element("div", {"class": "row titles"}, *titles),
         *rows,
@@ -141,7 +141,7 @@ def _columns(report: Findings) -> Any:
         flat = flatten(arrays)
         if not flat.size:
             continue
-        # The few channels beyond are drawn at the ends: they shall not squeeze the others.
+        # The few channels beyond are drawn at the ends, so that they do not squeeze the others.
         low, high = np.quantile(flat, (0.002, 0.998))
         log = None if key == "gamma" else True
         scale = fit(np.clip(flat, low, high), least=_FLOOR.get(key), log=log)

@@ -1,4 +1,4 @@
-"""From numbers to places in a picture."""
+"""Scales from numbers to places in a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ["Scale", "fit", "flatten"]
 
-_WIDE = 30.0  # greatest over least, from which on a linear scale would hide the lesser half
+_WIDE = 30.0  # greatest over least: above it, a linear scale would squeeze half of the values
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Scale:
 
     Args:
         low, high: of the values.
-        log: whether the map is logarithmic; low is positive then.
-        start, stop: where they go.
+        log: the map is logarithmic; low is positive then.
+        start, stop: the places of low and high.
     """
 
     low: float
@@ -31,17 +31,17 @@ class Scale:
     stop: float = 1.0
 
     def onto(self, start: float, stop: float) -> Scale:
-        """The same values, to another place."""
+        """The same scale with other places for its ends."""
         return replace(self, start=start, stop=stop)
 
     def __call__(self, value: float) -> float:
-        """Where the value goes."""
+        """The place of a value."""
         low, high, value = (self._bend(v) for v in (self.low, self.high, value))
         share = min(1.0, max(0.0, (value - low) / (high - low)))
         return self.start + share * (self.stop - self.start)
 
     def bins(self, values: Any, count: int) -> list[int]:
-        """How many values lie in each of `count` equal parts; those beyond go to the ends."""
+        """The number of values in each of `count` equal parts; those beyond count at the ends."""
         low, high = self._bend(self.low), self._bend(self.high)
         found = flatten([values])
         if self.log:
@@ -70,8 +70,9 @@ def fit(*arrays: Any, least: float | None = None, log: bool | None = None) -> Sc
 
     Args:
         arrays: the values.
-        least: below it, values are shown as it, on a logarithmic scale.
-        log: whether to use one; None decides by how wide positive values spread.
+        least: on a logarithmic scale, smaller values are drawn there.
+        log: use a logarithmic scale; None uses one if the greatest value is more than 30 times
+            the least, and both are positive.
     """
     values = flatten(arrays)
     if not values.size:
