@@ -8,6 +8,7 @@ CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
 FUZZ ?= 250
 FUZZ_ALL ?= 1500
 FILES ?= 3000
+CASES ?= 300
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
 .PHONY: demo test test-all mutants lint format bench bench-gpu dist docs pictures sanitize clean
@@ -19,13 +20,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python tests/run.py --workers $(WORKERS)
 
-# Everything: all cases on all paths, the randomized tests of kernels and of readers too.
-test-all: $(VENV)/.installed $(CMAKE)
+# Everything: after `make test` all cases on all paths, and the randomized tests of kernels, of
+# readers and of paths.
+test-all: test $(CMAKE)
 	$(CMAKE) -S . -B build/fuzz -DBATCHNORM_PYTHON=OFF -DBATCHNORM_FUZZ=ON
 	$(CMAKE) --build build/fuzz --parallel $(WORKERS)
 	build/fuzz/fuzz $(FUZZ_ALL)
 	$(BIN)/python tests/tools/fuzz_checkpoints.py $(FILES)
-	$(BIN)/python tests/run.py --all --workers $(WORKERS)
+	cd tests && for path in naive-unbiased torch torch-arrays jax-kernels keras triton; do \
+	    $(abspath $(BIN))/python -m conformance $$path random $(CASES) 1 || exit 1; \
+	done
+	$(BIN)/python tests/run.py --rest --workers $(WORKERS)
 
 # Are the table's cover and the table equally sharp? Half an hour.
 mutants: $(VENV)/.installed $(CMAKE)

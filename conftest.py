@@ -11,7 +11,8 @@ from importlib.util import find_spec
 
 import pytest
 
-_ALL = os.environ.get("BATCHNORM_TEST_ALL") == "1"  # `make test-all`
+# Some tests: `make test`. The rest of them, or all: what `make test-all` adds, and everything.
+_CHOICE = os.environ.get("BATCHNORM_TESTS", "some")
 _BACKENDS = ("tensorflow", "jax", "torch")
 _ACTIVE = os.environ.get("KERAS_BACKEND")
 
@@ -27,22 +28,26 @@ else:
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob.append("tests/kernels/gpu/*")
 if find_spec("triton") is None:  # there are wheels for Linux only
-    collect_ignore_glob += ["src/batchnorm/kernels/triton/*", "src/batchnorm/torch/launched.py"]
+    collect_ignore_glob += [
+        "src/batchnorm/kernels/triton/*",
+        "src/batchnorm/torch/kernels/on_gpu.py",
+    ]
     collect_ignore_glob += ["tests/kernels/ptx/*"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Name the markers."""
     config.addinivalue_line("markers", "requires_trainable_backend: Keras's own")
-    config.addinivalue_line("markers", "exhaustive: large or slow; only `make test-all` runs it")
+    config.addinivalue_line("markers", "exhaustive: slow for what it adds; `make test-all`")
     config.addinivalue_line("markers", "gpu: runs on a CUDA device, skipped without one")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only `make test-all` runs, unless it is asked for by a marker."""
-    if _ALL or config.option.markexpr:
+    """Choose among the tests, unless a marker does."""
+    if _CHOICE == "all" or config.option.markexpr:
         return
-    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    wanted = _CHOICE == "rest"
+    left_out = [i for i in items if (i.get_closest_marker("exhaustive") is not None) != wanted]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = [i for i in items if (i.get_closest_marker("exhaustive") is not None) == wanted]

@@ -30,7 +30,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from batchnorm.torch import BatchNorm
-from batchnorm.torch.exchange import Peers
+from batchnorm.torch.ranks.messages import Peers
 
 RANKS = 2
 WARM_UP = 3

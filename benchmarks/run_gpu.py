@@ -27,7 +27,7 @@ if not torch.cuda.is_available():  # before Triton is imported
 
 from batchnorm.benchmark.machine import describe_versions
 from batchnorm.benchmark.timing import summarize
-from batchnorm.torch.prepared import choose
+from batchnorm.torch.kernels.decision import choose
 from cases import Case, count_bytes
 from measure import check_variant
 from problem import check_solution, make_problem, solve
@@ -243,7 +243,7 @@ def _worst(
 
 
 def _of_copy(record: dict[str, Any]) -> tuple[float, str] | None:
-    """The least share of the copy's bandwidth, in bytes that the job must move."""
+    """The least share of the copy's bandwidth, in bytes that the call must move."""
     found = []
     for name, case in record["cases"].items():
         v = case["variants"]

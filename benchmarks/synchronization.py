@@ -22,7 +22,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from batchnorm.torch import BatchNorm2d
-from batchnorm.torch.exchange import Peers
+from batchnorm.torch.ranks.messages import Peers
 
 RANKS = 2
 TOGETHER = 5  # steps between barriers

@@ -1,4 +1,4 @@
-"""The ways to do each job: this library's, torch's, and what people write by hand."""
+"""The ways to do each call: this library's, torch's, and what people write by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from batchnorm.benchmark.torch_steps import pack, pick_layer
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.torch import BatchNorm, compiled, fused
+from batchnorm.torch import BatchNorm
+from batchnorm.torch.kernels import on_cpu
+from batchnorm.torch.kernels.decision import InputKind, decide
 from problem import EPS, Problem
 
 Step = Callable[[], Tensor]
@@ -20,7 +22,7 @@ Step = Callable[[], Tensor]
 
 @dataclass
 class Variant:
-    """One way to do a job.
+    """One way to do a call.
 
     Attributes:
         step: does it once, and returns y.
@@ -158,7 +160,7 @@ def _forward(problem: Problem, layer: nn.Module, exact: bool = False) -> Variant
 
 
 def _copy(problem: Problem) -> Variant:
-    """As many bytes as the job needs, read and written by copying x into one buffer."""
+    """As many bytes as the call needs, read and written by copying x into one buffer."""
     x, y = problem.x, torch.empty_like(problem.x)
     copies = 1 if problem.case.mode == "inference" else 4
 
@@ -175,14 +177,18 @@ def _reused(problem: Problem) -> Variant:
     x, dy, layer = problem.x, problem.dy, _ours(problem)
     y, dx = torch.empty_like(x), torch.empty_like(x)
     dgamma, dbeta = torch.empty_like(layer.weight), torch.empty_like(layer.bias)
-    prepared = fused.prepare("benchmark", x.shape, x.stride(), x.dtype, 1, None, False, None, None)
-    plan, geometry = prepared.plan, prepared.geometry
+    decision = decide(
+        "benchmark",
+        InputKind(x.shape, x.stride(), x.dtype, "cpu"),
+        *(1, None, False, None, None, False),
+    )
+    plan, geometry = decision.plan, decision.geometry
     assert geometry is not None
     running = Running(layer.running_mean, layer.running_var, layer.num_batches_tracked)
     row, kind, threads = geometry.dense, cpu.TYPES["float32"], torch.get_num_threads()
 
     def step() -> Tensor:
-        state = compiled.find_state(layer.weight, layer.bias, running)
+        state = on_cpu.find_state(layer.weight, layer.bias, running)
         kept = plan.forward(
             *(x.data_ptr(), row, 0, 0, 0, y.data_ptr(), row, *state),
             *(None, EPS, 0.9, True, True, True, threads),

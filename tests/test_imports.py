@@ -42,7 +42,10 @@ def loaded_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("statement", ["import batchnorm", "import batchnorm.kernels.select"])
+@pytest.mark.parametrize(
+    "statement",
+    ["import batchnorm", "import batchnorm.kernels.select", "from batchnorm import explain"],
+)
 def test_no_framework_is_imported(statement: str) -> None:
     assert not loaded_after(statement) & set(FRAMEWORKS)
 

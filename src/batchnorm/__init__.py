@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from batchnorm.core.moments import Moments
     from batchnorm.environment import __version__, show_config
     from batchnorm.reference import batch_norm, batch_norm_gradient
+    from batchnorm.ways import explain
 
 # Imported when first asked for: the command line starts in a third of the time without numpy.
 _HOME = {
@@ -21,10 +22,18 @@ _HOME = {
     "__version__": "batchnorm.environment",
     "batch_norm": "batchnorm.reference",
     "batch_norm_gradient": "batchnorm.reference",
+    "explain": "batchnorm.ways",
     "show_config": "batchnorm.environment",
 }
 
-__all__ = ["Moments", "__version__", "batch_norm", "batch_norm_gradient", "show_config"]
+__all__ = [
+    "Moments",
+    "__version__",
+    "batch_norm",
+    "batch_norm_gradient",
+    "explain",
+    "show_config",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 python -m conformance                          # paths, and what each does not serve
 python -m conformance torch                    # the whole table on a path
 python -m conformance torch ghost2-half-train  # a case
+python -m conformance torch random 2000 17     # 2000 random ones, number 17 and those behind it
 
 A path's process has an environment of its own, which is set where it is not: for Keras on
 another backend, KERAS_BACKEND=jax.
@@ -18,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import paths
-from cases import CASES
+from cases import CASES, Case
+from random_cases import names, random_case
 
 
 def main(arguments: list[str]) -> int:
@@ -33,18 +35,36 @@ def main(arguments: list[str]) -> int:
     for key, value in paths.MODULES[prefix][1].items():
         os.environ.setdefault(key, value)
     way = paths.find(name)
-    failed = 0
-    for case in (case for case in CASES if not wanted or case.name in wanted):
-        reason = way.refuse(case)
-        outcome = "passed" if reason is None else f"not served: {reason}"
-        if reason is None:
-            try:
-                paths.check(name, case)
-            except Exception as error:
-                failed += 1
-                outcome = f"FAILED: {type(error).__name__}: {error}"
+    if wanted[:1] == ["random"]:
+        count, first = int(wanted[1]), int((*wanted, 0)[2])
+        outcomes = Counter(_run(way, name, case, False) for case in _named(names(count, first)))
+        print(f"{name}, {count} random cases from number {first} on: {dict(outcomes)}")
+    else:
+        outcomes = Counter(_run(way, name, case, True) for case in _named(wanted) if case)
+    return int(outcomes["FAILED"] > 0)
+
+
+def _named(wanted: list[str]) -> list[Case]:
+    """The cases of these names; the table without names."""
+    drawn = [case for case in map(random_case, wanted) if case is not None]
+    return drawn + [case for case in CASES if not wanted or case.name in wanted]
+
+
+def _run(way: paths.Way, name: str, case: Case, tell: bool) -> str:
+    """The outcome of a case in a word; printed if it failed or if `tell`."""
+    reason, outcome = way.refuse(case), "passed"
+    if reason is not None:
+        outcome = f"not served: {reason}"
+    else:
+        try:
+            paths.check(name, case)
+        except Exception as error:
+            notes = "\n  ".join(getattr(error, "__notes__", ()))
+            outcome = f"FAILED: {type(error).__name__}: {error}\n  {case}\n  {notes}"
+    word = outcome.partition(":")[0]
+    if tell or word == "FAILED":
         print(f"{name} {case.name}: {outcome}", flush=True)
-    return int(failed > 0)
+    return word
 
 
 def _describe() -> int:
@@ -57,8 +77,7 @@ def _describe() -> int:
             continue
         for name, way in ways.items():
             reasons = Counter(way.refuse(case) for case in CASES)
-            some, every = (len(way.cases(everything)) for everything in (False, True))
-            print(f"{name}: {some} of {every} cases in `make test`")
+            print(f"{name}: {len(way.chosen())} of {len(way.cases())} cases in `make test`")
             for reason, count in reasons.items():
                 if reason is not None:
                     print(f"    {count} not served: {reason}")

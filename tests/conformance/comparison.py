@@ -63,23 +63,41 @@ def _bounds(case: Case, data: Data, expected: Result, tol: float, roundings: flo
     z = np.nan_to_num(np.abs(size / np.maximum(weight, 0.1)))
     renormed = 1.0 if case.renorm is None else 4.0  # r, of the size of stddev ratios
     dx = tol * renormed * _along(case, rstd * gamma) * largest * (1.0 + z)
-    mean = tol * std + 4 * tolerances.HALF_ULP["float32"] * np.abs(data.state.mean)
-    mean = mean + 4 * tolerances.HALF_ULP["float32"] * np.abs(expected.state.mean)
-    if tol <= tolerances.FLOAT64:  # state is float64 there
-        mean = tol * (std + np.abs(data.state.mean) + np.abs(expected.state.mean))
+    mean, renorm_mean = (
+        None if getattr(data.state, f) is None else _mean_bound(f, data, expected, std, tol)
+        for f in ("mean", "renorm_mean")
+    )
     relative = {
         f: None if v is None else 2 * tol * (np.abs(v) + np.abs(getattr(data.state, f)))
         for f, v in expected.state._asdict().items()
     }
-    renorm_mean = None if case.renorm is None else mean
     return Result(
         tol * size + half(expected.y),
         dx + half(expected.dx),
         tol * renormed * (dy * z).sum(axis=rows) + tol * largest,
         tol * dy.sum(axis=rows) + tol * largest,
         expected.state._replace(**relative)._replace(mean=mean, batches=0, renorm_mean=renorm_mean),
-        None if expected.dresidual is None else half(expected.dresidual),
+        None if expected.dresidual is None else _residual_bound(case, expected.dresidual, half),
     )
+
+
+def _residual_bound(
+    case: Case, dresidual: np.ndarray, half: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """One rounding to a half type; and where a slope is multiplied with, those of both factors."""
+    slope = 2 * tolerances.HALF_ULP["float64" if case.dtype == "float64" else "float32"]
+    sloped = slope if case.activation == "leaky_relu" else 0.0
+    return half(dresidual) + sloped * np.abs(dresidual)
+
+
+def _mean_bound(
+    field: str, data: Data, expected: Result, std: np.ndarray, tol: float
+) -> np.ndarray:
+    """S3's error of the batch's mean, and a few roundings of the mean before and after the step."""
+    size = np.abs(getattr(data.state, field)) + np.abs(getattr(expected.state, field))
+    if tol <= tolerances.FLOAT64:  # state is float64 there
+        return tol * (std + size)
+    return tol * std + 4 * tolerances.HALF_ULP["float32"] * size
 
 
 def _scales(case: Case, data: Data) -> tuple[np.ndarray, ...]:

@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
+import pytest
+
 import comparison
 from cases import CASES, Case
 from comparison import Path
@@ -36,9 +38,9 @@ class Way(NamedTuple):
     """A path, and the column that it has in the table.
 
     `refuse` gives the reason why the path does not serve a case, or None. `costly` paths trace,
-    compile or interpret each case, and run a cover of the table unless all of it is asked for.
-    `sample`: names of the cases that a path runs at all, where one takes many seconds; a third of
-    them, unless all is asked for.
+    compile or interpret each case: `make test` runs a cover of the table on them, `make test-all`
+    the rest. `sample`: names of the cases that a path runs at all, where one takes many seconds;
+    `make test` runs a third of them.
     """
 
     path: Path
@@ -46,18 +48,17 @@ class Way(NamedTuple):
     costly: bool = False
     sample: tuple[str, ...] = ()
 
-    def cases(self, everything: bool) -> list[Case]:
+    def cases(self) -> list[Case]:
         """The cases that this path runs."""
         served = [case for case in CASES if self.refuse(case) is None]
+        return [c for c in served if c.name in self.sample] if self.sample else served
+
+    def chosen(self) -> list[Case]:
+        """Those of them that `make test` runs."""
+        cases = self.cases()
         if self.sample:
-            sample = self.sample if everything else self.sample[::3]
-            return [case for case in served if case.name in sample]
-        return cover(served) if self.costly and not everything else served
-
-
-def everything() -> bool:
-    """Whether all cases run on all paths: `make test-all` sets the variable."""
-    return os.environ.get("BATCHNORM_TEST_ALL") == "1"
+            return [case for case in cases if case.name in self.sample[::3]]
+        return cover(cases) if self.costly else cases
 
 
 def find(name: str) -> Way:
@@ -83,9 +84,10 @@ def check(name: str, case: Case) -> None:
 
 def rows(*names: str) -> dict[str, Any]:
     """Arguments of `pytest.mark.parametrize`: each path with each case that it runs."""
-    pairs = [(name, case) for name in names for case in find(name).cases(everything())]
-    return {
-        "argnames": ("way", "case"),
-        "argvalues": pairs,
-        "ids": [f"{name}-{case.name}" for name, case in pairs],
-    }
+    found = []
+    for name in names:
+        chosen = {case.name for case in find(name).chosen()}
+        for case in find(name).cases():
+            marks = () if case.name in chosen else (pytest.mark.exhaustive,)
+            found.append(pytest.param(name, case, id=f"{name}-{case.name}", marks=marks))
+    return {"argnames": ("way", "case"), "argvalues": found}

@@ -9,6 +9,7 @@ import pytest
 import paths
 from cases import CASES, Case
 from cover import cover
+from random_cases import names, random_case
 
 TORCH = (
     *("torch", "torch-arrays", "torch-graph", "torch-graph-arrays"),
@@ -29,6 +30,15 @@ def test_two_settings_that_meet_in_the_table_meet_in_the_cover() -> None:
         assert found == pairs, (a, b)
     hard = {(case.data, case.mode) for case in CASES}
     assert {(case.data, case.mode) for case in chosen} == hard
+
+
+@pytest.mark.parametrize("name", names(40, 0))
+def test_random_cases_meet_the_specification(name: str) -> None:
+    case = random_case(name)
+    assert case == random_case(name)
+    assert case is not None
+    for way in ("naive-unbiased", "torch", "torch-arrays"):
+        paths.check(way, case)
 
 
 def test_a_failure_says_how_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:

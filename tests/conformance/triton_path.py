@@ -10,7 +10,7 @@ from typing import Any
 import tolerances
 import torch_path
 from batchnorm.kernels.triton import tiling
-from batchnorm.torch import prepared
+from batchnorm.torch.kernels import decision
 from cases import Case, Data, Result
 from comparison import Path
 from paths import Way
@@ -41,12 +41,12 @@ def pieces() -> Iterator[tiling.Limits]:
     tiling.LIMITS = tiling.Limits(
         tile=256, row=16, stretch=64, short_stretch=16, programs=6, together=2, whole=0, merged=16
     )
-    prepared.prepare.cache_clear()
+    decision.decide.cache_clear()
     try:
         yield tiling.LIMITS
     finally:
         tiling.LIMITS = before
-        prepared.prepare.cache_clear()
+        decision.decide.cache_clear()
 
 
 def _in_pieces(case: Case, data: Data) -> Result:

@@ -19,9 +19,9 @@ from batchnorm.jax import batch_norm, primitives
 
 SHAPE = (64, 8)
 PLAIN = {
-    "batchnorm_step": primitives._step_plain,
-    "batchnorm_tangent": primitives._tangent_plain,
-    "batchnorm_gradient": primitives._gradient_plain,
+    "batchnorm_step": primitives._step_arrays,
+    "batchnorm_tangent": primitives._tangent_arrays,
+    "batchnorm_gradient": primitives._gradient_arrays,
 }
 FUSED = pytest.mark.parametrize("fused", [None, False])
 OPTIONS = pytest.mark.parametrize(

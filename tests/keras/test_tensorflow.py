@@ -14,7 +14,9 @@ if keras.backend.backend() != "tensorflow":
 
 import tensorflow as tf
 
+from batchnorm.core.moments import centre
 from batchnorm.keras import BatchNormalization, MaskedBatchNormalization
+from batchnorm.keras.backends.tensorflow_arrays import XP
 from batchnorm.keras.backends.tensorflow_sums import sum_axes
 
 EPS = 1e-3
@@ -236,3 +238,27 @@ def test_exported_model_gives_the_same_numbers(masked: bool, tmp_path: Path) -> 
     loaded = tf.saved_model.load(str(tmp_path / "saved"))
     found = loaded.serve(tuple(given) if masked else given)
     np.testing.assert_allclose(found, model(given), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("way", ["eager", "graph", "xla", "unknown sizes"])
+def test_counts_beyond_float32_are_rounded_once(way: str) -> None:
+    rows = 2**24 + 4099  # float32 counts no further than 2^24 one by one
+    x = np.ones((rows + 5, 2), "float32")
+    x[1::2] += 2
+    x[:, 1] += 1
+    mask = np.ones(x.shape, bool)
+    mask[:5] = False  # three of 1 and two of 3
+
+    def find(x: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return tuple(centre(x, mask, (0,), eps=EPS, xp=XP).moments)
+
+    signature = None
+    if way == "unknown sizes":
+        signature = [tf.TensorSpec((None, 2)), tf.TensorSpec((None, 2), tf.bool)]
+    if way != "eager":
+        find = tf.function(find, input_signature=signature, jit_compile=way == "xla")
+    count, mean, var = (np.ravel(a) for a in find(tf.constant(x), tf.constant(mask)))
+    np.testing.assert_allclose(count, rows, rtol=2**-24)
+    np.testing.assert_allclose(mean, [2 + 1 / rows, 3 + 1 / rows], rtol=2e-7)
+    np.testing.assert_allclose(var, 1, rtol=2e-6)

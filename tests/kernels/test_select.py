@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from batchnorm.kernels import select
-from batchnorm.torch import compiled, prepared
+from batchnorm.torch.kernels import decision, on_cpu, tensors
 
 
 def choose(device: str = "cuda", dtype: str = "float32", **options: Any) -> select.Choice:
@@ -39,9 +39,9 @@ def test_a_gpu_of_amd_gets_them_only_if_demanded(monkeypatch: pytest.MonkeyPatch
     assert "no test compiles them for AMD's GPUs" in choose("hip").reason
     assert choose("hip", demanded=True).kernel == "triton"
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert prepared.choose("cuda", "float32", False, False, False).kernel is None
+    assert decision.choose("cuda", "float32", False, False, False).kernel is None
     monkeypatch.setattr(torch.version, "hip", None)
-    assert prepared.choose("cuda", "float32", False, False, False).kernel == "triton"
+    assert decision.choose("cuda", "float32", False, False, False).kernel == "triton"
 
 
 @pytest.mark.usefixtures("with_triton")
@@ -71,28 +71,28 @@ def test_without_a_triton_that_serves_the_reason_says_what_to_install(
 
 
 def test_a_gpu_without_triton_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "triton_status", lambda: select.Choice(None, "it is missing"))
-    prepared._warn_without_triton.cache_clear()
+    monkeypatch.setattr(decision, "triton_status", lambda: select.Choice(None, "it is missing"))
+    decision._warn_without_triton.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"it is missing; on GPUs layers use plain array code"):
-        prepared.choose("cuda", "float32", False, False, False)
+        decision.choose("cuda", "float32", False, False, False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prepared.choose("cuda", "float32", False, False, False)
+        decision.choose("cuda", "float32", False, False, False)
 
 
 def test_a_processor_without_triton_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "triton_status", lambda: select.Choice(None, "it is missing"))
-    prepared._warn_without_triton.cache_clear()
+    monkeypatch.setattr(decision, "triton_status", lambda: select.Choice(None, "it is missing"))
+    decision._warn_without_triton.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prepared.choose("cpu", "float32", False, False, False)
+        decision.choose("cpu", "float32", False, False, False)
 
 
 @pytest.mark.skipif(
     select.triton_status().kernel is None, reason=f"{select.triton_status().reason}"
 )
 def test_both_families_of_kernels_have_one_interface() -> None:
-    from batchnorm.torch import launched
+    from batchnorm.torch.kernels import on_gpu
 
     def interface(module: Any) -> dict[str, list[str]]:
         return {
@@ -103,10 +103,10 @@ def test_both_families_of_kernels_have_one_interface() -> None:
             and not name.startswith("_")
         }
 
-    assert interface(compiled) == interface(launched)
+    assert interface(on_cpu) == interface(on_gpu)
 
 
 def test_tensors_on_different_devices_are_refused() -> None:
     x = torch.ones(2, 3)
-    reason = prepared.refuse_tensors(x, (torch.ones(3, device="meta"),), None)
+    reason = tensors.refuse_tensors(x, (torch.ones(3, device="meta"),), None)
     assert reason == "there is none for a Tensor on device meta"

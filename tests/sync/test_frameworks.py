@@ -91,6 +91,11 @@ def show(value: object) -> str:
     return value.name if isinstance(value, Case) else str(value)
 
 
+def usual(row: tuple[object, ...], wanted: bool) -> object:
+    """A row of parameters that `make test` runs if `wanted`: one size, as sizes matter to none."""
+    return pytest.param(*row, marks=() if wanted else (pytest.mark.exhaustive,))
+
+
 # Every case merged over a named axis in one size of world, with global arrays in another: a step
 # is compiled anew in every process, which takes a second.
 IN_JAX = [
@@ -102,7 +107,9 @@ IN_JAX = [
 ]
 
 
-@pytest.mark.parametrize(("size", "way", "case"), IN_JAX, ids=show)
+@pytest.mark.parametrize(
+    ("size", "way", "case"), [usual(row, row[0] in (2, 3)) for row in IN_JAX], ids=show
+)
 def test_jax(latest: Worlds, size: int, way: str, case: Case) -> None:
     # Arrays of one size have a mask where the split is uneven: for once, one that is even.
     split = even_split(case, size) if case in UNMASKED else random(case, size)
@@ -110,14 +117,22 @@ def test_jax(latest: Worlds, size: int, way: str, case: Case) -> None:
     check(Path(run, False, tolerances.FLOAT32), case)
 
 
-@pytest.mark.parametrize(("size", "case"), list(product(SIZES, CHOSEN + UNMASKED)), ids=show)
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [usual(row, row[0] == 3) for row in product(SIZES, CHOSEN + UNMASKED)],
+    ids=show,
+)
 def test_keras_on_tensorflow(latest: Worlds, size: int, case: Case) -> None:
     run = partial(in_keras, latest.get("tensorflow", size), random(case, size))
     check(Path(run, False, tolerances.PLAIN_FLOAT32), case)
 
 
 # What merges there is what tests/sync/test_equivalence.py runs in every size of world.
-@pytest.mark.parametrize(("size", "case"), list(product([2, 4], CHOSEN + UNMASKED)), ids=show)
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [usual(row, row[0] == 2) for row in product([2, 4], CHOSEN + UNMASKED)],
+    ids=show,
+)
 def test_keras_on_torch(latest: Worlds, size: int, case: Case) -> None:
     run = partial(in_keras, latest.get("torch", size), random(case, size))
     check(Path(run, False, tolerances.FLOAT32), case)

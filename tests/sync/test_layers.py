@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm.torch import BatchNorm, BatchNorm2d, batch_norm, convert_batchnorm, exchange
+from batchnorm.torch import BatchNorm, BatchNorm2d, batch_norm, convert_batchnorm
+from batchnorm.torch.ranks import messages
 from processes import World, results
 from torch_world import join, make_world
 
@@ -47,7 +48,7 @@ class Calls:
     """Counts what is sent to one other rank."""
 
     def __init__(self) -> None:
-        self._peers, self.sent = exchange.Peers, []
+        self._peers, self.sent = messages.Peers, []
 
     def __enter__(self) -> Calls:
         self._original = self._peers.receive
@@ -129,11 +130,11 @@ class Collectives:
     """Makes gloo run what other backends run: its collectives, which know no tags."""
 
     def __enter__(self) -> None:
-        self._original = exchange.Peers.expect
-        exchange.Peers.expect = lambda *arguments: None
+        self._original = messages.Peers.expect
+        messages.Peers.expect = lambda *arguments: None
 
     def __exit__(self, *_: object) -> None:
-        exchange.Peers.expect = self._original
+        messages.Peers.expect = self._original
 
 
 def by_collectives(rank, size, fused):
@@ -168,7 +169,7 @@ def mixed_up(rank, size):
         before = [layer.running_mean.clone() for layer in layers]
         layer = layers[rank]
         y = layer(rows(rank, size))
-        total = exchange.find_peers(None).total(torch.ones(3).double(), f"{rank}", "test")
+        total = messages.find_peers(None).total(torch.ones(3).double(), f"{rank}", "test")
     return (
         y.isnan().all().item(),
         torch.equal(layer.running_mean, before[rank]),

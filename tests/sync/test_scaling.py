@@ -8,9 +8,9 @@ import torch
 
 from batchnorm.core.moments import Moments, merge_moments
 from batchnorm.reference import XP
-from batchnorm.torch import synchronize
 from batchnorm.torch.namespace import HOST_OVER_RANKS, OVER_RANKS
-from batchnorm.torch.synchronize import merge_parts
+from batchnorm.torch.ranks import synchronizer
+from batchnorm.torch.ranks.synchronizer import merge_vectors
 
 TOLERANCE = 5e-6  # S3, relative to the standard deviation, for mean and (relative) variance
 CHANNELS = 8
@@ -50,7 +50,7 @@ def exact(ranks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def merge(ranks: list[np.ndarray]) -> np.ndarray:
     parts = torch.from_numpy(np.stack([message(rows) for rows in ranks]))
-    return merge_parts(parts, CHANNELS, False).numpy()
+    return merge_vectors(parts, CHANNELS, False).numpy()
 
 
 def errors(ranks: list[np.ndarray]) -> tuple[float, float]:
@@ -83,7 +83,7 @@ def test_float32_messages_would_not() -> None:
     ranks = make_ranks(4096, "alike", 1e6)
     true_mean, true_var = exact(ranks)
     parts = np.stack([message(rows) for rows in ranks]).astype(np.float32).astype(np.float64)
-    found = merge_parts(torch.from_numpy(parts), CHANNELS, False).numpy()
+    found = merge_vectors(torch.from_numpy(parts), CHANNELS, False).numpy()
     off = np.abs(found[1 : 1 + CHANNELS] - true_mean) / np.sqrt(true_var)
     assert off.max() > TOLERANCE
 
@@ -111,9 +111,9 @@ def test_order_is_a_fixed_tree_over_ranks(size: int) -> None:
 def test_numpy_and_torch_merge_to_the_same_bits(size: int, pooled: bool) -> None:
     """Ranks on a GPU merge in torch, those on a CPU in numpy."""
     parts = np.stack([message(rows) for rows in make_ranks(size, "drifting", 1e6)])
-    on_host = synchronize._merge_rows(parts, CHANNELS, pooled, HOST_OVER_RANKS)
+    on_host = synchronizer._merge_rows(parts, CHANNELS, pooled, HOST_OVER_RANKS)
     rows = torch.from_numpy(parts)
-    elsewhere = synchronize._merge_rows(rows, CHANNELS, pooled, OVER_RANKS)
+    elsewhere = synchronizer._merge_rows(rows, CHANNELS, pooled, OVER_RANKS)
     for one, other in zip(on_host, elsewhere, strict=True):
         assert np.array_equal(one, other.numpy())
 

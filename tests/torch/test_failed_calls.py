@@ -10,9 +10,10 @@ from torch.func import functional_call, vmap
 from torch.masked import masked_tensor
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm.torch import BatchNorm, RenormStatistics, batch_norm, paths, steps
+from batchnorm.torch import BatchNorm, RenormStatistics, batch_norm, rollback
 from batchnorm.torch.explicit import BatchNorm as Explicit
-from batchnorm.torch.unmoved import unmoved_on_failure
+from batchnorm.torch.recompute import PastSteps
+from batchnorm.torch.rollback import unmoved_on_failure
 
 N, C, L = 6, 4, 5
 MASK = torch.arange(L) < torch.tensor([5, 2, 4, 1, 3, 0])[:, None]
@@ -266,14 +267,14 @@ def test_output_without_memory(monkeypatch, requires_grad, options, calls):
     x = torch.randn(N, C, L, requires_grad=requires_grad)
     layer = layer_after(calls, x, affine=False, **options)
     before = bits(layer)
-    monkeypatch.setattr("batchnorm.torch.fused.empty_output", raising)
+    monkeypatch.setattr("batchnorm.torch.kernels.autograd.empty_output", raising)
     with pytest.raises(BrokenError):
         layer(x)
     assert bits(layer) == before
 
 
 def test_history_of_renormalization_that_cannot_be_kept(monkeypatch):
-    monkeypatch.setattr(steps.StepHistory, "record", raising)
+    monkeypatch.setattr(PastSteps, "record", raising)
     layer = BatchNorm(C, renorm=True)
     before = bits(layer)
     with pytest.raises(BrokenError):
@@ -285,7 +286,7 @@ def test_output_that_cannot_be_cast(monkeypatch):
     layer, x = BatchNorm(C, fused=False), torch.randn(N, C, L).half()
     before = bits(layer)
     written = []
-    monkeypatch.setattr(paths, "write_all", written.append)
+    monkeypatch.setattr(rollback, "write_all", written.append)
     cast = Tensor.to
 
     def to(a, dtype, *args, **kwargs):

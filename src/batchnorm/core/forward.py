@@ -85,7 +85,7 @@ def forward_batch(
     if merge is not None and layout.groups is None:
         centred = recentre(x, mask, merge.moments(centred), xp)
     average = average_groups(
-        Centred(*(xp.stop_gradient(a) for a in centred)),
+        centred.map(xp.stop_gradient),
         None if layout.groups is None else 1,
         xp,
     )
@@ -166,13 +166,11 @@ def expand_running(running: Running, layout: Layout, xp: Namespace) -> Running:
 
 
 def _reshape_running(running: Running, shape: tuple[int, ...], xp: Namespace) -> Running:
-    per_channel = running._replace(batches=None)
-    shaped = (None if a is None else xp.reshape(a, shape) for a in per_channel)
-    return Running(*shaped)._replace(batches=running.batches)
+    return running.map(lambda a: xp.reshape(a, shape))
 
 
 def _returned(centred: Centred, layout: Layout, xp: Namespace) -> Moments:
     """Moments as callers see them: the groups, of all participants, come first."""
     groups = () if layout.groups is None else (centred.power.shape[1],)
     shape = (*groups, *layout.channels)
-    return Moments(*(xp.reshape(a, shape) for a in centred.moments))
+    return centred.moments.map(lambda a: xp.reshape(a, shape))

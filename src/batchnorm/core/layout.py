@@ -145,6 +145,16 @@ class Layout:
             f"shape {self.shape}."
         )
 
+    def varies_along_channels(self, mask: Shape) -> bool:
+        """Whether a mask of this shape, of x's rank, may differ between channels (S1 c)."""
+        return any(mask[a] != 1 for a in self.channel_axes)
+
+    @property
+    def channels_are_neighbours(self) -> bool:
+        """Whether no other axis lies between the channel axes."""
+        first = self.channel_axes[0]
+        return self.channel_axes == tuple(range(first, first + len(self.channel_axes)))
+
     def _split(self, shape: Shape) -> Shape:
         if self.groups is None:
             return shape

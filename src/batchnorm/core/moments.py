@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from batchnorm.core.namespace import Array, Namespace, select, smallest_normal
@@ -18,6 +18,10 @@ class Moments(NamedTuple):
     count: Array
     mean: Array
     var: Array
+
+    def map(self, function: Callable[[Array], Array]) -> Moments:
+        """The same with `function` applied to every array."""
+        return Moments(*map(function, self))
 
 
 class Centred(NamedTuple):
@@ -50,6 +54,10 @@ class Centred(NamedTuple):
     def moments(self) -> Moments:
         """The same as plain moments."""
         return Moments(self.count, self.mean, self.var)
+
+    def map(self, function: Callable[[Array], Array]) -> Centred:
+        """The same with `function` applied to every array."""
+        return Centred(*map(function, self))
 
 
 def centre(
@@ -142,7 +150,7 @@ def merge_moments(parts: Moments, axis: int, xp: Namespace) -> Moments:
     spread = parts.var + xp.square(parts.mean - mean)
     var = xp.sum(weight * spread, axis=(axis,), keepdims=True)
     shape = tuple(n for a, n in enumerate(count.shape) if a != axis % len(count.shape))
-    return Moments(*(xp.reshape(a, shape) for a in (count, mean, var)))
+    return Moments(count, mean, var).map(lambda a: xp.reshape(a, shape))
 
 
 def _sum(a: Array, axes: Sequence[int], xp: Namespace) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from batchnorm.core.config import NEGATIVE_SLOPE
@@ -26,9 +27,9 @@ class Affine(NamedTuple):
     s: Array | None = None
     t: Array | None = None
 
-    def map(self, function: object) -> Affine:
+    def map(self, function: Callable[[Array], Array]) -> Affine:
         """The same with `function` applied to every array."""
-        return Affine(*(None if a is None else function(a) for a in self))  # type: ignore[operator]
+        return Affine(*(None if a is None else function(a) for a in self))
 
 
 def normalize_batch(
@@ -63,7 +64,7 @@ def normalize_batch(
     # All of padding's arithmetic is on constants, so that none of it reaches a gradient (S8).
     rstd, centred, affine = (
         xp.stop_gradient(rstd),
-        Centred(*(xp.stop_gradient(a) for a in centred)),
+        centred.map(xp.stop_gradient),
         affine.map(xp.stop_gradient),
     )
     real = centred.count > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from batchnorm.core.config import Options, Renorm
@@ -26,6 +26,19 @@ class Running(NamedTuple):
     stddev: Array | None = None
     renorm_mean: Array | None = None
     renorm_stddev: Array | None = None
+
+    def map(self, function: Callable[[Array], Array]) -> Running:
+        """The same with `function` applied to every per-channel array; `batches` as it is."""
+        arrays = (None if a is None else function(a) for a in self._replace(batches=None))
+        return Running(*arrays)._replace(batches=self.batches)
+
+
+def derive_renorm(mean: Array, var: Array, *, eps: float, xp: Namespace) -> tuple[Array, Array]:
+    """Mean and deviation that renormalization starts from, of statistics kept without it (S11).
+
+    The deviation serves as both `stddev` and `renorm_stddev`.
+    """
+    return mean, xp.sqrt(var + eps)
 
 
 class BatchAverage(NamedTuple):

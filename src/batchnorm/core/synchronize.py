@@ -39,7 +39,7 @@ def merge_averages(parts: Moments, axis: int, xp: Namespace) -> Moments:
     weight = parts.count / xp.where(count > 0, count, 1.0)
     shape = tuple(n for a, n in enumerate(count.shape) if a != axis % len(count.shape))
     averages = (xp.sum(weight * a, axis=(axis,), keepdims=True) for a in parts[1:])
-    return Moments(*(xp.reshape(a, shape) for a in (count, *averages)))
+    return Moments(count, *averages).map(lambda a: xp.reshape(a, shape))
 
 
 class Parts(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,13 @@ import numpy as np
 from jax import Array
 
 from batchnorm.core.layout import Layout
+from batchnorm.jax.call import Call
 from batchnorm.jax.checks import working_type
 from batchnorm.kernels import cpu
 from batchnorm.kernels.select import select_kernel
 
-if TYPE_CHECKING:
-    from batchnorm.jax.primitives import Call
+# What an explanation adds, since a program may yet be compiled for something else.
+NOTE = "where it is compiled for one CPU device; array code elsewhere"
 
 cpu.warn_if_missing()
 
@@ -77,7 +78,7 @@ def readable_mask(layout: Layout, mask: Array | None, owner: str) -> Array | Non
 
 
 def step(*arrays: Array, call: Call) -> Sequence[Array]:
-    """`plain.step` by the kernels."""
+    """`array_code.step` by the kernels."""
     operands = call.operands(arrays)
     layout, x = call.layout, operands.x
     work = working_type(x)
@@ -103,7 +104,7 @@ def step(*arrays: Array, call: Call) -> Sequence[Array]:
 
 
 def gradient(*arrays: Array, call: Call, wanted: tuple[bool, ...]) -> list[Array]:
-    """`plain.gradients` by the kernels: those of x, gamma and beta that are wanted."""
+    """`array_code.gradients` by the kernels: those of x, gamma and beta that are wanted."""
     dy, statistics, count, *rest = arrays
     operands = call.operands(rest)
     like: Any = (operands.x, operands.gamma, operands.beta)

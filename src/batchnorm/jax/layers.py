@@ -14,11 +14,13 @@ from jax import Array
 from batchnorm.core import config
 from batchnorm.core.config import Options
 from batchnorm.core.layout import check_axis, normalize_axis
-from batchnorm.core.running import Running
+from batchnorm.core.running import Running, derive_renorm
 from batchnorm.jax.checks import check_input, wide_type
+from batchnorm.jax.namespace import XP
 from batchnorm.jax.options import check_dtype, check_features, freeze_groups, make_keys
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
+from batchnorm.kernels.explanation import Explanation, ask
 
 __all__ = ["BatchNorm", "Momentum", "load_state"]
 
@@ -270,6 +272,15 @@ class BatchNorm(nnx.Module):
             getattr(self, name)[...] = getattr(after, name)
         return y.astype(dtype)
 
+    def _explain(self, x: Any, use_running_average: bool | None = None, **rest: Any) -> Explanation:
+        """The way of a call."""
+        if not self.initialized:
+            raise ValueError(
+                f"{type(self).__name__}: the layer is not initialized, and has no way yet; call "
+                "layer.init(key, x) first, or pass num_features and rngs to the constructor."
+            )
+        return ask(lambda: BatchNorm.__call__(self, x, use_running_average, **rest))
+
     @property
     def use_running_average(self) -> bool:
         """Whether a call without that argument uses the running statistics.
@@ -361,5 +372,6 @@ def load_state(module: nnx.Module, state: Any) -> None:
             continue
         at = tuple(map(str, path))
         if (*at, "var") in given and (*at, "stddev") not in given:
-            layer.stddev[...] = layer.renorm_stddev[...] = jnp.sqrt(layer.var[...] + layer.epsilon)
-            layer.renorm_mean[...] = layer.mean[...]
+            mean, stddev = derive_renorm(layer.mean[...], layer.var[...], eps=layer.epsilon, xp=XP)
+            layer.stddev[...] = layer.renorm_stddev[...] = stddev
+            layer.renorm_mean[...] = mean

@@ -2,7 +2,7 @@
 
 `step_p` normalizes, `gradient_p` is its transpose, `tangent_p` its derivative forwards. Compiled
 for one CPU device they are custom calls into the kernels; elsewhere, and wherever a derivative or
-a vmap asks for more than the kernels can do, they are array code (`plain.py`).
+a vmap asks for more than the kernels can do, they are array code (`array_code.py`).
 """
 
 from __future__ import annotations
@@ -18,43 +18,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from batchnorm.core.config import Renorm
-from batchnorm.core.layout import Layout
-from batchnorm.jax import custom_calls, plain
+from batchnorm.jax import array_code, custom_calls
+from batchnorm.jax.call import Call, Operands
 from batchnorm.jax.checks import working_type
-from batchnorm.jax.plain import Operands
 from batchnorm.jax.synchronize import varying_axes
-from batchnorm.kernels import cpu
+from batchnorm.kernels import cpu, explanation
 from batchnorm.kernels.select import refuse_fused
 
 DIFFERENTIABLE = ("x", "gamma", "beta")
-
-
-class Call(NamedTuple):
-    """What is static about a step.
-
-    Attributes:
-        layout: of x.
-        eps: added to the variance.
-        batch: normalize by the batch's own statistics.
-        renorm: clipping of batch renormalization, or None.
-        demanded: fused=True, so that a device without kernels is an error.
-        owner: whose name the error carries.
-        present: which of the operands there are.
-    """
-
-    layout: Layout
-    eps: float
-    batch: bool
-    renorm: Renorm | None
-    demanded: bool
-    owner: str
-    present: tuple[bool, ...]
-
-    def operands(self, arrays: Sequence[Any]) -> Operands:
-        """The arrays a primitive was bound to, by name."""
-        given = iter(arrays)
-        return Operands(*[next(given) if there else None for there in self.present])  # type: ignore[arg-type]
 
 
 class Stepped(NamedTuple):
@@ -135,23 +106,23 @@ def _gradient_avals(*avals: Any, call: Call, wanted: tuple[bool, ...]) -> tuple[
 # ------------------------------------------------------------------ what they compute
 
 
-def _step_plain(*arrays: Array, call: Call) -> tuple[Array, ...]:
-    return plain.step(call.operands(arrays), call)
+def _step_arrays(*arrays: Array, call: Call) -> tuple[Array, ...]:
+    return array_code.step(call.operands(arrays), call)
 
 
-def _tangent_plain(*arrays: Array, call: Call, names: tuple[str, ...]) -> tuple[Array, ...]:
+def _tangent_arrays(*arrays: Array, call: Call, names: tuple[str, ...]) -> tuple[Array, ...]:
     """Tangents of y, mean and var from those of the operands named."""
     tangents, operands = arrays[: len(names)], call.operands(arrays[len(names) + 2 :])
     primals = tuple(getattr(operands, name) for name in names)
-    function = plain.as_function(operands, call, names)
+    function = array_code.as_function(operands, call, names)
     _, found = jax.jvp(function, primals, tuple(tangents))
     return tuple(found)
 
 
-def _gradient_plain(*arrays: Array, call: Call, wanted: tuple[bool, ...]) -> tuple[Array, ...]:
+def _gradient_arrays(*arrays: Array, call: Call, wanted: tuple[bool, ...]) -> tuple[Array, ...]:
     """The closed form, from the statistics that the step left."""
     dy, statistics, count, *rest = arrays
-    found: Any = plain.gradients(dy, statistics, count, call.operands(rest), call)
+    found: Any = array_code.gradients(dy, statistics, count, call.operands(rest), call)
     return tuple(a for a, want in zip(found, wanted, strict=True) if want)
 
 
@@ -160,7 +131,7 @@ def _gradient_function(*arrays: Array, call: Call, wanted: tuple[bool, ...]) -> 
     dy, _, _, *rest = arrays
     operands = call.operands(rest)
     names = [n for n, want in zip(DIFFERENTIABLE, wanted, strict=True) if want]
-    function = plain.as_function(operands, call, names)
+    function = array_code.as_function(operands, call, names)
     primals = tuple(getattr(operands, name) for name in names)
     y, transpose = jax.vjp(lambda *a: function(*a)[0], *primals)
     return tuple(transpose(dy.astype(y.dtype)))
@@ -200,7 +171,7 @@ def _tangent_transpose(
         parts = gradient_p.bind(*_alike([dy, *rest]), call=call, wanted=wanted)
         found = dict(zip([n for n in DIFFERENTIABLE if n in unknown], parts, strict=True))
     if "x" in unknown and not (isinstance(dmean, ad.Zero) and isinstance(dvar, ad.Zero)):
-        part = plain.moment_gradient(
+        part = array_code.moment_gradient(
             operands, call, ad.instantiate_zeros(dmean), ad.instantiate_zeros(dvar)
         )
         found["x"] = found["x"] + part if "x" in found else part
@@ -249,11 +220,17 @@ def _lower(
         reason = custom_calls.refuse_context(context)
         if reason is not None and call.demanded:
             raise refuse_fused(call.owner, reason)
+        if reason is not None:
+            _report(call, reason)
         function = by_kernel if reason is None else by_arrays
         lowered = mlir.lower_fun(function, multiple_results=True)
         return lowered(context, *arrays, call=call, **params)
 
     return rule
+
+
+def _report(call: Call, reason: str) -> None:
+    explanation.report(call.owner, explanation.ARRAY_CODE, ((explanation.KERNELS, reason),))
 
 
 def _register(
@@ -266,6 +243,7 @@ def _register(
     ) -> Any:
         if call.demanded:
             raise refuse_fused(call.owner, f"there is none {where}")
+        _report(call, f"there is none {where}")
         return mlir.lower_fun(by_arrays, multiple_results=True)(
             context, *arrays, call=call, **params
         )
@@ -276,17 +254,17 @@ def _register(
         mlir.register_lowering(primitive, rule, platform="cpu")
 
 
-_register(step_p, _step_plain, custom_calls.step)
-_register(gradient_p, _gradient_plain, custom_calls.gradient)
-_register(tangent_p, _tangent_plain, None)
+_register(step_p, _step_arrays, custom_calls.step)
+_register(gradient_p, _gradient_arrays, custom_calls.gradient)
+_register(tangent_p, _tangent_arrays, None)
 
 ad.primitive_jvps[step_p] = _step_jvp
-ad.primitive_jvps[tangent_p] = _differentiate(_tangent_plain)
+ad.primitive_jvps[tangent_p] = _differentiate(_tangent_arrays)
 ad.primitive_jvps[gradient_p] = _differentiate(_gradient_function)
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 for _primitive, _function in (
-    (step_p, _step_plain),
-    (tangent_p, _tangent_plain),
+    (step_p, _step_arrays),
+    (tangent_p, _tangent_arrays),
     # As a function of x: under vmap over cotangents alone, the statistics' own derivatives are
     # those of this primitive's operands, which its rules leave out.
     (gradient_p, _gradient_function),

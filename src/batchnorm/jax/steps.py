@@ -14,15 +14,15 @@ from jax import Array
 from batchnorm.core.config import Options
 from batchnorm.core.forward import forward_batch, forward_running
 from batchnorm.core.layout import Layout, make_layout
-from batchnorm.core.moments import Centred, Moments, centred_from
+from batchnorm.core.moments import Moments, centred_from
 from batchnorm.core.running import Running, average_groups, update_running
 from batchnorm.jax import custom_calls
+from batchnorm.jax.call import Call, Operands
 from batchnorm.jax.checks import check_channels, check_input, check_mask, working_type
 from batchnorm.jax.namespace import XP
-from batchnorm.jax.plain import Operands
-from batchnorm.jax.primitives import Call, run_step
+from batchnorm.jax.primitives import run_step
 from batchnorm.jax.synchronize import Groups, make_merge
-from batchnorm.kernels import cpu
+from batchnorm.kernels import cpu, explanation
 from batchnorm.kernels.select import refuse_fused
 
 
@@ -62,6 +62,7 @@ def normalize_batch(
     given = _prepare(owner, x, mask, scale, bias, running, axis, options.virtual_batch_size)
     x, layout, operands, _ = given
     merge = make_merge(owner, axis_name, axis_index_groups)
+    reason: str | None = explanation.UNFUSED
     if fused is not False:
         reason = _refuse(given, owner)
         if s is not None or t is not None:
@@ -69,9 +70,11 @@ def normalize_batch(
         if merge is not None:
             reason = "none synchronizes over a named axis"
         if reason is None:
+            explanation.report(owner, explanation.KERNELS, note=custom_calls.NOTE)
             return _by_kernel(given, running, options, update, fused is True, owner)
         if fused:
             raise refuse_fused(owner, reason)
+    explanation.report(owner, explanation.ARRAY_CODE, ((explanation.KERNELS, str(reason)),))
     work = working_type(x)
     outcome = forward_batch(
         operands.inputs(s=_cast(s, work), t=_cast(t, work)),
@@ -111,8 +114,13 @@ def normalize_running(
         reason = _refuse(given, owner)
         if reason is not None:
             raise refuse_fused(owner, reason)
+        explanation.report(owner, explanation.KERNELS, note=custom_calls.NOTE)
         call = Call(layout, options.eps, False, None, True, owner, ())
         return _returned(run_step(_for_kernel(given, owner), call).y, given)
+    reason = "the compiler fuses evaluation with what surrounds it"
+    if fused is False:
+        reason = explanation.UNFUSED
+    explanation.report(owner, explanation.ARRAY_CODE, ((explanation.KERNELS, reason),))
     statistics = Running(operands.mean, operands.var)
     y = forward_running(operands.inputs(), statistics, layout, options, owner=owner, xp=XP)
     return _returned(y, given)
@@ -258,8 +266,7 @@ def move_statistics(
     grouped = moments.mean.ndim > running.mean.ndim
     high, low = (moments.mean, jnp.zeros_like(moments.mean)) if mean is None else mean
     centred = centred_from(moments.count, high, low, moments.var, XP)
-    constant = Centred(*(jax.lax.stop_gradient(a) for a in centred))
-    average = average_groups(constant, 0 if grouped else None, XP)
+    average = average_groups(centred.map(jax.lax.stop_gradient), 0 if grouped else None, XP)
     before = _before(running, moments.mean.dtype)
     assert before is not None
     axes = tuple(range(moments.mean.ndim))
@@ -286,8 +293,7 @@ def _before(running: Running | None, dtype: Any) -> Running | None:
     """The statistics in the working type, constant to differentiation."""
     if running is None:
         return None
-    cast = (_constant(_cast(a, dtype)) for a in running._replace(batches=None))
-    return Running(*cast)._replace(batches=running.batches)
+    return running.map(lambda a: jax.lax.stop_gradient(jnp.asarray(a).astype(dtype)))
 
 
 def _in_type_of(old: Running, new: Running) -> Running:

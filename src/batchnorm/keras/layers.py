@@ -14,6 +14,7 @@ from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.masks import propagate_mask, split_pair, to_boolean
 from batchnorm.keras.options import check_options
 from batchnorm.keras.state import WeightedNormalization
+from batchnorm.kernels.explanation import Explanation, ask
 from batchnorm.kernels.select import refuse_fused
 
 __all__ = ["BatchNormalization", "SyncBatchNormalization"]
@@ -179,6 +180,15 @@ class BatchNormalization(WeightedNormalization):
         if moved is not None:
             self._store(moved)
         return y
+
+    def _explain(self, x: Any, **arguments: Any) -> Explanation:
+        """The way of a call."""
+        if not self.built:
+            raise ValueError(
+                f"{type(self).__name__}: the layer has no weights, and no way yet; build it first, "
+                "with layer.build(x.shape)."
+            )
+        return ask(lambda: self(x, **arguments))
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """The mask that the output carries on: one of a dimension less than x, or None."""

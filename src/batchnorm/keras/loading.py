@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.core.running import derive_renorm
+
+_NUMPY: Any = np  # as much of a namespace as is asked for
+
 
 def fit_weights(layer: Any, weights: Sequence[Any]) -> list[np.ndarray]:
     """The layer's weights, in its own layout.
@@ -41,8 +45,8 @@ def _unpack(found: list[np.ndarray], layer: Any) -> list[np.ndarray] | None:
     if len(found) == 1 and found[0].ndim == 2 and found[0].shape[0] == 2:
         found = [found[0][0], found[0][1]]
     if len(found) == 2 and layer.renorm:  # S11
-        stddev = np.sqrt(found[1] + layer.epsilon)
-        found = [*found, stddev, found[0], stddev]
+        mean, stddev = derive_renorm(*found[:2], eps=layer.epsilon, xp=_NUMPY)
+        found = [*found, stddev, mean, stddev]
     return found if len(found) == (5 if layer.renorm else 2) else None
 
 

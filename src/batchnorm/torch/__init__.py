@@ -9,10 +9,10 @@ except ImportError as error:
     ) from error
 
 from batchnorm.torch.convert import convert_batchnorm, revert_batchnorm
-from batchnorm.torch.exchange import SynchronizationError
 from batchnorm.torch.functional import RenormStatistics, batch_norm
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.torch.masking import padding_mask, sequence_mask
+from batchnorm.torch.ranks.messages import SynchronizationError
 
 __all__ = [
     "BatchNorm",

@@ -18,6 +18,11 @@ _MASKS = (
 )
 
 
+def working_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which array code computes: float32 for half types."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def check_input(owner: str, x: Any, name: str = "x") -> Tensor:
     """`x` if it is a dense or nested tensor of a floating type."""
     if not isinstance(x, Tensor):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.torch.graphs import keep_first_argument
+from batchnorm.torch.fx import keep_first_argument
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]

@@ -17,7 +17,7 @@ from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
 from batchnorm.torch import checks
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.unmoved import write_all
+from batchnorm.torch.rollback import write_all
 
 __all__ = ["BatchNorm"]
 
@@ -119,7 +119,7 @@ class BatchNorm:
             )
         if data_type not in checks.FLOATING:
             raise TypeError(f"{_OWNER}: data_type must be a floating type; got {data_type!r}.")
-        wide = torch.float64 if data_type == torch.float64 else torch.float32
+        wide = checks.working_type(data_type)
         self.input_shape = self.output_shape = shape
         self.nparams = 2 * math.prod(shape)
         self.gamma = torch.ones(shape, dtype=data_type, device=device)
@@ -154,7 +154,7 @@ class BatchNorm:
         if training:
             for name in ("running_mean", "running_var"):
                 checks.check_writable(_OWNER, name, getattr(self, name))
-        work = torch.float64 if input.dtype == torch.float64 else torch.float32
+        work = checks.working_type(input.dtype)
         mask = checks.to_boolean(checks.check_mask(_OWNER, mask, input.device))
         # Copies: an optimizer's step or an in-place operation must not reach into backward.
         inputs = Inputs(
@@ -225,7 +225,7 @@ class BatchNorm:
         return f"{offset}{self.name}: shape {self.output_shape}, {self.nparams} parameters"
 
     def _gradients(self, dCdy: Tensor, saved: _Pass) -> Gradients:
-        dy = dCdy.to(torch.float64 if saved.dtype == torch.float64 else torch.float32)
+        dy = dCdy.to(checks.working_type(saved.dtype))
         options, settings = self._options(), _SETTINGS
         if isinstance(saved.result, Outcome):
             return backward_batch(dy, saved.inputs, saved.result, saved.layout, options, **settings)

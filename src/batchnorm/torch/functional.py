@@ -7,27 +7,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from batchnorm.core import config
-from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
 from batchnorm.core.running import Running
-from batchnorm.kernels.select import refuse_fused
 from batchnorm.torch import checks, jagged
-from batchnorm.torch import fused as kernels
-from batchnorm.torch.paths import Job, Mode, Parameters, by_array, by_kernel, by_operator
-from batchnorm.torch.synchronize import Synchronizer, find_synchronizer, participate
+from batchnorm.torch.call import Settings, Tensors, make_call
+from batchnorm.torch.ranks.synchronizer import find_synchronizer
+from batchnorm.torch.ways.choice import run
 
 __all__ = ["RenormStatistics", "batch_norm"]
-
-_BATCHES = "num_batches_tracked"
-_STATISTICS = (
-    "running_mean",
-    "running_var",
-    _BATCHES,
-    "running_stddev",
-    *("renorm statistics",) * 2,
-)
 
 
 class RenormStatistics(NamedTuple):
@@ -137,137 +125,21 @@ def batch_norm(
         running = Running(running_mean, running_var, None, *(renorm or (None, None, None)))
     elif renorm is not None:
         raise ValueError(f"{owner}: renorm needs running_mean and running_var; got None.")
-    return normalize(
-        checks.check_input(owner, input),
-        mask,
-        Parameters(weight, bias),
-        residual,
-        running,
-        axis=axis,
-        options=options,
-        adjustment=config.check_adjustment(owner, adjustment, size),
-        fused=config.check_fused(owner, fused),
-        mode=Mode(own_statistics=training or running is None, training=training, update=training),
-        owner=owner,
-        synchronizer=find_synchronizer(owner, synchronized, process_group),
+    checks.check_input(owner, input)
+    settings = Settings(
+        owner,
+        axis,
+        options,
+        config.check_adjustment(owner, adjustment, size),
+        config.check_fused(owner, fused),
+        find_synchronizer(owner, synchronized, process_group),
     )
+    tensors = Tensors(input, mask, weight, bias, residual, running)
+    return normalize(tensors, settings, training=training, update=training)
 
 
-def normalize(
-    x: Tensor,
-    mask: Any,
-    parameters: Parameters,
-    residual: Any,
-    running: Running | None,
-    *,
-    axis: int | tuple[int, ...],
-    options: config.Options,
-    adjustment: config.Adjustment | None,
-    fused: bool | None,
-    mode: Mode,
-    owner: str,
-    synchronizer: Synchronizer | None = None,
-) -> Tensor:
-    """`batch_norm` with options already validated, for the layers too."""
-    if x.layout is torch.jagged:
-        return jagged.normalize_values(
-            normalize,
-            x,
-            mask,
-            residual,
-            parameters=parameters,
-            running=running,
-            axis=axis,
-            options=options,
-            adjustment=adjustment,
-            fused=fused,
-            mode=mode,
-            owner=owner,
-            synchronizer=synchronizer,
-        )
-    mask = checks.check_mask(owner, mask, x.device)
-    size = options.virtual_batch_size if mode.training else None
-    adjustment = adjustment if mode.training else None
-    prepared = None
-    if fused is not False and kernels.is_plain(x):
-        prepared = kernels.prepare(
-            owner,
-            x.shape,
-            x.stride(),
-            x.dtype,
-            axis,
-            size,
-            adjustment is not None,
-            options.activation,
-            None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
-            x.device.type,
-            fused is True,
-        )
-        layout = prepared.layout
-    else:
-        layout = make_layout(owner, tuple(x.shape), axis, size)
-    _check_shapes(owner, x, mask, parameters, residual, running, layout, mode, synchronizer)
-    part = None
-    if synchronizer is not None and mode.training:
-        part = participate(synchronizer, owner, layout, options, mask)
-    job = Job(
-        x, mask, parameters, residual, running, layout, options, adjustment, mode, owner, part
-    )
-    if fused is not False:
-        compiling = torch.compiler.is_compiling()
-        y = by_operator(job, fused is True) if compiling else by_kernel(job, prepared)
-        if not isinstance(y, str):
-            return y
-        if fused:
-            raise refuse_fused(owner, y)
-    return by_array(job)
-
-
-def _check_shapes(
-    owner: str,
-    x: Tensor,
-    mask: Tensor | None,
-    parameters: Parameters,
-    residual: Any,
-    running: Running | None,
-    layout: Layout,
-    mode: Mode,
-    synchronizer: Synchronizer | None,
-) -> None:
-    channels = layout.channels
-    for name, a in (("weight", parameters.weight), ("bias", parameters.bias)):
-        if a is not None:
-            if a.shape != channels:
-                check_per_channel(owner, name, a, layout)
-            if type(a) is not Parameter or a.dtype is not x.dtype or a.layout is not torch.strided:
-                checks.check_parameter(owner, name, a)
-    if running is not None:
-        update = mode.update and not torch.compiler.is_compiling()
-        for name, a in zip(_STATISTICS, running, strict=True):
-            if a is None:
-                continue
-            if name is not _BATCHES and (
-                a.shape != channels
-                or a.dtype not in checks.FLOATING
-                or a.requires_grad
-                or type(a) is not Tensor
-                or a.layout is not torch.strided
-            ):
-                check_per_channel(owner, name, a, layout)
-                checks.check_statistic(owner, name, a)
-            if update and a.is_inference():
-                checks.check_writable(owner, name, a)
-    if residual is not None:
-        checks.check_residual(owner, residual, x)
-    alone = mode.own_statistics and (synchronizer is None or not mode.training)
-    if alone and mask is None and layout.groups is None:
-        _check_count(owner, layout)
-
-
-def _check_count(owner: str, layout: Layout) -> None:
-    if count_values(layout) == 1:
-        raise ValueError(
-            f"{owner}: training needs more than 1 value per channel; got an input of shape "
-            f"{layout.shape} with channel axes {layout.channel_axes}. Use a larger batch, "
-            "evaluation mode, or a mask."
-        )
+def normalize(tensors: Tensors, settings: Settings, *, training: bool, update: bool) -> Tensor:
+    """`batch_norm` with options already validated; jagged tensors too."""
+    if tensors.x.layout is torch.jagged:
+        return jagged.normalize_values(normalize, tensors, settings, training, update)
+    return run(make_call(tensors, settings, training, update))

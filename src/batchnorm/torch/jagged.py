@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from batchnorm.core.layout import normalize_axis
 from batchnorm.torch import checks
-from batchnorm.torch.unmoved import unmoved_on_failure
+from batchnorm.torch.call import Settings, Tensors
+from batchnorm.torch.rollback import unmoved_on_failure
 
 
 class _Packed(NamedTuple):
@@ -20,60 +22,40 @@ class _Packed(NamedTuple):
 
 
 def normalize_values(
-    normalize: Any,
-    x: Any,
-    mask: Any,
-    residual: Any,
-    *,
-    axis: int | tuple[int, ...],
-    running: Any,
-    options: Any,
-    adjustment: Any,
-    mode: Any,
-    owner: str,
-    **rest: Any,
+    normalize: Callable[..., Tensor],
+    tensors: Tensors,
+    settings: Settings,
+    training: bool,
+    update: bool,
 ) -> Tensor:
-    """Apply `normalize` to the values of x, and wrap the result like x.
+    """Apply `normalize`, of dense tensors, to the values of x, and wrap the result like x.
 
-    Args:
-        normalize: the dense function.
-        x: jagged, with one ragged axis.
-        mask: None, jagged like x without its channel axes, or `(N,)` for whole samples.
-        residual: None, or jagged like x.
-        axis: of x; not the batch axis nor the ragged one.
-        running: as in the dense function.
-        options: without ghost batches in training.
-        adjustment: None in training.
-        mode: as in the dense function.
-        owner: whose name error messages carry.
-        **rest: handed on.
+    x is jagged, with one ragged axis; a mask too, like x without its channel axes, or `(N,)` for
+    whole samples; a residual too, like x.
 
     Raises:
         ValueError: an axis, mask, residual or option that has no meaning on packed values.
     """
-    if mode.training and (options.virtual_batch_size is not None or adjustment is not None):
+    (x, mask, weight, bias, residual, running), owner = tensors, settings.owner
+    ghost = settings.options.virtual_batch_size is not None
+    if training and (ghost or settings.adjustment is not None):
         raise ValueError(
             f"{owner}: a jagged x takes neither virtual_batch_size nor adjustment in training, "
             "whose shapes need a padded batch; pad x and pass mask instead."
         )
-    axes = normalize_axis(owner, axis, x.dim())
+    axes = normalize_axis(owner, settings.axis, x.dim())
     check_axes(owner, axes, x)
-    packed, ragged = _pack(x), x._ragged_idx
+    packed, ragged = _pack(x), x._ragged_idx  # type: ignore[attr-defined]
     if residual is not None:
         residual = _values_like(owner, "residual", residual, packed)
-    written = running if mode.update and not torch.compiler.is_compiling() else None
+    written = running if update and not torch.compiler.is_compiling() else None
     with unmoved_on_failure(written):  # wrapping y may fail too
+        mask = _mask_values(owner, mask, packed, ragged)
         y = normalize(
-            packed.values,
-            _mask_values(owner, mask, packed, ragged),
-            residual=residual,
-            running=running,
-            axis=tuple(a - 1 for a in axes),
-            options=options,
-            adjustment=None,
-            mode=mode,
-            owner=owner,
-            **rest,
+            Tensors(packed.values, mask, weight, bias, residual, running),
+            settings._replace(axis=tuple(a - 1 for a in axes), adjustment=None),
+            training=training,
+            update=update,
         )
         return torch.nested.nested_tensor_from_jagged(y, packed.offsets, jagged_dim=ragged)
 

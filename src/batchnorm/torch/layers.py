@@ -13,15 +13,17 @@ from torch.fx import Proxy
 
 from batchnorm.core import config
 from batchnorm.core.layout import check_axis, normalize_axis
+from batchnorm.kernels.explanation import LAST_CALL, Explanation, Refusal, ask
 from batchnorm.torch import checks, jagged, masking
+from batchnorm.torch.buffers import RunningStatistics
+from batchnorm.torch.call import Settings, Tensors, make_call
 from batchnorm.torch.functional import normalize
-from batchnorm.torch.graphs import trace_call
+from batchnorm.torch.fx import trace_call
 from batchnorm.torch.masking import ambient_mask
-from batchnorm.torch.paths import Mode, Parameters
-from batchnorm.torch.runtime import recomputation_flag
-from batchnorm.torch.shortcut import Memory
-from batchnorm.torch.statistics import RunningStatistics
-from batchnorm.torch.synchronize import Synchronizer, check_group
+from batchnorm.torch.ranks.synchronizer import Synchronizer, check_group
+from batchnorm.torch.recompute import recomputation_flag
+from batchnorm.torch.ways.choice import run
+from batchnorm.torch.ways.last_call import LastCalls
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -158,7 +160,7 @@ class BatchNorm(RunningStatistics):
             self._synchronizer.enlist()
         self.frozen = False
         self._masked_by_context = False
-        self._memory = Memory()
+        self._memory = LastCalls()
         if self.renorm is not None and self.running_mean is None:
             raise ValueError(
                 f"{owner}: renorm=True compares with running statistics and needs "
@@ -208,27 +210,47 @@ class BatchNorm(RunningStatistics):
         self._check_moving(owner)
         running = self._running()
         training = self.training and not self.frozen
-        own_statistics = training or running is None
-        if mask is None and (own_statistics or torch.is_grad_enabled()):
+        if mask is None and (training or running is None or torch.is_grad_enabled()):
             mask = self._ambient_mask(owner, x)
-        options = self._options()
-        y = normalize(
-            x,
-            mask,
-            Parameters(self.weight, self.bias),
-            residual,
-            running,
-            axis=axis,
-            options=options,
-            adjustment=self.adjustment,
-            fused=self.fused,
-            mode=Mode(own_statistics, training, training and self.track_running_stats),
-            owner=owner,
-            synchronizer=self._synchronizer if self.synchronized else None,
+        tensors = Tensors(x, mask, self.weight, self.bias, residual, running)
+        settings = Settings(
+            owner,
+            axis,
+            self._options(),
+            self.adjustment,
+            self.fused,
+            self._synchronizer if self.synchronized else None,
         )
+        update = training and self.track_running_stats
+        if x.layout is torch.jagged:
+            return normalize(tensors, settings, training=training, update=update)
+        call = make_call(tensors, settings, training, update)
+        y = run(call)
         if key is not None and mask is None:
-            self._memory.learn(self, x, key, options)
+            self._memory.learn(self, key, call)
         return y
+
+    def _explain(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        graph: bool = False,
+    ) -> Explanation:
+        """The way of a call; `graph`: in a graph of `torch.compile`."""
+        reason = self._memory.refuse(self, x, mask is None and residual is None)
+        if reason is None and not graph:
+            return Explanation(type(self).__name__, LAST_CALL)
+        before = self._memory, self._masked_by_context
+        self._memory = LastCalls()
+        try:
+            found = ask(lambda: BatchNorm.forward(self, x, mask, residual), graph=graph)
+        finally:
+            self._memory, self._masked_by_context = before
+        if reason is None or graph:
+            return found
+        return found._replace(refused=(Refusal(LAST_CALL, reason), *found.refused))
 
     @property
     def process_group(self) -> Any:
@@ -258,7 +280,7 @@ class BatchNorm(RunningStatistics):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._memory = Memory()
+        self._memory = LastCalls()
 
     def freeze(self) -> BatchNorm:
         """Normalize by the running statistics, and leave them alone, in training too (S15).

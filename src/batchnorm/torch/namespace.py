@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.core.namespace import Namespace
-from batchnorm.torch import reduction
+from batchnorm.torch import sums
 
 
 class _TorchNamespace:
@@ -29,10 +29,8 @@ class _TorchNamespace:
     def sum(a: Tensor, *, axis: Sequence[int], keepdims: bool) -> Tensor:
         axes = tuple(axis)
         if keepdims:
-            return reduction.sum_axes(a, axes)
-        return reduction.sum_axes(a, axes).reshape(
-            [n for i, n in enumerate(a.shape) if i not in axes]
-        )
+            return sums.sum_axes(a, axes)
+        return sums.sum_axes(a, axes).reshape([n for i, n in enumerate(a.shape) if i not in axes])
 
     @staticmethod
     def max(a: Tensor, *, axis: int) -> Tensor:
@@ -40,7 +38,7 @@ class _TorchNamespace:
 
     @staticmethod
     def broadcast_like(a: Tensor, x: Tensor) -> Tensor:
-        return reduction.broadcast_like(a, x)
+        return sums.broadcast_like(a, x)
 
     @staticmethod
     def cast(a: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,7 +55,7 @@ class _OverRanks(_TorchNamespace):
     @staticmethod
     def sum(a: Any, *, axis: Sequence[int], keepdims: bool) -> Any:
         assert tuple(axis) == (0,)
-        total = reduction.sum_pairwise(a)
+        total = sums.sum_pairwise(a)
         return total if keepdims else total[0]
 
 

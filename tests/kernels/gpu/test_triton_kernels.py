@@ -158,12 +158,12 @@ def test_positions_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 4, 50)
     expected = train(x)
     monkeypatch.setattr(arguments, "FAR", 1)  # as if a row were so long
-    from batchnorm.torch import prepared
+    from batchnorm.torch.kernels import decision
 
-    prepared.prepare.cache_clear()
+    decision.decide.cache_clear()
     for a, b in zip(train(x), expected, strict=True):
         assert torch.equal(a, b)
-    prepared.prepare.cache_clear()
+    decision.decide.cache_clear()
 
 
 def test_bits_are_the_same_each_time_and_for_each_order_of_programs(
@@ -191,12 +191,12 @@ def test_the_cut_changes_no_more_than_rounding(request: pytest.FixtureRequest) -
 
 
 def test_outputs_are_written_everywhere(monkeypatch: pytest.MonkeyPatch, pieces: Any) -> None:
-    from batchnorm.torch import steps
+    from batchnorm.torch.kernels import step
 
-    def poisoned(x: Tensor, prepared: Any) -> Tensor:
+    def poisoned(x: Tensor, decision: Any) -> Tensor:
         return torch.full_like(x, torch.nan)
 
-    monkeypatch.setattr(steps, "empty_output", poisoned)
+    monkeypatch.setattr(step, "empty_output", poisoned)
     residual = torch.randn(37, 5, 3, requires_grad=True)
     mask = torch.rand(37) < 0.5
     y, dx = train(torch.randn(37, 5, 3), mask, residual=residual, activation="leaky_relu")
@@ -285,3 +285,19 @@ def test_a_step_in_halves_is_the_step() -> None:
         found.append((y, dx, dgamma, dbeta))
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= 5e-6
+
+
+@pytest.mark.parametrize("deviation", [0.0, 1e-39, 1e-30, 1e-18])
+def test_a_deviation_without_reciprocal_counts_as_none(deviation: float) -> None:
+    """Without eps: x̂ and dx are 0 where the variance vanishes, whose squares are float32 (S7)."""
+    x = torch.tensor([[1.0], [-1.0], [-1.0], [1.0]]) * deviation
+    y, dx = train(x, eps=0.0)
+    expected = [1.0, -1.0, -1.0, 1.0] if deviation == 1e-18 else [0.0] * 4
+    torch.testing.assert_close(y.flatten(), torch.tensor(expected))
+    assert deviation == 1e-18 or (dx == 0).all()
+
+
+def test_a_running_variance_of_zero_without_eps_gives_beta() -> None:
+    x, zero = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2)
+    y = batch_norm(x, zero, zero.clone(), None, torch.tensor([7.0, -1.0]), eps=0.0, fused=True)
+    assert y.tolist() == [[7.0, -1.0]] * 2

@@ -31,7 +31,7 @@ def card(monkeypatch: pytest.MonkeyPatch, compiled_kernels: Any) -> Iterator[Any
 
     from batchnorm.kernels import select
     from batchnorm.kernels.triton import launch
-    from batchnorm.torch import prepared, steps
+    from batchnorm.torch.kernels import decision, step
     from ptx_driver import Driver, leave_out_binaries
 
     driver = Driver()
@@ -51,12 +51,12 @@ def card(monkeypatch: pytest.MonkeyPatch, compiled_kernels: Any) -> Iterator[Any
     for owner, name in (
         (launch.Plan, "_new"),
         (launch.Plan, "_new_flags"),
-        (steps, "empty_output"),
+        (step, "empty_output"),
     ):
         monkeypatch.setattr(owner, name, unset(getattr(owner, name)))
-    prepared.prepare.cache_clear()
+    decision.decide.cache_clear()
     yield driver
-    prepared.prepare.cache_clear()
+    decision.decide.cache_clear()
 
 
 @pytest.fixture
@@ -66,9 +66,9 @@ def several(monkeypatch: pytest.MonkeyPatch) -> Any:
     Tiles stay as large as they are: their size decides how many warps a program has.
     """
     from batchnorm.kernels.triton import tiling
-    from batchnorm.torch import prepared
+    from batchnorm.torch.kernels import decision
 
     limits = tiling.LIMITS._replace(programs=8, whole=0, merged=16)
     monkeypatch.setattr(tiling, "LIMITS", limits)
-    prepared.prepare.cache_clear()
+    decision.decide.cache_clear()
     return limits

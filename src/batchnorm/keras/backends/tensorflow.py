@@ -28,7 +28,10 @@ from batchnorm.keras.backends.tensorflow_arrays import (
 )
 from batchnorm.keras.backends.tensorflow_devices import find_accelerator, is_compiled
 from batchnorm.keras.call import Call
+from batchnorm.kernels import explanation
 from batchnorm.kernels.select import refuse_fused
+
+_ONE_PASS = "one operation of TensorFlow"
 
 refuse_kernel = kernels.refuse_options
 
@@ -52,7 +55,7 @@ def normalize(
     """As `batchnorm.keras.functional.Backend` says."""
     mask = None if mask is None else fit_mask(call.owner, tf.convert_to_tensor(mask), x, call.axes)
     gamma, beta = (None if a is None else tf.convert_to_tensor(a) for a in (gamma, beta))
-    running = Running(*(None if a is None else tf.convert_to_tensor(a) for a in running))
+    running = running.map(tf.convert_to_tensor)
 
     def train() -> tuple[tf.Tensor, Running]:
         return _by_batch(x, mask, gamma, beta, running, call)
@@ -74,7 +77,10 @@ def _by_batch(
     if call.fused and refusal is not None:
         raise refuse_fused(call.owner, refusal)
     if call.fused is False or refusal is not None:
+        reason = explanation.UNFUSED if refusal is None else refusal
+        explanation.report(call.owner, explanation.ARRAY_CODE, ((explanation.KERNELS, reason),))
         return plain(x, gamma, beta)
+    explanation.report(call.owner, explanation.KERNELS)
 
     def differentiable(x: Any, gamma: Any, beta: Any) -> tf.Tensor:
         return plain(x, gamma, beta)[0]
@@ -148,7 +154,12 @@ def _by_running(
         y = forward_running(inputs, statistics, layout, call.options, owner=call.owner, xp=XP)
         return tf.cast(y, x.dtype)
 
-    one_pass = call.fused is not False and _serves_one_pass(x, call)
+    refusal = _refuse_one_pass(x, call)
+    one_pass = refusal is None
+    if one_pass:
+        explanation.report(call.owner, _ONE_PASS)
+    else:
+        explanation.report(call.owner, explanation.ARRAY_CODE, ((_ONE_PASS, str(refusal)),))
     if mask is None and not one_pass:
         return evaluate(x, gamma, beta)
     given = [a for a in (x, gamma, beta) if a is not None]
@@ -169,15 +180,21 @@ def _by_running(
     return forward(*given)
 
 
-def _serves_one_pass(x: tf.Tensor, call: Call) -> bool:
-    """Whether TensorFlow's own fused operation, given the statistics, computes the same."""
-    return (
-        x.dtype in (tf.float32, tf.float16, tf.bfloat16)
-        and call.axes == (x.shape.rank - 1,)
-        and x.shape[-1] > 0
-        and not find_accelerator()
-        and not is_compiled()  # XLA makes x·a + b of it, which cancels at offsets (S3)
-    )
+def _refuse_one_pass(x: tf.Tensor, call: Call) -> str | None:
+    """Why TensorFlow's own fused operation does not compute the same, or None."""
+    if call.fused is False:
+        return explanation.UNFUSED
+    if x.dtype not in (tf.float32, tf.float16, tf.bfloat16):
+        return f"it does not take {x.dtype.name}"
+    if call.axes != (x.shape.rank - 1,):
+        return "it takes channels on the last axis"
+    if x.shape[-1] == 0:
+        return "it takes no input without channels"
+    if accelerator := find_accelerator():
+        return f"it serves the CPU, and the graph may run on {accelerator}"
+    if is_compiled():
+        return "XLA makes x·a + b of it, which cancels at offsets"  # (S3)
+    return None
 
 
 def _evaluate_in_one_pass(
@@ -208,7 +225,7 @@ def _cast(a: Any, dtype: tf.DType) -> Any:
 
 
 def _in(running: Running, dtype: tf.DType) -> Running:
-    return Running(*(_cast(a, dtype) for a in running))
+    return running.map(lambda a: tf.cast(a, dtype))
 
 
 def _adjusted(owner: str, name: str, a: Any, x: tf.Tensor, dtype: tf.DType) -> Any:

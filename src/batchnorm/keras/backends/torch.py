@@ -14,9 +14,10 @@ from batchnorm.core.running import Running
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 from batchnorm.kernels.select import extension_status
+from batchnorm.torch.call import Settings, Tensors
+from batchnorm.torch.checks import can_read
 from batchnorm.torch.functional import normalize as normalize_tensors
-from batchnorm.torch.paths import Mode, Parameters
-from batchnorm.torch.synchronize import find_synchronizer
+from batchnorm.torch.ranks.synchronizer import find_synchronizer
 
 
 def resolve_training(training: Any) -> bool:
@@ -26,14 +27,7 @@ def resolve_training(training: Any) -> bool:
 
 def read_values(a: Tensor) -> np.ndarray | None:
     """The values of a tensor where no device but the CPU has to be asked for them, or None."""
-    traced = (
-        type(a).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
-    return None if traced or not a.is_cpu else a.detach().numpy()
+    return a.detach().numpy() if can_read(a) else None
 
 
 def refuse_kernel(call: Call, rank: int | None) -> str | None:
@@ -62,22 +56,19 @@ def normalize(
     training = bool(call.training)
     pure = training and in_stateless_scope()
     if pure:
-        running = Running(*(None if a is None else a.detach().clone() for a in running))
+        running = running.map(lambda a: a.detach().clone())
     layout = make_layout(call.owner, tuple(x.shape), call.axes)
-    y = normalize_tensors(
-        x,
-        _fit_mask(call.owner, mask, x, layout, training),
-        Parameters(gamma, beta),
-        None,
-        running,
-        axis=call.axes,
-        options=call.options,
-        adjustment=call.adjustment,
-        fused=call.fused,
-        mode=Mode(own_statistics=training, training=training, update=training),
-        owner=call.owner,
-        synchronizer=find_synchronizer(call.owner, call.synchronized, call.process_group),
+    settings = Settings(
+        call.owner,
+        call.axes,
+        call.options,
+        call.adjustment,
+        call.fused,
+        find_synchronizer(call.owner, call.synchronized, call.process_group),
     )
+    mask = _fit_mask(call.owner, mask, x, layout, training)
+    tensors = Tensors(x, mask, gamma, beta, None, running)
+    y = normalize_tensors(tensors, settings, training=training, update=training)
     return y, running if pure else None
 
 

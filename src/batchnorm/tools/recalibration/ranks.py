@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from batchnorm.core.moments import Moments
 from batchnorm.tools.measure import merge
-from batchnorm.torch.exchange import Peers, SynchronizationError, find_peers
+from batchnorm.torch.ranks.messages import Peers, SynchronizationError, find_peers
 
 
 def find_ranks(process_group: Any) -> Peers | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from batchnorm.core.moments import Centred, Moments
 from batchnorm.core.running import BatchAverage, average_groups, unbiased_variance
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.synchronize import Participation, find_by_key, pack, unpack
+from batchnorm.torch.ranks.synchronizer import Participation, find_by_key, pack, unpack
 
 __all__ = ["RankMerge"]
 

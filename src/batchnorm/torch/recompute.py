@@ -1,39 +1,20 @@
-"""Facts that only hold while a graph runs, for eager and compiled code alike."""
+"""Forward passes that are run again in a backward pass (activation checkpointing, S9)."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import eval_frame
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
-def untraced(function: _Function) -> _Function:
-    """Mark what `torch.compile` must run as it is, with all that it calls.
-
-    Where the tracer gives up on a caller of a layer it goes on with the functions called inside,
-    down to calls of the extension, which it makes without `self`. This is what
-    `torch.compiler.disable` does, less its cost for each call and the import of the compiler. A
-    torch without the (private) function for it traces as before; a test says if that happens.
-    """
-    if not hasattr(eval_frame, "set_code_exec_strategy"):
-        return function
-    skip = eval_frame._FrameAction.SKIP
-    strategy = eval_frame._FrameExecStrategy(skip, skip)
-    eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    return function
-
-
-def recomputation_flag(x: Tensor) -> Tensor | bool | None:
+def recomputation_flag(x: Tensor) -> Tensor | Literal[True] | None:
     """Whether this forward pass repeats one, inside a backward pass (activation checkpointing).
 
     Returns:
@@ -58,7 +39,7 @@ def snapshot(statistics: list[Tensor], *, repeatable: bool) -> list[Tensor]:
     """The statistics as they are before this step moves them.
 
     Not `repeatable` is a step that needs them as they were, which only eager code remembers
-    (`StepHistory`): repeated by a checkpoint around compiled code it raises RuntimeError.
+    (`PastSteps`): repeated by a checkpoint around compiled code it raises RuntimeError.
 
     A compiled backward pass recomputes cheap values, and would do so from the very buffers that
     the forward pass has overwritten by then; it does not recompute what an opaque operator made.
@@ -68,36 +49,51 @@ def snapshot(statistics: list[Tensor], *, repeatable: bool) -> list[Tensor]:
     return _snapshot(statistics, repeatable)
 
 
-class StepHistory:
-    """What renormalization compared with in the latest steps, for when one is recomputed.
+class PastSteps:
+    """A layer's latest steps, for when one is recomputed.
 
-    A recomputed step finds statistics that have moved since, and would get another r and d. It
-    is recognized by its moments, which are the same to the bit.
+    A recomputed step finds statistics that have moved since, and other ranks that are elsewhere.
+    It is recognized by the moments of its input, which are the same to the bit.
     """
 
-    _STEPS = 16  # forward passes of one layer between a step and its backward pass
+    def __init__(self, most: int = 16) -> None:  # forward passes between a step and its backward
+        self.most = most
+        self._steps: deque[tuple[tuple[Tensor, ...], Any]] = deque(maxlen=most)
 
-    def __init__(self) -> None:
-        self._steps: Any = WeakTensorKeyDictionary()
+    def record(self, moments: Iterable[Tensor], kept: Any) -> None:
+        """Remember what a step of an input with these moments may be asked for."""
+        self._steps.append((tuple(moments), kept))
 
-    def record(self, key: Tensor | None, moments: Moments, before: Running) -> None:
-        """Remember a step of the layer whose statistics include the tensor `key`."""
-        steps = self._steps.setdefault(key, deque(maxlen=self._STEPS))
-        kept = Running(*(None if a is None else a.clone() for a in before))
-        steps.append((Moments(*(a.detach() for a in moments)), kept))
-
-    def recall(self, owner: str, key: Tensor | None, moments: Moments) -> Running:
-        """The statistics before the step that had these moments."""
-        for found, before in reversed(self._steps.get(key, ())):
+    def recall(self, moments: Sequence[Tensor]) -> Any | None:
+        """What the latest step with these moments has kept, or None."""
+        for found, kept in reversed(self._steps):
             if all(
                 a.shape == b.shape and torch.equal(a, b)
                 for a, b in zip(found, moments, strict=True)
             ):
-                return before
+                return kept
+        return None
+
+
+_past: Any = WeakTensorKeyDictionary()
+
+
+def remember_step(key: Tensor | None, moments: Moments, before: Running) -> None:
+    """Remember a step with renormalization of the layer whose statistics include `key`."""
+    kept = Running(*(None if a is None else a.clone() for a in before))
+    _past.setdefault(key, PastSteps()).record((a.detach() for a in moments), kept)
+
+
+def recall_step(owner: str, key: Tensor | None, moments: Moments) -> Running:
+    """The statistics before the step that had these moments."""
+    steps = _past.get(key) or PastSteps()
+    before: Running | None = steps.recall(moments)
+    if before is None:
         raise RuntimeError(
             f"{owner}: a recomputed forward pass (activation checkpointing) with renormalization "
-            f"is none of the layer's latest {self._STEPS}; call backward sooner."
+            f"is none of the layer's latest {steps.most}; call backward sooner."
         )
+    return before
 
 
 @torch.library.custom_op("batchnorm::snapshot", mutates_args=())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.torch.synchronize import Participation, find_by_key
+from batchnorm.torch.ranks.synchronizer import Participation, find_by_key
 
 __all__ = ["merge_kept", "moments_of_kernel", "total_of_kernel"]
 

@@ -16,9 +16,10 @@ from batchnorm.core.normalize import (
     normalize_running,
 )
 from batchnorm.core.synchronize import recentre
-from batchnorm.torch.kernel_merge import moments_of_kernel
+from batchnorm.torch.checks import working_type
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.rank_merge import RankMerge
+from batchnorm.torch.ranks.array_moments import RankMerge
+from batchnorm.torch.ranks.kernel_moments import moments_of_kernel
 
 
 def differentiable_backward(
@@ -31,18 +32,18 @@ def differentiable_backward(
     y: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The same gradients by the plain path, differentiable again in dy, x and weight (S8)."""
-    call = ctx.call
+    step = ctx.step
     wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
-    layout = call.prepared.layout
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if call.options.activation is not None:
-        dy = activation_gradient(dy, y, call.options.activation, XP)
+    layout = step.decision.layout
+    work = working_type(x.dtype)
+    if step.options.activation is not None:
+        dy = activation_gradient(dy, y, step.options.activation, XP)
     real = None if mask is None else mask != 0
     inputs = [a for a, wanted in ((x, wants_x), (weight, wants_weight)) if wanted and a is not None]
     found: list[Any] = []
     if inputs:
         with torch.enable_grad():
-            z = _replay(passes, call, ctx, x.to(work), weight, real)
+            z = _replay(passes, ctx, x.to(work), weight, real)
             z = z.to(x.dtype)
         again = torch.is_grad_enabled()
         found = list(torch.autograd.grad(z, inputs, dy, create_graph=again))
@@ -56,26 +57,25 @@ def differentiable_backward(
     return dx, dweight, dbias, dy if wants_residual else None, None
 
 
-def _replay(
-    passes: Any, call: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tensor | None
-) -> Tensor:
+def _replay(passes: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
     """What the forward step made of x and gamma, in differentiable operations."""
-    layout, options = call.prepared.layout, call.options
+    step = ctx.step
+    layout, options = step.decision.layout, step.options
 
     def row(name: str) -> Tensor:
-        values = passes.row(call.kept, name)
+        values = passes.row(step.kept, name)
         return values.to(x.dtype, copy=True).reshape(layout.statistics)
 
     affine = Affine(gamma=layout.expand(None if weight is None else weight.to(x.dtype), XP))
-    if not call.batch:
+    if not step.batch:
         var = 1.0 / row("rstd") ** 2 - options.eps
         return normalize_running(x, row("mean"), var, mask, affine, eps=options.eps, xp=XP)
     if ctx.renorm:
         affine = affine._replace(r=row("r"), d=row("d"))
     split, real = layout.split(x, XP), layout.split(mask, XP)
     centred = centre(split, real, layout.reduced, eps=options.eps, xp=XP)
-    if call.part is not None:
-        merge = RankMerge(call.part, options.eps, moments_of_kernel(passes, call.kept))
+    if step.part is not None:
+        merge = RankMerge(step.part, options.eps, moments_of_kernel(passes, step.kept))
         centred = recentre(split, real, merge.moments(centred), XP)
     # Where a group is empty all its rows are padding, whose values no gradient depends on.
     fallback = (torch.zeros_like(centred.power), torch.ones_like(centred.power))

@@ -17,53 +17,38 @@ from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Centred, centred_from
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.torch import steps
+from batchnorm.torch.call import Call, Tensors
+from batchnorm.torch.kernels.decision import Decision, InputKind, MaskKind, decide
+from batchnorm.torch.kernels.memory import empty_output, like
+from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted
+from batchnorm.torch.kernels.step import arrange, backward, find_passes, forward
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.prepared import Prepared, empty_output, like, prepare
 
 __all__ = ["step"]
 
 
-def step(
-    x: Tensor,
-    mask: Tensor | None,
-    parameters: tuple[Tensor | None, Tensor | None],
-    residual: Tensor | None,
-    running: Running | None,
-    layout: Layout,
-    options: config.Options,
-    *,
-    batch: bool,
-    demanded: bool,
-    owner: str,
-) -> tuple[Tensor, Centred]:
-    """y, and the moments of x, which gradients take for constants.
+def step(call: Call) -> tuple[Tensor, Centred]:
+    """y of a call that the kernels have no objection to, and the moments of x.
 
-    Args:
-        x, mask, parameters, residual, running: what the kernels have no objection to.
-        layout: of x.
-        options: as in Options.
-        batch: normalize by the batch's own statistics; the moments have no meaning otherwise.
-        demanded: whether fused=True demands a kernel.
-        owner: whose name error messages carry.
+    Gradients take the moments for constants; without a batch's own they have no meaning.
     """
-    size = None if layout.groups is None else options.virtual_batch_size
+    (x, mask, weight, bias, residual, running), layout = call.tensors, call.layout
     y, kept = _step(
         x,
         mask,
-        *parameters,
+        weight,
+        bias,
         residual,
         *((None, None) if running is None else running[:2]),
         list(layout.channel_axes),
-        size,
-        options.eps,
-        options.activation,
-        batch,
-        demanded,
-        owner,
+        None if layout.groups is None else call.options.virtual_batch_size,
+        call.options.eps,
+        call.options.activation,
+        call.by_batch,
+        call.settings.fused is True,
+        call.owner,
     )
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return y, _moments(kept.detach(), layout, work)
+    return y, _moments(kept.detach(), layout, call.working_type)
 
 
 def _moments(kept: Tensor, layout: Layout, work: torch.dtype) -> Centred:
@@ -103,28 +88,25 @@ def _step(
     if running_mean is not None:
         assert running_var is not None
         running = Running(running_mean, running_var)
-    arranged = _arrange(x, mask, (weight, bias), residual, axes, size, activation, demanded, owner)
-    there, mask, weight, bias, residual, prepared = arranged
-    passes = steps.find_passes(prepared)
-    state = passes.find_state(weight, bias, running)
-    call = steps.Call(
-        prepared,
-        mask,
+    given = Tensors(x, mask, weight, bias, residual, running)
+    tensors, decision = _arrange(given, axes, size, activation, demanded, owner)
+    passes = find_passes(decision)
+    done = KernelStep(
+        decision,
+        tensors.mask,
         running,
-        state,
+        passes.find_state(tensors.weight, tensors.bias, running),
         options,
-        batch=batch,
+        batch,
         update=False,
         residual=residual is not None,
-        history=None,
     )
-    y = empty_output(there, prepared)
-    steps.forward(call, there, weight, bias, residual, y)
-    kept = call.kept
-    # This step has not written these, and no operator may return what nobody has written.
+    y = empty_output(tensors.x, decision)
+    forward(done, tensors.x, tensors.weight, tensors.bias, tensors.residual, y)
+    # Zero the rows that this mode leaves unset: an operator must not return uninitialized memory.
     for name in ("r", "d") if batch else ("low", "var", "r", "d"):
-        passes.row(kept, name).zero_()
-    return _laid_like(y, x), passes.pack(kept)
+        passes.row(done.kept, name).zero_()
+    return _laid_like(y, x), passes.pack(done.kept)
 
 
 @_step.register_fake
@@ -168,29 +150,15 @@ def _gradient(
     owner: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and dresidual, each without elements where it is not wanted."""
-    arranged = _arrange(x, mask, (None, None), None, axes, size, activation, demanded, owner)
-    there, mask, _, _, _, prepared = arranged
+    given = Tensors(x, mask, None, None, None, None)
+    (there, mask, *_), decision = _arrange(given, axes, size, activation, demanded, owner)
     options = config.Options(virtual_batch_size=size, activation=activation)
-    call = steps.Call(
-        prepared,
-        mask=None,
-        running=None,
-        state=(),
-        options=options,
-        batch=batch,
-        update=False,
-        residual=residual,
-        history=None,
-    )
-    found = steps.backward(
-        call,
-        like(dy, there, prepared),
-        there,
-        None if y is None else like(y, there, prepared),
-        mask,
-        steps.find_passes(prepared).unpack(prepared, kept),
-        steps.Wanted(wants_x, weight_type, bias_type, wants_residual),
-    )
+    done = KernelStep(decision, None, None, (), options, batch, update=False, residual=residual)
+    gate = None if y is None else like(y, there, decision)
+    rows = Rows(like(dy, there, decision), there, gate, mask)
+    unpacked = find_passes(decision).unpack(decision, kept)
+    wanted = Wanted(wants_x, weight_type, bias_type, wants_residual)
+    found = backward(done, rows, unpacked, wanted)
     dx, dweight, dbias, dresidual = (x.new_empty(0) if a is None else a for a in found)
     return _laid_like(dx, x), dweight, dbias, _laid_like(dresidual, x)
 
@@ -236,7 +204,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, mask, weight, bias, residual, _, _, axes, size, _, activation, batch = inputs[:12]
     demanded, owner = inputs[12:]
     y, kept = output
-    # y decides where the activation's input was not x's doing alone.
+    # With a residual only y tells the sign of the activation's input.
     gate = y if activation is not None and residual is not None else None
     ctx.save_for_backward(x, gate, mask, kept)
     weight_type, bias_type = (None if a is None else a.dtype for a in (weight, bias))
@@ -258,7 +226,7 @@ def _differentiate(ctx: Any, dy: Tensor, _kept: Any) -> tuple[Any, ...]:
     saved: _Saved = ctx.saved
     wants_x, _, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:5]
     gated = saved.activation is not None
-    wanted = steps.Wanted(
+    wanted = Wanted(
         wants_x,
         saved.weight_type if wants_weight else None,
         saved.bias_type if wants_bias else None,
@@ -278,37 +246,31 @@ _step.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _arrange(
-    x: Tensor,
-    mask: Tensor | None,
-    parameters: tuple[Tensor | None, Tensor | None],
-    residual: Tensor | None,
+    tensors: Tensors,
     axes: Sequence[int],
     size: int | None,
     activation: str | None,
     demanded: bool,
     owner: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Prepared]:
+) -> tuple[Tensors, Decision]:
     """The tensors in memory that suits the kernels, which there were when the graph was made."""
-    prepared = prepare(
+    x, mask = tensors.x, tensors.mask
+    decision = decide(
         owner,
-        x.shape,
-        x.stride(),
-        x.dtype,
+        InputKind(x.shape, x.stride(), x.dtype, x.device.type),
         tuple(axes),
         size,
         False,
         activation,
-        None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
-        x.device.type,
+        None if mask is None else MaskKind(mask.shape, mask.stride(), mask.element_size()),
         demanded,
     )
-    arranged = steps.arrange(x, mask, parameters, residual, prepared, activation)
-    if prepared.refusal is not None or isinstance(arranged, str):
+    if decision.refusal is not None:
         raise RuntimeError(
             f"{owner}: a graph was compiled for kernels that do not serve it here: "
-            f"{prepared.refusal or arranged}. Compile it again in this process."
+            f"{decision.refusal}. Compile it again in this process."
         )
-    return arranged
+    return arrange(tensors, decision, activation)
 
 
 def _laid_like(a: Tensor, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Statistics travel as one float64 vector: the count of real rows (one for each channel where the
 mask varies along channels), the means, the biased variances. Every rank merges the same vectors
-in the same order (`reduction.sum_pairwise`), and gets the same bits.
+in the same order (`sums.sum_pairwise`), and gets the same bits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections import deque
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,9 +24,9 @@ from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Moments, merge_moments
 from batchnorm.core.namespace import Namespace
 from batchnorm.core.synchronize import merge_averages
-from batchnorm.torch.exchange import Expected, Peers, SynchronizationError, find_peers
 from batchnorm.torch.namespace import HOST_OVER_RANKS, OVER_RANKS
-from batchnorm.torch.runtime import in_backward
+from batchnorm.torch.ranks.messages import Expected, Peers, SynchronizationError, find_peers
+from batchnorm.torch.recompute import PastSteps, in_backward
 
 __all__ = [
     "Participation",
@@ -35,7 +34,7 @@ __all__ = [
     "check_group",
     "find_by_key",
     "find_synchronizer",
-    "merge_parts",
+    "merge_vectors",
     "pack",
     "participate",
     "unpack",
@@ -61,7 +60,7 @@ class Synchronizer:
         self.key = next(_keys)
         self._name = name
         self._met = False  # whether other ranks have ever been asked
-        self._steps: deque[tuple[Tensor, Tensor]] = deque(maxlen=steps)
+        self._past = PastSteps(steps)
         _synchronizers[self.key] = self
 
     @property
@@ -163,8 +162,8 @@ class Synchronizer:
             if expected is None:
                 peers.agree(text, waiting, local.device)
             parts = peers.gather(local, f"forward {text}", waiting, expected)
-            merged = merge_parts(parts, channels, pooled)
-        self._steps.append((local, merged))
+            merged = merge_vectors(parts, channels, pooled)
+        self._past.record((local,), merged)
         return merged
 
     def total(self, sums: Tensor, text: str, expected: Expected | None = None) -> Tensor:
@@ -175,16 +174,16 @@ class Synchronizer:
         return peers.total(sums, f"backward {text}", f"{text}, backward pass", expected)
 
     def _recall(self, local: Tensor, text: str) -> Tensor:
-        for before, merged in reversed(self._steps):
-            if before.shape == local.shape and torch.equal(before, local):
-                return merged
+        merged: Tensor | None = self._past.recall((local,))
+        if merged is not None:
+            return merged
         raise SynchronizationError(
             f"{text}: a recomputed forward pass (activation checkpointing) is none of the layer's "
-            f"latest {self._steps.maxlen}; call backward sooner."
+            f"latest {self._past.most}; call backward sooner."
         )
 
 
-def merge_parts(parts: Tensor, channels: int, pooled: bool) -> Tensor:
+def merge_vectors(parts: Tensor, channels: int, pooled: bool) -> Tensor:
     """The ranks' vectors, one row each, as one; `pooled` as in `Synchronizer.merge`."""
     if not parts.is_cpu:
         return torch.cat(_merge_rows(parts, channels, pooled, OVER_RANKS))
@@ -217,7 +216,7 @@ class Participation(NamedTuple):
 
 
 def participate(
-    synchronizer: Synchronizer, owner: str, layout: Layout, options: Options, mask: Tensor | None
+    synchronizer: Synchronizer, owner: str, layout: Layout, options: Options, varying: bool
 ) -> Participation | None:
     """How a training call takes part; None where there is nobody to merge with."""
     channels = math.prod(list(layout.channels))
@@ -226,10 +225,6 @@ def participate(
         torch.compiler.is_compiling() or synchronizer.has_peers(f"{owner} {synchronizer.name}")
     ):
         return None
-    varying = False
-    if mask is not None:
-        sizes = layout.mask_shape(tuple(mask.shape), owner)
-        varying = any(sizes[a] != 1 for a in layout.channel_axes)
     describe = _describe if torch.compiler.is_compiling() else _cached_description
     text = describe(owner, synchronizer.name, channels, options, varying)
     return Participation(synchronizer.key, text, channels, varying)

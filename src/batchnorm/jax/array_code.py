@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from jax import Array
 
 from batchnorm.core.config import Options
 from batchnorm.core.forward import (
-    Inputs,
     Outcome,
     channel_affine,
     expand_running,
@@ -22,35 +21,10 @@ from batchnorm.core.gradient import gradient
 from batchnorm.core.moments import centre
 from batchnorm.core.normalize import Affine, rstd_of, rstd_of_running
 from batchnorm.core.running import Running
+from batchnorm.jax.call import Call, Operands
 from batchnorm.jax.checks import working_type
 from batchnorm.jax.namespace import XP
 from batchnorm.kernels import cpu
-
-if TYPE_CHECKING:
-    from batchnorm.jax.primitives import Call
-
-
-class Operands(NamedTuple):
-    """Arrays of a step, each but x may be None; per-channel ones in the working type.
-
-    The running statistics serve empty channels (S6) or, if the call is not by batch statistics,
-    all of them.
-    """
-
-    x: Array
-    mask: Array | None = None
-    gamma: Array | None = None
-    beta: Array | None = None
-    mean: Array | None = None
-    var: Array | None = None
-    renorm_mean: Array | None = None
-    renorm_stddev: Array | None = None
-
-    def inputs(self, s: Array | None = None, t: Array | None = None) -> Inputs:
-        """What the core normalizes; s and t are the adjustment's (S13)."""
-        real = None if self.mask is None else self.mask.astype(bool)
-        x = self.x.astype(working_type(self.x))
-        return Inputs(x, real, gamma=self.gamma, beta=self.beta, s=s, t=t)
 
 
 def step(operands: Operands, call: Call) -> tuple[Array, Array, Array]:

@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
-from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, batch_norm, fused, operators
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, batch_norm
+from batchnorm.torch.kernels import decision, operators
 
 BACKEND = "aot_eager"
 STATISTICS = {"rtol": 1e-6, "atol": 1e-7}  # moved in float64 here, inside the kernel there
@@ -318,8 +319,9 @@ def test_a_graph_whose_kernels_are_gone_says_so(monkeypatch):
     layer = torch.compile(BatchNorm(3), fullgraph=True, backend=BACKEND)
     x = torch.randn(6, 3)
     layer(x)
-    refused = fused.prepare("BatchNorm", (2, 3), (3, 1), x.dtype, 1, None, True, None, None)
-    monkeypatch.setattr(operators, "prepare", lambda *arguments: refused)
+    kind = decision.InputKind((2, 3), (3, 1), x.dtype, "cpu")
+    refused = decision.decide("BatchNorm", kind, 1, None, True, None, None, False)
+    monkeypatch.setattr(operators, "decide", lambda *arguments: refused)
     with pytest.raises(RuntimeError, match="compiled for kernels that do not serve it here"):
         layer(x)
 

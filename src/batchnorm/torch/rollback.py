@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from batchnorm.core.running import Running
 
 
 @contextmanager
@@ -37,6 +40,24 @@ def write_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             for old, before in written:
                 old.copy_(before)
         raise
+
+
+def store(running: Running, new: Running | None, again: Tensor | Literal[True] | None) -> None:
+    """Write `new` into `running` in place, unless the forward pass is a recomputation (S9).
+
+    `again`: as `recomputation_flag` tells.
+    """
+    if again is True:
+        return
+    assert new is not None
+    values = (
+        (old, v.to(old.dtype)) for old, v in zip(running, new, strict=True) if old is not None
+    )
+    if torch.compiler.is_compiling():
+        for old, value in values:
+            old.copy_(value if again is None else torch.where(again, old, value))
+    else:
+        write_all(values)
 
 
 def _version(a: Tensor) -> int:

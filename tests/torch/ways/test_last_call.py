@@ -12,10 +12,11 @@ from torch.func import functional_call, jvp, vmap
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-import batchnorm.torch.fused as kernels
+import batchnorm.torch.kernels.autograd as kernels
 from batchnorm.kernels import cpu
-from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask, shortcut
-from batchnorm.torch.shortcut import Memory, Shortcut
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask
+from batchnorm.torch.ways import last_call
+from batchnorm.torch.ways.last_call import LastCall, LastCalls
 
 pytestmark = pytest.mark.skipif(
     cpu.missing_reason() is not None, reason=f"no kernels: {cpu.missing_reason()}"
@@ -49,7 +50,7 @@ def used(layer=None, x=None, training=True):
 
 
 def has_shortcut(layer):
-    return any(type(known) is Shortcut for known in layer._memory._known.values())
+    return any(type(known) is LastCall for known in layer._memory._known.values())
 
 
 def outcome(layer, x, mask=None, residual=None):
@@ -70,7 +71,7 @@ def outcome(layer, x, mask=None, residual=None):
 def fresh(layer):
     """A copy that has never taken a shortcut."""
     found = copy.deepcopy(layer)
-    found._memory = Memory()
+    found._memory = LastCalls()
     return found
 
 
@@ -104,7 +105,7 @@ def test_repeated_call_takes_the_shortcut(monkeypatch, training):
     def refuse(*args, **kwargs):
         raise AssertionError("the whole way was taken")
 
-    monkeypatch.setattr("batchnorm.torch.layers.normalize", refuse)
+    monkeypatch.setattr("batchnorm.torch.layers.make_call", refuse)
     assert layer(torch.randn(SHAPE)).isfinite().all()
 
 
@@ -127,9 +128,9 @@ def test_repeated_calls_count_batches():
 def whole_ways(layer, inputs):
     """How many of these calls take the whole way."""
     calls = []
-    learn = Memory.learn
+    learn = LastCalls.learn
 
-    class Counting(Memory):
+    class Counting(LastCalls):
         __slots__ = ()
 
         def learn(self, *args):
@@ -177,17 +178,17 @@ def test_inputs_that_never_come_again_make_no_shortcut(monkeypatch):
     def refuse(*args):
         raise AssertionError("a shortcut was made")
 
-    monkeypatch.setattr("batchnorm.torch.shortcut.find_shortcut", refuse)
+    monkeypatch.setattr("batchnorm.torch.ways.last_call.find_last_call", refuse)
     layer = BatchNorm(4)
     for x in of_length(*range(2, 60), *range(2, 60)):
         layer(x)
-    assert len(layer._memory._known) <= Memory._INPUTS
+    assert len(layer._memory._known) <= LastCalls._INPUTS
 
 
 def test_shortcuts_that_are_of_no_use_are_made_ever_more_seldom(monkeypatch):
     made = []
-    find = shortcut.find_shortcut
-    monkeypatch.setattr(shortcut, "find_shortcut", lambda *args: made.append(1) or find(*args))
+    find = last_call.find_last_call
+    monkeypatch.setattr(last_call, "find_last_call", lambda *args: made.append(1) or find(*args))
     layer = BatchNorm(4)
     for i in range(1000):
         layer.momentum = 1 / (i + 1)  # a schedule
@@ -287,7 +288,7 @@ def test_fused_false_after_a_shortcut_uses_no_kernel(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a kernel was used")
 
-    monkeypatch.setattr(kernels, "run", refuse)
+    monkeypatch.setattr(kernels, "forward", refuse)
     assert layer(torch.randn(SHAPE)).isfinite().all()
 
 

@@ -18,9 +18,10 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import jvp, vmap
 
-import batchnorm.torch.fused as kernels
+import batchnorm.torch.kernels.autograd as kernels
 from batchnorm.kernels import cpu
 from batchnorm.torch import BatchNorm, RenormStatistics, batch_norm
+from batchnorm.torch.kernels.decision import decide
 
 pytestmark = pytest.mark.skipif(
     cpu.missing_reason() is not None, reason=f"no kernels: {cpu.missing_reason()}"
@@ -107,8 +108,7 @@ def forbid_kernels(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a kernel was used")
 
-    monkeypatch.setattr(kernels, "normalize", refuse)
-    monkeypatch.setattr(kernels, "run", refuse)
+    monkeypatch.setattr(kernels, "forward", refuse)
 
 
 # Determinism (S17)
@@ -687,9 +687,9 @@ def test_layer_uses_a_kernel_unless_told_otherwise(monkeypatch, fused, training)
 def missing_extension(monkeypatch):
     monkeypatch.setattr(cpu, "_cpu", None)
     monkeypatch.setattr(cpu, "_reason", "the compiled extension is missing (test)", raising=False)
-    kernels.prepare.cache_clear()
+    decide.cache_clear()
     yield
-    kernels.prepare.cache_clear()
+    decide.cache_clear()
 
 
 @pytest.mark.usefixtures("missing_extension")

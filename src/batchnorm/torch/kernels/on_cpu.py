@@ -1,8 +1,8 @@
-"""The compiled kernels as `steps` calls them: tensors become addresses and sizes."""
+"""The compiled kernels as `step` calls them: tensors become addresses and sizes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from torch import Tensor
 from batchnorm.core.config import Renorm
 from batchnorm.core.running import Running
 from batchnorm.kernels import cpu
-from batchnorm.torch.prepared import NAMES, Prepared, row_of
-
-if TYPE_CHECKING:
-    from batchnorm.torch.steps import Call
+from batchnorm.torch.kernels.decision import Decision
+from batchnorm.torch.kernels.memory import row_of
+from batchnorm.torch.kernels.records import Gradients, KernelStep, Rows
+from batchnorm.torch.kernels.tensors import NAMES
 
 _CODES = {dtype: cpu.TYPES[name] for dtype, name in NAMES.items()}
 
@@ -35,16 +35,16 @@ def find_state(
     )
 
 
-def moments(call: Call, x: Tensor) -> Any:
+def moments(step: KernelStep, x: Tensor) -> Any:
     """What the first pass keeps: count, mean and variance."""
-    prepared = call.prepared
-    assert prepared.geometry is not None
-    mask = 0 if call.mask is None else call.mask.data_ptr()
-    return prepared.plan.moments(x.data_ptr(), prepared.geometry.row, mask, torch.get_num_threads())
+    decision = step.decision
+    assert decision.geometry is not None
+    mask = 0 if step.mask is None else step.mask.data_ptr()
+    return decision.plan.moments(x.data_ptr(), decision.geometry.row, mask, torch.get_num_threads())
 
 
 def forward(
-    call: Call,
+    step: KernelStep,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -56,23 +56,23 @@ def forward(
 
     `merged`: what `moments` keeps, merged with other ranks'; or None.
     """
-    prepared, options, mask = call.prepared, call.options, call.mask
-    geometry = prepared.geometry
+    decision, options, mask = step.decision, step.options, step.mask
+    geometry = decision.geometry
     assert geometry is not None
-    kept = prepared.plan.forward(
+    kept = decision.plan.forward(
         x.data_ptr(),
         geometry.row,
         0 if residual is None else residual.data_ptr(),
-        0 if residual is None else row_of(residual, x, prepared),
+        0 if residual is None else row_of(residual, x, decision),
         0 if mask is None else mask.data_ptr(),
         y.data_ptr(),
         geometry.dense,
-        *call.state,
-        _renorm(options.renorm, call.running) if call.renorm else None,
+        *step.state,
+        _renorm(options.renorm, step.running) if step.renormalizes else None,
         options.eps,
         -1.0 if options.decay is None else options.decay,
-        call.batch,
-        call.update,
+        step.batch,
+        step.update,
         options.unbiased,
         torch.get_num_threads(),
         merged,
@@ -80,68 +80,37 @@ def forward(
     return merged if kept is None else kept
 
 
-def backward(
-    call: Call,
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mask: Tensor | None,
-    dx: Tensor | None,
-    dresidual: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    kept: Any,
-) -> None:
+def backward(step: KernelStep, rows: Rows, found: Gradients, kept: Any) -> None:
     """Fill the gradients that are given."""
-    call.prepared.plan.backward(
-        *_rows(call, dy, x, y, mask),
-        *_output(call, dx),
-        *_output(call, dresidual),
-        *_parameters(dweight, dbias),
+    step.decision.plan.backward(
+        *_rows(step, rows),
+        *_output(step, found.x),
+        *_output(step, found.residual),
+        *_parameters(found.weight, found.bias),
         kept,
-        call.batch,
+        step.batch,
         torch.get_num_threads(),
     )
 
 
-def reduce(
-    call: Call,
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mask: Tensor | None,
-    dresidual: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    kept: Any,
-) -> Tensor:
+def reduce(step: KernelStep, rows: Rows, found: Gradients, kept: Any) -> Tensor:
     """The sums that `apply` needs; fills the gradients that are given."""
-    sums = call.prepared.plan.reduce(
-        *_rows(call, dy, x, y, mask),
-        *_output(call, dresidual),
-        *_parameters(dweight, dbias),
+    sums = step.decision.plan.reduce(
+        *_rows(step, rows),
+        *_output(step, found.residual),
+        *_parameters(found.weight, found.bias),
         kept,
         torch.get_num_threads(),
     )
     return torch.from_numpy(sums)
 
 
-def apply(
-    call: Call,
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    mask: Tensor | None,
-    dx: Tensor | None,
-    dresidual: Tensor | None,
-    sums: Tensor,
-    kept: Any,
-) -> None:
+def apply(step: KernelStep, rows: Rows, found: Gradients, sums: Tensor, kept: Any) -> None:
     """Fill dx."""
-    call.prepared.plan.apply(
-        *_rows(call, dy, x, y, mask),
-        *_output(call, dx),
-        *_output(call, dresidual),
+    step.decision.plan.apply(
+        *_rows(step, rows),
+        *_output(step, found.x),
+        *_output(step, found.residual),
         sums.numpy(),
         kept,
         torch.get_num_threads(),
@@ -163,19 +132,18 @@ def pack(kept: Any) -> Tensor:
     return torch.from_numpy(kept.all())
 
 
-def unpack(prepared: Prepared, data: Tensor) -> Any:
+def unpack(decision: Decision, data: Tensor) -> Any:
     """What a step kept, without renormalization, from the array that `pack` gave."""
-    return prepared.plan.restore(data.data_ptr(), data.numel(), False)
+    return decision.plan.restore(data.data_ptr(), data.numel(), False)
 
 
-def _rows(
-    call: Call, dy: Tensor, x: Tensor, y: Tensor | None, mask: Tensor | None
-) -> tuple[int, ...]:
-    geometry = call.prepared.geometry
+def _rows(step: KernelStep, rows: Rows) -> tuple[int, ...]:
+    geometry = step.decision.geometry
     assert geometry is not None
+    dy, x, y, mask = rows
     return (
         dy.data_ptr(),
-        row_of(dy, x, call.prepared),
+        row_of(dy, x, step.decision),
         x.data_ptr(),
         geometry.row,
         0 if y is None else y.data_ptr(),
@@ -184,9 +152,9 @@ def _rows(
     )
 
 
-def _output(call: Call, a: Tensor | None) -> tuple[int, int]:
-    assert call.prepared.geometry is not None
-    return 0 if a is None else a.data_ptr(), call.prepared.geometry.dense
+def _output(step: KernelStep, a: Tensor | None) -> tuple[int, int]:
+    assert step.decision.geometry is not None
+    return 0 if a is None else a.data_ptr(), step.decision.geometry.dense
 
 
 def _parameters(dweight: Tensor | None, dbias: Tensor | None) -> tuple[int, ...]:

@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jacfwd, jacrev, vmap
 
-from batchnorm.torch import BatchNorm, reduction
+from batchnorm.torch import BatchNorm, sums
 
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the fixed tree for inputs of any size."""
-    monkeypatch.setattr(reduction, "SERIAL", 2)
+    monkeypatch.setattr(sums, "SERIAL", 2)
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -36,23 +36,23 @@ def arguments() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.usefixtures("always")
 def test_sum_is_the_sum(shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
     x = torch.randint(-100, 100, shape).double()
-    found = reduction.sum_axes(x, tuple(a % len(shape) for a in axes))
+    found = sums.sum_axes(x, tuple(a % len(shape) for a in axes))
     assert torch.equal(found, x.sum(dim=axes, keepdim=True))
 
 
 def test_sum_leaves_its_argument_alone() -> None:
     x = torch.ones(2**17, 1)
-    reduction.sum_axes(x, (0,))
+    sums.sum_axes(x, (0,))
     assert (x == 1).all()
 
 
 def test_empty_sum_is_zero() -> None:
-    assert reduction.sum_axes(torch.zeros(0, 3), (0,)).tolist() == [[0.0, 0.0, 0.0]]
+    assert sums.sum_axes(torch.zeros(0, 3), (0,)).tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_large_sum_is_accurate() -> None:
     x = torch.rand(2**20, 1)
-    assert abs(reduction.sum_axes(x, (0,)).item() / x.double().sum().item() - 1) < 2**-22
+    assert abs(sums.sum_axes(x, (0,)).item() / x.double().sum().item() - 1) < 2**-22
 
 
 @pytest.mark.usefixtures("always")

@@ -1,0 +1,38 @@
+"""Memory that outputs of the kernels lie in, and other tensors of x's shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchnorm.kernels import cpu
+from batchnorm.torch.kernels.decision import Decision
+
+
+def empty_output(x: Tensor, decision: Decision) -> Tensor:
+    """Memory for an output of x's shape and type, its axes in x's order."""
+    if not decision.gapped:
+        return torch.empty_like(x)
+    assert decision.geometry is not None
+    strides = cpu.dense_strides(decision.geometry, decision.layout.shape)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+
+
+def like(a: Tensor, x: Tensor, decision: Decision) -> Tensor:
+    """A tensor of x's shape, copied if it does not lie in memory as x does."""
+    if a.stride() == x.stride():
+        return a
+    assert decision.geometry is not None
+    if cpu.row_distance(decision.geometry, decision.layout.shape, a.stride()) is not None:
+        return a
+    return empty_output(x, decision).copy_(a)
+
+
+def row_of(a: Tensor, x: Tensor, decision: Decision) -> int:
+    """The distance between rows of a tensor that `like` has returned."""
+    assert decision.geometry is not None
+    if a.stride() == x.stride():
+        return decision.geometry.row
+    row = cpu.row_distance(decision.geometry, decision.layout.shape, a.stride())
+    assert row is not None
+    return row

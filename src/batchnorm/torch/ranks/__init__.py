@@ -1,0 +1,1 @@
+"""Statistics of all ranks as those of one (S14)."""

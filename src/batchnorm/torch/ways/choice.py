@@ -1,0 +1,82 @@
+"""The ordered list of ways to y, and the choice of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from batchnorm.kernels import explanation
+from batchnorm.kernels.explanation import LISTENING
+from batchnorm.kernels.select import refuse_fused
+from batchnorm.torch.call import Call
+from batchnorm.torch.ways import array_code, eager_kernels, graph_operators
+
+
+class Way(NamedTuple):
+    """A way from a call to y.
+
+    Attributes:
+        name: as people read it.
+        refuse: why it does not serve a call, or None.
+        run: y of a call that it does not refuse.
+    """
+
+    name: str
+    refuse: Callable[[Call], str | None]
+    run: Callable[[Call], Tensor]
+
+
+EAGER_KERNELS = Way(explanation.KERNELS, eager_kernels.refuse, eager_kernels.run)
+GRAPH_OPERATORS = Way(explanation.KERNELS_IN_GRAPH, graph_operators.refuse, graph_operators.run)
+ARRAY_CODE = Way(explanation.ARRAY_CODE, lambda call: None, array_code.run)
+
+
+def find_ways(traced: bool) -> tuple[Way, Way]:
+    """The ways of a call, the fastest first; `traced`: whether `torch.compile` traces it."""
+    return (GRAPH_OPERATORS if traced else EAGER_KERNELS), ARRAY_CODE
+
+
+def refuse(way: Way, call: Call) -> str | None:
+    """Why a way does not serve a call, or None: its own reason, or what `fused` says."""
+    fused = call.settings.fused
+    if way is ARRAY_CODE:
+        return "fused=True demands a kernel" if fused is True else None
+    return explanation.UNFUSED if fused is False else way.refuse(call)
+
+
+def run(call: Call) -> Tensor:
+    """y by the first way that serves the call.
+
+    Raises:
+        ValueError: fused=True, and no kernel serves the call.
+    """
+    ways = find_ways(call.traced)
+    if LISTENING.active:
+        ways = _explain(call)
+    for way in ways:
+        if refuse(way, call) is None:
+            return way.run(call)
+    raise refuse_fused(call.owner, str(refuse(ways[0], call)))
+
+
+def _explain(call: Call) -> tuple[Way, Way]:
+    """The ways of a call, after a report of the one that serves it."""
+    ways = find_ways(call.traced or explanation.asks_for_graph())
+    refused: list[tuple[str, str]] = []
+    for way in ways:
+        reason = refuse(way, call)
+        if reason is None:
+            _report(call.owner, way.name, tuple(refused))
+            break
+        refused.append((way.name, reason))
+    return ways
+
+
+def _report(owner: str, way: str, refused: tuple[tuple[str, str], ...]) -> None:
+    explanation.report(owner, way, refused)
+
+
+# As in graph_operators: run once, while a graph is traced.
+_report._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,70 @@
+"""y by operators of a graph that `torch.compile` makes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm.core.forward import move_running
+from batchnorm.torch.call import Call
+from batchnorm.torch.kernels import operators
+from batchnorm.torch.kernels.decision import choose
+from batchnorm.torch.kernels.tensors import (
+    NAMES,
+    refuse_parameters,
+    refuse_residual,
+    refuse_tensors,
+)
+from batchnorm.torch.namespace import XP
+from batchnorm.torch.rollback import store
+
+
+def refuse(call: Call) -> str | None:
+    """Why a graph should not hold the operator for such a call, or None."""
+    if torch.compiler.is_exporting():
+        return "an exported program holds array code, which runs without this library"
+    if forward_ad._current_level >= 0:  # read where it is traced, so that graphs depend on it
+        return "forward-mode differentiation is at work"
+    if call.training and call.settings.synchronizer is not None:
+        return "compiled graphs merge with other ranks in array code"
+    demanded = call.settings.fused is True
+    if not call.by_batch and not demanded:
+        return "the compiler fuses evaluation with what surrounds it"
+    if call.renormalizes:
+        return "compiled graphs renormalize in array code"
+    if not call.layout.channels_are_neighbours:
+        axes = call.layout.channel_axes
+        return f"channel axes {axes} are no neighbours, as compiled graphs need them"
+    x, _, weight, bias, residual, running = call.tensors
+    adjusted = call.adjustment is not None
+    return (
+        refuse_residual(x, residual)
+        or refuse_parameters((weight, bias))
+        or refuse_tensors(x, call.tensors[:5], running, traced=True)
+        or _choose(x.device.type, NAMES[x.dtype], adjusted, call.mask_varies, demanded)
+    )
+
+
+def run(call: Call) -> Tensor:
+    """y by the operator; the graph moves the running statistics."""
+    y, centred = operators.step(call)
+    running = call.tensors.running
+    if call.update and running is not None:
+        moved = move_running(running, centred, call.layout, call.options, XP)
+        store(running, moved, call.again)
+    return y
+
+
+def _choose(
+    device: str, dtype: str, adjusted: bool, per_channel: bool, demanded: bool
+) -> str | None:
+    """Why no kernel serves the call, or None; found while a graph is traced."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transformation of torch is at work"
+    choice = choose(device, dtype, adjusted, per_channel, demanded)
+    return None if choice.kernel else choice.reason
+
+
+# torch.compiler.assume_constant_result, without importing the compiler: that takes seconds.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

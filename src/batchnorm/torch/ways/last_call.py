@@ -1,0 +1,211 @@
+"""A layer's latest calls, repeated without their checks while nothing that these look at changes.
+
+A step on a small tensor is a matter of microseconds, most of which would go into checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from batchnorm.core.running import Running
+from batchnorm.torch import masking
+from batchnorm.torch.call import Call
+from batchnorm.torch.kernels import on_cpu
+from batchnorm.torch.kernels.autograd import run
+from batchnorm.torch.kernels.records import KernelStep
+from batchnorm.torch.kernels.tensors import NOT_PLAIN, is_plain
+from batchnorm.torch.recompute import in_backward
+from batchnorm.torch.tracing import untraced
+from batchnorm.torch.ways import eager_kernels
+
+# Everything but tensors that a call depends on; users may assign any of it.
+_settings: Callable[[Any], tuple[Any, ...]] = attrgetter(
+    "training",
+    "frozen",
+    "eps",
+    "momentum",
+    "axis",
+    "num_features",
+    "track_running_stats",
+    "virtual_batch_size",
+    "renorm",
+    "adjustment",
+    "activation",
+    "fused",
+    "synchronized",
+)
+
+
+def _tensors(layer: nn.Module) -> tuple[Tensor | None, ...] | None:
+    """The layer's tensors; None where one of them is computed anew for each call."""
+    parameters, buffers = layer._parameters, layer._buffers
+    try:
+        return (
+            parameters["weight"],
+            parameters["bias"],
+            buffers["running_mean"],
+            buffers["running_var"],
+            buffers["num_batches_tracked"],
+        )
+    except KeyError:
+        return None
+
+
+class LastCalls:
+    """The inputs that a layer has seen lately, and the ways of those that come again.
+
+    A way takes time to remember, so that an input must come twice, and after one that
+    was of no use more often.
+    """
+
+    _INPUTS = 8  # kinds of input that are remembered: all are forgotten when there are more
+    _MOST = 64  # calls that an input is waited for at most
+
+    __slots__ = ("_known", "_patience")
+
+    def __init__(self) -> None:
+        self._known: dict[Any, LastCall | int] = {}  # or how often the input must come yet
+        self._patience = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or pickled layer begins anew."""
+        return LastCalls, ()
+
+    @untraced
+    def find_key(self, layer: nn.Module, x: Tensor) -> Any:
+        """The kind of input that x is; None where no way is remembered."""
+        if not is_plain(x) or masking.in_use() or layer._masked_by_context or in_backward():
+            return None
+        return x.shape, x.stride(), x.dtype, layer.training, x.is_cpu
+
+    def refuse(self, layer: nn.Module, x: Tensor, alone: bool) -> str | None:
+        """Why a call does not repeat one, or None; `alone`: without mask and residual."""
+        if not alone:
+            return "it repeats calls of x alone, and this one has a mask or a residual"
+        if not is_plain(x):
+            return NOT_PLAIN
+        key = self.find_key(layer, x)
+        if key is None:
+            return "padding_mask is in use, or a backward pass runs"
+        last = self._known.get(key)
+        if type(last) is not LastCall:
+            return (
+                "it repeats what has come twice: x's shape, strides and type, by kernels on the "
+                "CPU, without renormalization and other ranks"
+            )
+        if last.find_tensors(layer) is None:
+            return "an option or a tensor of the layer has changed since"
+        return None
+
+    @untraced
+    def repeat(self, layer: nn.Module, x: Tensor, key: Any) -> Tensor | None:
+        """y by the way of the last input of this kind, or None."""
+        last = self._known.get(key)
+        if type(last) is not LastCall:
+            return None
+        y: Tensor | None = last.repeat(layer, x)
+        if y is None:
+            self._patience = min(2 * self._patience, self._MOST)
+            self._known[key] = self._patience
+        return y
+
+    def learn(self, layer: nn.Module, key: Any, call: Call) -> None:
+        """Remember a call of this kind that has just gone the whole way."""
+        known = self._known
+        left = known.get(key)
+        if left is None:
+            if len(known) >= self._INPUTS:
+                known.clear()
+            known[key] = self._patience
+        elif isinstance(left, LastCall):
+            return
+        elif left > 1:
+            known[key] = left - 1
+        else:
+            known[key] = find_last_call(layer, call) or self._MOST
+
+
+class LastCall:
+    """The way one call went: through the kernels, without mask, residual or renormalization."""
+
+    __slots__ = (
+        "batch",
+        "decision",
+        "options",
+        "running",
+        "seen",
+        "settings",
+        "state",
+        "tensors",
+        "update",
+    )
+
+    def __init__(self, layer: nn.Module, tensors: tuple[Tensor | None, ...], call: Call) -> None:
+        assert call.decision is not None
+        weight, bias, *statistics = tensors
+        self.settings = _settings(layer)
+        # What may change about a tensor that stays the same object.
+        self.seen = [(a, (a.data_ptr(), a.dtype, a.shape)) for a in tensors if a is not None]
+        self.tensors = tensors
+        self.running = None if statistics[0] is None else Running(*statistics)
+        self.state = on_cpu.find_state(weight, bias, self.running)
+        self.decision, self.options = call.decision, call.options
+        self.batch, self.update = call.by_batch, call.update and self.running is not None
+
+    def find_tensors(self, layer: nn.Module) -> tuple[Tensor | None, ...] | None:
+        """The layer's tensors, or None if they or its options are not as they were."""
+        if _settings(layer) != self.settings:
+            return None
+        tensors = _tensors(layer)
+        if tensors is None:
+            return None
+        for a, kept in zip(tensors, self.tensors, strict=True):
+            if a is not kept:
+                return None
+        for a, seen in self.seen:
+            if (
+                (a.data_ptr(), a.dtype, a.shape) != seen
+                or a.is_neg()
+                or not a.is_contiguous()
+                or (a.requires_grad and a is not tensors[0] and a is not tensors[1])
+            ):
+                return None
+        return tensors
+
+    def repeat(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """y for an input of the same kind, or None if anything else is not as it was."""
+        tensors = self.find_tensors(layer)
+        if tensors is None:
+            return None
+        step = KernelStep(
+            self.decision,
+            None,
+            self.running,
+            self.state,
+            self.options,
+            self.batch,
+            self.update,
+            False,
+        )
+        return run(step, x, tensors[0], tensors[1], None)
+
+
+def find_last_call(layer: nn.Module, call: Call) -> LastCall | None:
+    """The way that a call has just gone, if it can be repeated; or None."""
+    tensors, decision = _tensors(layer), call.decision
+    if tensors is None or decision is None or call.settings.fused is False:
+        return None
+    if decision.kernel != "cpu" or decision.plan is None or eager_kernels.refuse(call) is not None:
+        return None
+    if call.options.renorm is not None or (call.training and call.settings.synchronizer):
+        return None
+    weight, bias, *statistics = tensors
+    if any(a is not None and not a.is_contiguous() for a in (weight, bias)):
+        return None
+    if any(a is not None and (a.requires_grad or a.is_inference()) for a in statistics):
+        return None
+    return LastCall(layer, tensors, call)

@@ -1,0 +1,116 @@
+"""The house's own rules, read off the source: no circles of imports, no endless parameters."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import batchnorm
+
+ROOT = Path(batchnorm.__file__).parent
+FILES = {
+    ".".join(("batchnorm", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in ROOT.rglob("*.py")
+}
+
+# Files that import each other. The list must shrink.
+CIRCLES: set[frozenset[str]] = set()
+
+MOST = 8  # parameters of a function; constructors and public signatures may have more
+# Functions with more, and why.
+LONG = {
+    "torch.kernels.operators._step": "the schema of an operator is flat",
+    "torch.kernels.operators._": "its shapes: the same schema",
+    "torch.kernels.operators._gradient": "the schema of an operator is flat",
+    "core.gradient.gradient": "the closed form, with a name for each of its terms",
+}
+TRITON = "kernels.triton."  # kernels take numbers and addresses; no record has both
+# Functions that a record shall serve. The list must shrink.
+SHRINKING = {
+    "jax.steps.normalize_batch",
+    "jax.steps.normalize_running",
+    "keras.options.check_options",
+    "reference._prepare",
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The files of this library that a file imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # A name may be a file of a folder, or something in a file.
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in FILES else str(node.module) for name in whole]
+        found |= {name for name in names if name in FILES}
+    return found
+
+
+def circles() -> set[frozenset[str]]:
+    """Sets of files each of which leads, by imports, to all others of its set."""
+    edges = {name: imported(path) for name, path in FILES.items()}
+
+    def reach(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = list(edges[start])
+        while waiting:
+            name = waiting.pop()
+            if name not in seen:
+                seen.add(name)
+                waiting += edges[name]
+        return seen
+
+    reached = {name: reach(name) for name in FILES}
+    return {
+        frozenset(other for other in reached[name] if name in reached[other])
+        for name in FILES
+        if name in reached[name]
+    }
+
+
+def public_names() -> set[str]:
+    """The names that the library and its front ends list as their own."""
+    found: set[str] = set()
+    for folder in ("", "torch", "jax", "keras", "tools"):
+        tree = ast.parse((ROOT / folder / "__init__.py").read_text())
+        found |= {a.value for a in ast.walk(tree) if isinstance(a, ast.Constant)}
+    return found
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    """Every function that is neither public nor a constructor, and its number of parameters."""
+    public = public_names()
+    for name, path in FILES.items():
+        for owner, function in _functions(ast.parse(path.read_text()), ()):
+            if function.name == "__init__" or {*owner, function.name} & public:
+                continue
+            a = function.args
+            every = [*a.posonlyargs, *a.args, *a.kwonlyargs]
+            count = sum(arg.arg not in ("self", "cls") for arg in every)
+            count += (a.vararg is not None) + (a.kwarg is not None)
+            yield ".".join((name.removeprefix("batchnorm."), *owner, function.name)), count
+
+
+def _functions(
+    tree: ast.AST, owner: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], ast.FunctionDef]]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef):
+            yield owner, node
+        inside = isinstance(node, (ast.ClassDef, ast.FunctionDef))
+        yield from _functions(node, (*owner, node.name) if inside else owner)
+
+
+def test_no_file_imports_in_a_circle_but_the_known_ones() -> None:
+    assert circles() == CIRCLES
+
+
+def test_functions_have_few_parameters() -> None:
+    long = {name for name, count in functions() if count > MOST}
+    assert {name for name in long if not name.startswith(TRITON)} == LONG.keys() | SHRINKING
