@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import socket
 from pathlib import Path
@@ -85,3 +86,11 @@ def test_api_page_lists_every_public_name(name: str) -> None:
     page = PAGES[f"docs/api/{name}.md"].read_text()
     listed = set(re.findall(r"^::: [\w.]+\.(\w+)$", page, re.MULTILINE))
     assert set(API[name].__all__) - {"__version__", "Moments"} <= listed
+
+
+@pytest.mark.parametrize("name", API)
+def test_every_name_of_an_api_page_exists(name: str) -> None:
+    page = PAGES[f"docs/api/{name}.md"].read_text()
+    for path in re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE):
+        module, _, attribute = path.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), path

@@ -1,4 +1,4 @@
-"""The command line: its options, its commands, and what becomes of their errors."""
+"""The command line: its options, its commands, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from batchnorm.commands.inspect import inspect
 from batchnorm.commands.statuses import MEANINGS, run
 from batchnorm.commands.streams import write_error
 
-# Every module above is cheap: a command imports what it works with when it runs.
+# The modules above are cheap to import: a command imports its tools when it runs.
 
 
 class _Group(TyperGroup):
-    """Ends with a status of its own for whatever happens, and a sentence for a mistake."""
+    """Exits with a status for each kind of error, and with a message for a mistake of the user."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command line; always ends with `SystemExit`."""

@@ -40,7 +40,7 @@ def test_every_format_and_naming_is_read_back_to_the_bit(
     for state, wanted in zip(found, random_states().values(), strict=True):
         for role, array in wanted.items():
             np.testing.assert_array_equal(getattr(state, role), array)
-    assert any("carried as they are" in note for note in done.notes) == (names != "torch")
+    assert any("copied unchanged" in note for note in done.notes) == (names != "torch")
 
 
 def test_torch_loads_what_was_written_for_it(tmp_path: Path) -> None:
@@ -202,7 +202,10 @@ def test_command_writes_and_says_what(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "2 batch norms written, flax's names, nothing left out" in done.output
-    assert "note: 2 of 2 variances were carried as they are" in done.output
+    assert (
+        "note: 2 of 2 variances were copied unchanged (unbiased). flax expects biased ones"
+        in done.output
+    )
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2
     assert "it exists; force=True (--force) replaces it" in again.output

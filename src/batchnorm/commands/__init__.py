@@ -1,1 +1,1 @@
-"""One module for each command; importing it costs nothing, running it imports what it needs."""
+"""One module for each command; it imports its tools when it runs."""

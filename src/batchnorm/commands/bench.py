@@ -15,7 +15,7 @@ _FRAMEWORKS = ("torch", "jax", "keras")
 def bench(
     shape: Annotated[
         str,
-        typer.Option(help="Of the input, like 32,256,56,56. Channels: axis 1 in torch, else last."),
+        typer.Option(help="Shape of x, like 32,256,56,56. Channels: axis 1 in torch, else last."),
     ] = "262144,64",
     masked: Annotated[
         float | None, typer.Option(help="Share of rows that a mask excludes, like 0.5.")
@@ -24,17 +24,17 @@ def bench(
     inference: Annotated[
         bool, typer.Option("--inference", help="A forward pass in evaluation, not a step.")
     ] = False,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure, about.")] = 3.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time to measure, about.")] = 3.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of the table.")
     ] = False,
 ) -> None:
     """Time a training step, forward and backward, against the framework's own layer.
 
-    float32, on this machine's processor. Each variant is compared with a float64 result before it
-    is timed; they take turns, and medians are shown. With a mask, torch's layer gets the real rows
-    and its output is scattered, since it takes no mask. A copy moves as many bytes as the step
-    must.
+    It runs in float32 on this machine's processor. Each variant is compared with a float64 result
+    before it is timed. The variants take turns, and the table has medians. torch's layer takes no
+    mask: it gets the real rows, and its output is scattered. The copy moves as many bytes as the
+    step must.
     """
     if framework not in _FRAMEWORKS:
         raise UserError(f"--framework must be {' or '.join(_FRAMEWORKS)}; got {framework}")

@@ -24,29 +24,32 @@ def convert(
         str,
         typer.Argument(
             metavar="TARGET",
-            help="What to write, another file: .safetensors, .pt, .msgpack, .weights.h5 or .h5.",
+            help="The new file: .safetensors, .pt, .msgpack, .weights.h5 or .h5.",
         ),
     ],
     names: Annotated[
         _Names | None,
-        typer.Option(help="Whose names the arrays get; those usual for the format otherwise."),
+        typer.Option(
+            help="Library whose names the arrays get; without it, the usual one of the format."
+        ),
     ] = None,
     count: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Values per channel in a training batch, one for all layers: converts between "
-            "torch's unbiased variance and the others' biased one.",
+            help="Values per channel in a training batch, for all layers; converts between torch's "
+            "unbiased variance and the biased one of the others.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     limit: Limit = 1 << 30,
-    seconds: Seconds = 60.0,
+    seconds: Seconds = 120.0,
 ) -> None:
     """Write the batch norms of a checkpoint in another format.
 
-    Only they are written. A .h5 has Keras 2's layout: model.load_weights(file, by_name=True) loads
-    it into a whole model. Nothing in the source is executed.
+    Only the batch norms are written. A .h5 file has Keras 2's layout:
+    model.load_weights(file, by_name=True) loads it into a whole model. No code of the source is
+    run.
     """
     if not target:
         raise UserError("TARGET: the name is empty; give a path.")

@@ -1,4 +1,4 @@
-"""What goes wrong by the user's doing, and what was found wrong."""
+"""Errors of the user, and problems that a command has found."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ class UserError(Exception):
 
 
 class ProblemFound(SystemExit):
-    """The end of an inspection that found something wrong; no other exit has status 1."""
+    """Raised by `inspect` when it has found a problem; no other exit has status 1."""
 
     def __init__(self) -> None:
         super().__init__(1)
 
 
-# KERAS_BACKEND and JAX_PLATFORMS may name what there is not.
+# Messages for a KERAS_BACKEND or JAX_PLATFORMS that is not installed.
 _BACKEND = ("Unable to import backend", "Unable to initialize backend", "Unknown backend")
 
 
 @contextmanager
 def needs(what: str, extras: str) -> Iterator[None]:
-    """Turn a missing package into the command that installs it, a missing backend into a sentence.
+    """Turn errors of missing packages and backends into messages with the remedy.
 
     Args:
-        what: wants it, like "the demo".
-        extras: of this package, like "cli,torch".
+        what: subject of the message, like "the demo".
+        extras: extras of this package that install it, like "cli,torch".
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files that a command reads or writes."""
+"""Checks and options for the files that commands read and write."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes, which may be written like 512M or 4G, in powers of 1024.
+    """A number of bytes, which may be written like 512M or 4G, in powers of 1024.
 
     Raises:
-        typer.BadParameter: no positive number of bytes.
+        typer.BadParameter: it is no positive number of bytes.
     """
     if isinstance(text, int):  # the default
         return text
@@ -45,27 +45,27 @@ Checkpoint = Annotated[
         "orbax; - reads a file from standard input.",
     ),
 ]
-# The defaults are those of the reader, which a help text is not to import.
+# The defaults are those of the reader; importing it would slow down the help.
 Limit = Annotated[
     int,
     typer.Option(
         parser=parse_size,
         metavar="BYTES",
-        help="Of arrays that reading may take, like 4G. Raise it for a file that you trust.",
+        help="Most bytes of arrays to read, like 4G. Raise it for a file that you trust.",
     ),
 ]
 Seconds = Annotated[
-    float, typer.Option(min=0.1, help="How long reading may take, for a file that you trust.")
+    float, typer.Option(min=0.1, help="Most time to read. Raise it for a file that you trust.")
 ]
 
 
 @contextmanager
 def reading(file: str, extras: str) -> Iterator[None]:
-    """Turn what goes wrong with a checkpoint into a sentence.
+    """Turn errors of reading a checkpoint into one-line messages.
 
     Args:
-        file: the argument.
-        extras: of this package that reading it may need.
+        file: the argument of the command.
+        extras: extras of this package that reading it may need.
     """
     name = "standard input" if file == "-" else Path(file).name
     with needs(f"reading {name}", extras):
@@ -76,13 +76,13 @@ def reading(file: str, extras: str) -> Iterator[None]:
 
 
 def check_writable(option: str, path: Path, suffix: str, source: str | None = None) -> None:
-    """Fail before the work rather than after.
+    """Check, before the work, that a file can be written.
 
     Args:
-        option: that gave the path.
-        path: where something is to be written.
-        suffix: that its name must have.
-        source: a file that is read, which must be another; "-" is standard input.
+        option: option or argument that named the file.
+        path: path of the file.
+        suffix: suffix that the name must have.
+        source: file that is read, which must not be the same one; "-" is standard input.
 
     Raises:
         UserError: it cannot be written.
@@ -92,7 +92,7 @@ def check_writable(option: str, path: Path, suffix: str, source: str | None = No
     if path.suffix.lower() != suffix:
         raise UserError(f"{option}: the name must end in {suffix}; got {path}")
     try:
-        existed = path.exists() or path.is_symlink()  # a dangling link is not ours to remove
+        existed = path.exists() or path.is_symlink()  # keep a dangling link
         if path.exists() and not path.is_file():  # opening a pipe would wait for its reader
             raise UserError(f"{option}: cannot write {path}: it is not a regular file")
         if source is not None and is_same_file(source, path):
@@ -107,11 +107,11 @@ def check_writable(option: str, path: Path, suffix: str, source: str | None = No
 
 @contextmanager
 def writing(option: str, path: Path) -> Iterator[None]:
-    """Turn a failure to write a file into a sentence.
+    """Turn a failure to write a file into a one-line message.
 
     Args:
-        option: that gave the path.
-        path: of the file.
+        option: option or argument that named the file.
+        path: path of the file.
     """
     try:
         yield

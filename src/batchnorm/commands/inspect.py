@@ -24,29 +24,29 @@ def inspect(
         bool, typer.Option("--json", help="Print JSON instead of the table.")
     ] = False,
     per_channel: Annotated[
-        bool, typer.Option("--per-channel", help="With --json: every channel's numbers.")
+        bool, typer.Option("--per-channel", help="With --json: print every channel's numbers.")
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a report to this .html, too.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write this .html report.")] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 for warnings, too.")
+        bool, typer.Option("--strict", help="Exit with status 1 for warnings, too.")
     ] = False,
     eps: Annotated[
-        float, typer.Option(min=0.0, help="Of layers for which the file does not say.")
+        float, typer.Option(min=0.0, help="Epsilon of layers for which the file has none.")
     ] = 1e-5,
     limit: Limit = 1 << 30,
-    seconds: Seconds = 60.0,
+    seconds: Seconds = 120.0,
 ) -> None:
-    """Find every batch norm of a checkpoint, and what is wrong with it.
+    """Find every batch norm of a checkpoint, and report its problems.
 
-    Exits with 0 if nothing is, 1 if there is an error or no batch norm at all, and 2 if the file
-    cannot be read. A file never runs code.
+    Exit status 0: no problem; 1: an error in a layer, or no batch norm; 2: the file cannot be read.
+    No code of a file is run.
     """
     if per_channel and not as_json:
-        raise UserError("--per-channel is about JSON; add --json.")
+        raise UserError("--per-channel needs --json; add --json.")
     if html is not None:
         check_writable("--html", html, ".html", file)
     with reading(file, "files,cli"):
-        from batchnorm.tools.health import Thresholds
+        from batchnorm.tools.inspection import Thresholds
         from batchnorm.tools.inspection import inspect as look
 
         report = look(file, thresholds=Thresholds(eps=eps), limit=limit, seconds=seconds)

@@ -14,7 +14,7 @@ __all__ = ["MEANINGS", "Status", "run"]
 
 
 class Status(IntEnum):
-    """What the command line exits with."""
+    """The exit statuses of the command line."""
 
     DONE = 0
     PROBLEM = 1
@@ -26,25 +26,25 @@ class Status(IntEnum):
 
 
 MEANINGS: dict[Status, str] = {
-    Status.DONE: "done; inspect: nothing is wrong",
-    Status.PROBLEM: "inspect found an error in a layer, or no batch norm at all",
+    Status.DONE: "success; inspect: no error found",
+    Status.PROBLEM: "inspect found an error in a layer, or found no batch norm",
     Status.MISTAKE: "an option or file that cannot be used, a missing package, no memory",
     Status.OUTPUT: "standard output cannot be written",
     Status.BUG: "a bug in batchnorm, with its traceback",
     Status.INTERRUPTED: "interrupted",
-    Status.CLOSED: "the reader of the output has closed the pipe",
+    Status.CLOSED: "the reader of the output closed the pipe",
 }
 
-# Of a write to a stream; errors of files that a command names are `UserError`s.
+# Errors of writing to a stream; those of files that a command names are `UserError`s.
 _WRITING = {errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT, errno.EBADF}
 _MEMORY = ("can't allocate memory", "RESOURCE_EXHAUSTED", "out of memory")
 
 
 def run(command: Callable[[], object]) -> Status | int:
-    """Run a command, say what went wrong, and flush its output.
+    """Run a command, report its errors, and flush its output.
 
     Args:
-        command: prints to the standard output; raises whatever it likes.
+        command: prints to standard output, and may raise anything.
 
     Returns:
         The exit status, `Status.PROBLEM` for a `ProblemFound` only.
@@ -63,7 +63,7 @@ def run(command: Callable[[], object]) -> Status | int:
 
 
 def _judge(error: BaseException) -> Status | int:
-    """The status that an exception ends with, after saying what it is."""
+    """The exit status for an exception, which is reported first."""
     if isinstance(error, ProblemFound):
         return Status.PROBLEM
     if isinstance(error, SystemExit):
@@ -88,7 +88,7 @@ def _judge(error: BaseException) -> Status | int:
 
 
 def _judge_exit(end: SystemExit) -> Status | int:
-    """Typer and rich have ends of their own for interrupts, closed pipes and unknown shells."""
+    """Typer and rich exit by themselves for interrupts, closed pipes and unknown shells."""
     for cause in _causes(end):
         if isinstance(cause, (BrokenPipeError, KeyboardInterrupt)):
             return _judge(cause)

@@ -1,4 +1,4 @@
-"""Standard output and error, whatever their encoding, and whatever they lead to."""
+"""Standard output and error with any encoding, open or closed."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 
 
 def prepare() -> bool:
-    """Make the streams write every character.
+    """Make the streams accept every character.
 
     Returns:
-        Whether there is a standard output: a shell's `>&-` closes it, and the next file that is
-        opened would take its number.
+        False if standard output is closed, as by a shell's `>&-`: the next file that is opened
+        would take its number.
     """
     if sys.stderr is None:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (as long as the process)
@@ -51,14 +51,14 @@ def prepare() -> bool:
 
 
 def complain(message: str) -> None:
-    """One line on standard error, even if a name in it has several, or steers the terminal."""
+    """Write one line to standard error, without line breaks or control characters."""
     from batchnorm.tools.text import printable
 
     write_error(f"batchnorm: {printable(' '.join(message.split()), 2000)}\n")
 
 
 def write_error(text: str) -> None:
-    """Write to standard error; if that fails, nobody can be told."""
+    """Write to standard error; a failure cannot be reported."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -67,10 +67,10 @@ def write_error(text: str) -> None:
 
 
 def flush() -> OSError | None:
-    """Write what is left of the output, so that the interpreter finds nothing to fail at.
+    """Flush the output here, so that the interpreter does not fail to at its end.
 
     Returns:
-        What went wrong, or None.
+        The error, or None.
     """
     write_error("")
     try:
@@ -82,7 +82,7 @@ def flush() -> OSError | None:
 
 
 def _abandon(stream: Any) -> None:
-    """Lead a stream to nowhere: the interpreter flushes it once more at its end."""
+    """Redirect a stream to the null device: the interpreter flushes it once more at its end."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -92,7 +92,7 @@ def _abandon(stream: Any) -> None:
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
-    """Spell what an encoding lacks, like 3*10^-8, or write its code."""
+    """Write characters that an encoding lacks as ASCII, like 3*10^-8, or as their code."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]

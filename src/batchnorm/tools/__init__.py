@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# The functions' modules have other names: importing a submodule sets an attribute of this package.
+# A submodule of the same name would replace the function once it is imported.
 _HOME = {
     "fold": "batchnorm.tools.folding",
     "inspect": "batchnorm.tools.inspection",

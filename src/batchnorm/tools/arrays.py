@@ -26,9 +26,9 @@ def odd_shape(shape: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def complement(weight: float) -> float:
-    """1 - weight, without the digits that the subtraction makes up: 0.1 for 0.9.
+    """1 - weight without the rounding error of the subtraction: 0.1 for 0.9.
 
-    What comes out gives `weight` again, to the bit, when subtracted from 1.
+    Subtracting the result from 1 gives `weight` again, to the bit.
     """
     typed = round(1.0 - weight, 12)
     return typed if 1.0 - typed == weight else 1.0 - weight

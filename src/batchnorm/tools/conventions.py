@@ -1,4 +1,4 @@
-"""From one library's conventions to another's (S10)."""
+"""Conversion between biased and unbiased variances (S10)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def convert_variance(
     """The state with the variance of that kind, where that is possible.
 
     Args:
-        state: its `variance` says which kind it holds.
-        kind: which kind is wanted; None for any.
-        count: values per channel in a training batch, or None if it is not known; the variance
-            stays what it is then.
+        state: its `variance` names its kind.
+        kind: the kind that is wanted; None for any.
+        count: values per channel in a training batch; None if it is not known, and the variance
+            stays as it is then.
 
     Returns:
-        The state; its `variance` says what it holds now.
+        The state; its `variance` names its new kind.
 
     Source: S10: unbiased = biased · count / (count - 1), and the same at count 1.
     """
@@ -60,5 +60,5 @@ def count_of(state: BatchNormState, count: Count) -> int | None:
 
 
 def _scale(var: FloatArray, factor: float) -> FloatArray:
-    """One rounding, at the end."""
+    """The product, rounded once."""
     return (var.astype(np.float64) * factor).astype(var.dtype)

@@ -24,14 +24,14 @@ __all__ = ["Converted", "convert_checkpoint"]
 
 @dataclass(frozen=True, eq=False)
 class Converted:
-    """What was written.
+    """The new file, and what it does not hold.
 
     Args:
         path: of the new file.
-        names: whose names its arrays have.
+        names: the library whose names its arrays have.
         states: its batch norms.
-        notes: what is not exact, or was not carried over.
-        left_out: arrays of the source that belong to none of them.
+        notes: values that are not exact, or were not carried over.
+        left_out: number of the source's arrays that belong to no batch norm.
     """
 
     path: Path
@@ -60,12 +60,12 @@ def convert_checkpoint(
         names: "torch", "flax" (linen's collections), "nnx" or "keras"; None for those that are
             usual for the format: torch in .safetensors and .pt, flax in .msgpack.
         count: values per channel in a training batch, to convert the variance (S10), as in
-            `transfer`. Without it the variance is carried as it is, and a note says so.
+            `transfer`. Without it the variance is copied unchanged, and a note says so.
         force: replace an existing file.
         limit, seconds: as in `read_checkpoint`.
 
     Returns:
-        What was written; read its `notes`.
+        The new file and its contents; read the `notes`.
 
     Raises:
         CheckpointError: source cannot be read or has no batch norm; target exists, is the source
@@ -96,22 +96,22 @@ def convert_checkpoint(
         raise CheckpointError(
             f"{target}: it cannot be written: {error.strerror or error}."
         ) from error
-    notes = [*found.notes, *_notes(states, wanted)]
+    notes = [*found.notes, *_notes(states, names, wanted)]
     return Converted(target, names, states, notes, found.others)
 
 
 def _check_target(target: Path, source: str, force: bool) -> None:
-    """Refuse what must not be replaced: the source above all, however it is spelled."""
+    """Raise if the target must not be written, above all if it is the source."""
     try:
         there = target.stat()
     except (FileNotFoundError, NotADirectoryError):
-        there = None  # writing says what is wrong with the folder
+        there = None  # writing reports a missing folder
     except OSError as error:
         raise CheckpointError(f"{target}: it cannot be written: {error.strerror}.") from error
     if is_same_file(source, target):
         raise CheckpointError(
-            f"{target}: it is the source, of which the batch norms alone would be left; give the "
-            "target another name."
+            f"{target}: it is the source, whose other arrays would be lost; give the target "
+            "another name."
         )
     if source and Path(source).is_dir() and is_inside(target, Path(source)):
         raise CheckpointError(
@@ -124,18 +124,21 @@ def _check_target(target: Path, source: str, force: bool) -> None:
         raise CheckpointError(f"{target}: it exists; force=True (--force) replaces it.")
 
 
-def _notes(states: list[BatchNormState], wanted: Variance) -> list[str]:
+def _notes(states: list[BatchNormState], names: Names, wanted: Variance) -> list[str]:
     notes = []
     carried = [s for s in states if s.renorm is None and s.variance != wanted]
     if carried:
         notes.append(
-            f"{len(carried)} of {len(states)} variances were carried as they are, "
-            f"{carried[0].variance}, where the names imply {wanted} ones; a count converts them."
+            f"{len(carried)} of {len(states)} variances were copied unchanged "
+            f"({carried[0].variance}). {names} expects {wanted} ones: pass count= (--count on the "
+            "command line) to convert them."
         )
     options = {(s.eps, s.decay) for s in states}
     if options != {(None, None)}:
         shown = list_names([f"eps={eps} decay={decay}" for eps, decay in sorted(options, key=str)])
-        notes.append(f"Files of arrays have no place for options; the source says {shown}.")
+        notes.append(
+            f"Options are not written, since such files hold arrays only; the source has {shown}."
+        )
     narrow = sum(s.stored in ("float16", "bfloat16") for s in states)
     if narrow:
         notes.append(f"{narrow} layers of half-precision statistics were written as float32.")

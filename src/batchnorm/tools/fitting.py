@@ -1,4 +1,4 @@
-"""Fitting a state to a layer: shapes, and what one of the two lacks."""
+"""Fitting a state to a layer: shapes, and arrays that only one of the two has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fit(state: BatchNormState, layer: BatchNormState) -> BatchNormState:
     """`state` with exactly the arrays that a layer has, in the layer's shapes.
 
     Args:
-        state: what is to be written, in the layer's convention of the variance.
+        state: the new state, with the layer's kind of variance.
         layer: the layer's present state.
 
     Returns:

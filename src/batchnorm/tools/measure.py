@@ -33,14 +33,14 @@ def measure(x: Any, mask: Any, axes: Sequence[int]) -> Moments:
     Source: S2, S3.
     """
     if x.dtype.name not in TYPES or x.dtype.name == "bfloat16":
-        x = x.astype(np.float32)  # NumPy does not know how to add bfloat16
+        x = x.astype(np.float32)  # NumPy cannot add bfloat16
     layout = Layout(x.shape, tuple(axes))
     found = _by_kernel(x, mask, layout) if x.size else None
     return _by_array_code(x, mask, layout) if found is None else found
 
 
 def merge(parts: Sequence[Moments]) -> Moments:
-    """Moments of all the rows that `parts` were found from (S14).
+    """Moments of the rows of all parts together (S14).
 
     A part that is not finite in a channel does not count there (S9).
     """
@@ -54,7 +54,7 @@ def merge(parts: Sequence[Moments]) -> Moments:
 
 
 def _by_kernel(x: Any, mask: Any, layout: Layout) -> Moments | None:
-    """By the compiled pass; None where it does not apply."""
+    """Moments by the compiled pass; None where it does not apply."""
     per_channel = mask is not None and any(mask.shape[a] != 1 for a in layout.channel_axes)
     choice = select_kernel("cpu", x.dtype.name, adjusted=False, per_channel_mask=per_channel)
     if choice.kernel is None:

@@ -1,51 +1,22 @@
-"""The batch norms of a model, whatever framework made it."""
+"""The batch norms of a model of any framework."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from batchnorm.tools.frameworks.adapter import Adapter
+from batchnorm.tools.frameworks.records import FoundLayer
+from batchnorm.tools.frameworks.switch import adapter_for, adapter_of
 from batchnorm.tools.state import BatchNormState
 
 __all__ = [
     "FoundLayer",
-    "Framework",
     "find_layers",
-    "framework_of",
     "put_state",
     "put_states",
     "take_state",
 ]
-
-Framework = Literal["torch", "nnx", "keras"]
-
-# Keras first: on its torch backend a Keras layer is a torch.nn.Module too.
-_FRAMEWORKS: tuple[tuple[Framework, str], ...] = (
-    ("keras", "keras"),
-    ("nnx", "flax.nnx"),
-    ("torch", "torch"),
-)
-
-
-@dataclass(frozen=True, eq=False)
-class FoundLayer:
-    """A batch norm inside a model.
-
-    Args:
-        name: its path in the model, as the framework spells it; empty for the model itself.
-        layer: the layer, not a copy; for one of several that `nnx.vmap` has stacked in a module,
-            that module with an index.
-        framework: whose it is.
-        state: its state when it was found, copied.
-    """
-
-    name: str
-    layer: Any
-    framework: Framework
-    state: BatchNormState
 
 
 def find_layers(model: Any) -> list[FoundLayer]:
@@ -57,23 +28,22 @@ def find_layers(model: Any) -> list[FoundLayer]:
 
     Returns:
         The layers in the order in which the model defines them; one that is used or held several
-        times is there once, under its first name. Of layers that `nnx.vmap` or `nnx.scan` has
-        stacked each is there, like `blocks.norm[0]`.
+        times is there once, under its first name. Layers that `nnx.vmap` or `nnx.scan` has
+        stacked are listed one by one, like `blocks.norm[0]`.
 
     Raises:
         TypeError: model is none of these.
         ValueError: a batch norm that has no weights yet.
     """
-    framework = framework_of(model)
-    if framework is None:
+    adapter = adapter_of(model)
+    if adapter is None:
         raise TypeError(
             "find_layers: model must be a torch.nn.Module, a flax.nnx.Module or a Keras layer; "
             f"got {type(model).__name__}."
         )
-    adapter = _adapter(framework)
     return [
-        FoundLayer(name, layer, framework, adapter.take_state(layer, name))
-        for name, layer in adapter.find(model)
+        FoundLayer(name, layer, adapter.name, adapter.states.take_state(layer, name))
+        for name, layer in adapter.states.find(model)
     ]
 
 
@@ -82,13 +52,13 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
 
     Args:
         layer: a batch norm of torch, flax nnx or Keras, theirs or ours.
-        name: what the state is to be called.
+        name: name for the state.
 
     Raises:
         TypeError: no batch norm.
         ValueError: it has no weights yet.
     """
-    return _adapter_of("take_state", layer).take_state(layer, name)
+    return _adapter_of("take_state", layer).states.take_state(layer, name)
 
 
 def put_state(layer: Any, state: BatchNormState) -> None:
@@ -105,54 +75,39 @@ def put_state(layer: Any, state: BatchNormState) -> None:
         ValueError: the state does not fit the layer, which is unchanged then.
     """
     adapter = _adapter_of("put_state", layer)
-    if hasattr(adapter, "check_shared"):
-        adapter.check_shared([(layer, state)])
-    adapter.put_state(layer, state)
+    adapter.check_shared([(layer, state)])
+    adapter.states.put_state(layer, state)
 
 
 def put_states(pairs: Sequence[tuple[FoundLayer, BatchNormState]]) -> None:
     """Write states into layers of one model: all, or none, even when interrupted.
 
     Args:
-        pairs: layers, whose `state` is what they have now, and what they are to have.
+        pairs: layers, with their present state, and the state that each is to have.
 
     Raises:
         ValueError: a state does not fit its layer; nothing has changed.
     """
     if not pairs:
         return
-    adapter = _adapter(pairs[0][0].framework)
-    if hasattr(adapter, "check_shared"):
-        adapter.check_shared([(found.layer, state) for found, state in pairs])
+    adapter = adapter_for(pairs[0][0].framework)
+    adapter.check_shared([(found.layer, state) for found, state in pairs])
     written: list[FoundLayer] = []
     try:
         for found, state in pairs:
             written.append(found)
-            adapter.put_state(found.layer, state)
+            adapter.states.put_state(found.layer, state)
     except BaseException:
         for found in written:
-            adapter.put_state(found.layer, found.state)
+            adapter.states.put_state(found.layer, found.state)
         raise
 
 
-def framework_of(model: Any) -> Framework | None:
-    """Whose model it is; imports nothing."""
-    for framework, module in _FRAMEWORKS:
-        if module in sys.modules and _adapter(framework).owns(model):
-            return framework
-    return None
-
-
-def _adapter_of(owner: str, layer: Any) -> Any:
-    framework = framework_of(layer)
-    adapter = None if framework is None else _adapter(framework)
-    if adapter is None or not adapter.is_batch_norm(layer):
+def _adapter_of(owner: str, layer: Any) -> Adapter:
+    adapter = adapter_of(layer)
+    if adapter is None or not adapter.states.is_batch_norm(layer):
         raise TypeError(
             f"{owner}: layer must be a batch norm of torch, flax nnx or Keras; got "
             f"{type(layer).__name__}. find_layers(model) lists those of a model."
         )
     return adapter
-
-
-def _adapter(framework: Framework) -> Any:
-    return importlib.import_module(f"batchnorm.tools.frameworks.{framework}")

@@ -1,9 +1,8 @@
-"""Watching the batch norms of a model while it runs: what each is given, and its moments."""
+"""Forward passes of a model in which its batch norms are watched: their inputs, and the moments."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,38 +10,13 @@ from typing import Any
 import numpy as np
 
 from batchnorm.core.moments import Moments
+from batchnorm.tools.frameworks.adapter import Adapter
+from batchnorm.tools.frameworks.records import FoundLayer, Observation
+from batchnorm.tools.frameworks.switch import adapter_for
 from batchnorm.tools.measure import merge
-from batchnorm.tools.models import FoundLayer, framework_of
+from batchnorm.tools.progress import track
 
-__all__ = ["Observation", "Tally", "observe", "run_batch"]
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """One call of a batch norm.
-
-    Args:
-        layer: which one.
-        x: its input, an array of the framework's; not a copy, so look at it now.
-        mask: boolean, of x's rank with sizes of x or 1, True at real rows (S1); None where all
-            are.
-        axes: channel axes of x, sorted, not negative.
-        measure: moments of x over the real rows of a mask, float64, shape (C,).
-    """
-
-    layer: FoundLayer
-    x: Any
-    mask: Any
-    axes: tuple[int, ...]
-    measure: Callable[[Any, Any, tuple[int, ...]], Moments]
-
-    def moments(self, *, padded: bool = False) -> Moments:
-        """Count, mean and biased variance per channel, float64, shape (C,).
-
-        Args:
-            padded: count padding as if it were real.
-        """
-        return self.measure(self.x, None if padded else self.mask, self.axes)
+__all__ = ["Batches", "Observation", "Tally", "observe", "run_watched"]
 
 
 @contextmanager
@@ -56,8 +30,8 @@ def observe(layers: Sequence[FoundLayer], see: Callable[[Observation], None]) ->
 
     Args:
         layers: from `find_layers`.
-        see: called in the order of the calls; a layer used twice is seen twice. What it raises
-            ends the model's forward pass, or under a transformation of JAX the block.
+        see: called in the order of the calls; a layer used twice is seen twice. An exception from
+            it ends the model's forward pass, or under a transformation of JAX the block.
 
     Raises:
         TypeError: a layer of a kind that cannot be watched.
@@ -69,13 +43,12 @@ def observe(layers: Sequence[FoundLayer], see: Callable[[Observation], None]) ->
     if not frameworks:
         yield
         return
-    observer = importlib.import_module(f"batchnorm.tools.observers.{frameworks.pop()}")
-    with observer.watch(layers, see):
+    with adapter_for(frameworks.pop()).watch(layers, see):
         yield
 
 
 class Tally:
-    """Moments of everything that a layer has been given: every row counts the same (S14)."""
+    """Moments of all inputs of a layer together: every row counts the same (S14)."""
 
     def __init__(self) -> None:
         self.moments: Moments | None = None
@@ -95,34 +68,69 @@ class Tally:
         self.moments = merge([*before, moments])
 
 
-def run_batch(owner: str, model: Any, batch: Any, call: Callable[[Any, Any], Any] | None) -> None:
-    """Run a model on what an iterable yields.
+@dataclass(frozen=True)
+class Batches:
+    """The batches that a tool runs a model on.
 
     Args:
-        owner: whose name error messages carry.
-        model: the model.
-        batch: an array; or a mapping of keyword arguments, which for Keras is one input; with
+        owner: the tool's name, for messages.
+        items: arrays, or mappings of keyword arguments, which for Keras are one input; with
             `call` anything.
-        call: function of the model and the batch, or None.
+        call: function of the model and a batch, or None.
+        label: text of the progress bar; None for no bar.
+    """
+
+    owner: str
+    items: Iterable[Any]
+    call: Callable[[Any, Any], Any] | None
+    label: str | None
+
+
+def run_watched(
+    adapter: Adapter,
+    model: Any,
+    layers: Sequence[FoundLayer],
+    batches: Batches,
+    see: Callable[[Observation], None],
+    prepare: Callable[[Any], None] = lambda batch: None,
+) -> int:
+    """Run a model on batches, its batch norms as in training, and leave it as it was.
+
+    Args:
+        adapter: of the model's framework.
+        model: the model.
+        layers: those of its batch norms that are watched.
+        batches: its inputs.
+        see: called before every call of one of the layers.
+        prepare: called with each batch before the model is.
+
+    Returns:
+        The number of batches.
 
     Raises:
         TypeError: a tuple or list without `call`: it may hold labels, masks or several inputs.
+        ValueError: no batch.
     """
-    _run(owner, model, batch, call)
-    if framework_of(model) == "nnx":
-        importlib.import_module("batchnorm.tools.observers.nnx").settle()
+    count = 0
+    with adapter.rehearse(model, layers) as (actor, actors), observe(actors, see):
+        for batch in track(batches.items, batches.label):
+            prepare(batch)
+            _run(adapter, actor, batch, batches)
+            adapter.settle()
+            count += 1
+    if not count:
+        raise ValueError(f"{batches.owner}: batches must yield at least one batch; it was empty.")
+    return count
 
 
-def _run(owner: str, model: Any, batch: Any, call: Callable[[Any, Any], Any] | None) -> None:
-    if call is not None:
-        call(model, batch)
-    elif isinstance(batch, dict) and framework_of(model) != "keras":
-        model(**batch)
+def _run(adapter: Adapter, model: Any, batch: Any, batches: Batches) -> None:
+    if batches.call is not None:
+        batches.call(model, batch)
     elif isinstance(batch, (tuple, list)):
         raise TypeError(
-            f"{owner}: batches must yield arrays or mappings of keyword arguments; got a "
+            f"{batches.owner}: batches must yield arrays or mappings of keyword arguments; got a "
             f"{type(batch).__name__} of {len(batch)}. Say what of it the model gets, for instance "
             "call=lambda model, batch: model(batch[0])."
         )
     else:
-        model(batch)
+        adapter.call(model, batch)

@@ -10,7 +10,7 @@ __all__ = ["is_inside", "is_same_file"]
 
 
 def is_same_file(source: str | os.PathLike[str], target: Path) -> bool:
-    """Whether writing the target would replace the source, however the two are spelled or linked.
+    """True if writing the target would replace the source, however the two are spelled or linked.
 
     Args:
         source: a path, or "-" for standard input, which a shell may have opened from the target.
@@ -24,6 +24,6 @@ def is_same_file(source: str | os.PathLike[str], target: Path) -> bool:
 
 
 def is_inside(target: Path, folder: Path) -> bool:
-    """Whether a path leads into a folder, through links too."""
+    """True if a path leads into a folder, through links too."""
     # As resolve(), but a loop of links is no error.
     return Path(os.path.realpath(folder)) in Path(os.path.realpath(target)).parents

@@ -1,4 +1,4 @@
-"""A progress bar, where somebody can see it."""
+"""A progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Iterable, Sized
 from typing import Any
 
 
-def track(items: Iterable[Any], text: str, wanted: bool) -> Iterable[Any]:
-    """`items`, with a bar on the terminal's error stream if that is one and rich is installed."""
-    if not wanted:
+def track(items: Iterable[Any], label: str | None) -> Iterable[Any]:
+    """The items, with a progress bar on standard error if that is a terminal and rich is installed.
+
+    Args:
+        items: any.
+        label: text beside the bar; None for no bar.
+    """
+    if label is None:
         return items
     try:
         from rich.console import Console
@@ -19,4 +24,4 @@ def track(items: Iterable[Any], text: str, wanted: bool) -> Iterable[Any]:
     if not (console.is_terminal or console.is_jupyter):
         return items
     total = len(items) if isinstance(items, Sized) else None
-    return show(items, text, total=total, console=console, transient=True)
+    return show(items, label, total=total, console=console, transient=True)

@@ -1,4 +1,4 @@
-"""The state of one batch normalization, in the specification's terms, whatever wrote it."""
+"""The state of one batch normalization in the specification's terms, from any source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Variance = Literal["biased", "unbiased"]
 
 @dataclass(frozen=True, eq=False)
 class RenormState:
-    """What batch renormalization keeps beside the running statistics (S11).
+    """The statistics of batch renormalization beside the running ones (S11).
 
     Args:
         moving_stddev: shape (C,).
@@ -36,14 +36,14 @@ class BatchNormState:
     Args:
         name: path of the layer in its model or file, as its framework spells it, like
             `layer1.0.bn1`; empty for a layer by itself.
-        kind: what it was, like `torch.nn.BatchNorm2d` or `flax.nnx.BatchNorm`, or the family of
-            names in a checkpoint, like `torch`.
+        kind: class of the layer, like `torch.nn.BatchNorm2d` or `flax.nnx.BatchNorm`, or family
+            of names in a checkpoint, like `torch`.
         mean: running mean, shape (C,), in the type in which it was stored (half types as float32,
             and `stored` keeps the name); None where the layer keeps none.
         var: running variance, like mean.
         gamma: scale, shape (C,), or None where the layer has none.
         beta: offset, like gamma.
-        variance: which variance `var` holds (S10); None where the source does not say.
+        variance: kind of variance in `var` (S10); None where the source does not say.
         eps: added to the variance; None where the source does not say, as in most checkpoints.
         decay: weight of the old value in the running update (S9); None where the source does not
             say.

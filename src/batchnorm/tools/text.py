@@ -11,7 +11,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def printable(text: str, longest: int = 200) -> str:
-    """Text that cannot steer a terminal or a page: what is not printable is written as its code.
+    """Text without control characters: what is not printable is written as its code.
 
     A file may name a layer with escape sequences, characters that turn the direction of writing,
     or halves of surrogate pairs.
@@ -54,7 +54,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    """The number in a few digits; powers of ten only where zeros would have to be counted.
+    """The number in a few digits, with a power of ten if it is very large or small.
 
     Args:
         value: any.

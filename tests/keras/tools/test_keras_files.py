@@ -70,7 +70,7 @@ def test_weights_alone_are_read_where_they_can_be_told_apart(tmp_path: Path) -> 
         if layer.name in found:
             check(found[layer.name], layer.state)
     assert len(checkpoint.notes) == 2
-    assert any(note.startswith("unscaled: it is unclear") for note in checkpoint.notes)
+    assert any(note.startswith("unscaled: its weights have shapes") for note in checkpoint.notes)
 
 
 def test_subclassed_model_of_weights_alone(tmp_path: Path) -> None:

@@ -42,20 +42,20 @@ def read_checkpoint(
     limit: int = DEFAULT_LIMIT,
     seconds: float = DEFAULT_SECONDS,
 ) -> Checkpoint:
-    """The batch norms of a file, whichever library wrote it.
+    """Read the batch norms of a file, whichever library wrote it.
 
-    Only they are loaded; of other arrays names, shapes and types are read. Nothing in the file is
-    executed, and nothing outside it, or outside its folder, is opened. A process of its own reads
-    it, with bounded memory and time.
+    Only batch norms are loaded; of other arrays names, shapes and types are read. Nothing in the
+    file is executed, and nothing outside it, or outside its folder, is opened. A separate process
+    reads it, with bounded memory and time.
 
     Args:
         path: a `.safetensors`; a `.pt` or `.pth` of `torch.save` with weights; a `.keras`,
             `.weights.h5` or `.h5` of Keras 2 or 3; a msgpack file of `flax.serialization`; or an
             orbax folder. The content decides, not the name. "-" is the standard input, which
             holds any of them but a folder.
-        limit: bytes of arrays that reading may take, and that standard input may have. Headers
-            may have a thirty-second of it.
-        seconds: that reading may take.
+        limit: most bytes of arrays to read, and of standard input. Headers may have a
+            thirty-second of it.
+        seconds: most time to read.
 
     Returns:
         A `Checkpoint`: its `layers` are `BatchNormState`s, its `entries` every array's shape and
@@ -76,7 +76,7 @@ def read_checkpoint(
 
 
 def _check_kind(name: str, budget: Budget) -> None:
-    """Raise unless it is a regular file or a folder; other kinds may block whoever opens them."""
+    """Raise unless it is a regular file or a folder: opening other kinds may never return."""
     if not name:
         raise CheckpointError("read_checkpoint: path is empty; name a file or a folder.")
     try:
@@ -85,11 +85,11 @@ def _check_kind(name: str, budget: Budget) -> None:
         reason = getattr(error, "strerror", None) or error
         raise budget.error(f"it cannot be read: {reason}.") from error
     if mode not in (stat.S_IFREG, stat.S_IFDIR):
-        raise budget.error(f"it is {_KINDS.get(mode, 'something else')}, and no file.")
+        raise budget.error(f"it is {_KINDS.get(mode, 'something else')}, not a file.")
 
 
 def _standard_input(budget: Budget) -> Any:
-    """Standard input as a file, for a process to inherit, or as bytes."""
+    """Standard input as a file that a process can inherit, or as bytes."""
     stream = getattr(sys.stdin, "buffer", sys.stdin)
     if stream is None or stream.closed:
         raise budget.error("standard input is closed.")

@@ -1,4 +1,4 @@
-"""zip archives within limits; nothing is ever extracted to a path that an archive names."""
+"""zip archives within limits; nothing is extracted to a path."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runtim
 class Archive:
     """An open archive, whose directory may be as large as headers may.
 
-    However many parts are asked for, no member is unpacked twice, and of a member that is not
-    packed only the parts are read.
+    A packed member is unpacked once, however many of its parts are read; of other members only
+    the parts are read.
     """
 
     def __init__(self, file: BinaryIO, budget: Budget) -> None:
@@ -45,7 +45,7 @@ class Archive:
         self.names = self._zip.namelist()
 
     def read(self, name: str, *, header: bool = False) -> Bytes:
-        """All bytes of a member, no more than it declares and the limit allows."""
+        """All bytes of a member, if the limit allows the size that it declares."""
         info = self._info(name)
         if header:
             self._budget.check_header(info.file_size, f"member {shown(name)}")

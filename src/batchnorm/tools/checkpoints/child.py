@@ -21,13 +21,13 @@ from batchnorm.tools.checkpoints.reading import detect, prepare, read_here
 
 __all__ = ["main"]
 
-_LIBRARIES = 2 << 30  # address space, until the format's library is imported and its share known
+_LIBRARIES = 2 << 30  # address space for the import of the format's library
 _PIECE = 1 << 20
 _COMPRESSED = ("hdf5", "keras", "orbax", "torch")  # arrays may be larger than the file
 
 
 def main(arguments: list[str]) -> int:
-    """Read a file, and answer with what it holds or why it was refused.
+    """Read a file, and answer with its contents or with the reason for refusing it.
 
     Args:
         arguments: the path; "path" or "stream", if the file is the standard input; bytes of
@@ -86,7 +86,7 @@ def _spool(budget: Budget) -> Path:
 def _bound_memory(more: int) -> None:
     """Bound the address space to what is taken already, and `more` bytes."""
     statm = Path("/proc/self/statm")
-    if statm.exists():  # systems other than Linux do not keep to such a bound, or refuse it
+    if statm.exists():  # other systems than Linux ignore or refuse such a bound
         taken = int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         _bound("RLIMIT_AS", taken + more)
 

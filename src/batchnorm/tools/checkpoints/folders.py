@@ -1,9 +1,9 @@
 """A folder of which regular files are opened, and nothing outside it.
 
-A name from a file is never made into a path for a library. It is one entry of a folder, and what
-is opened is its real path: if that leads out of the folder, it is refused, and it is opened part
-by part from the folder's descriptor without following a link, so that one put there meanwhile does
-not count. Libraries want paths: they get those of a private folder with a link to each descriptor.
+A name from a file never becomes a path for a library. Its real path is computed, and refused if it
+leads out of the folder. Then each part of it is opened from the descriptor of the part before
+without following links, so that a link put there meanwhile has no effect. Libraries want paths:
+they get those of a private folder with a link to each descriptor.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Folder:
         self._stack.close()
 
     def names(self, parts: Parts = ()) -> dict[str, bool]:
-        """Names in this folder or one below it, and whether each is a folder itself, not a link."""
+        """Names in this folder or one below it; True for those of folders that are no links."""
         names: dict[str, bool] = {}
         with self._opened(parts, stat.S_ISDIR) as descriptor, os.scandir(descriptor) as found:
             for entry in found:
@@ -62,12 +62,12 @@ class Folder:
         return dict(sorted(names.items()))
 
     def is_folder(self, parts: Parts) -> bool:
-        """Whether it is a folder, or a link to one in this folder; any other link is refused."""
+        """True for a folder, or a link to one in this folder; any other link is refused."""
         with self._opened(parts, lambda mode: True) as descriptor:
             return stat.S_ISDIR(os.fstat(descriptor).st_mode)
 
     def read(self, parts: Parts) -> bytes:
-        """A file, if headers may be as large."""
+        """The bytes of a file, which may be as large as headers may."""
         with self._opened(parts, stat.S_ISREG) as descriptor:
             self._budget.check_header(os.fstat(descriptor).st_size, shown("/".join(parts)))
             with os.fdopen(os.dup(descriptor), "rb") as file:
@@ -75,10 +75,10 @@ class Folder:
 
     @contextmanager
     def lent(self, files: Sequence[tuple[Parts, Parts]]) -> Iterator[Path]:
-        """A private folder in which some files are, by links to their descriptors.
+        """A private folder with links to the descriptors of some files.
 
         Args:
-            files: parts of a path here, and of one there.
+            files: for each, the parts of its path in this folder, and in the private one.
         """
         with ExitStack() as stack:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lent-")))
@@ -117,7 +117,7 @@ class Folder:
         try:
             for part in real.relative_to(self._root).parts:
                 mode = os.stat(part, dir_fd=current, follow_symlinks=False).st_mode
-                if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening may do something
+                if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a device may act
                     raise OSError(0, "it is neither a file nor a folder")
                 inner = os.open(part, _FLAGS, dir_fd=current)
                 os.close(current)
@@ -130,7 +130,7 @@ class Folder:
 
 
 def _allow_descriptors() -> None:
-    """As many open files as the system lets a process have."""
+    """Raise the limit of open files to the highest that the system allows."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""A batch norm's arrays in a file, and whether they are whole."""
+"""The arrays of one batch norm in a file, and a check that none is missing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Group:
         family: "torch", "flax.linen", "flax.nnx", "keras" or "haiku".
         roles: names of entries by field of the canonical state; "packed" for mean and variance
             in one array.
-        config: what a Keras file says beside the arrays.
+        config: options from a Keras file's config.
         place: the layer's path as it is in the file, which no other layer has.
     """
 

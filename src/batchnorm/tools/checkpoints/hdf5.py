@@ -28,7 +28,7 @@ _WEIGHTS, _CONFIG = "model.weights.h5", "config.json"
 
 
 def read(file: Any, budget: Budget, config: Bytes | None = None) -> Source:
-    """The datasets of an open HDF5 file, and what its Keras config says about batch norms.
+    """The datasets of an open HDF5 file, and the batch norms in its Keras config.
 
     Args:
         file: open, or its bytes in memory.
@@ -54,7 +54,7 @@ def read(file: Any, budget: Budget, config: Bytes | None = None) -> Source:
 
     def load(name: str) -> NDArray[Any]:
         dataset, entry = catalog.places[name], entries[name]
-        # A whole chunk is unpacked for any of its values.
+        # Reading any value of a chunk unpacks all of it.
         padded = [-(-n // c) * c for n, c in zip(entry.shape, dataset.chunks or (), strict=False)]
         budget.check_shape(padded, shown(name))
         size = math.prod(padded) * ITEM_SIZES[entry.dtype] if padded else 0
@@ -82,7 +82,7 @@ def read_keras(file: BinaryIO, budget: Budget) -> Source:
 
 
 class _Walk:
-    """Groups and datasets; links that lead out of the file, and symbolic ones, are left alone."""
+    """A walk over groups and datasets that follows neither external nor symbolic links."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
@@ -113,7 +113,7 @@ class _Walk:
                         pending.append((child, item, depth + 1))
 
     def notes(self) -> list[str]:
-        """Links that were not followed."""
+        """A note on links that were not followed."""
         if not self._links:
             return []
         some = ", ".join(map(shown, self._links[:3]))
@@ -158,7 +158,7 @@ def _layer_names(root: Any, budget: Budget) -> list[str]:
 
 
 def _in_order(entries: Mapping[str, Entry], names: list[str]) -> dict[str, Entry]:
-    """Sorted as `names` are, and numbers in other names as numbers."""
+    """Entries sorted as `names` are, and by numbers within other names."""
     order = {name: i for i, name in enumerate(names)}
 
     def key(path: str) -> Any:

@@ -1,7 +1,7 @@
 """Reading in a process of its own, whose memory and time are bounded from outside.
 
-A damaged file can crash the library that parses it, make it allocate without bound, or never
-return. Here it ends the child, and the parent reports a damaged file. The answer that comes back
+A damaged file can crash the library that parses it, make it allocate without bound, or keep it
+busy for ever. Only the child ends then, and the parent reports a damaged file. The child's answer
 is parsed strictly (`serial.py`).
 """
 
@@ -22,14 +22,14 @@ from batchnorm.tools.checkpoints.source import Checkpoint
 
 __all__ = ["read_isolated"]
 
-# The working directory, where a downloaded `h5py.py` may lie, is no place to import from.
+# Nothing is imported from the working directory, where a downloaded `h5py.py` may lie.
 _CHILD = (
     "import sys; sys.path[:] = [place for place in sys.path if place]; "
     "from batchnorm.tools.checkpoints.child import main; sys.exit(main(sys.argv[1:]))"
 )
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _PIECE = 1 << 20
-_OUT_OF_TIME = -24  # by SIGXCPU; a name that Windows does not have
+_OUT_OF_TIME = -24  # ended by SIGXCPU, which Windows does not have
 
 
 def read_isolated(budget: Budget, seconds: float, stream: Any = None) -> Checkpoint:
@@ -37,8 +37,8 @@ def read_isolated(budget: Budget, seconds: float, stream: Any = None) -> Checkpo
 
     Args:
         budget: of the file, whose path it has.
-        seconds: until the child is ended.
-        stream: holds the file instead: something with a descriptor, or bytes.
+        seconds: after which the child is ended.
+        stream: the file itself, with a descriptor or as bytes, instead of its path.
     """
     source = "path" if stream is None else "stream"
     arguments = [str(budget.path), source, str(budget.limit), str(seconds)]

@@ -1,4 +1,4 @@
-"""Bounds on what reading an untrusted file may cost, and the one error that it may raise.
+"""Bounds on the cost of reading an untrusted file, and the one error that it may raise.
 
 Every bound is here. `limit` and `seconds` may be raised by the caller, and headers, names and
 memory grow with `limit`; the others hold for every file.
@@ -28,15 +28,15 @@ LONGEST_NAME = 1024  # characters
 LONGEST_MESSAGE = 300  # characters after the file's name
 MOST_NOTES = 100
 MOST_VALUES = 1_000_000  # arrays, or other values looked at in the search for arrays
-MOST_VISITS = 300_000  # of objects of a pickle, which may be shared
+MOST_VISITS = 300_000  # visits of a pickle's objects, which may be shared
 MOST_AXES = 32
-DEEPEST = 64  # maps or groups within each other
+DEEPEST = 64  # levels of nested maps or groups
 
 # A parsed byte of JSON or pickle takes up to some 30 bytes of Python objects.
 OBJECTS_PER_BYTE = 32
 SMALLEST_HEADER = 1 << 16
 
-# Memory of the reading process above what its libraries take: threads and buffers, copies of the
+# Memory of the reading process beyond that of its libraries: threads and buffers, copies of the
 # arrays, objects made of a file that is not compressed.
 SLACK = 512 << 20
 COPIES = 3
@@ -51,7 +51,7 @@ class CheckpointError(ValueError):
 
 
 class Budget:
-    """Counts what is taken from one file, and says no in time.
+    """Counts the bytes and names taken from one file, and raises before there are too many.
 
     Args:
         path: of the file, for messages.
@@ -101,11 +101,11 @@ class Budget:
         return name
 
     def check_values(self, count: int, depth: int = 0, most: int = MOST_VALUES) -> None:
-        """Raise if there are more values than a checkpoint has, or more within each other."""
+        """Raise if there are more values, or deeper ones, than a checkpoint may have."""
         if count > most:
-            raise self.error(f"its objects are without an end: more than {most}.")
+            raise self.error(f"it has more than {most} objects, more than weights need.")
         if depth > DEEPEST:
-            raise self.error(f"its objects are more than {DEEPEST} deep within each other.")
+            raise self.error(f"its objects are nested more than {DEEPEST} deep.")
 
     def check_shape(self, shape: object, what: str) -> tuple[int, ...]:
         """`shape` as a tuple of sizes, or an error."""
@@ -133,15 +133,15 @@ class GuardedFile:
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """As of any file."""
+        """Move to a place in the file."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """As of any file."""
+        """The present place in the file."""
         return self._file.tell()
 
     def seekable(self) -> bool:
-        """Always."""
+        """True: it is a regular file."""
         return True
 
     def _rest(self) -> int:
@@ -152,7 +152,7 @@ class GuardedFile:
 
 
 def check_bounds(limit: object, seconds: object) -> None:
-    """Raise ValueError if one of the caller's own bounds is none."""
+    """Raise ValueError unless the caller's bounds are positive numbers."""
     if isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0:
         raise ValueError(
             f"read_checkpoint: limit must be a positive number of bytes; got {limit!r}."
@@ -163,12 +163,12 @@ def check_bounds(limit: object, seconds: object) -> None:
 
 
 def shown(name: str) -> str:
-    """A name of a file's own as it may stand in a message: quoted, and cut if it is long."""
+    """A name from a file for a message: quoted, and cut if it is long."""
     return repr(name) if len(name) <= 80 else f"{name[:60]!r}…"
 
 
 def one_line(text: str) -> str:
-    """Text of a file's own, or of its library's, without line breaks, and cut if it is long."""
+    """Text from a file or its library in one line, and cut if it is long."""
     return _printable(text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "…")
 
 

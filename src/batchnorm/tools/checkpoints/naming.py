@@ -12,7 +12,7 @@ from batchnorm.tools.checkpoints.source import LayerConfig, Source
 
 __all__ = ["Group", "find_groups"]
 
-# What each library calls what; roles are the fields of the canonical state.
+# Each library's names of arrays, with their roles, the fields of the canonical state.
 _TORCH = {
     "weight": "gamma",
     "bias": "beta",
@@ -56,7 +56,7 @@ def find_groups(source: Source) -> tuple[list[Group], list[str]]:
 
     Returns:
         The groups in the order of the file, of a Keras model's config where there is one, and
-        notes about what looks like a batch norm but is none that can be read, or was left out.
+        notes on arrays that look like a batch norm but cannot be read as one, or were left out.
     """
     configs: dict[str, LayerConfig] = {}
     for config in source.configs:
@@ -84,7 +84,7 @@ def find_groups(source: Source) -> tuple[list[Group], list[str]]:
 
 
 def _find_named(names: Iterable[str], source: Source) -> tuple[list[Group], list[str]]:
-    """Batch norms by what their arrays are called."""
+    """Batch norms whose arrays have names that tell their roles."""
     found: dict[tuple[str, str, Path], dict[Path, dict[str, str]]] = {}
     doubles = []
     for name in [*names, *source.skipped]:
@@ -98,7 +98,7 @@ def _find_named(names: Iterable[str], source: Source) -> tuple[list[Group], list
                 roles = found.setdefault((family, mark, base), {}).setdefault(path, {})
                 if roles.setdefault(role, name) != name:
                     doubles.append(name)
-    notes = summary("arrays have the place of another in their layer", doubles)
+    notes = summary("arrays have the same role in a layer as another array", doubles)
     linen = any("batch_stats" in path for parts in found.values() for path in parts)
     groups = []
     for (family, mark, base), parts in found.items():
@@ -109,10 +109,12 @@ def _find_named(names: Iterable[str], source: Source) -> tuple[list[Group], list
             if reason is None:
                 groups.append(group)
             elif _is_distinctive(group):
-                notes.append(f"{shown(group.name)} is no batch norm that can be read: {reason}.")
+                notes.append(f"{shown(group.name)} cannot be read as a batch norm: {reason}.")
         if len(parts) > 1 and _are_apart(parts):
             some = shown(_join(base, family))
-            notes.append(f"{some} is in several collections with one role twice; each is read.")
+            notes.append(
+                f"{some} is in several collections with one role twice; each is read as a layer."
+            )
     return groups, notes
 
 
@@ -126,7 +128,7 @@ def _role(family: str, path: Path, leaf: str) -> tuple[str | None, Path]:
 def _merge(
     base: Path, parts: Mapping[Path, dict[str, str]]
 ) -> Iterable[tuple[Path, dict[str, str]]]:
-    """One layer of parts in several collections; several layers where parts have a role twice."""
+    """One layer made of parts in several collections; several layers if they share a role."""
     if _are_apart(parts):
         return parts.items()
     return [(base, {role: name for roles in parts.values() for role, name in roles.items()})]
@@ -137,7 +139,7 @@ def _are_apart(parts: Mapping[Path, dict[str, str]]) -> bool:
 
 
 def _is_distinctive(group: Group) -> bool:
-    """Whether a group that is not whole has names that only batch norms have."""
+    """True for an incomplete group with names that only batch norms have."""
     statistics = group.roles.keys() & {"mean", "var", "packed"}
     if group.family in ("torch", "keras"):
         return bool(statistics)

@@ -24,7 +24,7 @@ _LOOKS_LIKE_ONE = re.compile(r"batch_?norm|(^|[_/])bn(\d|_|/|$)", re.IGNORECASE)
 def find_numbered(
     source: Source, numbered: Iterable[str], configs: Mapping[str, LayerConfig], known: set[str]
 ) -> tuple[list[Group], list[str]]:
-    """Layers, and notes on others, of weights like `…/batch_normalization_3/vars/0`.
+    """Batch norms, and notes on other layers, of weights like `…/batch_normalization_3/vars/0`.
 
     Args:
         source: of the arrays.
@@ -57,14 +57,14 @@ def find_numbered(
         else:
             who = name if len(name) < 80 else shown(name)
             notes.append(
-                f"{who}: it is unclear which of its weights is which, shapes {shapes[:8]}. A "
-                ".keras file says so; weights alone do not."
+                f"{who}: its weights have shapes {shapes[:8]}, which do not tell which is which; a "
+                ".keras file does."
             )
     return groups, notes
 
 
 def _number_roles(shapes: list[tuple[int, ...]], config: LayerConfig | None) -> list[str]:
-    """Roles of a layer's weights in Keras's order; empty if that cannot be told."""
+    """Roles of a layer's weights in Keras's order; empty if they are ambiguous."""
     channels = shapes[0] if len(shapes) > 1 else shapes[-1][1:]
     packed = shapes[-1] == (2, *channels)
     statistics = (["packed"],) if packed else (list(STATISTICS[:2]), list(STATISTICS))
@@ -83,6 +83,6 @@ def _keras_name(parent: Path, labels: Mapping[str, str]) -> str:
 
 
 def is_numbered(name: str) -> bool:
-    """Whether an array's name is a number among a layer's weights."""
+    """True if an array's name is a number among a layer's weights."""
     parts = name.rsplit("/", 2)[-2:]
     return len(parts) == 2 and parts[0] == "vars" and parts[1].isdecimal()

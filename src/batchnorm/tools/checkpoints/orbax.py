@@ -1,4 +1,4 @@
-"""Folders that orbax writes, read through tensorstore, which is shown nothing but their files."""
+"""Folders that orbax writes; tensorstore reads them, and sees nothing but their files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def read(root: Folder, budget: Budget) -> Source:
 
 
 def _find(root: Folder, budget: Budget) -> Parts:
-    """The folder with the arrays: the one given, or the one item of a CheckpointManager's step."""
+    """The folder with the arrays: the given one, or the only item of a CheckpointManager's step."""
     names = root.names()
     if _METADATA in names:
         return ()
@@ -105,7 +105,7 @@ def _keys(leaf: Any, budget: Budget) -> list[str] | None:
 
 
 def _open_database(root: Folder, top: Parts, driver: str, budget: Budget) -> Opener:
-    """Of arrays in one database: its manifests and data, in this folder and those below it."""
+    """The opener of arrays in one database, whose files are in this folder and those below it."""
     files: list[Parts] = []
     bases = [(name,) for name in root.names(top) if root.is_folder((*top, name))]
     for base in [(), *bases]:
@@ -124,7 +124,7 @@ def _open_database(root: Folder, top: Parts, driver: str, budget: Budget) -> Ope
 
 
 def _open_folders(root: Folder, top: Parts, driver: str, budget: Budget) -> Opener:
-    """Of arrays in a folder each."""
+    """The opener of arrays that have a folder each."""
 
     @contextmanager
     def opened(path: str, values: bool) -> Iterator[Any]:

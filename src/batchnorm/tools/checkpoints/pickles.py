@@ -1,8 +1,8 @@
 """A machine for pickles that builds data and never calls anything.
 
 `pickletools` of Python's library decodes the opcodes. Python's own unpickler, which follows them,
-runs what the file names; with its imports restricted it still hashes keys that take for ever, and
-allocates whatever memory a few bytes ask for. This one knows the opcodes that appear in weights.
+runs the functions that the file names. Even with restricted imports it hashes keys for ever, and a
+few bytes make it allocate any amount of memory. This one knows the opcodes that appear in weights.
 An object of any class is kept as `Made(name, arguments)`, for the caller to judge.
 """
 
@@ -29,7 +29,7 @@ class Named:
 
 
 class Made:
-    """The result of calling `maker` with `arguments`, if anything were called.
+    """An object that calling `maker` with `arguments` would make; nothing is called.
 
     Args:
         maker: a `Named`, or anything else that the pickle calls.
@@ -52,13 +52,13 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
 _EMPTY: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
-    "EMPTY_SET": list,  # its elements may not have a hash here
+    "EMPTY_SET": list,  # elements may be unhashable here
     "EMPTY_TUPLE": tuple,
 }
 _PUTS, _GETS = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _NOTHING = ("PROTO", "FRAME", "STOP")
-_LARGEST_KEY = 1 << 63  # many larger numbers may have one hash
+_LARGEST_KEY = 1 << 63  # hashes of larger numbers can be made to collide
 
 
 def run(data: bytes | bytearray, start: int, persistent: Callable[[Any], Any]) -> tuple[Any, int]:
@@ -67,10 +67,10 @@ def run(data: bytes | bytearray, start: int, persistent: Callable[[Any], Any]) -
     Args:
         data: holds the pickle; more may follow.
         start: of the pickle.
-        persistent: what a persistent id, such as torch's storages, stands for.
+        persistent: function from a persistent id, as of torch's storages, to its object.
 
     Returns:
-        The object, and where the pickle ended.
+        The object, and the position behind the pickle.
 
     Raises:
         PickleError: it is damaged, or uses an opcode that weights do not need.

@@ -1,4 +1,4 @@
-"""From a file to states, in this process, which the file may end or make large (`child.py`)."""
+"""Reading a file in this process, which a damaged file may crash (`child.py` runs it)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Format", "detect", "prepare", "read_here"]
 
 Format = Literal["safetensors", "torch", "msgpack", "hdf5", "keras", "orbax"]
 
-# Module and function; a module is imported, and with it a library, for its own format only.
+# Module and function; a module imports its format's library, so it is imported when needed.
 _READERS: dict[Format, tuple[str, str]] = {
     "safetensors": ("safetensors", "read"),
     "torch": ("torch_pickle", "read"),
@@ -63,7 +63,7 @@ def detect(path: Path, budget: Budget) -> Format:
 
 
 def prepare(kind: Format) -> Any:
-    """Import what reads a format.
+    """Import the reader of a format.
 
     Raises:
         ImportError: a package is missing.
@@ -73,7 +73,7 @@ def prepare(kind: Format) -> Any:
 
 
 def read_here(path: Path, kind: Format, budget: Budget) -> Checkpoint:
-    """Read in this process, whatever the format's parser may do to it."""
+    """Read a file in this process, without protection from the format's parser."""
     try:
         with _open(path, kind, budget) as source:
             groups, notes = find_groups(source)
@@ -100,7 +100,7 @@ def _open(path: Path, kind: Format, budget: Budget) -> Iterator[Source]:
 
 
 def _open_file(path: Path, budget: Budget) -> BinaryIO:
-    """A regular file; opening a pipe that has taken its place would not return."""
+    """Open a regular file, and do not wait if it has become a pipe."""
     try:
         file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
     except OSError as error:

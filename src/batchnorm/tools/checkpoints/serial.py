@@ -1,4 +1,4 @@
-"""A `Checkpoint` as bytes, and back: what crosses from the process that reads to its parent.
+"""A `Checkpoint` as bytes, and back: the answer of the reading process to its parent.
 
 Eight bytes of length, JSON, and the arrays in the order in which the JSON names them.
 """
@@ -20,13 +20,13 @@ from batchnorm.tools.state import BatchNormState, RenormState
 
 __all__ = ["READ", "REFUSED", "decode", "encode", "most_bytes", "refusal"]
 
-READ, REFUSED = b"+", b"-"  # how an answer starts
+READ, REFUSED = b"+", b"-"  # first byte of an answer
 
 _ARRAYS = ("mean", "var", "gamma", "beta")
 _RENORM = tuple(f.name for f in fields(RenormState))
 _PLAIN = tuple(f.name for f in fields(BatchNormState) if f.name not in (*_ARRAYS, "renorm"))
 _TYPES = ("float32", "float64")
-_TEXT = 16  # as many times as a header: JSON has escapes, shapes and types
+_TEXT = 16  # bound of the JSON in headers: it adds escapes, shapes and types
 
 
 def refusal(message: str) -> bytes:
@@ -40,7 +40,7 @@ def most_bytes(budget: Budget) -> int:
 
 
 def encode(checkpoint: Checkpoint) -> bytes:
-    """The answer with what a file holds."""
+    """The answer with the contents of a file."""
     layers, parts = [], []
     for state in checkpoint.layers:
         found = {name: getattr(state, name) for name in _ARRAYS}

@@ -45,7 +45,7 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Number of bytes."""
         return math.prod(self.shape) * ITEM_SIZES[self.dtype]
 
 
@@ -55,10 +55,10 @@ class Checkpoint:
 
     Args:
         path: of the file or folder.
-        format: how it is written.
+        format: like "safetensors".
         entries: shape and type of every array, by its name in the file.
         layers: the batch norms, recognized by name.
-        notes: what looked like a batch norm but could not be read.
+        notes: remarks on arrays that look like a batch norm but cannot be read as one.
         others: number of entries that belong to none of the layers.
     """
 
@@ -72,7 +72,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What a Keras file says about a batch norm beside its weights."""
+    """Options of a batch norm from the config of a Keras file."""
 
     name: str
     eps: float | None = None
@@ -88,11 +88,11 @@ class Source:
     Args:
         format: like "safetensors".
         entries: by flat name, in the order of the file.
-        load: the array of a name; it is counted against the limit.
-        configs: of a Keras file's batch norms, in the order of the model.
+        load: function that loads the array of a name, and counts it against the limit.
+        configs: options of a Keras file's batch norms, in the order of the model.
         labels: names of the layers that Keras keeps beside a group of weights.
-        skipped: arrays that cannot be read, by name, and what they are.
-        notes: what else was left out.
+        skipped: kinds of the arrays that cannot be read, by name.
+        notes: remarks on other omissions.
     """
 
     format: str
@@ -119,7 +119,7 @@ class Catalog(Generic[T]):
         self._doubles: list[str] = []
 
     def add(self, name: str, entry: Entry, place: T) -> None:
-        """An array, and whatever it is loaded from."""
+        """Add an array, and the place that it is loaded from."""
         self._count(name)
         if name in self.entries:
             self._doubles.append(name)
@@ -127,12 +127,12 @@ class Catalog(Generic[T]):
             self.entries[name], self.places[name] = entry, place
 
     def skip(self, name: str, what: str) -> None:
-        """An array of a type or class that no batch norm can be read from."""
+        """Add an array of a type or class that no batch norm can be read from."""
         self._count(name)
         self.skipped[name] = what
 
     def notes(self) -> list[str]:
-        """What could not be added."""
+        """Notes on arrays that could not be added."""
         if not self._doubles:
             return []
         some = ", ".join(map(shown, self._doubles[:3]))

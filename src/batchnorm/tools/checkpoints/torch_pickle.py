@@ -89,7 +89,7 @@ def read(file: BinaryIO, budget: Budget) -> Source:
     )
 
 
-# The bytes of a storage from one to another, counted against the limit.
+# Reads so many bytes of a storage from an offset on, and counts them against the limit.
 Reader = Callable[[_Storage, int, int], Bytes]
 
 
@@ -116,7 +116,7 @@ def _read_archive(file: BinaryIO, budget: Budget) -> tuple[Any, Reader]:
 
 
 def _read_old(file: BinaryIO, budget: Budget) -> tuple[Any, Reader]:
-    """Pickles one after another, then each storage: its length, and its elements."""
+    """The old form: pickles one after another, then each storage with its length."""
     data = file.read(min(os.fstat(file.fileno()).st_size, budget.header))
     at, root = 0, None
     for turn in range(4):  # magic number, protocol, machine, the object
@@ -208,7 +208,7 @@ def _walk(root: Any, budget: Budget) -> Iterator[tuple[str, Made]]:
 
 
 def _items(value: Any) -> list[tuple[Any, Any]] | None:
-    """Keys and values of a collection; None of another object."""
+    """Keys and values of a collection; None for any other object."""
     if isinstance(value, Made):
         if _named(value.maker) not in _DICTS:
             return None
@@ -274,7 +274,7 @@ def _is_contiguous(tensor: _Tensor) -> bool:
 
 
 def _object_name(value: Any) -> str | None:
-    """The class or function that a pickled object is made by; None of a collection."""
+    """The class or function that makes a pickled object; None for a collection."""
     if not isinstance(value, Made) or _named(value.maker) in _DICTS:
         return None
     first = value.arguments[0] if isinstance(value.arguments, tuple) and value.arguments else None

@@ -1,4 +1,4 @@
-"""Writing batch norms as a checkpoint of some library's names."""
+"""Writing batch norms as a checkpoint with the names of a library."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _ROLES: Mapping[str, Mapping[str, str]] = {
 _PARAMETERS = ("gamma", "beta")
 _FLAX_ARRAY = 1  # flax.serialization's number for its extension type
 
-# Suffix: names that files of this kind have unless asked otherwise, and may have.
+# Names that files of a suffix may have, the default first.
 FORMATS: Mapping[str, tuple[Names, ...]] = {
     ".safetensors": NAMES,
     ".pt": NAMES,
@@ -63,7 +63,7 @@ def format_of(path: Path) -> str:
     """The suffix in `FORMATS` that a path has.
 
     Raises:
-        CheckpointError: none of them.
+        CheckpointError: it has another one.
     """
     for suffix in FORMATS:
         if path.name.lower().endswith(suffix):
@@ -79,8 +79,8 @@ def write_checkpoint(
 
     Args:
         path: its suffix, one of `FORMATS`, decides the format.
-        states: in the convention of the variance that `names` implies.
-        names: whose names the arrays get.
+        states: with the kind of variance that `names` implies.
+        names: the library whose names the arrays get.
         force: replace an existing file.
 
     Raises:
@@ -96,7 +96,7 @@ def write_checkpoint(
     names_taken: set[str] = set()
     for state in states:
         for key, array in _arrays(state, names):
-            if mark.join(key) in names_taken:  # names of layers may have the mark in them, too
+            if mark.join(key) in names_taken:  # a layer's own name may have the mark
                 layer = shown(mark.join(key[:-1]))
                 raise CheckpointError(f"{path}: two layers would be named {layer}.")
             names_taken.add(mark.join(key))
@@ -156,7 +156,7 @@ def _write_torch(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
 
 
 def _write_msgpack(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
-    """As `flax.serialization.msgpack_restore` reads it."""
+    """In the form that `flax.serialization.msgpack_restore` reads."""
     import msgpack
 
     tree: dict[str, Any] = {}
@@ -171,7 +171,7 @@ def _write_msgpack(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
 
 
 def _write_weights(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
-    """As Keras 3 does: weights are numbers, in the order of the layer; layers too."""
+    """In Keras 3's form: weights have numbers for names, in the order of the layer."""
     import h5py
 
     with h5py.File(path, "w") as file:
@@ -186,7 +186,7 @@ def _write_weights(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
 
 
 def _write_named_weights(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
-    """As Keras 2 does, for `load_weights(path, by_name=True)`."""
+    """In Keras 2's form, for `load_weights(path, by_name=True)`."""
     import h5py
 
     layers: dict[str, dict[str, NDArray[Any]]] = {}
@@ -213,6 +213,6 @@ _WRITERS: Mapping[str, Callable[[Path, Mapping[Path_, NDArray[Any]]], None]] = {
 
 
 def _umask() -> int:
-    mask = os.umask(0)  # reading it takes setting it
+    mask = os.umask(0)  # it cannot be read without being set
     os.umask(mask)
     return mask

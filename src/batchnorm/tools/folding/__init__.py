@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from batchnorm.tools.folding.report import OWNER, Folded, Folding, FoldReport, Kept
+from batchnorm.tools.folding.report import Folding, FoldReport, check_same
+from batchnorm.tools.frameworks.records import Folded, Kept
+from batchnorm.tools.frameworks.switch import adapter_for
 from batchnorm.tools.models import find_layers
 
 __all__ = ["FoldReport", "Folded", "Folding", "Kept", "fold"]
@@ -31,35 +32,33 @@ def fold(
             arguments (Keras: whatever the model is called with). None makes a random batch where
             model and framework say which shape that has. torch models are read on it too:
             arguments that are left out, or are no tensors, become constants of the new model.
-        pairs: nnx only, since nothing there says what runs after what: names of a linear map and
-            a batch norm in the order in which they run, like `[("conv", "norm")]`. Neighbours in
-            `nnx.Sequential` need none.
+        pairs: nnx only, where a model does not tell the order of its layers: names of a linear
+            map and a batch norm in the order in which they run, like `[("conv", "norm")]`.
+            Neighbours in `nnx.Sequential` need none.
         tolerance: largest difference of an output, relative to the largest one; None derives it
             from the type and the number of layers.
 
     Returns:
-        The new model, and a report: which layer went into which, which stayed, and why. A torch
-        model comes back as a `torch.fx.GraphModule` with the same names; one that torch.fx does
-        not trace as a copy in which neighbours in `nn.Sequential` are folded.
+        The new model, and a report: the layers that were folded, and those that stayed, with the
+        reasons. A torch model comes back as a `torch.fx.GraphModule` with the same names; one that
+        torch.fx does not trace as a copy in which neighbours in `nn.Sequential` are folded.
 
     Raises:
         TypeError: not a model, or a Keras model of a class of its own.
         ValueError: a torch model in training mode; no example where one is needed; pairs that are
-            none; outputs that differ by more than the tolerance.
+            not a linear map and a batch norm; outputs that differ by more than the tolerance.
 
-    Source: S19. Folded are Linear, Dense, (separable, depthwise, grouped, transposed)
-    convolutions with a batch norm behind them, or in front of them where padding does not meet
-    its offset. Parameters are computed in float64 and rounded once.
+    Source: S19. Linear, Dense and convolutions (separable, depthwise, grouped, transposed) take the
+    batch norm behind them, or the one in front of them where no zero padding meets its offset.
+    Parameters are computed in float64 and rounded once.
     """
     layers = find_layers(model)
     if not layers:
-        raise ValueError(f"{OWNER}: model must hold a batch norm; {type(model).__name__} has none.")
-    framework = layers[0].framework
-    if pairs is not None and framework != "nnx":
+        raise ValueError(f"fold: model must hold a batch norm; {type(model).__name__} has none.")
+    adapter = adapter_for(layers[0].framework)
+    if pairs is not None and adapter.orders_layers:
         raise ValueError(
-            f"{OWNER}: pairs are for flax nnx; the order in a {framework} model is found by itself."
+            f"fold: pairs are for flax nnx; a {adapter.name} model tells the order of its layers."
         )
-    folding = importlib.import_module(f"batchnorm.tools.folding.{framework}")
-    options = {"pairs": pairs} if framework == "nnx" else {}
-    result: Folding = folding.fold_model(model, layers, example, tolerance, **options)
-    return result
+    new = adapter.fold(model, layers, example, pairs)
+    return Folding(new.model, check_same(new, tolerance))

@@ -1,55 +1,28 @@
-"""What `fold` did, and whether two models compute the same."""
+"""The report of `fold`, and the comparison of a folded model with its original."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["FoldReport", "Folded", "Folding", "Kept"]
+from batchnorm.tools.frameworks.records import Folded, FoldedModel, Kept
 
-OWNER = "fold"
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A batch norm that is gone.
-
-    Args:
-        name: its path in the model.
-        into: the linear map that has swallowed it.
-    """
-
-    name: str
-    into: str
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A batch norm that is still there.
-
-    Args:
-        name: its path in the model.
-        reason: why.
-    """
-
-    name: str
-    reason: str
+__all__ = ["FoldReport", "Folding", "check_same"]
 
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What `fold` did.
+    """The batch norms that `fold` has removed, and the exactness of the new model.
 
     Args:
         folded: batch norms that are gone, in the order of the forward pass.
         kept: batch norms that are still there.
         method: how the model was read, like "torch.fx".
         difference: largest difference of an output, relative to the largest output.
-        tolerance: what it had to stay below.
+        tolerance: the bound for it.
     """
 
     folded: tuple[Folded, ...]
@@ -72,36 +45,17 @@ class FoldReport:
 
 
 class Folding(NamedTuple):
-    """The new model, and what became of each batch norm."""
+    """The new model, and a report on each batch norm."""
 
     model: Any
     report: FoldReport
 
 
-class Change(NamedTuple):
-    """A changed model that nobody has checked yet."""
-
-    model: Any
-    folded: list[Folded]
-    kept: list[Kept]
-    method: str
-    depth: int  # linear maps and batch norms that an input may pass through
-
-
-def check_same(
-    change: Change,
-    before: Sequence[Any],
-    after: Sequence[Any],
-    precision: float,
-    tolerance: float | None,
-) -> FoldReport:
-    """Compare outputs, and report.
+def check_same(new: FoldedModel, tolerance: float | None) -> FoldReport:
+    """Compare the outputs of a folded model with those of its original, and report.
 
     Args:
-        change: the new model.
-        before: outputs of the old model, NumPy arrays.
-        after: outputs of the new one.
-        precision: distance from 1 to the next number of the type that the model computes in.
+        new: the folded model.
         tolerance: largest relative difference allowed; None derives it.
 
     Raises:
@@ -111,22 +65,22 @@ def check_same(
     a sum of n products is a few times sqrt(n) units in the last place of its terms, and layers
     behind carry it on; 32 units a layer leave room for sums of a thousand terms.
     """
-    allowed = 32 * precision * max(change.depth, 1) if tolerance is None else tolerance
+    allowed = 32 * new.precision * max(new.depth, 1) if tolerance is None else tolerance
     found = 0.0
-    same = len(before) == len(after)
-    for old, new in zip(before, after, strict=False):
-        same = same and old.shape == new.shape
+    same = len(new.before) == len(new.after)
+    for ours, theirs in zip(new.before, new.after, strict=False):
+        same = same and ours.shape == theirs.shape
         if same:
-            found = max(found, _relative_difference(old, new))
+            found = max(found, _relative_difference(ours, theirs))
     if not same or not found <= allowed:
         shown = f"{found:.1e} of the largest output" if same else "in number or shape"
         raise ValueError(
-            f"{OWNER}: the folded model must agree with the original within {allowed:.1e}; they "
+            f"fold: the folded model must agree with the original within {allowed:.1e}; they "
             f"differ by {shown}. The original is unchanged. Where the batch is not what the model "
             "is made for, pass example=; where means are large against deviations, digits are "
             "lost by folding (S19), and tolerance= says how many may be."
         )
-    return FoldReport(tuple(change.folded), tuple(change.kept), change.method, found, allowed)
+    return FoldReport(tuple(new.folded), tuple(new.kept), new.method, found, allowed)
 
 
 def _relative_difference(old: Any, new: Any) -> float:

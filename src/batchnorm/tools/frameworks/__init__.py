@@ -1,1 +1,1 @@
-"""Each framework's batch norms, to and from `BatchNormState`; a module imports its framework."""
+"""The frameworks, one folder each: `switch.py` picks one, and each answers as an `Adapter`."""

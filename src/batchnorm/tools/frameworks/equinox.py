@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -16,20 +16,21 @@ from batchnorm.tools.state import BatchNormState
 
 __all__ = ["Pair", "owns"]
 
-# "batch" mode counts updates to take out the bias of the start. After so many none is left, as
-# is right for statistics that come from elsewhere.
+# "batch" mode counts updates to correct the bias of the first ones. After so many there is none, as
+# in statistics that come from elsewhere.
 _SETTLED = 1 << 30
 
 
 def owns(model: Any) -> bool:
-    """Whether it is a pair of a model and its state."""
+    """True for a pair of a model and its state."""
     return isinstance(model, tuple) and len(model) == 2 and isinstance(model[1], eqx.nn.State)
 
 
 class Pair:
     """The batch norms of `(model, state)`; the pair itself stays usable, and as it is."""
 
-    notes = ()  # a class says what it is
+    notes: Sequence[str] = ()  # layers are known by class, not guessed from names
+    has_options: bool = True
 
     def __init__(self, pair: Any) -> None:
         self._model, self._state = pair

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,15 +19,15 @@ from batchnorm.tools.state import BatchNormState
 __all__ = ["Tree", "owns"]
 
 _PAIR = ("params", "state")
-# Haiku's averages count updates to take out the bias of their start. After so many none is left,
-# as is right for statistics that come from elsewhere.
+# Haiku's averages count updates to correct the bias of the first ones. After so many there is none,
+# as in statistics that come from elsewhere.
 _SETTLED = 1 << 30
 
 Path = tuple[Any, ...]
 
 
 def owns(model: Any) -> bool:
-    """Whether it is a nested map, or Haiku's pair of them."""
+    """True for a nested map, or Haiku's pair of them."""
     return isinstance(model, Mapping) or _is_pair(model)
 
 
@@ -37,6 +37,8 @@ class Tree:
     Args:
         model: variables of linen, a pure dict of nnx, or Haiku's `(params, state)`.
     """
+
+    has_options: bool = False  # they are attributes of the modules, not arrays
 
     def __init__(self, model: Any) -> None:
         self._pair = _is_pair(model)
@@ -48,7 +50,8 @@ class Tree:
             name: Entry(np.shape(leaf), _type_of(leaf)) for name, leaf in self._leaves.items()
         }
         source = Source("tree", entries, self._load)
-        self._groups, self.notes = find_groups(source)
+        self._groups, notes = find_groups(source)
+        self.notes: Sequence[str] = notes
         self.states = [make_state(group, source) for group in self._groups]
 
     def replaced(self, changes: Mapping[str, BatchNormState]) -> Any:

@@ -1,0 +1,143 @@
+"""The protocol between tools and frameworks: all questions about a model and its batch norms."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
+from batchnorm.tools.state import BatchNormState
+
+__all__ = ["Adapter", "ArrayTree", "States"]
+
+Pairs = Sequence[tuple[str, str]] | None
+
+
+class States(Protocol):
+    """A framework's module that finds batch norms, and reads and writes their states."""
+
+    def owns(self, model: Any) -> bool:
+        """True for a model or layer of this framework."""
+
+    def is_batch_norm(self, layer: Any) -> bool:
+        """True for a layer that `take_state` reads."""
+
+    def find(self, model: Any) -> list[tuple[str, Any]]:
+        """Names and batch norms of a model, each once, in the order of definition."""
+
+    def take_state(self, layer: Any, name: str = "") -> BatchNormState:
+        """The layer's state, copied.
+
+        Raises:
+            ValueError: the layer has no weights yet.
+        """
+
+    def put_state(self, layer: Any, state: BatchNormState) -> None:
+        """Write a state into a layer, in place, after checking all of it.
+
+        Raises:
+            ValueError: it does not fit; the layer is unchanged.
+        """
+
+
+class Adapter(Protocol):
+    """One framework: its models, and the batch norms in them.
+
+    Attributes:
+        name: of the framework.
+        states: what finds, reads and writes its batch norms.
+        orders_layers: a model of it tells the order in which its layers run, so that `fold` needs
+            no `pairs`.
+    """
+
+    name: Framework
+    states: States
+    orders_layers: bool = True
+
+    def check_shared(self, pairs: Sequence[tuple[Any, BatchNormState]]) -> None:
+        """Raise if layers would get different values of an option that they share.
+
+        Args:
+            pairs: layers, and the states that they are to have.
+        """
+        return
+
+    def can_average(self, layer: Any) -> bool:
+        """True for a layer whose running statistics can be the plain average of all batches."""
+        return False
+
+    def runs_on_torch(self) -> bool:
+        """True if the layers' arrays are torch's, which ranks can send."""
+        return False
+
+    def to_mask(self, mask: Any, x: Any) -> Any:
+        """A NumPy mask as `Observation` has it for an input x."""
+        return mask
+
+    @abstractmethod
+    def refuse_update(self, layer: Any) -> str | None:
+        """The reason for not touching a layer's statistics, or None."""
+
+    @abstractmethod
+    def rehearse(
+        self, model: Any, layers: Sequence[FoundLayer]
+    ) -> AbstractContextManager[tuple[Any, Sequence[FoundLayer]]]:
+        """A model to run, and its layers, which normalize by the batch; all else is in evaluation.
+
+        It is the model itself or a copy; afterwards the model is as before.
+
+        Args:
+            model: a model of this framework.
+            layers: those of its batch norms that are to run as in training.
+        """
+
+    @abstractmethod
+    def watch(
+        self, layers: Sequence[FoundLayer], see: Callable[[Observation], None]
+    ) -> AbstractContextManager[None]:
+        """Call `see` before every call of one of the layers; see `tools.observe`."""
+
+    def call(self, model: Any, batch: Any) -> None:
+        """Run a model on an array, or on a mapping of keyword arguments."""
+        if isinstance(batch, dict):
+            model(**batch)
+        else:
+            model(batch)
+
+    def settle(self) -> None:
+        """Wait until all calls so far have been seen, and raise what `see` raised."""
+        return
+
+    @abstractmethod
+    def fold(self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs) -> FoldedModel:
+        """A copy whose batch norms are folded into the linear maps beside them (S19).
+
+        Args:
+            model: a model of this framework; unchanged.
+            layers: its batch norms.
+            example: input to run both on, or None for a random batch.
+            pairs: names of layers that run one after the other, where `orders_layers` is False.
+        """
+
+
+class ArrayTree(Protocol):
+    """Batch norms in arrays that cannot be changed in place, only replaced in a copy.
+
+    Attributes:
+        states: of the batch norms.
+        notes: remarks on what looks like a layer, but is none.
+        has_options: eps and decay are in the tree, beside the arrays.
+    """
+
+    states: list[BatchNormState]
+    notes: Sequence[str]
+    has_options: bool
+
+    def replaced(self, changes: Mapping[str, BatchNormState]) -> Any:
+        """A copy with other states for the layers of these names.
+
+        Raises:
+            ValueError: a state does not fit.
+        """

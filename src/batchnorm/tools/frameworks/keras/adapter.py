@@ -1,0 +1,52 @@
+"""The answers of Keras, by modules that are imported when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+
+from batchnorm.tools.frameworks.adapter import Adapter, Pairs, States
+from batchnorm.tools.frameworks.keras import states
+from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
+
+__all__ = ["ADAPTER"]
+
+
+class _Keras(Adapter):
+    name: Framework = "keras"
+    states: States = states
+
+    def runs_on_torch(self) -> bool:
+        return bool(keras.backend.backend() == "torch")
+
+    def refuse_update(self, layer: Any) -> str | None:
+        return None if layer.trainable else "is frozen; set trainable=True first"
+
+    def rehearse(
+        self, model: Any, layers: Sequence[FoundLayer]
+    ) -> AbstractContextManager[tuple[Any, Sequence[FoundLayer]]]:
+        from batchnorm.tools.frameworks.keras.rehearsing import rehearse
+
+        return rehearse(model, layers)
+
+    def watch(
+        self, layers: Sequence[FoundLayer], see: Callable[[Observation], None]
+    ) -> AbstractContextManager[None]:
+        from batchnorm.tools.frameworks.keras.watching import watch
+
+        return watch(layers, see)
+
+    def call(self, model: Any, batch: Any) -> None:
+        model(batch)  # a mapping is one input
+
+    def fold(self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs) -> FoldedModel:
+        from batchnorm.tools.frameworks.keras.folding import fold_model
+
+        assert pairs is None
+        return fold_model(model, layers, example)
+
+
+ADAPTER = _Keras()

@@ -1,0 +1,1 @@
+"""flax nnx models, as tools see them."""

@@ -1,0 +1,1 @@
+"""torch models, as tools see them."""

@@ -1,0 +1,53 @@
+"""The answers of torch, by modules that are imported when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from batchnorm.tools.frameworks.adapter import Adapter, Pairs, States
+from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
+from batchnorm.tools.frameworks.torch import rehearsing, states
+
+__all__ = ["ADAPTER"]
+
+
+class _Torch(Adapter):
+    name: Framework = "torch"
+    states: States = states
+
+    def can_average(self, layer: Any) -> bool:
+        return hasattr(layer, "momentum")  # the explicit layer has none
+
+    def runs_on_torch(self) -> bool:
+        return True
+
+    def to_mask(self, mask: Any, x: Any) -> Any:
+        return torch.from_numpy(mask).to(x.device)
+
+    def refuse_update(self, layer: Any) -> str | None:
+        return rehearsing.refuse_update(layer)
+
+    def rehearse(
+        self, model: Any, layers: Sequence[FoundLayer]
+    ) -> AbstractContextManager[tuple[Any, Sequence[FoundLayer]]]:
+        return rehearsing.rehearse(model, layers)
+
+    def watch(
+        self, layers: Sequence[FoundLayer], see: Callable[[Observation], None]
+    ) -> AbstractContextManager[None]:
+        from batchnorm.tools.frameworks.torch.watching import watch
+
+        return watch(layers, see)
+
+    def fold(self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs) -> FoldedModel:
+        from batchnorm.tools.frameworks.torch.folding import fold_model
+
+        assert pairs is None
+        return fold_model(model, layers, example)
+
+
+ADAPTER = _Torch()

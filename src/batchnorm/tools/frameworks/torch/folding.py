@@ -1,0 +1,168 @@
+"""Folding of torch models."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from batchnorm.tools.frameworks.records import Folded, FoldedModel, FoundLayer, Kept
+from batchnorm.tools.frameworks.torch import linear_maps as maps
+from batchnorm.tools.frameworks.torch.fold_graph import GraphFolder, Shapes, trace
+from batchnorm.tools.frameworks.torch.fold_neighbours import fold_neighbours
+
+# Sizes to try on a model that does not tell the shape of its input, by number of axes.
+_SIZES = {0: (1,), 1: (64, 256), 2: (64, 224, 28), 3: (16, 32)}
+
+
+class _Example(NamedTuple):
+    """Arguments of a forward pass, by name where they have one."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def names(self, model: nn.Module) -> Mapping[str, Any]:
+        """All arguments by the names of the model's forward pass, in their order."""
+        return inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments
+
+
+def fold_model(model: nn.Module, layers: list[FoundLayer], example: Any) -> FoldedModel:
+    """As `Adapter.fold`."""
+    if model.training:
+        raise ValueError(
+            "fold: model must be in evaluation mode, which is what a folded model computes; "
+            "it is in training mode. Call model.eval() first."
+        )
+    given = _make_example(model) if example is None else _as_example(example)
+    before = _run(model, given)
+    new, folded, kept, method, depth = _fold_copy(model, given, before)
+    names = {layer.name for layer in folded} | {layer.name for layer in kept}
+    kept += [
+        Kept(found.name, "its forward pass does not run it, or computes it by itself")
+        for found in layers
+        if found.name not in names
+    ]
+    present = [a for a in before if a.is_floating_point()]
+    precision = max((torch.finfo(a.dtype).eps for a in present), default=0.0)
+    if isinstance(new, fx.GraphModule):  # which takes tensors only
+        given = _Example(tuple(_tensors(given.names(model))), {})
+    after = _arrays(_run(new, given))
+    return FoldedModel(new, folded, kept, method, depth, _arrays(before), after, precision)
+
+
+class _Copy(NamedTuple):
+    """As `FoldedModel`, before it has run."""
+
+    model: nn.Module
+    folded: list[Folded]
+    kept: list[Kept]
+    method: str
+    depth: int
+
+
+def _fold_copy(model: nn.Module, given: _Example, before: list[Tensor]) -> _Copy:
+    root = copy.deepcopy(model)
+    graph, obstacle = _try_to_trace(root, given, before)
+    if graph is not None:
+        folder = GraphFolder(root, graph)
+        depth = folder.depth()
+        folded, kept = folder.fold()
+        new = fx.GraphModule(root, graph, type(model).__name__)
+        new.eval()  # a graph module starts in training mode
+        return _Copy(new, folded, kept, "torch.fx", depth)
+    folded, kept = fold_neighbours(root, lambda: _run(root, given), obstacle)
+    depth = sum(maps.is_map(m) or maps.is_norm(m) for m in model.modules())
+    return _Copy(root, folded, kept, "nn.Sequential", depth)
+
+
+def _try_to_trace(
+    root: nn.Module, given: _Example, before: list[Tensor]
+) -> tuple[fx.Graph | None, str]:
+    """The graph, with shapes; or None with the reason, which the report has for every layer."""
+    try:
+        names = given.names(root)
+        graph = trace(root, names)
+        found = _seeded(lambda: Shapes(root, graph=graph).run(*_tensors(names)))
+    except Exception as error:  # the model's code may raise anything when traced
+        reason = str(error).strip().partition("\n")[0]
+        return None, f"torch.fx cannot trace the model ({type(error).__name__}: {reason})"
+    same = len(found) == len(before) and all(
+        a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
+        for a, b in zip(found, before, strict=True)
+    )
+    return (graph, "") if same else (None, "what torch.fx traces computes something else")
+
+
+def _tensors(names: Mapping[str, Any]) -> list[Tensor]:
+    return [value for value in names.values() if isinstance(value, Tensor)]
+
+
+def _run(model: nn.Module, given: _Example) -> list[Tensor]:
+    """All tensors in the model's output."""
+    return _seeded(lambda: model(*given.args, **given.kwargs))
+
+
+def _seeded(compute: Callable[[], Any]) -> list[Tensor]:
+    # A model may draw random numbers in evaluation too.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [a for a in pytree.tree_leaves(compute()) if isinstance(a, Tensor)]
+
+
+def _arrays(tensors: list[Tensor]) -> list[Any]:
+    return [a.detach().double().cpu().numpy() for a in tensors]
+
+
+def _as_example(example: Any) -> _Example:
+    if isinstance(example, Mapping):
+        return _Example((), dict(example))
+    return _Example(tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
+
+
+def _make_example(model: nn.Module) -> _Example:
+    """A random batch that the model accepts."""
+    first: Any = next((m for m in model.modules() if maps.is_map(m) or maps.is_norm(m)), None)
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    if first is None or len(needed) != 1:
+        raise ValueError(
+            "fold: example is needed for a model whose input cannot be guessed: a tensor, a "
+            "tuple of arguments or a mapping of keyword arguments."
+        )
+    generator = torch.Generator().manual_seed(0)
+    for size in _SIZES[_spatial(first)]:
+        shape = (2, _channels(first), *(size,) * _spatial(first))
+        like = next(model.parameters(), torch.empty(0))
+        batch = torch.randn(shape, generator=generator).to(like.device, like.dtype)
+        given = _Example((batch,), {})
+        try:
+            _run(model, given)
+        except Exception as error:  # a wrong shape may raise anything
+            last = error
+        else:
+            return given
+    raise ValueError(
+        f"fold: example is needed; the model refuses random inputs of shape {shape} and "
+        f"others ({last}). Pass a tensor, a tuple of arguments or a mapping of keyword arguments."
+    ) from last
+
+
+def _spatial(module: Any) -> int:
+    if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+        return 2 if isinstance(module, nn.BatchNorm2d) else 3
+    return maps.spatial_axes(module) if maps.is_map(module) else 0
+
+
+def _channels(module: Any) -> int:
+    for name in ("in_channels", "in_features", "num_features"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    return 1

@@ -1,0 +1,155 @@
+"""torch's linear maps and batch norms, as folding sees them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.core.fold import Folded
+from batchnorm.core.layout import normalize_axis
+from batchnorm.tools.frameworks.affine import Affine, into_next, into_previous
+from batchnorm.tools.frameworks.torch.states import is_batch_norm, take_state
+from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+
+class LinearMap(NamedTuple):
+    """The axes of a kind of linear map that hold channels.
+
+    Attributes:
+        spatial: axes behind the channels of input and output.
+        output: axis of the weight that holds output channels, or a group's share of them.
+    """
+
+    spatial: int
+    output: int
+
+
+# Exactly these types: a subclass may compute something else.
+_MAPS: dict[type, LinearMap] = {
+    nn.Linear: LinearMap(0, 0),
+    nn.Conv1d: LinearMap(1, 0),
+    nn.Conv2d: LinearMap(2, 0),
+    nn.Conv3d: LinearMap(3, 0),
+    nn.ConvTranspose1d: LinearMap(1, 1),
+    nn.ConvTranspose2d: LinearMap(2, 1),
+    nn.ConvTranspose3d: LinearMap(3, 1),
+}
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d),
+)
+_DO_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+def is_map(module: Any) -> bool:
+    """True for a linear map that a batch norm can be folded into."""
+    return type(module) in _MAPS
+
+
+def is_norm(module: Any) -> bool:
+    """True for a class that computes a batch norm and no more than `BatchNorm` does."""
+    fixed = type(module).__name__.endswith("FrozenBatchNorm2d")  # torchvision's and its copies
+    return type(module) in _NORMS or (fixed and is_batch_norm(module))
+
+
+def does_nothing(module: Any) -> bool:
+    """True for a module that returns its input in evaluation."""
+    return type(module) in _DO_NOTHING and not module.training
+
+
+def refuse_module(module: Any) -> str | None:
+    """The reason why a linear map or batch norm does more than its type says, or None."""
+    if nn.utils.parametrize.is_parametrized(module):
+        return "is parametrized"
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    if any(hooks) or module._backward_pre_hooks:
+        return "has hooks"
+    return None
+
+
+def refuse_norm(module: Any) -> str | None:
+    """The reason why a batch norm cannot be folded, or None."""
+    if module.running_mean is None:
+        return "keeps no running statistics, so that it evaluates by the batch's"
+    if module.training and not getattr(module, "frozen", False) and type(module) in _NORMS:
+        return "is in training mode; call eval() first"
+    reason = refuse_module(module)
+    return None if reason is None else f"it {reason}"
+
+
+def channel_axis(norm: Any, rank: int) -> int | None:
+    """The axis that a batch norm normalizes; None for several."""
+    axes = normalize_axis(type(norm).__name__, getattr(norm, "axis", 1), rank)
+    return axes[0] if len(axes) == 1 else None
+
+
+def output_axis(module: Any, rank: int) -> int:
+    """The axis of a linear map's input and output that holds channels."""
+    return rank - 1 - _MAPS[type(module)].spatial
+
+
+def spatial_axes(module: Any) -> int:
+    """Axes behind the channels of a linear map's input."""
+    return _MAPS[type(module)].spatial
+
+
+def state_of(norm: nn.Module) -> Any:
+    """Its `BatchNormState`."""
+    return take_state(norm, "")
+
+
+def refuse_padding(module: Any, affine: Affine) -> str | None:
+    """The reason against folding a batch norm into the linear map behind it, or None."""
+    if isinstance(module, nn.Linear):
+        return None
+    if module.transposed:
+        return "a transposed convolution, at whose edges fewer inputs meet"
+    if not affine.moves_zero:
+        return None
+    if module.padding_mode != "zeros":  # the padding is made of the batch norm's own output
+        return None
+    padding = module.padding
+    if padding == "valid" or (padding != "same" and not any(padding)):
+        return None
+    if padding == "same" and all(n == 1 for n in module.kernel_size):
+        return None
+    return "a convolution that pads with zeros, which the batch norm would move"
+
+
+def fold_previous(module: Any, affine: Affine) -> None:
+    """Fold the batch norm behind a linear map into it, in place."""
+    where, groups = _MAPS[type(module)], getattr(module, "groups", 1)
+    weight, bias = _wide(module)
+    _replace(module, into_previous(weight, bias, affine, axis=where.output, groups=groups))
+
+
+def fold_next(module: Any, affine: Affine) -> None:
+    """Fold the batch norm in front of a linear map into it, if `refuse_padding` gives no reason."""
+    weight, bias = _wide(module)
+    groups = getattr(module, "groups", 1)
+    _replace(module, into_next(weight, bias, affine, axis=1, output_axis=0, groups=groups))
+
+
+def _wide(module: Any) -> tuple[Any, Any]:
+    return tuple(  # type: ignore[return-value]
+        None if a is None else a.detach().double().cpu().numpy()
+        for a in (module.weight, module.bias)
+    )
+
+
+def _replace(module: Any, folded: Folded) -> None:
+    """Set new parameters, since others may hold the old ones."""
+    old = module.weight
+    for name, array in (("weight", folded.weight), ("bias", folded.bias)):
+        tensor: Tensor = torch.from_numpy(array).to(device=old.device, dtype=old.dtype)
+        tensor = tensor.contiguous(memory_format=_format_of(old, tensor))
+        setattr(module, name, nn.Parameter(tensor, requires_grad=old.requires_grad))
+
+
+def _format_of(old: Tensor, new: Tensor) -> torch.memory_format:
+    """Channels last if the old weight was, else contiguous."""
+    if new.dim() == 4 and old.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format

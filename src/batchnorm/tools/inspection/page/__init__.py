@@ -1,0 +1,139 @@
+"""The report as one HTML file without scripts, light or dark as the reader's system is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from batchnorm.environment import __version__
+from batchnorm.tools.inspection.findings import EXPLANATIONS, LEVELS, Finding
+from batchnorm.tools.inspection.page.layers import make_charts, make_layers
+from batchnorm.tools.inspection.page.markup import Markup, element, join
+from batchnorm.tools.inspection.records import Findings, LayerReport
+from batchnorm.tools.text import plural, printable
+
+__all__ = ["make_page"]
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a layer's name can load nothing
+_SHOWN = 6  # layers of a finding before the rest is folded away
+
+
+def make_page(report: Findings) -> str:
+    """The report as an HTML document.
+
+    Args:
+        report: what `batchnorm.tools.inspect` returned.
+    """
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    head = element(
+        "head",
+        None,
+        element("meta", {"charset": "utf-8"}),
+        element("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}),
+        element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
+        element("meta", {"name": "color-scheme", "content": "light dark"}),
+        element("title", None, f"Batch normalizations of {printable(report.source)}"),
+        element("style", None, Markup(style)),
+    )
+    charts = make_charts(report) if report.layers else []
+    body = [_make_header(report), join(*charts[:1]), _make_findings(report)]
+    if charts[1:]:
+        body.append(element("section", None, element("h2", None, "Statistics"), *charts[1:]))
+    if report.layers:
+        body.append(make_layers(report))
+    for note in report.notes:
+        body.append(element("p", {"class": "legend"}, f"Note: {printable(note)}"))
+    foot = f"batchnorm {__version__}"
+    body.append(element("footer", None, f"Written by {foot}. Statistics are per channel."))
+    page = element(
+        "html", {"lang": "en"}, head, element("body", None, element("main", None, *body))
+    )
+    return f"<!doctype html>\n{page}\n"
+
+
+def _make_header(report: Findings) -> Markup:
+    level, verdict = _judge(report)
+    facts = [("layers", f"{len(report.layers):,}"), ("channels", f"{report.channels:,}")]
+    if report.batches:
+        facts.append(("batches run", f"{report.batches:,}"))
+        shares = [x.observed.padded for x in report.layers if x.observed is not None]
+        known = [share for share in shares if share is not None]
+        if known:
+            facts.append(("padding", f"{sum(known) / len(known):.0%}"))
+    kinds = sorted({layer.state.kind for layer in report.layers})
+    if len(kinds) == 1:
+        facts.append(("kind", printable(kinds[0])))
+    return element(
+        "header",
+        None,
+        element("p", {"class": "overline"}, "Batch normalizations of"),
+        element("h1", None, printable(report.source)),
+        element("p", {"class": f"verdict {level}"}, verdict),
+        element(
+            "dl",
+            {"class": "facts"},
+            *(
+                element("div", None, element("dt", None, name), element("dd", None, value))
+                for name, value in facts
+            ),
+        ),
+    )
+
+
+def _judge(report: Findings) -> tuple[str, str]:
+    total = len(report.layers)
+    if not total:
+        return "ok", "The model has none."
+    of = f"of {plural(total, 'layer')}" if total > 1 else "of 1 layer"
+    if report.errors:
+        return "error", f"Evaluation gives wrong results in {len(report.errors):,} {of}."
+    if report.warnings:
+        return "warning", f"Evaluation may give wrong results in {len(report.warnings):,} {of}."
+    return "ok", f"No problem found in {plural(total, 'layer')}."
+
+
+def _make_findings(report: Findings) -> Markup:
+    cards = [
+        _make_card(report, code, found)
+        for code, found in report.by_code().items()
+        if code != "padding"  # the layers' own rows have it
+    ]
+    if not cards:
+        return Markup()
+    return element("section", None, element("h2", None, "Findings"), *cards)
+
+
+def _make_card(report: Findings, code: str, found: list[tuple[LayerReport, Finding]]) -> Markup:
+    title, meaning, remedy = EXPLANATIONS[code]
+    level = min((f.level for _, f in found), key=LEVELS.index)
+    found = sorted(found, key=lambda pair: LEVELS.index(pair[1].level))
+    items = [
+        element(
+            "li",
+            None,
+            element(
+                "a",
+                {"href": f"#layer-{report.layers.index(layer)}"},
+                printable(layer.name or layer.state.kind),
+            ),
+            element("span", None, finding.message),
+        )
+        for layer, finding in found
+    ]
+    shown = [element("ul", None, *items[:_SHOWN])]
+    if len(items) > _SHOWN:
+        rest = element("summary", None, f"and {plural(len(items) - _SHOWN, 'more layer')}")
+        shown.append(element("details", None, rest, element("ul", None, *items[_SHOWN:])))
+    return element(
+        "article",
+        {"class": f"card {level}"},
+        element(
+            "h3",
+            None,
+            title,
+            element("span", {"class": f"pill {level}"}, level),
+            element("span", {"class": "count"}, plural(len(found), "layer")),
+        ),
+        element("p", None, meaning),
+        element("p", {"class": "remedy"}, remedy),
+        *shown,
+    )

@@ -1,0 +1,258 @@
+"""The report's charts over all layers, and its list of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from batchnorm.tools.inspection.page.charts import (
+    Line,
+    Spread,
+    draw_histogram,
+    draw_layers,
+    draw_sparkline,
+    spread,
+)
+from batchnorm.tools.inspection.page.markup import Markup, element, join
+from batchnorm.tools.inspection.page.scales import Scale, fit, flatten
+from batchnorm.tools.inspection.records import Findings, LayerReport
+from batchnorm.tools.inspection.thresholds import Thresholds
+from batchnorm.tools.text import format_number, plural, printable
+
+__all__ = ["make_charts", "make_layers"]
+
+_WORST = 8  # channels in a layer's table
+
+
+class _Column(NamedTuple):
+    """A column of the list: one quantity of every layer, on one scale."""
+
+    key: str
+    title: str
+    about: str
+    scale: Scale
+
+
+def make_charts(report: Findings) -> list[Markup]:
+    """Each quantity over all layers, the one that matters most first.
+
+    Args:
+        report: with at least one layer.
+    """
+    names = [printable(layer.name) for layer in report.layers]
+    limits = _limits(report.limits)
+    figures: list[Markup] = []
+    for key, title, about in _CHARTS:
+        arrays = [dict(layer.arrays()) for layer in report.layers]
+        others = [a.get(f"{key}_padded") for a in arrays]
+        spreads = [
+            None if key not in a else spread(name, layer.level, a[key], other)
+            for name, layer, a, other in zip(names, report.layers, arrays, others, strict=True)
+        ]
+        if not any(spreads):
+            continue
+        scale = _fit_chart(key, spreads)
+        picture = draw_layers(spreads, names, scale, limits.get(key, ()))
+        legend = _LEGEND + (_RING if any(s and s.other is not None for s in spreads) else "")
+        figures.append(
+            element(
+                "figure",
+                {"class": "chart"},
+                element("figcaption", None, element("b", None, title), " ", about),
+                element("div", {"class": "scroll"}, picture),
+                element("p", {"class": "legend"}, legend) if not figures else Markup(),
+            )
+        )
+    return figures
+
+
+_CHARTS = (
+    (
+        "drift",
+        "Drift",
+        "How far evaluation moves the normalized values from those of training, in standard "
+        "deviations.",
+    ),
+    ("std", "Running standard deviation", "The divisor of evaluation, but for eps."),
+    ("gain", "Gain", "|gamma| / sqrt(var + eps): the factor of evaluation for a difference in x."),
+)
+_LEGEND = "Line: all channels. Bar: the middle half of them. Notch: their median."
+_RING = " Ring: the median if padding were counted."
+_FLOOR = {"drift": 1e-3, "std": 1e-12, "gain": 1e-12}
+
+
+def _limits(limits: Thresholds) -> dict[str, Sequence[Line]]:
+    return {
+        "drift": (
+            Line(limits.drift_warning, f"warning {limits.drift_warning:g}", "warning"),
+            Line(limits.drift_error, f"error {limits.drift_error:g}", "error"),
+        ),
+        "gain": (Line(limits.gain, f"warning {limits.gain:g}", "warning"),),
+    }
+
+
+def _fit_chart(key: str, spreads: Sequence[Spread | None]) -> Scale:
+    values = [v for s in spreads if s for v in (s.low, s.median, s.high, s.other) if v is not None]
+    if key == "drift":
+        # The same range where nothing drifts, so that reports can be compared.
+        least = min([0.01, *(s.first for s in spreads if s and s.first > _FLOOR[key])])
+        return Scale(least, max(3.0, max(values) * 1.3), log=True)
+    found = fit(values, least=_FLOOR[key], log=True)
+    assert found is not None
+    return found
+
+
+def make_layers(report: Findings) -> Markup:
+    """A row for each layer, which opens.
+
+    Args:
+        report: with at least one layer.
+    """
+    columns = list(_columns(report))
+    titles = [element("span", None, "Layer"), element("span", {"class": "number"}, "Channels")]
+    for column in columns:
+        span = f"{format_number(column.scale.low)} … {format_number(column.scale.high)}"
+        titles.append(element("span", None, column.title, element("small", None, span)))
+    titles.append(element("span", None, ""))
+    style = f"--columns: {len(columns)}"
+    rows = [_make_row(i, layer, columns, report) for i, layer in enumerate(report.layers)]
+    return element(
+        "section",
+        {"style": style},
+        element("h2", None, "Layers"),
+        element(
+            "p",
+            {"class": "legend"},
+            "Histograms over channels, one scale for each column. Click a row for details.",
+        ),
+        element("div", {"class": "row titles"}, *titles),
+        *rows,
+    )
+
+
+_COLUMNS = (("std", "Running std"), ("gamma", "gamma"), ("drift", "Drift"))
+
+
+def _columns(report: Findings) -> Any:
+    for key, title in _COLUMNS:
+        arrays = [a for layer in report.layers for name, a in layer.arrays() if name == key]
+        flat = flatten(arrays)
+        if not flat.size:
+            continue
+        # The few channels beyond are drawn at the ends, so that they do not squeeze the others.
+        low, high = np.quantile(flat, (0.002, 0.998))
+        log = None if key == "gamma" else True
+        scale = fit(np.clip(flat, low, high), least=_FLOOR.get(key), log=log)
+        if scale is not None:
+            yield _Column(key, title, "", scale)
+
+
+def _make_row(index: int, layer: LayerReport, columns: list[_Column], report: Findings) -> Markup:
+    arrays = dict(layer.arrays())
+    cells = [
+        element("span", {"class": "name"}, printable(layer.name or layer.state.kind)),
+        element("span", {"class": "number"}, f"{layer.state.channels:,}"),
+    ]
+    for column in columns:
+        values = arrays.get(column.key)
+        drawn = Markup() if values is None else draw_sparkline(values, column.scale, column.title)
+        cells.append(element("span", None, drawn))
+    cells.append(element("span", {"class": f"pill {layer.level}"}, layer.level))
+    summary = element("summary", {"class": "row"}, *cells)
+    return element(
+        "details",
+        {"class": f"layer {layer.level}", "id": f"layer-{index}"},
+        summary,
+        _make_body(layer, arrays, report.limits),
+    )
+
+
+def _make_body(layer: LayerReport, arrays: dict[str, Any], limits: Thresholds) -> Markup:
+    parts = []
+    if layer.findings:
+        items = [
+            element("li", {"class": f.level}, element("b", None, f.level), " ", f.message)
+            for f in layer.findings
+        ]
+        parts.append(element("ul", {"class": "messages"}, *items))
+    parts.append(element("p", {"class": "settings"}, _describe(layer, limits)))
+    parts.append(element("div", {"class": "histograms"}, *_make_histograms(arrays)))
+    if layer.quantities.drift is not None:
+        parts.append(_make_worst(layer, arrays))
+    return element("div", {"class": "body"}, *parts)
+
+
+def _describe(layer: LayerReport, limits: Thresholds) -> str:
+    state = layer.state
+    parts = [printable(state.kind)]
+    parts.append(
+        f"eps {state.eps:g}" if state.eps is not None else f"eps unknown, {limits.eps:g} taken"
+    )
+    if state.cumulative:
+        parts.append("statistics are the average of all batches")
+    elif state.decay is not None:
+        parts.append(f"decay {state.decay:g}")
+    if state.variance is not None:
+        parts.append(f"{state.variance} variance")
+    if state.stored is not None:
+        parts.append(f"statistics in {printable(state.stored)}")
+    if state.steps is not None:
+        parts.append(plural(state.steps, "update"))
+    if layer.observed is not None:
+        rows = int(np.max(layer.observed.real.count, initial=0.0))
+        parts.append(f"observed on {plural(rows, 'row')} in {plural(layer.observed.calls, 'call')}")
+    return " · ".join(parts)
+
+
+_HISTOGRAMS = (
+    ("mean", "Mean", "observed_mean"),
+    ("std", "Standard deviation", "observed_std"),
+    ("gamma", "gamma", None),
+    ("beta", "beta", None),
+    ("gain", "Gain", None),
+    ("drift", "Drift", "drift_padded"),
+)
+
+
+def _make_histograms(arrays: dict[str, Any]) -> list[Markup]:
+    arrays = dict(arrays)
+    if "observed_var" in arrays:
+        arrays["observed_std"] = np.sqrt(np.maximum(arrays["observed_var"], 0.0))
+    drawn = []
+    for key, title, beside in _HISTOGRAMS:
+        if key not in arrays:
+            continue
+        other = arrays.get(beside) if beside else None
+        scale = fit(arrays[key]) if other is None else fit(arrays[key], other)
+        if scale is None:
+            continue
+        note = {"drift_padded": "outline: padding counted"}.get(str(beside), "outline: observed")
+        caption = title if other is None else f"{title} ({note})"
+        drawn.append(draw_histogram(caption, arrays[key], scale, other))
+    return drawn
+
+
+def _make_worst(layer: LayerReport, arrays: dict[str, Any]) -> Markup:
+    """The channels that drift most."""
+    distance = np.nan_to_num(arrays["drift"], nan=-1.0)
+    order = np.argsort(-distance, kind="stable")[:_WORST]
+    padded = "drift_padded" in arrays
+    titles = ["channel", "mean", "observed", "std", "observed", "drift"]
+    titles += ["with padding"] if padded else []
+    rows = []
+    for channel in order.tolist():
+        values = [
+            arrays["mean"][channel],
+            arrays["observed_mean"][channel],
+            arrays["std"][channel],
+            np.sqrt(max(arrays["observed_var"][channel], 0.0)),
+            arrays["drift"][channel],
+        ]
+        values += [arrays["drift_padded"][channel]] if padded else []
+        cells = [element("td", None, format_number(float(v))) for v in values]
+        rows.append(element("tr", None, element("th", None, f"{channel}"), *cells))
+    head = element("tr", None, *(element("th", None, title) for title in titles))
+    caption = "Channels that drift most" if layer.state.channels > _WORST else "Channels"
+    return element("table", None, element("caption", None, caption), head, join(*rows))

@@ -1,1 +1,0 @@
-"""How to watch the layers of each framework; a module imports its framework."""
