@@ -177,49 +177,35 @@ def _reused(problem: Problem) -> Variant:
     y, dx = torch.empty_like(x), torch.empty_like(x)
     dgamma, dbeta = torch.empty_like(layer.weight), torch.empty_like(layer.bias)
     prepared = fused.prepare("benchmark", x.shape, x.stride(), x.dtype, 1, None, False, None, None)
-    plan, geometry = prepared.plan, prepared.geometry
-    assert geometry is not None
     running = Running(layer.running_mean, layer.running_var, layer.num_batches_tracked)
-    kind, threads = TYPES["float32"], torch.get_num_threads()
-    forward = partial(
-        plan.forward,
-        x=x.data_ptr(),
-        mask=0,
-        y=y.data_ptr(),
-        residual=0,
-        residual_row=0,
-        eps=EPS,
-        decay=0.9,
-        batch=True,
-        update=True,
-        unbiased=True,
-        renorm=None,
-        threads=threads,
-        kept=None,
-    )
-    backward = partial(
-        plan.backward,
-        dy=dy.data_ptr(),
-        dy_row=geometry.dense,
-        x=x.data_ptr(),
-        y=0,
-        mask=0,
-        dx=dx.data_ptr(),
-        dresidual=0,
-        batch=True,
-        threads=threads,
-        dgamma=dgamma.data_ptr(),
-        dgamma_type=kind,
-        dbeta=dbeta.data_ptr(),
-        dbeta_type=kind,
-    )
+    forward, backward = _bare_passes(prepared)
 
     def step() -> Tensor:
-        kept = forward(state=compiled.find_state(layer.weight, layer.bias, running))
-        backward(kept=kept)
+        state = compiled.find_state(layer.weight, layer.bias, running)
+        kept = forward(x=x.data_ptr(), y=y.data_ptr(), state=state)
+        backward(
+            dy=dy.data_ptr(),
+            x=x.data_ptr(),
+            dx=dx.data_ptr(),
+            dgamma=dgamma.data_ptr(),
+            dbeta=dbeta.data_ptr(),
+            kept=kept,
+        )
         return y
 
     return Variant(step, [lambda: dx], exact=True, padding=True)
+
+
+def _bare_passes(prepared: fused.Prepared) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """A plan's forward and backward step, but for their arrays."""
+    plan, geometry = prepared.plan, prepared.geometry
+    assert geometry is not None
+    common = {"mask": 0, "batch": True, "threads": torch.get_num_threads()}
+    absent = {"residual": 0, "residual_row": 0, "renorm": None, "kept": None}
+    options = {"eps": EPS, "decay": 0.9, "update": True, "unbiased": True}
+    types = dict.fromkeys(("dgamma_type", "dbeta_type"), TYPES["float32"])
+    backward = partial(plan.backward, dy_row=geometry.dense, y=0, dresidual=0, **types, **common)
+    return partial(plan.forward, **absent, **options, **common), backward
 
 
 def _formula(problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:

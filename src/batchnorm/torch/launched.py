@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.core.running import Running
-from batchnorm.kernels import cpu
+from batchnorm.kernels.kept import STATISTICS
 from batchnorm.kernels.triton.arguments import Array, Kept, Mask, Parameters
 from batchnorm.torch.prepared import Prepared, row_of
 
@@ -149,7 +149,7 @@ def count(kept: Kept) -> Tensor:
 
 def pack(kept: Kept) -> Tensor:
     """What a backward step needs of `kept` as one array: its memory itself."""
-    return kept.data[: len(cpu.STATISTICS) * kept.size + kept.groups]
+    return kept.data[: len(STATISTICS) * kept.size + kept.groups]
 
 
 def unpack(prepared: Prepared, data: Tensor) -> Kept:

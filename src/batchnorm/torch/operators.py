@@ -16,7 +16,7 @@ from batchnorm.core import config
 from batchnorm.core.layout import Layout
 from batchnorm.core.moments import Centred, centred_from
 from batchnorm.core.running import Running
-from batchnorm.kernels import cpu
+from batchnorm.kernels.kept import STATISTICS
 from batchnorm.torch import steps
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.prepared import Prepared, empty_output, like, prepare
@@ -73,8 +73,8 @@ def _moments(kept: Tensor, layout: Layout, work: torch.dtype) -> Centred:
     """
     groups = 1 if layout.groups is None else layout.groups
     rows, counts = torch.split(kept.to(work), [kept.shape[0] - groups, groups])
-    rows = rows.reshape(len(cpu.STATISTICS), *layout.statistics)
-    mean, low, var = (rows[cpu.STATISTICS[name]] for name in ("mean", "low", "var"))
+    rows = rows.reshape(len(STATISTICS), *layout.statistics)
+    mean, low, var = (rows[STATISTICS[name]] for name in ("mean", "low", "var"))
     per_group = [n if a == 1 and layout.groups is not None else 1 for a, n in enumerate(var.shape)]
     count = counts.reshape(per_group) * torch.ones_like(var)
     return centred_from(count, mean, low, var, XP)
@@ -144,7 +144,7 @@ def _(
     channels = 1
     for a in axes:
         channels = channels * x.shape[a]
-    kept = (len(cpu.STATISTICS) * channels + 1) * groups
+    kept = (len(STATISTICS) * channels + 1) * groups
     return torch.empty_like(x), x.new_empty(kept, dtype=torch.float64)
 
 

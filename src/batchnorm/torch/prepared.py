@@ -14,7 +14,16 @@ from torch.autograd import forward_ad
 
 from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
+from batchnorm.kernels.geometry import (
+    Geometry,
+    MaskView,
+    dense_strides,
+    find_geometry,
+    row_distance,
+    row_mask_shape,
+    view_mask,
+)
 from batchnorm.kernels.select import Choice, select_kernel, triton_status
 from batchnorm.torch.runtime import untraced
 
@@ -27,8 +36,8 @@ NAMES = {
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-cpu.warn_if_missing()
-_TEAM = cpu.find_team(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+extension.warn_if_missing()
+_TEAM = extension.find_team(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
 
 
 class Prepared(NamedTuple):
@@ -48,11 +57,11 @@ class Prepared(NamedTuple):
     layout: Layout
     refusal: str | None
     plan: Any = None
-    geometry: cpu.Geometry | None = None
+    geometry: Geometry | None = None
     mask_shape: tuple[int, ...] | None = None
     gapped: bool = False
     kernel: str = "cpu"
-    view: cpu.MaskView | None = None
+    view: MaskView | None = None
 
 
 @lru_cache(maxsize=4096)
@@ -89,7 +98,7 @@ def prepare(
     choice = choose(device, NAMES[dtype], adjusted, per_channel, demanded)
     if choice.kernel is None:
         return Prepared(layout, choice.reason)
-    geometry = cpu.find_geometry(layout, strides)
+    geometry = find_geometry(layout, strides)
     unsuited = Prepared(layout, None, mask_shape=mask_shape, kernel=choice.kernel)
     if geometry is None:
         return unsuited
@@ -97,7 +106,7 @@ def prepare(
     if mask is not None:
         assert mask_shape is not None
         width = mask[2]
-        view = cpu.view_mask(geometry, shape, mask_shape, _strides_in(mask_shape, mask))
+        view = view_mask(geometry, shape, mask_shape, _strides_in(mask_shape, mask))
         if view is None:
             return unsuited
     return _with_plan(unsuited, geometry, dtype, activation, view, width)
@@ -105,16 +114,16 @@ def prepare(
 
 def _with_plan(
     prepared: Prepared,
-    geometry: cpu.Geometry,
+    geometry: Geometry,
     dtype: torch.dtype,
     activation: str | None,
-    view: cpu.MaskView | None,
+    view: MaskView | None,
     mask_width: int,
 ) -> Prepared:
     layout, name = prepared.layout, NAMES[dtype]
     plan: Any
     if prepared.kernel == "cpu":
-        plan = cpu.make_plan(layout, geometry, name, activation, view, mask_width, _TEAM)
+        plan = extension.make_plan(layout, geometry, name, activation, view, mask_width, _TEAM)
     else:
         from batchnorm.kernels.triton.launch import Plan  # imports Triton
 
@@ -153,12 +162,12 @@ def rearrange(
 ) -> tuple[Tensor, Tensor | None, Prepared]:
     """x and the mask copied, as far as needed, into memory that the kernels can walk."""
     layout = prepared.layout
-    geometry = cpu.find_geometry(layout, x.stride())
+    geometry = find_geometry(layout, x.stride())
     if geometry is None:
         order = sorted(range(x.dim()), key=lambda a: -x.stride()[a])
         back = [order.index(a) for a in range(x.dim())]
         for dense in (x.permute(order).contiguous().permute(back), x.contiguous()):
-            geometry = cpu.find_geometry(layout, dense.stride())
+            geometry = find_geometry(layout, dense.stride())
             if geometry is not None:
                 x = dense
                 break
@@ -168,15 +177,15 @@ def rearrange(
     if mask is not None:
         assert prepared.mask_shape is not None
         mask, width = mask.reshape(prepared.mask_shape), mask.element_size()
-        view = cpu.view_mask(geometry, layout.shape, prepared.mask_shape, mask.stride())
+        view = view_mask(geometry, layout.shape, prepared.mask_shape, mask.stride())
         if view is None:
-            sizes = [1 if a in layout.channel_axes else n for a, n in enumerate(layout.shape)]
+            sizes = row_mask_shape(layout)
             rest = [a for a in range(x.dim()) if a not in geometry.order]
             order = [*geometry.order, *rest]
             dense = mask.expand(sizes).permute(order).contiguous()
             mask = dense.permute([order.index(a) for a in range(x.dim())])
-            view = cpu.view_mask(geometry, layout.shape, tuple(sizes), mask.stride())
-            prepared = prepared._replace(mask_shape=tuple(sizes))
+            view = view_mask(geometry, layout.shape, sizes, mask.stride())
+            prepared = prepared._replace(mask_shape=sizes)
     return x, mask, _with_plan(prepared, geometry, x.dtype, activation, view, width)
 
 
@@ -279,7 +288,7 @@ def empty_output(x: Tensor, prepared: Prepared) -> Tensor:
     if not prepared.gapped:
         return torch.empty_like(x)
     assert prepared.geometry is not None
-    strides = cpu.dense_strides(prepared.geometry, prepared.layout.shape)
+    strides = dense_strides(prepared.geometry, prepared.layout.shape)
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
@@ -288,7 +297,7 @@ def like(a: Tensor, x: Tensor, prepared: Prepared) -> Tensor:
     if a.stride() == x.stride():
         return a
     assert prepared.geometry is not None
-    if cpu.row_distance(prepared.geometry, prepared.layout.shape, a.stride()) is not None:
+    if row_distance(prepared.geometry, prepared.layout.shape, a.stride()) is not None:
         return a
     return empty_output(x, prepared).copy_(a)
 
@@ -298,6 +307,6 @@ def row_of(a: Tensor, x: Tensor, prepared: Prepared) -> int:
     assert prepared.geometry is not None
     if a.stride() == x.stride():
         return prepared.geometry.row
-    row = cpu.row_distance(prepared.geometry, prepared.layout.shape, a.stride())
+    row = row_distance(prepared.geometry, prepared.layout.shape, a.stride())
     assert row is not None
     return row
