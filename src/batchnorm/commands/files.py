@@ -55,7 +55,8 @@ Limit = Annotated[
     ),
 ]
 Seconds = Annotated[
-    float, typer.Option(min=0.1, help="Most time to read. Raise it for a file that you trust.")
+    float,
+    typer.Option(min=0.1, help="Most seconds to read for. Raise it for a file that you trust."),
 ]
 
 

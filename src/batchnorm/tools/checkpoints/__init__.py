@@ -55,7 +55,7 @@ def read_checkpoint(
             holds any of them but a folder.
         limit: most bytes of arrays to read, and of standard input. Headers may have a
             thirty-second of it.
-        seconds: most time to read.
+        seconds: most seconds to read for.
 
     Returns:
         A `Checkpoint`: its `layers` are `BatchNormState`s, its `entries` every array's shape and
