@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.torch.fx import keep_first_argument
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.torch.options import OPTIONS, convertible
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
 
@@ -23,16 +24,7 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items() if ours is not BatchNorm}
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
-_OPTIONS = ("virtual_batch_size", "renorm", "adjustment", "activation")
-_ACCEPTED = (
-    *("eps", "momentum", *_OPTIONS, "renorm_clipping", "renorm_momentum", "fused"),
-    *("synchronized", "process_group"),
-)
-
-_OURS_ALONE = (
-    *("axis", *_OPTIONS, "fused", "frozen", "synchronized"),
-    *("_synchronizer", "_masked_by_context", "_converted_from", "_memory"),
-)
+_PRIVATE = ("frozen", "_synchronizer", "_masked_by_context", "_converted_from", "_memory")
 
 
 def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
@@ -159,7 +151,7 @@ def _convert(layer: nn.Module, ours: type[BatchNorm], options: dict[str, Any]) -
 
 def _revert(layer: BatchNorm, theirs: type[nn.Module]) -> nn.Module:
     new = _adopt(layer, theirs)
-    for name in _OURS_ALONE:
+    for name in (*(option.name for option in OPTIONS), *_PRIVATE):
         new.__dict__.pop(name, None)
     if theirs is nn.SyncBatchNorm:
         new.process_group = layer.process_group
@@ -174,11 +166,10 @@ def _obstacle(layer: BatchNorm) -> str | None:
     """What torch's layer cannot do of what this one does."""
     if layer.frozen:
         return "is frozen (call unfreeze() first)"
-    if layer.axis != 1:
-        return f"has axis={layer.axis}"
-    for name in _OPTIONS:
-        if getattr(layer, name) is not None:
-            return f"has {name}={getattr(layer, name)!r}"
+    for option in OPTIONS:
+        value = getattr(layer, option.name)
+        if not option.original and value != option.kept:
+            return f"has {option.name}={value!r}"
     return None
 
 
@@ -216,11 +207,14 @@ def _exchange(
 
 def _check_options(owner: str, options: dict[str, Any]) -> None:
     """Raise for an option that no layer could take, before any layer is touched."""
-    if unknown := sorted(set(options) - set(_ACCEPTED)):
+    accepted = ("eps", "momentum", *convertible())
+    if unknown := sorted(set(options) - set(accepted)):
         raise TypeError(
-            f"{owner}: options must be among {', '.join(_ACCEPTED)}; got {', '.join(unknown)}."
+            f"{owner}: options must be among {', '.join(accepted)}; got {', '.join(unknown)}."
         )
-    BatchNorm(1, **options)
+    moving = {name: options[name] for name in ("eps", "momentum") if name in options}
+    rest = {name: value for name, value in options.items() if name not in moving}
+    BatchNorm(1, **moving).configure(**rest)
 
 
 def _check_module(owner: str, module: Any) -> None:

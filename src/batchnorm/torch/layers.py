@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from batchnorm.core import config
+from batchnorm.core.declaration import check_arguments, list_arguments
 from batchnorm.core.layout import check_axis, normalize_axis
 from batchnorm.kernels.explanation import LAST_CALL, Explanation, Refusal, ask
 from batchnorm.torch import checks, jagged, masking
@@ -20,7 +21,9 @@ from batchnorm.torch.call import Settings, Tensors, make_call
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.fx import trace_call
 from batchnorm.torch.masking import ambient_mask
-from batchnorm.torch.ranks.synchronizer import Synchronizer, check_group
+from batchnorm.torch.options import CORE, OPTIONS, cached_core, make_core
+from batchnorm.torch.ranks.groups import check_group
+from batchnorm.torch.ranks.synchronizer import Synchronizer
 from batchnorm.torch.recompute import recomputation_flag
 from batchnorm.torch.ways.choice import run
 from batchnorm.torch.ways.last_call import LastCalls
@@ -76,6 +79,11 @@ class BatchNorm(RunningStatistics):
     torch.Size([8, 3, 5])
     """
 
+    axis: int | tuple[int, ...]
+    adjustment: config.Adjustment | None
+    fused: bool | None
+    synchronized: bool
+
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -98,6 +106,7 @@ class BatchNorm(RunningStatistics):
         synchronized: bool = False,
         process_group: Any = None,
     ) -> None:
+        given = locals()
         owner = type(self).__name__
         sizes = _check_features(owner, num_features, check_axis(owner, axis))
         config.check_flag(owner, "affine", affine)
@@ -115,48 +124,20 @@ class BatchNorm(RunningStatistics):
         )
         if not bias:
             self.register_parameter("bias", None)
-        self.configure(
-            axis=axis,
-            virtual_batch_size=virtual_batch_size,
-            renorm=renorm,
-            renorm_clipping=renorm_clipping,
-            renorm_momentum=renorm_momentum,
-            adjustment=adjustment,
-            activation=activation,
-            fused=fused,
-            synchronized=synchronized,
-            process_group=process_group,
-        )
+        self.configure(**{name: given[name] for name in list_arguments(OPTIONS) if name in given})
         self.reset_running_stats()
 
-    def configure(
-        self,
-        *,
-        axis: int | tuple[int, ...] = 1,
-        virtual_batch_size: int | None = None,
-        renorm: bool = False,
-        renorm_clipping: Mapping[str, float] | None = None,
-        renorm_momentum: float = 0.01,
-        adjustment: config.Adjustment | None = None,
-        activation: str | None = None,
-        fused: bool | None = None,
-        synchronized: bool = False,
-        process_group: Any = None,
-    ) -> None:
-        """Set and check every option that torch's layers lack; arguments as the constructor's."""
+    def configure(self, **options: Any) -> None:
+        """Set and check every option that torch's layers lack; arguments as the constructor's.
+
+        Those left out get their defaults.
+        """
         owner = type(self).__name__
         self._check_moving(owner)
-        self.axis = axis
-        self.virtual_batch_size = config.check_virtual_batch_size(owner, virtual_batch_size)
-        momentum = config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0)
-        self.renorm = config.check_renorm(owner, renorm, renorm_clipping, 1.0 - momentum)
-        self.adjustment = config.check_adjustment(owner, adjustment, self.virtual_batch_size)
-        self.activation = config.check_activation(owner, activation)
-        self.fused = config.check_fused(owner, fused)
-        check_group(owner, config.check_flag(owner, "synchronized", synchronized), process_group)
-        self.synchronized = synchronized
-        self._synchronizer = Synchronizer(process_group)
-        if synchronized:
+        for name, value in check_arguments(owner, OPTIONS, options).items():
+            setattr(self, name, value)
+        self._synchronizer = Synchronizer(options.get("process_group"))
+        if self.synchronized:
             self._synchronizer.enlist()
         self.frozen = False
         self._masked_by_context = False
@@ -167,6 +148,16 @@ class BatchNorm(RunningStatistics):
                 "track_running_stats=True; got False."
             )
         self._prepare_statistics()
+
+    configure.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
+            *(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=default)
+                for name, default in list_arguments(OPTIONS).items()
+            ),
+        ]
+    )
 
     def forward(
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
@@ -212,7 +203,7 @@ class BatchNorm(RunningStatistics):
         training = self.training and not self.frozen
         if mask is None and (training or running is None or torch.is_grad_enabled()):
             mask = self._ambient_mask(owner, x)
-        tensors = Tensors(x, mask, self.weight, self.bias, residual, running)
+        tensors = Tensors(x, mask, self._tensor("weight"), self._tensor("bias"), residual, running)
         settings = Settings(
             owner,
             axis,
@@ -298,11 +289,16 @@ class BatchNorm(RunningStatistics):
     def extra_repr(self) -> str:
         """torch's description, and every option that differs from its default."""
         shown = [super().extra_repr()]
-        defaults = {"axis": 1, "synchronized": False}
-        for name in ("axis", *_SHOWN):
-            if getattr(self, name) != defaults.get(name):
-                shown.append(f"{name}={getattr(self, name)}")
+        for option in OPTIONS:
+            value = getattr(self, option.name)
+            if option.shown and value != option.kept:
+                shown.append(f"{option.name}={value}")
         return ", ".join([*shown, *(["frozen=True"] if self.frozen else [])])
+
+    def _tensor(self, name: str) -> Tensor | None:
+        own = self._parameters  # the attribute behind it, without a search
+        found: Tensor | None = own[name] if name in own else getattr(self, name)
+        return found
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Every rank that has the channel axes will do."""
@@ -333,8 +329,8 @@ class BatchNorm(RunningStatistics):
         decay = None if self.num_batches_tracked is not None else 1.0
         if self.momentum is not None:
             decay = 1.0 - self.momentum
-        make = config.Options if torch.compiler.is_compiling() else _cached_options
-        return make(self.eps, decay, True, self.virtual_batch_size, self.renorm, self.activation)
+        make = make_core if torch.compiler.is_compiling() else cached_core
+        return make(self.eps, decay, tuple([getattr(self, name) for name in CORE]))
 
     def _ambient_mask(self, owner: str, x: Tensor) -> Tensor | None:
         if not masking.in_use() and not self._masked_by_context:
@@ -350,10 +346,6 @@ class BatchNorm(RunningStatistics):
                 "it (activation checkpointing). Call backward inside the with block too."
             )
         return mask
-
-
-_SHOWN = ("virtual_batch_size", "renorm", "adjustment", "activation", "fused", "synchronized")
-_cached_options = lru_cache(maxsize=1024)(config.Options)
 
 
 class BatchNorm1d(BatchNorm):

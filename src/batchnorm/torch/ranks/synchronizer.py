@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm.core import config
@@ -25,13 +24,14 @@ from batchnorm.core.moments import Moments, merge_moments
 from batchnorm.core.namespace import Namespace
 from batchnorm.core.synchronize import merge_averages
 from batchnorm.torch.namespace import HOST_OVER_RANKS, OVER_RANKS
+from batchnorm.torch.options import describe_agreed
+from batchnorm.torch.ranks.groups import check_group
 from batchnorm.torch.ranks.messages import Expected, Peers, SynchronizationError, find_peers
 from batchnorm.torch.recompute import PastSteps, in_backward
 
 __all__ = [
     "Participation",
     "Synchronizer",
-    "check_group",
     "find_by_key",
     "find_synchronizer",
     "merge_vectors",
@@ -234,13 +234,7 @@ def _describe(owner: str, name: str, channels: int, options: Options, varying: b
     """What all ranks must agree on, for people to read."""
     shown = f"{owner} {name}" if name else owner
     shown = f"{shown} ({channels} channels, eps={options.eps}, decay={options.decay}"
-    if options.virtual_batch_size is not None:
-        shown = f"{shown}, virtual_batch_size={options.virtual_batch_size}"
-    if options.renorm is not None:
-        r = options.renorm
-        shown = f"{shown}, renorm={r.decay}/{r.rmin}/{r.rmax}/{r.dmax}"
-    if options.activation is not None:
-        shown = f"{shown}, activation={options.activation}"
+    shown = ", ".join([shown, *describe_agreed(options)])
     return f"{shown}, mask varies along channels)" if varying else f"{shown})"
 
 
@@ -280,22 +274,5 @@ def find_synchronizer(owner: str, synchronized: Any, group: Any) -> Synchronizer
     return _of_functions[group]
 
 
-def check_group(owner: str, synchronized: bool, group: Any) -> None:
-    """Raise unless `group` can be the process group of a layer or call."""
-    if group is None:
-        return
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        outside = "" if group != _OUTSIDE else ", which means that this rank is not in the group"
-        raise TypeError(
-            f"{owner}: process_group must be a torch.distributed.ProcessGroup that this rank "
-            f"belongs to, or None for the default group; got {group!r}{outside}."
-        )
-    if not synchronized:
-        raise ValueError(
-            f"{owner}: process_group needs synchronized=True; got synchronized=False and {group}."
-        )
-
-
 _CALLS = 256  # steps that calls without a layer remember together
-_OUTSIDE = -100  # torch.distributed.GroupMember.NON_GROUP_MEMBER
 _of_default_group = Synchronizer(None, "", _CALLS)

@@ -18,6 +18,7 @@ from batchnorm.torch.kernels.tensors import (
     refuse_residual,
     refuse_tensors,
 )
+from batchnorm.torch.options import refuse_options
 from batchnorm.torch.recompute import recall_step
 from batchnorm.torch.tracing import untraced
 
@@ -34,6 +35,7 @@ def refuse(call: Call) -> str | None:
         or refuse_parameters((weight, bias))
         or refuse_tensors(x, (mask, weight, bias, residual), running)
         or refuse_residual(x, residual)
+        or refuse_options(call.options)
     )
     if reason is None and call.part is not None and decision.layout.groups is not None:
         return "none merges the averages of ghost batches over ranks"

@@ -17,6 +17,7 @@ from batchnorm.torch.kernels.tensors import (
     refuse_tensors,
 )
 from batchnorm.torch.namespace import XP
+from batchnorm.torch.options import refuse_options
 from batchnorm.torch.rollback import store
 
 
@@ -39,7 +40,8 @@ def refuse(call: Call) -> str | None:
     x, _, weight, bias, residual, running = call.tensors
     adjusted = call.adjustment is not None
     return (
-        refuse_residual(x, residual)
+        refuse_options(call.options)
+        or refuse_residual(x, residual)
         or refuse_parameters((weight, bias))
         or refuse_tensors(x, call.tensors[:5], running, traced=True)
         or _choose(x.device.type, NAMES[x.dtype], adjusted, call.mask_varies, demanded)

@@ -5,8 +5,6 @@ A step on a small tensor is a matter of microseconds, most of which would go int
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,26 +16,10 @@ from batchnorm.torch.kernels import on_cpu
 from batchnorm.torch.kernels.autograd import run
 from batchnorm.torch.kernels.records import KernelStep
 from batchnorm.torch.kernels.tensors import NOT_PLAIN, is_plain
+from batchnorm.torch.options import make_reader
 from batchnorm.torch.recompute import in_backward
 from batchnorm.torch.tracing import untraced
 from batchnorm.torch.ways import eager_kernels
-
-# Everything but tensors that a call depends on; users may assign any of it.
-_settings: Callable[[Any], tuple[Any, ...]] = attrgetter(
-    "training",
-    "frozen",
-    "eps",
-    "momentum",
-    "axis",
-    "num_features",
-    "track_running_stats",
-    "virtual_batch_size",
-    "renorm",
-    "adjustment",
-    "activation",
-    "fused",
-    "synchronized",
-)
 
 
 def _tensors(layer: nn.Module) -> tuple[Tensor | None, ...] | None:
@@ -136,21 +118,21 @@ class LastCall:
         "batch",
         "decision",
         "options",
+        "read",
         "running",
         "seen",
         "settings",
         "state",
-        "tensors",
         "update",
     )
 
     def __init__(self, layer: nn.Module, tensors: tuple[Tensor | None, ...], call: Call) -> None:
         assert call.decision is not None
         weight, bias, *statistics = tensors
-        self.settings = _settings(layer)
+        self.read = make_reader()  # options, which users may assign at any time
+        self.settings = self.read(layer)
         # What may change about a tensor that stays the same object.
-        self.seen = [(a, (a.data_ptr(), a.dtype, a.shape)) for a in tensors if a is not None]
-        self.tensors = tensors
+        self.seen = [(a, None if a is None else (a.data_ptr(), a.dtype, a.shape)) for a in tensors]
         self.running = None if statistics[0] is None else Running(*statistics)
         self.state = on_cpu.find_state(weight, bias, self.running)
         self.decision, self.options = call.decision, call.options
@@ -158,16 +140,15 @@ class LastCall:
 
     def find_tensors(self, layer: nn.Module) -> tuple[Tensor | None, ...] | None:
         """The layer's tensors, or None if they or its options are not as they were."""
-        if _settings(layer) != self.settings:
+        if self.read(layer) != self.settings:
             return None
         tensors = _tensors(layer)
         if tensors is None:
             return None
-        for a, kept in zip(tensors, self.tensors, strict=True):
+        for a, (kept, seen) in zip(tensors, self.seen, strict=True):
             if a is not kept:
                 return None
-        for a, seen in self.seen:
-            if (
+            if a is not None and (
                 (a.data_ptr(), a.dtype, a.shape) != seen
                 or a.is_neg()
                 or not a.is_contiguous()

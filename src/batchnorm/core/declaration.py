@@ -1,0 +1,65 @@
+"""Declarations of options: what a front end says about each of its layer's options, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a layer; everything that lists options reads its declaration.
+
+    Attributes:
+        name: of the argument, and of the layer's attribute.
+        default: of the argument.
+        check: from the error prefix and all arguments to the value that the layer keeps.
+        parts: further arguments that go into the value, with their defaults.
+        kept: the value that the layer keeps by default.
+        core: the value is a field of the core's Options, of the same name.
+        kernels: kernels compute it; if not, any value but `kept` goes to array code.
+        agreed: the value, a field of the core's Options, as ranks compare it before they merge;
+            None if they may differ in it.
+        shown: in the layer's repr, where it differs from `kept`.
+        converts: conversion of whole models takes it.
+        original: the framework's own layer does the same with any value; if not, only `kept` can
+            be reverted.
+    """
+
+    name: str
+    default: Any
+    check: Callable[[str, Mapping[str, Any]], Any]
+    parts: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    kept: Any = None
+    core: bool = False
+    kernels: bool = True
+    agreed: Callable[[Any], str] | None = None
+    shown: bool = True
+    converts: bool = True
+    original: bool = False
+
+
+def list_arguments(options: Iterable[Option]) -> dict[str, Any]:
+    """The arguments that options take, with their defaults, in order."""
+    found: dict[str, Any] = {}
+    for option in options:
+        found |= {option.name: option.default, **option.parts}
+    return found
+
+
+def check_arguments(
+    owner: str, options: Iterable[Option], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values that a layer keeps for these arguments; those left out have their defaults."""
+    options = tuple(options)
+    every = list_arguments(options)
+    if unknown := sorted(given.keys() - every.keys()):
+        raise TypeError(
+            f"{owner}: options must be among {', '.join(every)}; got {', '.join(unknown)}."
+        )
+    every |= given
+    return {option.name: option.check(owner, every) for option in options}
