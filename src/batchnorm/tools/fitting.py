@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.core.running import derive_renorm
+from batchnorm.reference import XP
 from batchnorm.tools.state import BatchNormState, FloatArray, RenormState
 
 _ABSENT = {"gamma": 1.0, "beta": 0.0}
@@ -68,9 +70,9 @@ def check_finite_casts(owner: str, pairs: Sequence[tuple[str, FloatArray, Any]])
             )
 
 
-def derive_renorm(mean: FloatArray, var: FloatArray, eps: float) -> RenormState:
+def _start_renorm(mean: FloatArray, var: FloatArray, eps: float) -> RenormState:
     """Renormalization's statistics for a state that has none (S11)."""
-    stddev = np.sqrt(var + var.dtype.type(eps))
+    mean, stddev = derive_renorm(mean, var, eps=var.dtype.type(eps), xp=XP)
     return RenormState(stddev, mean.copy(), stddev.copy())
 
 
@@ -101,7 +103,7 @@ def _fit_renorm(
         if state.mean is None or state.var is None:
             return None
         eps = state.eps if state.eps is not None else layer.eps
-        given = derive_renorm(state.mean, state.var, 0.0 if eps is None else eps)
+        given = _start_renorm(state.mean, state.var, 0.0 if eps is None else eps)
     return RenormState(
         given.moving_stddev.reshape(shape),
         given.renorm_mean.reshape(shape),

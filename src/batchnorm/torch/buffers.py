@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.core.config import Renorm
-from batchnorm.core.running import Running
+from batchnorm.core.running import Running, derive_renorm
+from batchnorm.torch.namespace import XP
 
 _RENORM_BUFFERS = ("running_stddev", "renorm_mean", "renorm_stddev")
 _STATISTICS = ("running_mean", "running_var", *_RENORM_BUFFERS)
@@ -80,7 +81,7 @@ class RunningStatistics(_BatchNorm):
     def _derive(self, mean: Any, var: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Renormalization's statistics for a state that has none (S11)."""
         wide = torch.promote_types(var.dtype, torch.float32)
-        stddev = torch.sqrt(var.to(wide) + self.eps)
+        mean, stddev = derive_renorm(mean, var.to(wide), eps=self.eps, xp=XP)
         return stddev, mean.clone(), stddev.clone()
 
 
