@@ -203,6 +203,18 @@ def test_forward_refuses_a_misaligned(arrays, name, offset):
         arrays.forward(**{name: address})
 
 
+@pytest.mark.parametrize("name", [n for n in STATE if not n.endswith("type")])
+def test_state_refuses_a_misaligned(name):
+    with pytest.raises(ValueError, match=rf"kernels: {name} must be aligned to its .*; got 1\."):
+        _cpu.State(**{name: 1})
+
+
+@pytest.mark.parametrize("name", [n for n in STATE if n.endswith("type")])
+def test_state_refuses_a_wrong(name):
+    with pytest.raises(ValueError, match=r"type must be 0 \(float16\), .*; got 4\."):
+        _cpu.State(**{name: 4})
+
+
 @pytest.mark.parametrize(("width", "offset"), [(2, 1), (4, 2), (8, 4)])
 def test_forward_refuses_a_mask_misaligned_for_its_width(arrays, width, offset):
     masked = plan()
@@ -360,6 +372,21 @@ def test_backward_refuses_a_misaligned(arrays, name):
     given = arrays.at("y", "dresidual") | {name: getattr(arrays, name).ctypes.data + 1}
     with pytest.raises(ValueError, match=f"{name} must be aligned to its element size"):
         arrays.backward(arrays.forward(), **given)
+
+
+@pytest.mark.parametrize("name", ["dy", "x", "y", "dresidual", "dgamma", "dbeta"])
+def test_reduce_refuses_a_misaligned(arrays, name):
+    given = arrays.at("y", "dresidual") | {name: getattr(arrays, name).ctypes.data + 1}
+    with pytest.raises(ValueError, match=f"{name} must be aligned to its element size"):
+        arrays.reduce(arrays.forward(), **given)
+
+
+@pytest.mark.parametrize("name", ["dy", "x", "y", "dx", "dresidual"])
+def test_apply_refuses_a_misaligned(arrays, name):
+    kept = arrays.forward()
+    given = arrays.at("y", "dresidual") | {name: getattr(arrays, name).ctypes.data + 1}
+    with pytest.raises(ValueError, match=f"{name} must be aligned to its element size"):
+        arrays.apply(kept, np.zeros(2 * CHANNELS), **given)
 
 
 def test_backward_refuses_threads(arrays):

@@ -14,7 +14,7 @@ from torch import nn
 import batchnorm
 from batchnorm.core import config
 from batchnorm.core.declaration import Option, check_arguments, list_arguments
-from batchnorm.kernels import cpu
+from batchnorm.kernels import extension
 from batchnorm.torch import BatchNorm, batch_norm, convert_batchnorm, options, revert_batchnorm
 from batchnorm.torch.call import Settings
 from batchnorm.torch.options import OPTIONS, describe_agreed, refuse_options
@@ -22,7 +22,7 @@ from batchnorm.torch.ways import last_call
 
 ARGUMENTS = list_arguments(OPTIONS)
 needs_kernels = pytest.mark.skipif(
-    cpu.missing_reason() is not None, reason=f"no kernels: {cpu.missing_reason()}"
+    extension.missing_reason() is not None, reason=f"no kernels: {extension.missing_reason()}"
 )
 
 
