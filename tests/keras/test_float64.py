@@ -22,7 +22,7 @@ MODES = {"tensorflow": (None, "graph", "xla"), "jax": (None, "graph"), "torch": 
 OPTIONS = [
     replace(case, dtype="float64")
     for case in CASES
-    if keras_path.applies(case)
+    if keras_path.refuse(case) is None
     and case.dtype == "float32"
     and case.shape == Case("").shape
     and case.data == "normal"
