@@ -19,7 +19,7 @@ from batchnorm.torch import BatchNorm2d, SynchronizationError, convert_batchnorm
 from processes import World, results
 from torch_world import join, make_world, stop
 
-TIMEOUT = 1.0  # seconds, of the groups
+TIMEOUT = 2.0  # seconds, of the groups
 SIZE = 3
 BAD = 1  # the rank that misbehaves
 LAYER = r"BatchNorm2d #\d+( \(\d+ channels, eps=|: cannot reach)"
