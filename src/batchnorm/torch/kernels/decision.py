@@ -17,7 +17,7 @@ from batchnorm.kernels.select import Choice, select_kernel, triton_status
 from batchnorm.torch.kernels.tensors import NAMES
 
 extension.warn_if_missing()
-_TEAM = extension.find_team(Path(torch.__file__).parent / "lib" / "libtorch_memory.so")
+_TEAM = extension.find_team(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
 
 
 class Decision(NamedTuple):
