@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.core import config
 from batchnorm.core.layout import length_value_error, mask_value_error
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -106,12 +107,8 @@ def _check_values(owner: str, mask: Tensor) -> Tensor:
 
 def check_size(owner: str, size: Any) -> None:
     """Raise unless `size` is a number of positions."""
-    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-        raise TypeError(
-            f"{owner}: size must be an int; got {size!r} of type {type(size).__name__}."
-        )
-    if size < 0:
-        raise ValueError(f"{owner}: size must be at least 0; got {size}.")
+    if not isinstance(size, torch.SymInt):  # of an input that a graph does not know yet
+        config.check_size(owner, size)
 
 
 def check_lengths(owner: str, lengths: Any, size: int) -> Tensor:
