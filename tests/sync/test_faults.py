@@ -69,7 +69,7 @@ def expect_errors(world: World, function, *arguments, ranks=range(SIZE)) -> list
     outcomes = results([answers[rank] for rank in ranks])
     for rank, outcome in zip(ranks, outcomes, strict=True):
         assert outcome.error is not None, f"rank {rank} went on"
-        assert outcome.seconds < TIMEOUT + 1.5, rank
+        assert outcome.seconds < TIMEOUT + 1.0, rank
         assert outcome.unchanged, rank
         assert re.search(LAYER, outcome.error), outcome.error
         assert re.search(f"{GROUP}|process group is gone", outcome.error), outcome.error
