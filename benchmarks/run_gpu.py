@@ -243,7 +243,7 @@ def _worst(
 
 
 def _of_copy(record: dict[str, Any]) -> tuple[float, str] | None:
-    """The least share of the copy's bandwidth, in bytes that the call must move."""
+    """The least share of the copy's bandwidth, in bytes that the job must move."""
     found = []
     for name, case in record["cases"].items():
         v = case["variants"]

@@ -1,4 +1,4 @@
-"""The ways to do each call: this library's, torch's, and what people write by hand."""
+"""The ways to do each job: this library's, torch's, and what people write by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Step = Callable[[], Tensor]
 
 @dataclass
 class Variant:
-    """One way to do a call.
+    """One way to do a job.
 
     Attributes:
         step: does it once, and returns y.
@@ -161,7 +161,7 @@ def _forward(problem: Problem, layer: nn.Module, exact: bool = False) -> Variant
 
 
 def _copy(problem: Problem) -> Variant:
-    """As many bytes as the call needs, read and written by copying x into one buffer."""
+    """As many bytes as the job needs, read and written by copying x into one buffer."""
     x, y = problem.x, torch.empty_like(problem.x)
     copies = 1 if problem.case.mode == "inference" else 4
 
@@ -214,15 +214,13 @@ def _reused(problem: Problem) -> Variant:
         dresidual=0,
         batch=True,
         threads=threads,
-        dgamma=dgamma.data_ptr(),
         dgamma_type=kind,
-        dbeta=dbeta.data_ptr(),
         dbeta_type=kind,
     )
 
-    def step() -> Tensor:
+    def step() -> Tensor:  # which keeps the tensors whose addresses it hands over
         kept = forward(state=on_cpu.find_state(layer.weight, layer.bias, running))
-        backward(kept=kept)
+        backward(kept=kept, dgamma=dgamma.data_ptr(), dbeta=dbeta.data_ptr())
         return y
 
     return Variant(step, [lambda: dx], exact=True, padding=True)
