@@ -21,7 +21,9 @@ def test_variants_of_the_cpu_benchmark_are_checked_and_timed(tmp_path: Path) -> 
     assert any("ours, reused buffers" in case["variants"] for case in cases.values())
 
 
-@pytest.mark.parametrize("name", ["overlap", "synchronization", "count_passes"])
+@pytest.mark.parametrize(
+    "name", ["overlap", "synchronization", "count_passes", "run_jax", "run_keras", "run_gpu"]
+)
 def test_programs_find_what_they_import(name: str) -> None:
     code = f"import {name}"
     done = subprocess.run(
