@@ -179,7 +179,6 @@ def _reused(problem: Problem) -> Variant:
     y, dx = torch.empty_like(x), torch.empty_like(x)
     dgamma, dbeta = torch.empty_like(layer.weight), torch.empty_like(layer.bias)
     decision = decide(
-        "benchmark",
         (x.shape, x.stride(), x.dtype, "cpu"),
         *(1, None, False, None, None, False),
     )

@@ -8,6 +8,7 @@ import numpy as np
 
 from batchnorm.core import config
 from batchnorm.core.backward import backward_batch, backward_running
+from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
 from batchnorm.core.layout import Layout, check_mask_values, check_per_channel, make_layout
 from batchnorm.core.moments import Moments
@@ -47,6 +48,7 @@ class _NumpyNamespace:
 XP = cast(Namespace, _NumpyNamespace)
 
 
+@names_errors("batch_norm")
 def batch_norm(
     x: Any,
     gamma: Any = None,
@@ -103,7 +105,7 @@ def batch_norm(
     >>> y[:2].ravel().tolist(), moments.mean.tolist(), moments.var.tolist()
     ([-1.0, 1.0], [2.0], [1.0])
     """
-    call = _prepare("batch_norm", **locals())
+    call = _prepare(**locals())
     y = _run(call)
     if isinstance(y, Outcome):
         return y.y, y.moments
@@ -111,6 +113,7 @@ def batch_norm(
     return y, Moments(zeros, zeros, zeros)
 
 
+@names_errors("batch_norm_gradient")
 def batch_norm_gradient(
     dy: Any,
     x: Any,
@@ -158,16 +161,15 @@ def batch_norm_gradient(
     """
     arguments = dict(locals())
     del arguments["dy"]
-    call = _prepare("batch_norm_gradient", **arguments)
-    dy = _like_x(call.owner, "dy", dy, call.layout.shape)
+    call = _prepare(**arguments)
+    dy = _like_x("dy", dy, call.layout.shape)
     result = _run(call)
-    settings: dict[str, Any] = {"owner": call.owner, "xp": XP}
     with np.errstate(all="ignore"):
         if isinstance(result, Outcome):
-            found = backward_batch(dy, call.inputs, result, call.layout, call.options, **settings)
+            found = backward_batch(dy, call.inputs, result, call.layout, call.options, xp=XP)
         else:
             found = backward_running(
-                dy, result, call.inputs, call.running, call.layout, call.options, **settings
+                dy, result, call.inputs, call.running, call.layout, call.options, xp=XP
             )
     return found.dx, found.dgamma, found.dbeta
 
@@ -175,7 +177,6 @@ def batch_norm_gradient(
 class _Call(NamedTuple):
     """Checked arguments of a reference function."""
 
-    owner: str
     inputs: Inputs
     running: Any  # Running, or None
     layout: Layout
@@ -192,13 +193,11 @@ def _run(call: _Call) -> Any:
             call.running,
             call.layout,
             call.options,
-            owner=call.owner,
             xp=XP,
         )
 
 
 def _prepare(
-    owner: str,
     x: Any,
     gamma: Any,
     beta: Any,
@@ -216,33 +215,33 @@ def _prepare(
     residual: Any,
     activation: Any,
 ) -> _Call:
-    training = config.check_flag(owner, "training", training)
-    size = config.check_virtual_batch_size(owner, virtual_batch_size)
-    adjustment = config.check_adjustment(owner, adjustment, size)
-    _check_pair(owner, running_mean=running_mean, running_var=running_var)
-    _check_pair(owner, renorm_mean=renorm_mean, renorm_stddev=renorm_stddev)
-    x = _floating(owner, "x", x)
-    layout = make_layout(owner, x.shape, axis, size if training else None)
+    training = config.check_flag("training", training)
+    size = config.check_virtual_batch_size(virtual_batch_size)
+    adjustment = config.check_adjustment(adjustment, size)
+    _check_pair(running_mean=running_mean, running_var=running_var)
+    _check_pair(renorm_mean=renorm_mean, renorm_stddev=renorm_stddev)
+    x = _floating("x", x)
+    layout = make_layout(x.shape, axis, size if training else None)
     options = config.Options(
-        eps=config.check_number(owner, "eps", eps, 0.0),
-        renorm=config.check_renorm(owner, renorm_mean is not None, renorm_clipping, 1.0),
-        activation=config.check_activation(owner, activation),
+        eps=config.check_number("eps", eps, 0.0),
+        renorm=config.check_renorm(renorm_mean is not None, renorm_clipping, 1.0),
+        activation=config.check_activation(activation),
     )
 
     def per_channel(**named: Any) -> list[Any]:
-        arrays = {n: None if a is None else _floating(owner, n, a) for n, a in named.items()}
+        arrays = {n: None if a is None else _floating(n, a) for n, a in named.items()}
         for name, array in arrays.items():
-            check_per_channel(owner, name, array, layout)
+            check_per_channel(name, array, layout)
         return list(arrays.values())
 
-    s, t = config.call_adjustment(owner, adjustment if training else None, layout.shape)
+    s, t = config.call_adjustment(adjustment if training else None, layout.shape)
     gamma, beta = per_channel(gamma=gamma, beta=beta)
     inputs = Inputs(
         x,
-        _boolean(owner, mask),
+        _boolean(mask),
         gamma,
         beta,
-        residual=None if residual is None else _like_x(owner, "residual", residual, x.shape),
+        residual=None if residual is None else _like_x("residual", residual, x.shape),
         s=None if s is None else np.asarray(s, np.float64),
         t=None if t is None else np.asarray(t, np.float64),
     )
@@ -251,42 +250,42 @@ def _prepare(
     if mean is None and r_mean is not None:
         mean, var = np.zeros(layout.channels), np.ones(layout.channels)
     running = None if mean is None else Running(mean, var, None, r_stddev, r_mean, r_stddev)
-    return _Call(owner, inputs, running, layout, options, not training and mean is not None)
+    return _Call(inputs, running, layout, options, not training and mean is not None)
 
 
-def _floating(owner: str, name: str, a: Any) -> Any:
+def _floating(name: str, a: Any) -> Any:
     array = np.asarray(a)
     if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(
-            f"{owner}: {name} must be a real floating array; got dtype {array.dtype}. "
+        raise ArgumentTypeError(
+            f"{name} must be a real floating array; got dtype {array.dtype}. "
             "Convert it, for instance with np.asarray(a, np.float64)."
         )
     return array.astype(np.float64)
 
 
-def _like_x(owner: str, name: str, a: Any, shape: tuple[int, ...]) -> Any:
-    array = _floating(owner, name, a)
+def _like_x(name: str, a: Any, shape: tuple[int, ...]) -> Any:
+    array = _floating(name, a)
     if array.shape != shape:
-        raise ValueError(f"{owner}: {name} must have x's shape {shape}; got {array.shape}.")
+        raise ArgumentValueError(f"{name} must have x's shape {shape}; got {array.shape}.")
     return array
 
 
-def _boolean(owner: str, mask: Any) -> Any:
+def _boolean(mask: Any) -> Any:
     if mask is None:
         return None
     array = np.asarray(mask)
     if array.dtype != np.bool_ and not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(
-            f"{owner}: mask must be boolean or integer; got dtype {array.dtype}. "
+        raise ArgumentTypeError(
+            f"mask must be boolean or integer; got dtype {array.dtype}. "
             "Compare it with 0 first: mask != 0."
         )
     if array.dtype != np.bool_:
-        check_mask_values(owner, array)
+        check_mask_values(array)
     return array != 0
 
 
-def _check_pair(owner: str, **pair: Any) -> None:
+def _check_pair(**pair: Any) -> None:
     (first, a), (second, b) = pair.items()
     if (a is None) != (b is None):
         missing, given = (first, second) if a is None else (second, first)
-        raise ValueError(f"{owner}: {given} needs {missing} beside it; got None. Give both.")
+        raise ArgumentValueError(f"{given} needs {missing} beside it; got None. Give both.")

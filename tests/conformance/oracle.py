@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 import batchnorm
@@ -23,18 +21,17 @@ def expect(case: Case, data: Data, *, unbiased: bool) -> Result:
     options = Options(
         eps=case.eps, decay=case.decay, unbiased=unbiased, renorm=renorm, activation=case.activation
     )
-    layout = make_layout("oracle", case.shape, case.axis, case.ghost if training else None)
+    layout = make_layout(case.shape, case.axis, case.ghost if training else None)
     mask = None if data.mask is None else data.mask != 0
     s, t = (data.s, data.t) if training else (None, None)
     inputs = Inputs(data.x, mask, data.gamma, data.beta, data.residual, s, t)
     running = Running(*data.state)._replace(batches=np.asarray(data.state.batches))
-    settings: dict[str, Any] = {"owner": "oracle", "xp": XP}
     with np.errstate(invalid="ignore"):
         if training:
-            outcome = forward_batch(inputs, running, layout, options, **settings)
+            outcome = forward_batch(inputs, running, layout, options, xp=XP)
             y, state = outcome.y, State(*outcome.running)
         else:
-            y, state = forward_running(inputs, running, layout, options, **settings), data.state
+            y, state = forward_running(inputs, running, layout, options, xp=XP), data.state
     dx, dgamma, dbeta = batchnorm.batch_norm_gradient(
         data.dy,
         data.x,

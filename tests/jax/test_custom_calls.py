@@ -166,7 +166,7 @@ REFUSED = {
 @pytest.fixture
 def registered() -> None:
     jax.clear_caches()  # equal numbers of other types would share a program
-    assert custom_calls.refuse(make_layout("test", (8, 3), -1), "float32", None) is None
+    assert custom_calls.refuse(make_layout((8, 3), -1), "float32", None) is None
 
 
 @pytest.mark.usefixtures("registered")

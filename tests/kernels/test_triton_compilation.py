@@ -88,7 +88,7 @@ def test_kernels_compile(name: str, compiled: Any, tmp_path: Any) -> None:
     from batchnorm.kernels.triton.launch import Plan
 
     shape, dtype, residual = CASES[name]
-    layout = make_layout("test", shape, 1)
+    layout = make_layout(shape, 1)
     geometry = find_geometry(layout, torch.empty(shape, device="meta").stride())
     assert geometry is not None
     plan = Plan(layout, geometry, str(dtype).removeprefix("torch."))

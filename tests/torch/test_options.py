@@ -14,6 +14,7 @@ from torch import nn
 import batchnorm
 from batchnorm.core import config
 from batchnorm.core.declaration import Option, check_arguments, list_arguments
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.kernels import extension
 from batchnorm.torch import BatchNorm, batch_norm, convert_batchnorm, options, revert_batchnorm
 from batchnorm.torch.call import Settings
@@ -26,9 +27,9 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-def check_colour(owner, given):
+def check_colour(given):
     if given["colour"] not in (None, "red", "blue"):
-        raise ValueError(f"{owner}: colour must be None, 'red' or 'blue'; got {given['colour']!r}.")
+        raise ArgumentValueError(f"colour must be None, 'red' or 'blue'; got {given['colour']!r}.")
     return given["colour"] and (given["colour"], given["shade"])
 
 
@@ -151,7 +152,7 @@ def test_configure_has_the_signature_of_the_declarations():
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_a_new_layer_keeps_the_declared_value(option):
     assert getattr(BatchNorm(3), option.name) == option.kept
-    assert option.check("owner", ARGUMENTS) == option.kept
+    assert option.check(ARGUMENTS) == option.kept
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
@@ -169,11 +170,11 @@ def test_unknown_options_name_the_known_ones():
     with pytest.raises(TypeError, match="options must be among axis, virtual_batch_size"):
         BatchNorm(3).configure(colour="red")
     with pytest.raises(TypeError, match="got shade"):
-        check_arguments("owner", OPTIONS, {"shade": 1})
+        check_arguments(OPTIONS, {"shade": 1})
 
 
 def test_what_kernels_do_not_compute_goes_to_array_code(monkeypatch):
-    unserved = Option("activation", None, lambda owner, given: None, core=True, kernels=False)
+    unserved = Option("activation", None, lambda given: None, core=True, kernels=False)
     monkeypatch.setattr(options, "UNSERVED", [unserved])
     assert refuse_options(config.Options()) is None
     assert refuse_options(config.Options(activation="relu")) == "none computes activation"

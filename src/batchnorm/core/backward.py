@@ -18,7 +18,6 @@ def backward_batch(
     layout: Layout,
     options: Options,
     *,
-    owner: str,
     xp: Namespace,
 ) -> Gradients:
     """The gradient of `forward_batch`.
@@ -29,7 +28,6 @@ def backward_batch(
         outcome: of the forward pass.
         layout: of inputs.x.
         options: those of the forward pass.
-        owner: whose name error messages carry.
         xp: array namespace.
 
     Returns:
@@ -44,7 +42,7 @@ def backward_batch(
         normalized(centred, rstd),
         rstd,
         centred.count,
-        layout.mask(inputs.mask, owner, xp),
+        layout.mask(inputs.mask, xp),
         outcome.affine,
         layout.reduced,
         tuple(a for a in range(len(layout.working)) if a not in kept),
@@ -62,7 +60,6 @@ def backward_running(
     layout: Layout,
     options: Options,
     *,
-    owner: str,
     xp: Namespace,
 ) -> Gradients:
     """The gradient of `forward_running`, whose result is y; otherwise as `backward_batch`."""
@@ -73,7 +70,7 @@ def backward_running(
         (inputs.x - expanded.mean) * rstd,
         rstd,
         None,
-        layout.mask(inputs.mask, owner, xp),
+        layout.mask(inputs.mask, xp),
         channel_affine(inputs, layout, xp),
         layout.reduced,
         layout.reduced,

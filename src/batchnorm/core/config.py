@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
+
 ACTIVATIONS = ("relu", "leaky_relu")
 NEGATIVE_SLOPE = 0.01
 _CLIPPING_KEYS = ("rmin", "rmax", "dmax")
@@ -49,144 +51,138 @@ class Options:
     correction: int = 0
 
 
-def check_number(owner: str, name: str, value: Any, low: float, high: float = math.inf) -> float:
+def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     """`value` as a float in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{owner}: {name} must be a real number; got {value!r} of type {type(value).__name__}."
+        raise ArgumentTypeError(
+            f"{name} must be a real number; got {value!r} of type {type(value).__name__}."
         )
     number = float(value)
     if not low <= number <= high or number == math.inf:
         rule = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-        raise ValueError(f"{owner}: {name} must be finite and {rule}; got {value!r}.")
+        raise ArgumentValueError(f"{name} must be finite and {rule}; got {value!r}.")
     return number
 
 
-def check_flag(owner: str, name: str, value: Any) -> bool:
+def check_flag(name: str, value: Any) -> bool:
     """`value` if it is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(
-            f"{owner}: {name} must be True or False; got {value!r} of type {type(value).__name__}."
+        raise ArgumentTypeError(
+            f"{name} must be True or False; got {value!r} of type {type(value).__name__}."
         )
     return value
 
 
-def check_fused(owner: str, value: Any) -> bool | None:
+def check_fused(value: Any) -> bool | None:
     """`value` if it is a bool or None."""
     if value is not None and not isinstance(value, bool):
-        raise TypeError(
-            f"{owner}: fused must be None (the fastest path), True (demand a kernel) or False "
+        raise ArgumentTypeError(
+            f"fused must be None (the fastest path), True (demand a kernel) or False "
             f"(plain array code); got {value!r}."
         )
     return value
 
 
-def check_virtual_batch_size(owner: str, value: Any) -> int | None:
+def check_virtual_batch_size(value: Any) -> int | None:
     """`value` if it is a positive int or None."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{owner}: virtual_batch_size must be a positive int or None; got {value!r} of type "
+        raise ArgumentTypeError(
+            f"virtual_batch_size must be a positive int or None; got {value!r} of type "
             f"{type(value).__name__}."
         )
     if value <= 0:
-        raise ValueError(
-            f"{owner}: virtual_batch_size must be positive; got {value}. "
-            "Use None for no ghost batches."
+        raise ArgumentValueError(
+            f"virtual_batch_size must be positive; got {value}. Use None for no ghost batches."
         )
     return int(value)
 
 
-def check_size(owner: str, value: Any) -> int:
+def check_size(value: Any) -> int:
     """`value` if it is a number of positions."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(
-            f"{owner}: size must be an int; got {value!r} of type {type(value).__name__}."
+        raise ArgumentTypeError(
+            f"size must be an int; got {value!r} of type {type(value).__name__}."
         )
     if value < 0:
-        raise ValueError(f"{owner}: size must be at least 0; got {value}.")
+        raise ArgumentValueError(f"size must be at least 0; got {value}.")
     return int(value)
 
 
-def check_activation(owner: str, value: Any) -> str | None:
+def check_activation(value: Any) -> str | None:
     """`value` if it names an activation of S18."""
     if value is None:
         return None
     if isinstance(value, str) and value in ACTIVATIONS:
         return value
     names = ", ".join(repr(name) for name in ACTIVATIONS)
-    raise ValueError(f"{owner}: activation must be None, {names}; got {value!r}.")
+    raise ArgumentValueError(f"activation must be None, {names}; got {value!r}.")
 
 
-def check_adjustment(owner: str, value: Any, virtual_batch_size: int | None) -> Adjustment | None:
+def check_adjustment(value: Any, virtual_batch_size: int | None) -> Adjustment | None:
     """`value` if it is callable and no ghost batches are asked for (S13)."""
     if value is None:
         return None
     if not callable(value):
-        raise TypeError(
-            f"{owner}: adjustment must be a function of x's shape that returns (scale, bias), "
+        raise ArgumentTypeError(
+            f"adjustment must be a function of x's shape that returns (scale, bias), "
             f"or None; got {value!r}."
         )
     if virtual_batch_size is not None:
-        raise ValueError(
-            f"{owner}: adjustment cannot be combined with virtual_batch_size="
+        raise ArgumentValueError(
+            f"adjustment cannot be combined with virtual_batch_size="
             f"{virtual_batch_size}; drop one of the two."
         )
     return value  # type: ignore[no-any-return]
 
 
-def call_adjustment(
-    owner: str, adjustment: Adjustment | None, shape: tuple[int, ...]
-) -> tuple[Any, Any]:
+def call_adjustment(adjustment: Adjustment | None, shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Scale and bias for an input of this shape, each None where there is none (S13)."""
     if adjustment is None:
         return None, None
     found = adjustment(shape)
     if not isinstance(found, (tuple, list)) or len(found) != 2:
-        raise TypeError(
-            f"{owner}: adjustment must return a pair (scale, bias); got {type(found).__name__}. "
+        raise ArgumentTypeError(
+            f"adjustment must return a pair (scale, bias); got {type(found).__name__}. "
             "Either of the two may be None."
         )
     return found[0], found[1]
 
 
-def check_renorm(
-    owner: str, renorm: Any, clipping: Mapping[str, Any] | None, decay: float
-) -> Renorm | None:
+def check_renorm(renorm: Any, clipping: Mapping[str, Any] | None, decay: float) -> Renorm | None:
     """The renormalization asked for, or None; `clipping` may hold rmin, rmax and dmax."""
-    if not check_flag(owner, "renorm", renorm):
+    if not check_flag("renorm", renorm):
         if clipping is not None:
-            raise ValueError(
-                f"{owner}: renorm_clipping needs renorm=True; got renorm=False and "
+            raise ArgumentValueError(
+                f"renorm_clipping needs renorm=True; got renorm=False and "
                 f"renorm_clipping={clipping!r}."
             )
         return None
     if clipping is None:
         return Renorm(decay)
     if not isinstance(clipping, Mapping):
-        raise TypeError(
-            f"{owner}: renorm_clipping must be a dict with keys among {_CLIPPING_KEYS}; "
-            f"got {clipping!r}."
+        raise ArgumentTypeError(
+            f"renorm_clipping must be a dict with keys among {_CLIPPING_KEYS}; got {clipping!r}."
         )
-    return _clipped_renorm(owner, clipping, decay)
+    return _clipped_renorm(clipping, decay)
 
 
-def _clipped_renorm(owner: str, clipping: Mapping[str, Any], decay: float) -> Renorm:
+def _clipped_renorm(clipping: Mapping[str, Any], decay: float) -> Renorm:
     unknown = sorted(str(key) for key in clipping if key not in _CLIPPING_KEYS)
     if unknown:
-        raise ValueError(
-            f"{owner}: renorm_clipping takes the keys {_CLIPPING_KEYS}; got {', '.join(unknown)}."
+        raise ArgumentValueError(
+            f"renorm_clipping takes the keys {_CLIPPING_KEYS}; got {', '.join(unknown)}."
         )
     limits = {
-        key: check_number(owner, f"renorm_clipping[{key!r}]", value, 0.0)
+        key: check_number(f"renorm_clipping[{key!r}]", value, 0.0)
         for key, value in clipping.items()
         if value is not None
     }
     renorm = Renorm(decay, **limits)
     if renorm.rmax < renorm.rmin:
-        raise ValueError(
-            f"{owner}: renorm_clipping needs rmax >= rmin; got rmax={renorm.rmax:g} and "
+        raise ArgumentValueError(
+            f"renorm_clipping needs rmax >= rmin; got rmax={renorm.rmax:g} and "
             f"rmin={renorm.rmin:g}."
         )
     return renorm

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from batchnorm.core.errors import ArgumentTypeError
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -17,7 +19,7 @@ class Option:
     Attributes:
         name: of the argument, and of the layer's attribute.
         default: of the argument.
-        check: from the error prefix and all arguments to the value that the layer keeps.
+        check: from all arguments to the value that the layer keeps.
         parts: further arguments that go into the value, with their defaults.
         kept: the value that the layer keeps by default.
         core: the value is a field of the core's Options, of the same name.
@@ -32,7 +34,7 @@ class Option:
 
     name: str
     default: Any
-    check: Callable[[str, Mapping[str, Any]], Any]
+    check: Callable[[Mapping[str, Any]], Any]
     parts: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     kept: Any = None
     core: bool = False
@@ -51,15 +53,13 @@ def list_arguments(options: Iterable[Option]) -> dict[str, Any]:
     return found
 
 
-def check_arguments(
-    owner: str, options: Iterable[Option], given: Mapping[str, Any]
-) -> dict[str, Any]:
+def check_arguments(options: Iterable[Option], given: Mapping[str, Any]) -> dict[str, Any]:
     """The values that a layer keeps for these arguments; those left out have their defaults."""
     options = tuple(options)
     every = list_arguments(options)
     if unknown := sorted(given.keys() - every.keys()):
-        raise TypeError(
-            f"{owner}: options must be among {', '.join(every)}; got {', '.join(unknown)}."
+        raise ArgumentTypeError(
+            f"options must be among {', '.join(every)}; got {', '.join(unknown)}."
         )
     every |= given
-    return {option.name: option.check(owner, every) for option in options}
+    return {option.name: option.check(every) for option in options}

@@ -56,7 +56,6 @@ def forward_batch(
     *,
     merge: Merge | None = None,
     update: bool = True,
-    owner: str,
     xp: Namespace,
 ) -> Outcome:
     """Normalize by the batch's own statistics (training).
@@ -69,7 +68,6 @@ def forward_batch(
         merge: over the participants whose batches make up one, or None; ghost groups stay
             local but for their average (S14).
         update: move the running statistics.
-        owner: whose name error messages carry.
         xp: array namespace.
 
     Returns:
@@ -80,7 +78,7 @@ def forward_batch(
         ValueError: the mask's shape is none of S1.
     """
     x = layout.split(inputs.x, xp)
-    mask = layout.mask(inputs.mask, owner, xp)
+    mask = layout.mask(inputs.mask, xp)
     centred = centre(x, mask, layout.reduced, eps=options.eps, xp=xp)
     if merge is not None and layout.groups is None:
         centred = recentre(x, mask, merge.moments(centred), xp)
@@ -133,7 +131,6 @@ def forward_running(
     layout: Layout,
     options: Options,
     *,
-    owner: str,
     xp: Namespace,
 ) -> Array:
     """Normalize by running statistics (evaluation, frozen); arguments as `forward_batch`."""
@@ -142,7 +139,7 @@ def forward_running(
         inputs.x,
         expanded.mean,
         expanded.var,
-        layout.mask(inputs.mask, owner, xp),
+        layout.mask(inputs.mask, xp),
         channel_affine(inputs, layout, xp),
         eps=options.eps,
         xp=xp,

@@ -8,49 +8,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
 from batchnorm.core.namespace import Array, Namespace
 
 Shape = tuple[int, ...]
 
 
-def normalize_axis(owner: str, axis: Any, rank: int, *, least_rows: int = 1) -> tuple[int, ...]:
+def normalize_axis(axis: Any, rank: int, *, least_rows: int = 1) -> tuple[int, ...]:
     """Channel axes of an array of this rank: non-negative, sorted, without duplicates.
 
     At least `least_rows` other axes, 1 or 0, must be left to reduce over.
     """
-    wanted = check_axis(owner, axis)
+    wanted = check_axis(axis)
     if rank == 0:
         least = "2 axes" if least_rows else "1 axis"
-        raise ValueError(
-            f"{owner}: x must have at least {least}, one of them {axis!r}; got a scalar."
+        raise ArgumentValueError(
+            f"x must have at least {least}, one of them {axis!r}; got a scalar."
         )
     for a in wanted:
         if not -rank <= a < rank:
-            raise ValueError(
-                f"{owner}: axis {a} is out of range for an input of rank {rank}; "
-                f"use {-rank} to {rank - 1}."
+            raise ArgumentValueError(
+                f"axis {a} is out of range for an input of rank {rank}; use {-rank} to {rank - 1}."
             )
     axes = tuple(sorted(a % rank for a in wanted))
     if len(set(axes)) != len(axes):
-        raise ValueError(
-            f"{owner}: axis names the same channel axis twice: {axis!r} for an input of rank "
+        raise ArgumentValueError(
+            f"axis names the same channel axis twice: {axis!r} for an input of rank "
             f"{rank}; name each one once."
         )
     if rank - len(axes) < least_rows:
-        raise ValueError(
-            f"{owner}: axis={axis!r} leaves no axis to reduce over for an input of rank {rank}; "
+        raise ArgumentValueError(
+            f"axis={axis!r} leaves no axis to reduce over for an input of rank {rank}; "
             "at least one axis must not be a channel axis."
         )
     return axes
 
 
-def check_axis(owner: str, axis: Any) -> tuple[int, ...]:
+def check_axis(axis: Any) -> tuple[int, ...]:
     """`axis` as a tuple of ints, in the order given."""
     wanted = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     if not all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in wanted):
-        raise TypeError(f"{owner}: axis must be an int or a tuple of ints; got {axis!r}.")
+        raise ArgumentTypeError(f"axis must be an int or a tuple of ints; got {axis!r}.")
     if not wanted:
-        raise ValueError(f"{owner}: axis must name at least one channel axis; got {axis!r}.")
+        raise ArgumentValueError(f"axis must name at least one channel axis; got {axis!r}.")
     return tuple(int(a) for a in wanted)
 
 
@@ -120,14 +120,14 @@ class Layout:
         """A per-channel array, shaped to broadcast against the working view."""
         return None if a is None else xp.reshape(a, self.per_channel)
 
-    def mask(self, mask: Array | None, owner: str, xp: Namespace) -> Array | None:
+    def mask(self, mask: Array | None, xp: Namespace) -> Array | None:
         """A boolean mask of any shape of S1, shaped to broadcast against the working view."""
         if mask is None:
             return None
-        shape = self.mask_shape(tuple(mask.shape), owner)
+        shape = self.mask_shape(tuple(mask.shape))
         return self.split(xp.reshape(mask, shape), xp)
 
-    def mask_shape(self, shape: Shape, owner: str) -> Shape:
+    def mask_shape(self, shape: Shape) -> Shape:
         """The shape, of x's rank, that a mask of this shape means (S1)."""
         rows = tuple(n for a, n in enumerate(self.shape) if a not in self.channel_axes)
         if shape == rows or (shape and shape == rows[: len(shape)]):
@@ -139,8 +139,8 @@ class Layout:
             m in (1, n) for m, n in zip(shape, self.shape, strict=True)
         ):
             return shape
-        raise ValueError(
-            f"{owner}: mask must have shape {rows}, like x without its channel axes, a non-empty "
+        raise ArgumentValueError(
+            f"mask must have shape {rows}, like x without its channel axes, a non-empty "
             f"prefix of it, or x's own rank with sizes of {self.shape} or 1; got {shape} for x of "
             f"shape {self.shape}."
         )
@@ -164,7 +164,6 @@ class Layout:
 
 
 def make_layout(
-    owner: str,
     shape: Sequence[int],
     axis: Any,
     virtual_batch_size: int | None = None,
@@ -175,18 +174,18 @@ def make_layout(
 
     `virtual_batch_size` is for training only (S12); `least_rows` as in `normalize_axis`.
     """
-    axes = normalize_axis(owner, axis, len(shape), least_rows=least_rows)
+    axes = normalize_axis(axis, len(shape), least_rows=least_rows)
     if virtual_batch_size is None:
         return Layout(tuple(shape), axes)
     if 0 in axes:
-        raise ValueError(
-            f"{owner}: virtual_batch_size splits axis 0, which must not be a channel axis; "
+        raise ArgumentValueError(
+            f"virtual_batch_size splits axis 0, which must not be a channel axis; "
             f"got axis={axis!r}."
         )
     samples = shape[0]
     if samples % virtual_batch_size != 0:
-        raise ValueError(
-            f"{owner}: virtual_batch_size={virtual_batch_size} must divide the batch size in "
+        raise ArgumentValueError(
+            f"virtual_batch_size={virtual_batch_size} must divide the batch size in "
             f"training; got a batch of {samples}. Drop the last batch (drop_last=True) or choose "
             "a divisor."
         )
@@ -198,40 +197,40 @@ def count_values(layout: Layout) -> int:
     return math.prod([layout.working[a] for a in layout.reduced])
 
 
-def check_per_channel(owner: str, name: str, array: Array | None, layout: Layout) -> None:
+def check_per_channel(name: str, array: Array | None, layout: Layout) -> None:
     """Raise unless `array` is None or has one value per channel."""
     if array is not None and tuple(array.shape) != layout.channels:
-        raise ValueError(
-            f"{owner}: {name} must have shape {layout.channels}, the channel sizes of x of shape "
+        raise ArgumentValueError(
+            f"{name} must have shape {layout.channels}, the channel sizes of x of shape "
             f"{layout.shape} along axis {layout.channel_axes}; got {tuple(array.shape)}."
         )
 
 
-def check_mask_values(owner: str, mask: Any) -> None:
+def check_mask_values(mask: Any) -> None:
     """Raise if a NumPy array of integers holds a value other than 0 and 1 (S1)."""
     wrong = mask[(mask != 0) & (mask != 1)]
     if wrong.size:
-        raise mask_value_error(owner, wrong[0])
+        raise mask_value_error(wrong[0])
 
 
-def mask_value_error(owner: str, value: Any) -> ValueError:
+def mask_value_error(value: Any) -> ValueError:
     """The error for an integer mask that holds `value`, neither 0 nor 1 (S1)."""
-    return ValueError(
-        f"{owner}: an integer mask must hold 1 for real rows and 0 for padding; got the value "
+    return ArgumentValueError(
+        f"an integer mask must hold 1 for real rows and 0 for padding; got the value "
         f"{int(value)}. Pass mask != 0 for token numbers, sequence_mask(lengths, size) for lengths."
     )
 
 
-def check_length_values(owner: str, lengths: Any, size: int) -> None:
+def check_length_values(lengths: Any, size: int) -> None:
     """Raise if a NumPy array holds a length that is not between 0 and `size`."""
     wrong = lengths[(lengths < 0) | (lengths > size)]
     if wrong.size:
-        raise length_value_error(owner, wrong[0], size)
+        raise length_value_error(wrong[0], size)
 
 
-def length_value_error(owner: str, value: Any, size: int) -> ValueError:
+def length_value_error(value: Any, size: int) -> ValueError:
     """The error for a length that is not between 0 and `size`."""
-    return ValueError(
-        f"{owner}: lengths must lie between 0 and size={size}; got {int(value)}. Give the size "
+    return ArgumentValueError(
+        f"lengths must lie between 0 and size={size}; got {int(value)}. Give the size "
         "that sequences are padded to, and clip longer ones."
     )

@@ -71,7 +71,7 @@ def gradients(
         n if layout.groups is not None and a == 1 else 1 for a, n in enumerate(layout.working)
     )
     x: Any = layout.split(operands.inputs().x, XP)
-    mask = layout.mask(operands.inputs().mask, call.owner, XP)
+    mask = layout.mask(operands.inputs().mask, XP)
     found = gradient(
         layout.split(dy.astype(work), XP),
         ((x - named["mean"]) - named["low"]) * named["rstd"],
@@ -117,7 +117,7 @@ def moment_gradient(operands: Operands, call: Call, dmean: Array, dvar: Array) -
 
     def moments(x: Array) -> tuple[Array, Array]:
         split = layout.split(x.astype(working_type(x)), XP)
-        mask = layout.mask(operands.inputs().mask, call.owner, XP)
+        mask = layout.mask(operands.inputs().mask, XP)
         centred = centre(split, mask, layout.reduced, eps=call.eps, xp=XP)
         return jnp.reshape(centred.mean, layout.moments), jnp.reshape(centred.var, layout.moments)
 
@@ -128,16 +128,12 @@ def moment_gradient(operands: Operands, call: Call, dmean: Array, dvar: Array) -
 def _forward(operands: Operands, call: Call) -> Outcome:
     options = Options(eps=call.eps, renorm=call.renorm)
     running = _running(operands, call)
-    return forward_batch(
-        operands.inputs(), running, call.layout, options, update=False, owner=call.owner, xp=XP
-    )
+    return forward_batch(operands.inputs(), running, call.layout, options, update=False, xp=XP)
 
 
 def _forward_running(operands: Operands, call: Call) -> Array:
     running, options = _running(operands, call), Options(eps=call.eps)
-    return forward_running(
-        operands.inputs(), running, call.layout, options, owner=call.owner, xp=XP
-    )
+    return forward_running(operands.inputs(), running, call.layout, options, xp=XP)
 
 
 def _running(operands: Operands, call: Call) -> Running:

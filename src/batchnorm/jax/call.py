@@ -45,7 +45,7 @@ class Call(NamedTuple):
         batch: normalize by the batch's own statistics.
         renorm: clipping of batch renormalization, or None.
         demanded: fused=True, so that a device without kernels is an error.
-        owner: whose name the error carries.
+        owner: the layer or function, for errors and explanations.
         present: which of the operands there are.
     """
 

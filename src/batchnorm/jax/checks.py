@@ -9,23 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from batchnorm.core.errors import ArgumentTypeError
 from batchnorm.core.layout import Layout, check_mask_values, check_per_channel
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
-def check_input(owner: str, x: Any) -> Array:
+def check_input(x: Any) -> Array:
     """`x` as an array of a type that can be normalized."""
     array = jnp.asarray(x)
     if array.dtype.name not in FLOATING:
-        raise TypeError(
-            f"{owner}: x must be float16, bfloat16, float32 or float64; got {array.dtype}. "
-            "Cast it first."
+        raise ArgumentTypeError(
+            f"x must be float16, bfloat16, float32 or float64; got {array.dtype}. Cast it first."
         )
     return array
 
 
-def check_mask(owner: str, mask: Any) -> Array | None:
+def check_mask(mask: Any) -> Array | None:
     """`mask` as a boolean or integer array, or None."""
     if mask is None:
         return None
@@ -33,13 +33,13 @@ def check_mask(owner: str, mask: Any) -> Array | None:
     if values.dtype == np.bool_:
         return jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(
-            f"{owner}: mask must be boolean or integer, 1 for real rows; got {values.dtype}. "
+        raise ArgumentTypeError(
+            f"mask must be boolean or integer, 1 for real rows; got {values.dtype}. "
             "Compare it, for instance mask != 0."
         )
     known = read_values(values)
     if known is not None:  # before a conversion can cut 64 bits to 32
-        check_mask_values(owner, known)
+        check_mask_values(known)
     return jnp.asarray(values)
 
 
@@ -53,14 +53,14 @@ def read_values(a: Any) -> np.ndarray | None:
     return np.asarray(a)
 
 
-def check_channels(owner: str, name: str, value: Any, layout: Layout, dtype: Any) -> Array | None:
+def check_channels(name: str, value: Any, layout: Layout, dtype: Any) -> Array | None:
     """A per-channel array in the working type, or None."""
     if value is None:
         return None
     array = jnp.asarray(value)
     if array.dtype.name not in FLOATING:
-        raise TypeError(f"{owner}: {name} must be floating; got {array.dtype}. Cast it first.")
-    check_per_channel(owner, name, array, layout)
+        raise ArgumentTypeError(f"{name} must be floating; got {array.dtype}. Cast it first.")
+    check_per_channel(name, array, layout)
     return array.astype(dtype)
 
 

@@ -75,11 +75,11 @@ def refuse_context(context: Any) -> str | None:
 _PARTITIONED = "XLA would gather an array that is sharded over devices in front of it"
 
 
-def readable_mask(layout: Layout, mask: Array | None, owner: str) -> Array | None:
+def readable_mask(layout: Layout, mask: Array | None) -> Array | None:
     """`mask` in x's rank, and such that the kernels can walk it."""
     if mask is None:
         return None
-    shape = layout.mask_shape(tuple(mask.shape), owner)
+    shape = layout.mask_shape(tuple(mask.shape))
     mask = mask.reshape(shape)
     geometry = find_geometry(layout, row_major_strides(layout.shape))
     if geometry is None or view_mask(geometry, layout.shape, shape, row_major_strides(shape)):

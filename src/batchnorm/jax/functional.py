@@ -11,6 +11,7 @@ from jax import Array, export
 
 from batchnorm.core import config
 from batchnorm.core.config import Options
+from batchnorm.core.errors import names_errors
 from batchnorm.core.layout import make_layout
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
@@ -51,6 +52,7 @@ for _fields in (Moments, RenormStatistics, RunningStatistics):
     )
 
 
+@names_errors("batch_norm")
 def batch_norm(
     x: Any,
     scale: Any = None,
@@ -112,15 +114,14 @@ def batch_norm(
     >>> y.ravel().tolist(), moments.mean.tolist()
     ([-1.0, 1.0, 97.0], [2.0])
     """
-    owner = "batch_norm"
     options = Options(
-        eps=config.check_number(owner, "epsilon", epsilon, 0.0),
-        virtual_batch_size=config.check_virtual_batch_size(owner, virtual_batch_size),
-        renorm=config.check_renorm(owner, renorm is not None, renorm_clipping, 1.0),
+        eps=config.check_number("epsilon", epsilon, 0.0),
+        virtual_batch_size=config.check_virtual_batch_size(virtual_batch_size),
+        renorm=config.check_renorm(renorm is not None, renorm_clipping, 1.0),
     )
     running = None
     if running_mean is not None or running_var is not None or renorm is not None:
-        running = _running_of(owner, x, axis, running_mean, running_var, renorm)
+        running = _running_of(x, axis, running_mean, running_var, renorm)
     y, moments, _ = normalize_batch(
         x,
         mask,
@@ -132,12 +133,13 @@ def batch_norm(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         update=False,
-        fused=config.check_fused(owner, fused),
-        owner=owner,
+        fused=config.check_fused(fused),
+        owner="batch_norm",
     )
     return y, moments
 
 
+@names_errors("batch_norm_inference")
 def batch_norm_inference(
     x: Any,
     mean: Any,
@@ -171,10 +173,11 @@ def batch_norm_inference(
 
     Source: S3, S4, S8, S15.
     """
-    owner = "batch_norm_inference"
-    options = Options(eps=config.check_number(owner, "epsilon", epsilon, 0.0))
+    options = Options(eps=config.check_number("epsilon", epsilon, 0.0))
     running = Running(jnp.asarray(mean), jnp.asarray(var))
-    return normalize_running(x, mask, scale, bias, running, axis=axis, options=options, owner=owner)
+    return normalize_running(
+        x, mask, scale, bias, running, axis=axis, options=options, owner="batch_norm_inference"
+    )
 
 
 def init_running(
@@ -194,6 +197,7 @@ def init_running(
     return found._replace(stddev=ones, renorm_mean=zeros, renorm_stddev=ones)
 
 
+@names_errors("update_running")
 def update_running(
     running: RunningStatistics,
     moments: Moments,
@@ -218,25 +222,22 @@ def update_running(
 
     Source: S9-S12. The biased variance is kept, as everywhere in JAX (S10).
     """
-    owner = "update_running"
     if not isinstance(momentum, jax.Array):
-        momentum = config.check_number(owner, "momentum", momentum, 0.0, 1.0)
+        momentum = config.check_number("momentum", momentum, 0.0, 1.0)
     renorm = None
     if running.stddev is not None:
-        weight = config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0)
+        weight = config.check_number("renorm_momentum", renorm_momentum, 0.0, 1.0)
         renorm = config.Renorm(weight)
     options = Options(
-        eps=config.check_number(owner, "epsilon", epsilon, 0.0), decay=momentum, renorm=renorm
+        eps=config.check_number("epsilon", epsilon, 0.0), decay=momentum, renorm=renorm
     )
     before = Running(running.mean, running.var, None, *running[2:])
     found = move_statistics(before, moments, options)
     return RunningStatistics(found.mean, found.var, *found[3:])
 
 
-def _running_of(
-    owner: str, x: Any, axis: Any, mean: Any, var: Any, renorm: RenormStatistics | None
-) -> Running:
-    layout = make_layout(owner, jnp.shape(x), axis, least_rows=0)
+def _running_of(x: Any, axis: Any, mean: Any, var: Any, renorm: RenormStatistics | None) -> Running:
+    layout = make_layout(jnp.shape(x), axis, least_rows=0)
     mean = jnp.zeros(layout.channels, jnp.float32) if mean is None else jnp.asarray(mean)
     var = jnp.ones(layout.channels, jnp.float32) if var is None else jnp.asarray(var)
     if renorm is None:

@@ -13,6 +13,7 @@ from jax import Array
 
 from batchnorm.core import config
 from batchnorm.core.config import Options
+from batchnorm.core.errors import ArgumentValueError, names_errors
 from batchnorm.core.layout import check_axis, normalize_axis
 from batchnorm.core.running import Running, derive_renorm
 from batchnorm.jax.checks import check_input, wide_type
@@ -89,6 +90,7 @@ class BatchNorm(nnx.Module):
     (8, 5, 3)
     """
 
+    @names_errors()
     def __init__(
         self,
         num_features: int | tuple[int, ...] | None = None,
@@ -117,30 +119,27 @@ class BatchNorm(nnx.Module):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         features_in: int | tuple[int, ...] | None = None,
     ) -> None:
-        owner = type(self).__name__
         del use_fast_variance
-        self.axis = axis if isinstance(axis, int) else check_axis(owner, axis)
-        self.num_features = check_features(
-            owner, num_features, features_in, check_axis(owner, axis)
-        )
-        weight = config.check_number(owner, "momentum", momentum, 0.0, 1.0)
+        self.axis = axis if isinstance(axis, int) else check_axis(axis)
+        self.num_features = check_features(num_features, features_in, check_axis(axis))
+        weight = config.check_number("momentum", momentum, 0.0, 1.0)
         self.momentum = Momentum(jnp.asarray(weight, jnp.float32))
-        self.epsilon = config.check_number(owner, "epsilon", epsilon, 0.0)
+        self.epsilon = config.check_number("epsilon", epsilon, 0.0)
         self.dtype, self.param_dtype = (
-            check_dtype(owner, "dtype", dtype),
-            check_dtype(owner, "param_dtype", param_dtype),
+            check_dtype("dtype", dtype),
+            check_dtype("param_dtype", param_dtype),
         )
-        self.use_bias = config.check_flag(owner, "use_bias", use_bias)
-        self.use_scale = config.check_flag(owner, "use_scale", use_scale)
+        self.use_bias = config.check_flag("use_bias", use_bias)
+        self.use_scale = config.check_flag("use_scale", use_scale)
         self.bias_init, self.scale_init = bias_init, scale_init
         # Static attributes must be hashable.
         self.bias_metadata = tuple(bias_metadata.items())
         self.scale_metadata = tuple(scale_metadata.items())
         self.axis_name, self.axis_index_groups = axis_name, freeze_groups(axis_index_groups)
-        self.virtual_batch_size = config.check_virtual_batch_size(owner, virtual_batch_size)
-        weight = config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0)
-        self.renorm = config.check_renorm(owner, renorm, renorm_clipping, weight)
-        self.fused = config.check_fused(owner, fused)
+        self.virtual_batch_size = config.check_virtual_batch_size(virtual_batch_size)
+        weight = config.check_number("renorm_momentum", renorm_momentum, 0.0, 1.0)
+        self.renorm = config.check_renorm(renorm, renorm_clipping, weight)
+        self.fused = config.check_fused(fused)
         self.promote_dtype = promote_dtype
         self.training = not use_running_average
         self.frozen = False
@@ -148,6 +147,7 @@ class BatchNorm(nnx.Module):
         if self.num_features is not None and rngs is not None:
             self.init(rngs)
 
+    @names_errors()
     def init(self, rngs: Any = 0, x: Any = None, use_running_average: bool = True) -> BatchNorm:
         """Make parameters and statistics, in place.
 
@@ -162,15 +162,14 @@ class BatchNorm(nnx.Module):
         Raises:
             ValueError: neither x nor a number of features.
         """
-        owner = type(self).__name__
         sizes = self.num_features
         if sizes is None:
             if x is None:
-                raise ValueError(
-                    f"{owner}: init needs x to learn the number of features; got None. Pass x, or "
+                raise ArgumentValueError(
+                    "init needs x to learn the number of features; got None. Pass x, or "
                     "num_features to the constructor."
                 )
-            axes = normalize_axis(owner, self.axis, jnp.ndim(x), least_rows=0)
+            axes = normalize_axis(self.axis, jnp.ndim(x), least_rows=0)
             found = tuple(jnp.shape(x)[a] for a in axes)
             sizes = found if len(found) > 1 else found[0]
         shape = sizes if isinstance(sizes, tuple) else (sizes,)
@@ -195,6 +194,7 @@ class BatchNorm(nnx.Module):
             self(x, use_running_average=False)
         return self
 
+    @names_errors()
     def __call__(
         self, x: Any, use_running_average: bool | None = None, *, mask: Any = None
     ) -> Array:
@@ -217,13 +217,12 @@ class BatchNorm(nnx.Module):
                 trace. State is unchanged then.
             NameError: `axis_name` is not bound.
         """
-        owner = type(self).__name__
         if use_running_average is None:
             use_running_average = self.use_running_average
-        x = check_input(owner, x)
+        x = check_input(x)
         if not self.initialized:
-            self._initialize_from(owner, x, use_running_average)
-        self._check_channels(owner, x)
+            self._initialize_from(x, use_running_average)
+        self._check_channels(x)
         mean, var = self.mean[...], self.var[...]
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
@@ -245,7 +244,7 @@ class BatchNorm(nnx.Module):
                 axis=self.axis,
                 options=options,
                 fused=self.fused,
-                owner=owner,
+                owner=type(self).__name__,
             )
             return y.astype(dtype)
         if self.renorm is not None:
@@ -266,17 +265,18 @@ class BatchNorm(nnx.Module):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             fused=self.fused,
-            owner=owner,
+            owner=type(self).__name__,
         )
         for name in _STATISTICS if self.renorm is not None else _STATISTICS[:2]:
             getattr(self, name)[...] = getattr(after, name)
         return y.astype(dtype)
 
+    @names_errors()
     def _explain(self, x: Any, use_running_average: bool | None = None, **rest: Any) -> Explanation:
         """The way of a call."""
         if not self.initialized:
-            raise ValueError(
-                f"{type(self).__name__}: the layer is not initialized, and has no way yet; call "
+            raise ArgumentValueError(
+                "the layer is not initialized, and has no way yet; call "
                 "layer.init(key, x) first, or pass num_features and rngs to the constructor."
             )
         return ask(lambda: BatchNorm.__call__(self, x, use_running_average, **rest))
@@ -335,22 +335,22 @@ class BatchNorm(nnx.Module):
         else:
             super().__setattr__(name, value)
 
-    def _initialize_from(self, owner: str, x: Array, use_running_average: bool) -> None:
+    def _initialize_from(self, x: Array, use_running_average: bool) -> None:
         if use_running_average or isinstance(x, jax.core.Tracer):
             where = "evaluation" if use_running_average else "a trace"
-            raise ValueError(
-                f"{owner}: the layer is not initialized, which {where} cannot do; call "
+            raise ArgumentValueError(
+                f"the layer is not initialized, which {where} cannot do; call "
                 "layer.init(key, x) first, or pass num_features and rngs to the constructor."
             )
         self.init(0, x)
 
-    def _check_channels(self, owner: str, x: Array) -> None:
-        axes = normalize_axis(owner, self.axis, x.ndim, least_rows=0)
+    def _check_channels(self, x: Array) -> None:
+        axes = normalize_axis(self.axis, x.ndim, least_rows=0)
         found = tuple(x.shape[a] for a in axes)
         expected = self.mean[...].shape
         if found != expected:
-            raise ValueError(
-                f"{owner}: x must have num_features={self.num_features} along axis {self.axis}; "
+            raise ArgumentValueError(
+                f"x must have num_features={self.num_features} along axis {self.axis}; "
                 f"got {found if len(found) > 1 else found[0]} in shape {tuple(x.shape)}."
             )
 

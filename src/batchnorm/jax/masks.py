@@ -9,12 +9,14 @@ import numpy as np
 from jax import Array, export
 
 from batchnorm.core import config
+from batchnorm.core.errors import ArgumentTypeError, names_errors
 from batchnorm.core.layout import check_length_values
 from batchnorm.jax.checks import read_values
 
 __all__ = ["sequence_mask"]
 
 
+@names_errors("sequence_mask")
 def sequence_mask(lengths: Any, size: int) -> Array:
     """Mark the first `lengths` of `size` positions, as masks of samples padded at the end do.
 
@@ -36,18 +38,17 @@ def sequence_mask(lengths: Any, size: int) -> Array:
     >>> sequence_mask(jnp.array([1, 3]), 3).astype(int).tolist()
     [[1, 0, 0], [1, 1, 1]]
     """
-    owner = "sequence_mask"
     if not export.is_symbolic_dim(size):
-        size = config.check_size(owner, size)
+        size = config.check_size(size)
     lengths = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(
-            f"{owner}: lengths must be integers; got {lengths.dtype}. Count them, for instance "
+        raise ArgumentTypeError(
+            f"lengths must be integers; got {lengths.dtype}. Count them, for instance "
             "mask.sum(-1), or cast them first."
         )
     known = read_values(lengths)
     if known is not None and isinstance(size, int):  # before 64 bits are cut to 32
-        check_length_values(owner, known, size)
+        check_length_values(known, size)
     array = jnp.asarray(lengths)
     if jnp.iinfo(array.dtype).max > jnp.iinfo(jnp.int32).max:  # no position is as far away
         array = jnp.minimum(array, jnp.asarray(jnp.iinfo(jnp.int32).max, array.dtype))

@@ -204,7 +204,7 @@ def _batch(function: Callable[..., Any]) -> Callable[..., Any]:
     def rule(arrays: Sequence[Array], dims: Sequence[Any], **params: Any) -> Any:
         call: Call = params["call"]
         if call.demanded:
-            raise refuse_fused(call.owner, "there is none under vmap")
+            raise refuse_fused("there is none under vmap").named(call.owner)
         mapped = jax.vmap(partial(function, **params), in_axes=tuple(dims))
         found = mapped(*arrays)
         return found, [0] * len(found)
@@ -220,7 +220,7 @@ def _lower(
     def rule(context: mlir.LoweringRuleContext, *arrays: Any, call: Call, **params: Any) -> Any:
         reason = custom_calls.refuse_context(context)
         if reason is not None and call.demanded:
-            raise refuse_fused(call.owner, reason)
+            raise refuse_fused(reason).named(call.owner)
         if reason is not None:
             _report(call, reason)
         function = by_kernel if reason is None else by_arrays
@@ -243,7 +243,7 @@ def _register(
         context: mlir.LoweringRuleContext, *arrays: Any, call: Call, **params: Any
     ) -> Any:
         if call.demanded:
-            raise refuse_fused(call.owner, f"there is none {where}")
+            raise refuse_fused(f"there is none {where}").named(call.owner)
         _report(call, f"there is none {where}")
         return mlir.lower_fun(by_arrays, multiple_results=True)(
             context, *arrays, call=call, **params

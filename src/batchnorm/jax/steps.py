@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from batchnorm.core.config import Options
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.forward import forward_batch, forward_running
 from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.moments import Moments, centred_from
@@ -60,12 +61,12 @@ def normalize_batch(
         s, t: the adjustment's scale and bias, broadcastable against x, or None (S13).
         update: compute `Step.running`.
     """
-    given = _prepare(owner, x, mask, scale, bias, running, axis, options.virtual_batch_size)
+    given = _prepare(x, mask, scale, bias, running, axis, options.virtual_batch_size)
     x, layout, operands, _ = given
-    merge = make_merge(owner, axis_name, axis_index_groups)
+    merge = make_merge(axis_name, axis_index_groups)
     reason: str | None = explanation.UNFUSED
     if fused is not False:
-        reason = _refuse(given, owner)
+        reason = _refuse(given)
         if s is not None or t is not None:
             reason = "none takes an adjustment"
         if merge is not None:
@@ -74,7 +75,7 @@ def normalize_batch(
             explanation.report(owner, explanation.KERNELS, note=custom_calls.NOTE)
             return _by_kernel(given, running, options, update, fused is True, owner)
         if fused:
-            raise refuse_fused(owner, reason)
+            raise refuse_fused(reason)
     explanation.report(owner, explanation.ARRAY_CODE, ((explanation.KERNELS, str(reason)),))
     work = working_type(x)
     outcome = forward_batch(
@@ -84,7 +85,6 @@ def normalize_batch(
         _with_decay_in(work, options),
         merge=merge,
         update=update,
-        owner=owner,
         xp=XP,
     )
     after = running
@@ -109,21 +109,21 @@ def normalize_running(
 
     XLA fuses array code with what is around it, so that kernels are used on demand only.
     """
-    given = _prepare(owner, x, mask, scale, bias, running, axis, None)
+    given = _prepare(x, mask, scale, bias, running, axis, None)
     layout, operands = given.layout, given.operands
     if fused:
-        reason = _refuse(given, owner)
+        reason = _refuse(given)
         if reason is not None:
-            raise refuse_fused(owner, reason)
+            raise refuse_fused(reason)
         explanation.report(owner, explanation.KERNELS, note=custom_calls.NOTE)
         call = Call(layout, options.eps, False, None, True, owner, ())
-        return _returned(run_step(_for_kernel(given, owner), call).y, given)
+        return _returned(run_step(_for_kernel(given), call).y, given)
     reason = "the compiler fuses evaluation with what surrounds it"
     if fused is False:
         reason = explanation.UNFUSED
     explanation.report(owner, explanation.ARRAY_CODE, ((explanation.KERNELS, reason),))
     statistics = Running(operands.mean, operands.var)
-    y = forward_running(operands.inputs(), statistics, layout, options, owner=owner, xp=XP)
+    y = forward_running(operands.inputs(), statistics, layout, options, xp=XP)
     return _returned(y, given)
 
 
@@ -140,7 +140,6 @@ class _Given(NamedTuple):
 
 
 def _prepare(
-    owner: str,
     x: Any,
     mask: Any,
     scale: Any,
@@ -149,21 +148,21 @@ def _prepare(
     axis: int | tuple[int, ...],
     size: int | None,
 ) -> _Given:
-    x = check_input(owner, x)
+    x = check_input(x)
     shape = tuple(x.shape)
-    layout = make_layout(owner, shape, axis, size, least_rows=0)
-    _check_groups(owner, x, layout)
+    layout = make_layout(shape, axis, size, least_rows=0)
+    _check_groups(x, layout)
     work = working_type(x)
-    mask = check_mask(owner, mask)
+    mask = check_mask(mask)
     if mask is not None:
-        fitted = layout.mask_shape(tuple(mask.shape), owner)
+        fitted = layout.mask_shape(tuple(mask.shape))
     if len(layout.channel_axes) == len(shape):
         x = jnp.expand_dims(x, 0)
         layout = Layout((1, *shape), tuple(a + 1 for a in layout.channel_axes))
         mask = None if mask is None else mask.reshape((1, *fitted))
 
     def channels(name: str, value: Any) -> Array | None:
-        return check_channels(owner, name, value, layout, work)
+        return check_channels(name, value, layout, work)
 
     kept = running or Running(None, None)
     operands = Operands(
@@ -190,7 +189,7 @@ def _explicit_sharding(x: Array) -> tuple[Any, ...]:
     return tuple(getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()))
 
 
-def _check_groups(owner: str, x: Array, layout: Layout) -> None:
+def _check_groups(x: Array, layout: Layout) -> None:
     """Raise where jax could not split an explicitly sharded axis 0 into (v, groups) (S12)."""
     names = (*_explicit_sharding(x), None)[0]
     if layout.groups is None or names is None:
@@ -199,28 +198,28 @@ def _check_groups(owner: str, x: Array, layout: Layout) -> None:
     parts = math.prod(mesh.shape[name] for name in np.atleast_1d(names).tolist())
     size = layout.working[0]
     if size % parts != 0:
-        raise ValueError(
-            f"{owner}: virtual_batch_size must be a multiple of the {parts} parts in which axis 0 "
+        raise ArgumentValueError(
+            f"virtual_batch_size must be a multiple of the {parts} parts in which axis 0 "
             f"of x is sharded explicitly over {names!r}; got {size}. Call this inside "
             "jax.sharding.auto_axes, or inside jax.shard_map for groups that are local."
         )
 
 
-def _refuse(given: _Given, owner: str) -> str | None:
+def _refuse(given: _Given) -> str | None:
     """Why no kernel serves these arrays, or None."""
     x, layout, operands, _ = given
     if any(axis is not None for axis in _explicit_sharding(x)):
         return "x is sharded over devices"
     mask = operands.mask
-    shape = None if mask is None else layout.mask_shape(tuple(mask.shape), owner)
+    shape = None if mask is None else layout.mask_shape(tuple(mask.shape))
     return custom_calls.refuse(layout, x.dtype, shape)
 
 
-def _for_kernel(given: _Given, owner: str) -> Operands:
+def _for_kernel(given: _Given) -> Operands:
     """Operands whose masks the kernels can walk, with constant statistics."""
     layout, operands = given.layout, given.operands
     return operands._replace(
-        mask=custom_calls.readable_mask(layout, operands.mask, owner),
+        mask=custom_calls.readable_mask(layout, operands.mask),
         mean=_constant(operands.mean),
         var=_constant(operands.var),
         renorm_mean=_constant(operands.renorm_mean),
@@ -237,7 +236,7 @@ def _by_kernel(
     owner: str,
 ) -> Step:
     layout = given.layout
-    operands = _for_kernel(given, owner)
+    operands = _for_kernel(given)
     if options.renorm is None:
         operands = operands._replace(renorm_mean=None, renorm_stddev=None)
     call = Call(layout, options.eps, True, options.renorm, demanded, owner, ())

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from batchnorm.core.errors import ArgumentNameError, ArgumentValueError
 from batchnorm.core.synchronize import GatherMerge, Merge, Parts
 from batchnorm.jax.namespace import XP
 
 Groups = Sequence[Sequence[int]] | None
 
 
-def make_merge(owner: str, axis_name: Any, axis_index_groups: Groups) -> Merge | None:
+def make_merge(axis_name: Any, axis_index_groups: Groups) -> Merge | None:
     """How this device's statistics meet those of the others along `axis_name`; None without one.
 
     Raises:
@@ -25,20 +26,19 @@ def make_merge(owner: str, axis_name: Any, axis_index_groups: Groups) -> Merge |
     """
     if axis_name is None:
         if axis_index_groups is not None:
-            raise ValueError(
-                f"{owner}: axis_index_groups needs axis_name; got axis_name=None and "
-                f"{axis_index_groups!r}."
+            raise ArgumentValueError(
+                f"axis_index_groups needs axis_name; got axis_name=None and {axis_index_groups!r}."
             )
         return None
     try:
         size = jax.lax.axis_size(axis_name)
     except NameError as error:
-        raise NameError(
-            f"{owner}: axis_name={axis_name!r} is not bound here; call this inside jax.shard_map, "
+        raise ArgumentNameError(
+            f"axis_name={axis_name!r} is not bound here; call this inside jax.shard_map, "
             f"jax.pmap or jax.vmap(axis_name={axis_name!r}), or pass axis_name=None. Under plain "
             "jit with sharded arrays statistics are global without it."
         ) from error
-    members = None if axis_index_groups is None else _group_of(owner, axis_index_groups, size)
+    members = None if axis_index_groups is None else _group_of(axis_index_groups, size)
 
     def gather(parts: Parts) -> Parts:
         # One collective for all five; every device merges them in the order of the axis.
@@ -71,12 +71,12 @@ def _all_gather(a: jax.Array, axis_name: Any) -> jax.Array:
     return found.reshape((participants, *a.shape))
 
 
-def _group_of(owner: str, groups: Sequence[Sequence[int]], size: int) -> np.ndarray:
+def _group_of(groups: Sequence[Sequence[int]], size: int) -> np.ndarray:
     """The number of the group of each index of the axis."""
     flat = [int(i) for group in groups for i in group]
     if sorted(flat) != list(range(size)):
-        raise ValueError(
-            f"{owner}: axis_index_groups must hold each of the {size} indices of the axis once; "
+        raise ArgumentValueError(
+            f"axis_index_groups must hold each of the {size} indices of the axis once; "
             f"got {groups!r}."
         )
     found = np.zeros(size, np.int32)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from batchnorm.core.errors import ArgumentValueError
 
-def missing_axes(owner: str, name: str, shape: Sequence[Any], x: Sequence[Any]) -> int:
+
+def missing_axes(name: str, shape: Sequence[Any], x: Sequence[Any]) -> int:
     """How many axes of size 1 an array of this shape needs in front to have x's rank.
 
     Sizes may be None where they are unknown.
@@ -19,8 +21,8 @@ def missing_axes(owner: str, name: str, shape: Sequence[Any], x: Sequence[Any]) 
     if missing < 0 or any(
         None not in (m, n) and m not in (1, n) for m, n in zip(sizes, x, strict=True)
     ):
-        raise ValueError(
-            f"{owner}: the adjustment's {name} must broadcast against x of shape {tuple(x)}; got "
+        raise ArgumentValueError(
+            f"the adjustment's {name} must broadcast against x of shape {tuple(x)}; got "
             f"shape {tuple(shape)}."
         )
     return missing

@@ -13,7 +13,7 @@ class Call:
     """Everything about a call but its arrays.
 
     Attributes:
-        owner: whose name error messages carry.
+        owner: the layer's class, for explanations.
         axes: channel axes, sorted, not negative.
         options: as in Options.
         training: a bool, or a 0-d tensor whose value is not known yet.

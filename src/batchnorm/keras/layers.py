@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from batchnorm.core.config import Adjustment
+from batchnorm.core.errors import ArgumentValueError, names_errors
 from batchnorm.keras.call import Call
 from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.masks import propagate_mask, split_pair, to_boolean
@@ -86,6 +87,7 @@ class BatchNormalization(WeightedNormalization):
     3
     """
 
+    @names_errors()
     def __init__(
         self,
         axis: int | Sequence[int] = -1,
@@ -116,7 +118,6 @@ class BatchNormalization(WeightedNormalization):
         **kwargs: Any,
     ) -> None:
         checked = check_options(
-            type(self).__name__,
             axis=axis,
             momentum=momentum,
             epsilon=epsilon,
@@ -156,21 +157,23 @@ class BatchNormalization(WeightedNormalization):
         self._start_statistics()
         self._check_kernel(rank=None)
 
+    @names_errors()
     def __call__(self, inputs: Any, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
         """Normalize inputs; arguments as the class says."""
         # Keras sees x alone as the input, and the mask as any other.
-        x, mask = split_pair(type(self).__name__, inputs, mask)
+        x, mask = split_pair(inputs, mask)
         if getattr(getattr(x, "shape", None), "rank", 0) is None:
-            raise ValueError(
-                f"{type(self).__name__}: inputs must have a known rank; got a tensor of unknown "
+            raise ArgumentValueError(
+                "inputs must have a known rank; got a tensor of unknown "
                 "rank. Give it one, for instance with tf.ensure_shape."
             )
         # Keras would cast the mask to the layer's type, in which a small number may be 0.
         return super().__call__(x, *args, mask=to_boolean(mask), **kwargs)
 
+    @names_errors()
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         """Normalize inputs; arguments as the class says."""
-        x, mask = split_pair(type(self).__name__, inputs, mask)
+        x, mask = split_pair(inputs, mask)
         if mask is None:  # Keras looks for one only where x is the only tensor
             mask = getattr(x, "_keras_mask", None)
         mask = to_boolean(mask)
@@ -181,18 +184,19 @@ class BatchNormalization(WeightedNormalization):
             self._store(moved)
         return y
 
+    @names_errors()
     def _explain(self, x: Any, **arguments: Any) -> Explanation:
         """The way of a call."""
         if not self.built:
-            raise ValueError(
-                f"{type(self).__name__}: the layer has no weights, and no way yet; build it first, "
+            raise ArgumentValueError(
+                "the layer has no weights, and no way yet; build it first, "
                 "with layer.build(x.shape)."
             )
         return ask(lambda: self(x, **arguments))
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """The mask that the output carries on: one of a dimension less than x, or None."""
-        x, mask = split_pair(type(self).__name__, inputs, previous_mask)
+        x, mask = split_pair(inputs, previous_mask)
         mask = to_boolean(mask)
         return None if mask is None else propagate_mask(mask, x, self._channel_axes)
 
@@ -252,7 +256,7 @@ class BatchNormalization(WeightedNormalization):
         call = self._make_call(False)
         reason = BACKEND.refuse_kernel(call, rank)
         if reason is not None:
-            raise refuse_fused(type(self).__name__, reason)
+            raise refuse_fused(reason)
 
 
 @keras.saving.register_keras_serializable(package="batchnorm")
@@ -266,10 +270,11 @@ class SyncBatchNormalization(BatchNormalization):
     Source: S14; Chan, Golub and LeVeque 1983, equation 2.1b.
     """
 
+    @names_errors()
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.setdefault("synchronized", True) is not True:
-            raise ValueError(
-                f"{type(self).__name__}: synchronized must be True; got "
+            raise ArgumentValueError(
+                f"synchronized must be True; got "
                 f"{kwargs['synchronized']!r}. Use BatchNormalization for local statistics."
             )
         super().__init__(*args, **kwargs)

@@ -8,12 +8,14 @@ import keras
 import numpy as np
 
 from batchnorm.core import config
+from batchnorm.core.errors import ArgumentTypeError, names_errors
 from batchnorm.core.layout import check_length_values
 from batchnorm.keras.functional import BACKEND
 
 __all__ = ["sequence_mask"]
 
 
+@names_errors("sequence_mask")
 def sequence_mask(lengths: Any, size: int) -> Any:
     """Mark the first `lengths` of `size` positions, as masks of samples padded at the end do.
 
@@ -36,18 +38,17 @@ def sequence_mask(lengths: Any, size: int) -> Any:
     >>> np.asarray(keras.ops.cast(mask, "int32")).tolist()
     [[1, 0, 0], [1, 1, 1]]
     """
-    owner = "sequence_mask"
-    size = config.check_size(owner, size)
+    size = config.check_size(size)
     lengths = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
     dtype = keras.backend.standardize_dtype(lengths.dtype)
     if not keras.backend.is_int_dtype(dtype):
-        raise TypeError(
-            f"{owner}: lengths must be integers; got {dtype}. Count them, for instance "
+        raise ArgumentTypeError(
+            f"lengths must be integers; got {dtype}. Count them, for instance "
             'keras.ops.sum(keras.ops.cast(mask, "int32"), -1), or cast them first.'
         )
     known = _read(lengths)
     if known is not None:
-        check_length_values(owner, known, size)
+        check_length_values(known, size)
         lengths = known.astype("int32")
     # JAX has 64 bits only where it is told so.
     wide = dtype in ("uint32", "int64", "uint64") and keras.backend.backend() != "jax"

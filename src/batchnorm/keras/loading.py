@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.running import derive_renorm
 
 _NUMPY: Any = np  # as much of a namespace as is asked for
@@ -28,16 +29,13 @@ def fit_weights(layer: Any, weights: Sequence[Any]) -> list[np.ndarray]:
     values = [np.asarray(a) for a in weights]
     statistics = _unpack(values[parameters:], layer)
     if statistics is None:
-        raise ValueError(
-            f"{type(layer).__name__}: expected {len(wanted)} weights, "
+        raise ArgumentValueError(
+            f"expected {len(wanted)} weights, "
             f"{[w.name for w in wanted]}; got {len(values)} of shapes "
             f"{[a.shape for a in values]}."
         )
     values[parameters:] = layer._pack(statistics)
-    return [
-        _fit(type(layer).__name__, value, weight)
-        for value, weight in zip(values, wanted, strict=True)
-    ]
+    return [_fit(value, weight) for value, weight in zip(values, wanted, strict=True)]
 
 
 def _unpack(found: list[np.ndarray], layer: Any) -> list[np.ndarray] | None:
@@ -50,12 +48,11 @@ def _unpack(found: list[np.ndarray], layer: Any) -> list[np.ndarray] | None:
     return found if len(found) == (5 if layer.renorm else 2) else None
 
 
-def _fit(owner: str, value: np.ndarray, weight: Any) -> np.ndarray:
+def _fit(value: np.ndarray, weight: Any) -> np.ndarray:
     """`value` in the weight's shape, which may differ in axes of size 1."""
     shape = tuple(weight.shape)
     if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
-        raise ValueError(
-            f"{owner}: {weight.name} must have shape {shape}, but for axes of size 1; got "
-            f"{value.shape}."
+        raise ArgumentValueError(
+            f"{weight.name} must have shape {shape}, but for axes of size 1; got {value.shape}."
         )
     return value.reshape(shape)

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from batchnorm.core.errors import ArgumentValueError, names_errors
 from batchnorm.core.running import Running
 from batchnorm.keras.layers import BatchNormalization
 from batchnorm.keras.variables import Row, add_statistic, stack_rows
@@ -55,6 +56,7 @@ class MaskedBatchNormalization(BatchNormalization):
     [2.0]
     """
 
+    @names_errors()
     def __init__(
         self,
         axis: int = -1,
@@ -74,8 +76,8 @@ class MaskedBatchNormalization(BatchNormalization):
     ) -> None:
         for option in ("renorm", "virtual_batch_size"):
             if kwargs.get(option):
-                raise ValueError(
-                    f"{type(self).__name__}: {option} does not go with one weight of shape "
+                raise ArgumentValueError(
+                    f"{option} does not go with one weight of shape "
                     f"(2, C); got {option}={kwargs[option]!r}. Use BatchNormalization."
                 )
         super().__init__(
@@ -95,12 +97,13 @@ class MaskedBatchNormalization(BatchNormalization):
             **{"autocast": False, **kwargs},
         )
 
+    @names_errors()
     def build(self, input_shape: Any) -> None:
         """Make the weights for inputs of this shape, or for a pair whose x has it."""
         rank = len(self._check_shape(input_shape))
         if self._plain_axis() not in (-1, rank - 1):
-            raise ValueError(
-                f"{type(self).__name__}: axis must be the last one, -1 or {rank - 1} for inputs "
+            raise ArgumentValueError(
+                f"axis must be the last one, -1 or {rank - 1} for inputs "
                 f"of rank {rank}; got {self._plain_axis()!r}. BatchNormalization takes any."
             )
         super().build(input_shape)

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout
 
 
@@ -25,7 +26,7 @@ def to_boolean(mask: Any) -> Any:
     return keras.ops.cast(mask, "bool")
 
 
-def split_pair(owner: str, inputs: Any, mask: Any) -> tuple[Any, Any]:
+def split_pair(inputs: Any, mask: Any) -> tuple[Any, Any]:
     """x and its mask, from a lone tensor or a pair, and from what came beside it.
 
     Raises:
@@ -36,14 +37,14 @@ def split_pair(owner: str, inputs: Any, mask: Any) -> tuple[Any, Any]:
     if not isinstance(inputs, (list, tuple)):
         return inputs, mask
     if len(inputs) != 2:
-        raise ValueError(
-            f"{owner}: inputs must be a tensor or a pair (x, mask); got {len(inputs)} inputs."
+        raise ArgumentValueError(
+            f"inputs must be a tensor or a pair (x, mask); got {len(inputs)} inputs."
         )
     x, paired = inputs
     other = getattr(x, "_keras_mask", None) if mask is None else mask
     if paired is not None and other is not None:
-        raise ValueError(
-            f"{owner}: a mask must come once; got one in the pair (x, mask) and another one as "
+        raise ArgumentValueError(
+            "a mask must come once; got one in the pair (x, mask) and another one as "
             "mask=, or attached to x by an earlier layer. Leave one out."
         )
     return x, other if paired is None else paired
@@ -56,7 +57,7 @@ def is_pair_of_shapes(shape: Any) -> bool:
     )
 
 
-def find_axes(owner: str, shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
+def find_axes(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
     """The axes of x that those of a mask of this shape lie along.
 
     Beyond S1, a mask of one dimension less than x may have sizes of 1, and those that Keras
@@ -71,7 +72,7 @@ def find_axes(owner: str, shape: Sequence[int], layout: Layout) -> tuple[int, ..
         return rows
     if tuple(shape) == x[:-1]:
         return tuple(range(len(x) - 1))
-    layout.mask_shape(tuple(shape), owner)
+    layout.mask_shape(tuple(shape))
     return tuple(range(len(x))) if len(shape) == len(x) else rows[: len(shape)]
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import keras
 
 from batchnorm.core import config
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import check_axis
 
 
@@ -19,7 +20,6 @@ class Checked(NamedTuple):
 
 
 def check_options(
-    owner: str,
     *,
     axis: Any,
     momentum: Any,
@@ -40,55 +40,53 @@ def check_options(
         TypeError: an option of the wrong type.
         ValueError: an option out of range, or options that exclude each other.
     """
-    axes = check_axis(owner, axis)
-    size = config.check_virtual_batch_size(owner, virtual_batch_size)
-    check_ghost_axes(owner, size, axes, axis)
+    axes = check_axis(axis)
+    size = config.check_virtual_batch_size(virtual_batch_size)
+    check_ghost_axes(size, axes, axis)
     options = config.Options(
-        eps=config.check_number(owner, "epsilon", epsilon, 0.0),
-        decay=config.check_number(owner, "momentum", momentum, 0.0, 1.0),
+        eps=config.check_number("epsilon", epsilon, 0.0),
+        decay=config.check_number("momentum", momentum, 0.0, 1.0),
         virtual_batch_size=size,
         renorm=config.check_renorm(
-            owner,
             renorm,
             renorm_clipping,
-            config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0),
+            config.check_number("renorm_momentum", renorm_momentum, 0.0, 1.0),
         ),
     )
-    config.check_flag(owner, "synchronized", synchronized)
+    config.check_flag("synchronized", synchronized)
     if fused and synchronized:
-        raise ValueError(
-            f"{owner}: fused=True cannot be combined with synchronized=True; use fused=None for "
+        raise ArgumentValueError(
+            "fused=True cannot be combined with synchronized=True; use fused=None for "
             "the fastest path there is."
         )
-    _check_participants(owner, synchronized, axis_name, process_group)
+    _check_participants(synchronized, axis_name, process_group)
     return Checked(
         options,
-        config.check_adjustment(owner, adjustment, size),
-        config.check_fused(owner, fused),
+        config.check_adjustment(adjustment, size),
+        config.check_fused(fused),
     )
 
 
-def check_ghost_axes(owner: str, size: int | None, axes: tuple[int, ...], axis: Any) -> None:
+def check_ghost_axes(size: int | None, axes: tuple[int, ...], axis: Any) -> None:
     """Raise if ghost batches would split a channel axis; `axes` may be negative still."""
     if size is not None and 0 in axes:
-        raise ValueError(
-            f"{owner}: virtual_batch_size splits axis 0, which must not be a channel axis; got "
+        raise ArgumentValueError(
+            f"virtual_batch_size splits axis 0, which must not be a channel axis; got "
             f"axis={axis!r}."
         )
 
 
-def _check_participants(owner: str, synchronized: bool, axis_name: Any, process_group: Any) -> None:
+def _check_participants(synchronized: bool, axis_name: Any, process_group: Any) -> None:
     named = {"axis_name": (axis_name, "jax"), "process_group": (process_group, "torch")}
     for name, (value, backend) in named.items():
         if value is None:
             continue
         if keras.backend.backend() != backend:
-            raise ValueError(
-                f"{owner}: {name} is for the {backend} backend; got {name}={value!r} on "
+            raise ArgumentValueError(
+                f"{name} is for the {backend} backend; got {name}={value!r} on "
                 f"{keras.backend.backend()}. Leave it out."
             )
         if not synchronized:
-            raise ValueError(
-                f"{owner}: {name} chooses whom to synchronize with and needs synchronized=True; "
-                "got False."
+            raise ArgumentValueError(
+                f"{name} chooses whom to synchronize with and needs synchronized=True; got False."
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from batchnorm.core.errors import ArgumentValueError, names_errors
 from batchnorm.core.layout import normalize_axis
 from batchnorm.core.running import Running
 from batchnorm.keras.loading import fit_weights
@@ -23,16 +24,17 @@ class WeightedNormalization(keras.layers.BatchNormalization):
     _channel_axes: tuple[int, ...] = ()
     _channels: tuple[int, ...] = ()
 
+    @names_errors()
     def build(self, input_shape: Any) -> None:
         """Make the weights for inputs of this shape, or for a pair whose x has it."""
-        owner, shape = type(self).__name__, self._check_shape(input_shape)
-        axes = normalize_axis(owner, self._plain_axis(), len(shape))
+        shape = self._check_shape(input_shape)
+        axes = normalize_axis(self._plain_axis(), len(shape))
         if any(shape[a] is None for a in axes):
-            raise ValueError(
-                f"{owner}: channel sizes must be known when the layer is built; got shape {shape} "
+            raise ArgumentValueError(
+                f"channel sizes must be known when the layer is built; got shape {shape} "
                 f"with axis={self._plain_axis()!r}. Give the input a static size there."
             )
-        check_ghost_axes(owner, self.virtual_batch_size, axes, self._plain_axis())
+        check_ghost_axes(self.virtual_batch_size, axes, self._plain_axis())
         self._channel_axes = axes
         self._channels = tuple(n for n in (shape[a] for a in axes) if n is not None)
         self._check_kernel(rank=len(shape))
@@ -44,23 +46,26 @@ class WeightedNormalization(keras.layers.BatchNormalization):
         named = (self.axis,) if isinstance(self.axis, int) else axes
         self.input_spec = keras.layers.InputSpec(ndim=len(shape), axes={a: shape[a] for a in named})
 
+    @names_errors()
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """x's shape."""
         shape = self._check_shape(input_shape)
-        normalize_axis(type(self).__name__, self._plain_axis(), len(shape))
+        normalize_axis(self._plain_axis(), len(shape))
         return shape
 
+    @names_errors()
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Load weights of this layer, of Keras's own ones, or in the packed layout."""
         count = len(store.keys())
         if self.weights and not count:
-            raise ValueError(
-                f"{type(self).__name__}: the file has no weights for layer {self.name!r}. Files "
+            raise ArgumentValueError(
+                f"the file has no weights for layer {self.name!r}. Files "
                 "name layers by their class: one of another kind of batch normalization loads "
                 "with batchnorm.keras.load_weights(model, path)."
             )
         self.set_weights([store[str(i)] for i in range(count)])
 
+    @names_errors()
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set all weights; layouts as in `load_own_variables`."""
         if not self.built:
@@ -137,7 +142,5 @@ class WeightedNormalization(keras.layers.BatchNormalization):
     def _check_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         shape = input_shape[0] if is_pair_of_shapes(input_shape) else input_shape
         if shape is None:
-            raise ValueError(
-                f"{type(self).__name__}: inputs must have a known rank; got an unknown one."
-            )
+            raise ArgumentValueError("inputs must have a known rank; got an unknown one.")
         return tuple(shape)

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.kernels import extension
 from batchnorm.kernels.kept import TYPES
 
@@ -89,9 +90,8 @@ def select_kernel(
     return Choice(status.kernel)
 
 
-def refuse_fused(owner: str, reason: str) -> ValueError:
+def refuse_fused(reason: str) -> ArgumentValueError:
     """The error for fused=True where no kernel serves the call."""
-    return ValueError(
-        f"{owner}: fused=True demands a kernel, but {reason}. "
-        "Use fused=None for the fastest path there is."
+    return ArgumentValueError(
+        f"fused=True demands a kernel, but {reason}. Use fused=None for the fastest path there is."
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from batchnorm.core import config
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
 from batchnorm.core.running import Running
 from batchnorm.torch import checks
@@ -42,7 +43,7 @@ class Settings(NamedTuple):
     """Everything else that a layer, or a call of the function, sets; already validated.
 
     Attributes:
-        owner: whose name error messages carry.
+        owner: the layer's class or the function, for explanations and messages between ranks.
         axis: channel axis or axes.
         options: as in Options.
         adjustment: function of x's shape, or None; applies in training (S13).
@@ -122,7 +123,7 @@ class Call(NamedTuple):
         mask, layout = self.tensors.mask, self.layout
         if mask is None:
             return False
-        return layout.varies_along_channels(layout.mask_shape(tuple(mask.shape), self.owner))
+        return layout.varies_along_channels(layout.mask_shape(tuple(mask.shape)))
 
 
 def make_call(tensors: Tensors, settings: Settings, training: bool, update: bool) -> Call:
@@ -134,14 +135,13 @@ def make_call(tensors: Tensors, settings: Settings, training: bool, update: bool
         SynchronizationError: a layer's process group is gone.
     """
     x, mask, owner, options = tensors.x, tensors.mask, settings.owner, settings.options
-    checked = checks.check_mask(owner, mask, x.device)
+    checked = checks.check_mask(mask, x.device)
     if checked is not mask:
         mask, tensors = checked, tensors._replace(mask=checked)
     size = options.virtual_batch_size if training else None
     decision = None
     if settings.fused is not False and is_plain(x):
         decision = decide(
-            owner,
             (x.shape, x.stride(), x.dtype, x.device.type),
             settings.axis,
             size,
@@ -152,7 +152,7 @@ def make_call(tensors: Tensors, settings: Settings, training: bool, update: bool
         )
         layout = decision.layout
     else:
-        layout = make_layout(owner, tuple(x.shape), settings.axis, size)
+        layout = make_layout(tuple(x.shape), settings.axis, size)
     traced = torch.compiler.is_compiling()
     call = Call(tensors, settings, training, update, traced, layout, decision, None)
     _check_tensors(call)
@@ -165,21 +165,21 @@ def make_call(tensors: Tensors, settings: Settings, training: bool, update: bool
 
 def _check_tensors(call: Call) -> None:
     (x, _, weight, bias, residual, running), layout = call.tensors, call.layout
-    channels, owner = layout.channels, call.settings.owner
+    channels = layout.channels
     for name, a in (("weight", weight), ("bias", bias)):
         if a is not None:
             if a.shape != channels:
-                check_per_channel(owner, name, a, layout)
+                check_per_channel(name, a, layout)
             if type(a) is not Parameter or a.dtype is not x.dtype or a.layout is not torch.strided:
-                checks.check_parameter(owner, name, a)
+                checks.check_parameter(name, a)
     if running is not None:
         _check_running(call, running, channels)
     if residual is not None:
-        checks.check_residual(owner, residual, x)
+        checks.check_residual(residual, x)
 
 
 def _check_running(call: Call, running: Running, channels: tuple[int, ...]) -> None:
-    layout, owner, written = call.layout, call.settings.owner, call.update and not call.traced
+    layout, written = call.layout, call.update and not call.traced
     for name, a in zip(_STATISTICS, running, strict=True):
         if a is None:
             continue
@@ -190,10 +190,10 @@ def _check_running(call: Call, running: Running, channels: tuple[int, ...]) -> N
             or type(a) is not Tensor
             or a.layout is not torch.strided
         ):
-            check_per_channel(owner, name, a, layout)
-            checks.check_statistic(owner, name, a)
+            check_per_channel(name, a, layout)
+            checks.check_statistic(name, a)
         if written and a.is_inference():
-            checks.check_writable(owner, name, a)
+            checks.check_writable(name, a)
 
 
 def _check_count(call: Call) -> None:
@@ -204,8 +204,8 @@ def _check_count(call: Call) -> None:
     if call.training and call.settings.synchronizer is not None:
         return
     if count_values(layout) == 1:
-        raise ValueError(
-            f"{call.owner}: training needs more than 1 value per channel; got an input of shape "
+        raise ArgumentValueError(
+            f"training needs more than 1 value per channel; got an input of shape "
             f"{layout.shape} with channel axes {layout.channel_axes}. Use a larger batch, "
             "evaluation mode, or a mask."
         )

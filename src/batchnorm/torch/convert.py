@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.torch.fx import keep_first_argument
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.torch.options import OPTIONS, convertible
@@ -27,6 +28,7 @@ _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _PRIVATE = ("frozen", "_synchronizer", "_masked_by_context", "_converted_from", "_memory")
 
 
+@names_errors("convert_batchnorm")
 def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
     """Replace every torch batch norm inside `module` by this library's, in place.
 
@@ -58,17 +60,16 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
     >>> type(model[0]).__module__
     'batchnorm.torch.layers'
     """
-    owner = "convert_batchnorm"
-    _check_module(owner, module)
-    _check_options(owner, options)
+    _check_module(module)
+    _check_options(options)
     left: list[str] = []
 
     def replace(name: str, layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, _BatchNorm) or isinstance(layer, BatchNorm):
             return None
         if isinstance(layer, _LAZY):  # with the first input it becomes another class
-            raise ValueError(
-                f"{owner}: layer {name!r} is a {type(layer).__name__} without parameters yet; "
+            raise ArgumentValueError(
+                f"layer {name!r} is a {type(layer).__name__} without parameters yet; "
                 "run one batch through the model first."
             )
         ours = _OURS.get(type(layer))
@@ -81,7 +82,7 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
     if left:
         shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
         warnings.warn(
-            f"{owner}: left alone, because subclasses may compute something else: "
+            f"convert_batchnorm: left alone, because subclasses may compute something else: "
             f"{shown}. Put a BatchNorm in their place, followed by what they add.",
             stacklevel=2,
         )
@@ -94,6 +95,7 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
     return module
 
 
+@names_errors("revert_batchnorm")
 def revert_batchnorm(module: nn.Module) -> nn.Module:
     """Replace every batch norm of this library inside `module` by torch's, in place.
 
@@ -113,8 +115,7 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
     >>> type(revert_batchnorm(BatchNorm1d(3)))
     <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
-    owner = "revert_batchnorm"
-    _check_module(owner, module)
+    _check_module(module)
 
     def replace(name: str, layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, BatchNorm):
@@ -123,15 +124,15 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
         if layer.synchronized:
             theirs = nn.SyncBatchNorm
         if theirs is None:
-            raise ValueError(
-                f"{owner}: layer {name!r} is a {type(layer).__name__}, for which torch has no "
+            raise ArgumentValueError(
+                f"layer {name!r} is a {type(layer).__name__}, for which torch has no "
                 "counterpart; use BatchNorm1d, BatchNorm2d or BatchNorm3d."
             )
         if reason := _obstacle(layer):
-            raise ValueError(f"{owner}: layer {name!r} {reason}, which torch's layer cannot do.")
+            raise ArgumentValueError(f"layer {name!r} {reason}, which torch's layer cannot do.")
         return _revert(layer, theirs)
 
-    return _exchange(module, replace, lambda made: keep_first_argument(owner, module, made))
+    return _exchange(module, replace, lambda made: keep_first_argument(module, made))
 
 
 def _convert(layer: nn.Module, ours: type[BatchNorm], options: dict[str, Any]) -> BatchNorm:
@@ -205,24 +206,24 @@ def _exchange(
     return made.get(module, module)
 
 
-def _check_options(owner: str, options: dict[str, Any]) -> None:
+def _check_options(options: dict[str, Any]) -> None:
     """Raise for an option that no layer could take, before any layer is touched."""
     accepted = ("eps", "momentum", *convertible())
     if unknown := sorted(set(options) - set(accepted)):
-        raise TypeError(
-            f"{owner}: options must be among {', '.join(accepted)}; got {', '.join(unknown)}."
+        raise ArgumentTypeError(
+            f"options must be among {', '.join(accepted)}; got {', '.join(unknown)}."
         )
     moving = {name: options[name] for name in ("eps", "momentum") if name in options}
     rest = {name: value for name, value in options.items() if name not in moving}
     BatchNorm(1, **moving).configure(**rest)
 
 
-def _check_module(owner: str, module: Any) -> None:
+def _check_module(module: Any) -> None:
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{owner}: module must be a torch.nn.Module; got {type(module).__name__}.")
+        raise ArgumentTypeError(f"module must be a torch.nn.Module; got {type(module).__name__}.")
     if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            f"{owner}: a module of torch.jit cannot be changed; take the one that it was made "
+        raise ArgumentTypeError(
+            "a module of torch.jit cannot be changed; take the one that it was made "
             "from. torch.jit.script compiles torch's layers only: fold this library's, or revert "
             "them, before it."
         )

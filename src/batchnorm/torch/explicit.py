@@ -11,6 +11,7 @@ from torch import Tensor
 
 from batchnorm.core.backward import backward_batch, backward_running
 from batchnorm.core.config import Options
+from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
 from batchnorm.core.gradient import Gradients
 from batchnorm.core.layout import Layout, make_layout
@@ -23,7 +24,6 @@ __all__ = ["BatchNorm"]
 
 _OWNER = "explicit.BatchNorm"
 _REDUCTIONS = ("sum", "mean")
-_SETTINGS: dict[str, Any] = {"owner": _OWNER, "xp": XP}
 
 
 class _Pass(NamedTuple):
@@ -71,24 +71,26 @@ class BatchNorm:
     epsilon = 1e-6
     name = "Batch normalisation"
 
+    @names_errors(_OWNER)
     def __init__(
         self, patience: float = 0.9, *, parameter_gradient: str = "sum", **kwargs: Any
     ) -> None:
         if isinstance(patience, bool) or not isinstance(patience, (int, float)):
-            raise TypeError(f"{_OWNER}: patience must be a number; got {patience!r}.")
+            raise ArgumentTypeError(f"patience must be a number; got {patience!r}.")
         if not 0.0 < patience < 1.0:
-            raise ValueError(
-                f"{_OWNER}: patience must lie strictly between 0 and 1; got {patience!r}."
+            raise ArgumentValueError(
+                f"patience must lie strictly between 0 and 1; got {patience!r}."
             )
         if parameter_gradient not in _REDUCTIONS:
-            raise ValueError(
-                f'{_OWNER}: parameter_gradient must be "sum" or "mean"; got {parameter_gradient!r}.'
+            raise ArgumentValueError(
+                f'parameter_gradient must be "sum" or "mean"; got {parameter_gradient!r}.'
             )
         self.patience = float(patience)
         self.parameter_gradient = parameter_gradient
         self.input_shape: tuple[int, ...] | None = None
         self._pass: _Pass | None = None
 
+    @names_errors(_OWNER)
     def initialise_layer(
         self,
         *,
@@ -109,16 +111,14 @@ class BatchNorm:
         """
         shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
-            raise TypeError(
-                f"{_OWNER}: input_shape must be a sequence of ints; got {input_shape!r}."
-            )
+            raise ArgumentTypeError(f"input_shape must be a sequence of ints; got {input_shape!r}.")
         if not shape or min(shape) < 0:
-            raise ValueError(
-                f"{_OWNER}: input_shape must name at least one size, none negative; got "
+            raise ArgumentValueError(
+                f"input_shape must name at least one size, none negative; got "
                 f"{input_shape!r}. For one feature use (1,)."
             )
         if data_type not in checks.FLOATING:
-            raise TypeError(f"{_OWNER}: data_type must be a floating type; got {data_type!r}.")
+            raise ArgumentTypeError(f"data_type must be a floating type; got {data_type!r}.")
         wide = checks.working_type(data_type)
         self.input_shape = self.output_shape = shape
         self.nparams = 2 * math.prod(shape)
@@ -129,6 +129,7 @@ class BatchNorm:
         self._pass = None
 
     @torch.no_grad()
+    @names_errors(_OWNER)
     def forward(
         self, input: Tensor, training: bool = False, mask: Tensor | None = None, **ignored: Any
     ) -> Tensor:
@@ -153,9 +154,9 @@ class BatchNorm:
         layout = self._check_forward(input, training)
         if training:
             for name in ("running_mean", "running_var"):
-                checks.check_writable(_OWNER, name, getattr(self, name))
+                checks.check_writable(name, getattr(self, name))
         work = checks.working_type(input.dtype)
-        mask = checks.to_boolean(checks.check_mask(_OWNER, mask, input.device))
+        mask = checks.to_boolean(checks.check_mask(mask, input.device))
         # Copies: an optimizer's step or an in-place operation must not reach into backward.
         inputs = Inputs(
             input.to(work, copy=not training),
@@ -166,20 +167,21 @@ class BatchNorm:
         running = Running(
             self.running_mean.to(work, copy=True), self.running_var.to(work, copy=True)
         )
-        options, settings = self._options(), _SETTINGS
+        options = self._options()
         result: Outcome | Tensor
         if training:
-            result = outcome = forward_batch(inputs, running, layout, options, **settings)
+            result = outcome = forward_batch(inputs, running, layout, options, xp=XP)
             inputs, y, moved = inputs._replace(x=None), outcome.y.to(input.dtype), outcome.running
             assert moved is not None
             write_all([(self.running_mean, moved.mean), (self.running_var, moved.var)])
         else:
-            wide: Tensor = forward_running(inputs, running, layout, options, **settings)
+            wide: Tensor = forward_running(inputs, running, layout, options, xp=XP)
             result, y = wide, wide.to(input.dtype)
         self._pass = _Pass(inputs, result, running, layout, input.dtype)
         return y
 
     @torch.no_grad()
+    @names_errors(_OWNER)
     def backward(self, dCdy: Tensor, **ignored: Any) -> Tensor:
         """The gradient of the latest forward pass; adds to `gamma.grad` and `beta.grad`.
 
@@ -198,11 +200,10 @@ class BatchNorm:
         if self._pass is None:
             raise RuntimeError(f"{_OWNER}: backward needs a forward pass before it; got none.")
         saved = self._pass
-        checks.check_input(_OWNER, dCdy, "dCdy")
+        checks.check_input(dCdy, "dCdy")
         if tuple(dCdy.shape) != saved.layout.shape:
-            raise ValueError(
-                f"{_OWNER}: dCdy must have the output's shape {saved.layout.shape}; got "
-                f"{tuple(dCdy.shape)}."
+            raise ArgumentValueError(
+                f"dCdy must have the output's shape {saved.layout.shape}; got {tuple(dCdy.shape)}."
             )
         found = self._gradients(dCdy, saved)
         rows = 1 if self.parameter_gradient == "sum" else self._rows(saved)
@@ -226,16 +227,16 @@ class BatchNorm:
 
     def _gradients(self, dCdy: Tensor, saved: _Pass) -> Gradients:
         dy = dCdy.to(checks.working_type(saved.dtype))
-        options, settings = self._options(), _SETTINGS
+        options = self._options()
         if isinstance(saved.result, Outcome):
-            return backward_batch(dy, saved.inputs, saved.result, saved.layout, options, **settings)
+            return backward_batch(dy, saved.inputs, saved.result, saved.layout, options, xp=XP)
         return backward_running(
-            dy, saved.result, saved.inputs, saved.running, saved.layout, options, **settings
+            dy, saved.result, saved.inputs, saved.running, saved.layout, options, xp=XP
         )
 
     def _rows(self, saved: _Pass) -> Any:
         """Real rows per channel, at least 1."""
-        mask = saved.layout.mask(saved.inputs.mask, _OWNER, XP)
+        mask = saved.layout.mask(saved.inputs.mask, XP)
         if mask is None:
             return max(saved.layout.shape[0], 1)
         return mask.expand(saved.layout.shape).sum(dim=0).clamp(min=1)
@@ -249,21 +250,20 @@ class BatchNorm:
 
     def _check_forward(self, input: Any, training: Any) -> Layout:
         self._check_initialised()
-        checks.check_input(_OWNER, input, "input")
+        checks.check_input(input, "input")
         if not isinstance(training, bool):
-            raise TypeError(
-                f"{_OWNER}: training must be True or False; got {training!r} of type "
+            raise ArgumentTypeError(
+                f"training must be True or False; got {training!r} of type "
                 f"{type(training).__name__}."
             )
         assert self.input_shape is not None
         if input.dim() == 0 or tuple(input.shape[1:]) != self.input_shape:
-            raise ValueError(
-                f"{_OWNER}: input must have shape (N, *{self.input_shape}); got "
-                f"{tuple(input.shape)}."
+            raise ArgumentValueError(
+                f"input must have shape (N, *{self.input_shape}); got {tuple(input.shape)}."
             )
         if training and input.shape[0] < 2:
-            raise ValueError(
-                f"{_OWNER}: training needs a batch of at least 2; got {input.shape[0]}. "
+            raise ArgumentValueError(
+                f"training needs a batch of at least 2; got {input.shape[0]}. "
                 "Use a larger batch or training=False."
             )
-        return make_layout(_OWNER, tuple(input.shape), tuple(range(1, input.dim())))
+        return make_layout(tuple(input.shape), tuple(range(1, input.dim())))

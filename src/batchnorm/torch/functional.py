@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.core import config
+from batchnorm.core.errors import ArgumentValueError, names_errors
 from batchnorm.core.running import Running
 from batchnorm.torch import checks, jagged
 from batchnorm.torch.call import Settings, Tensors, make_call
@@ -26,6 +27,7 @@ class RenormStatistics(NamedTuple):
     renorm_stddev: Tensor
 
 
+@names_errors("batch_norm")
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -99,40 +101,38 @@ def batch_norm(
     >>> batch_norm(x, None, None, training=True, mask=mask, eps=0.0).flatten().tolist()
     [-1.0, 1.0, 97.0]
     """
-    owner = "batch_norm"
-    config.check_flag(owner, "training", training)
+    config.check_flag("training", training)
     if (running_mean is None) != (running_var is None):
-        raise ValueError(
-            f"{owner}: running_mean and running_var go together; got None for one of them. "
+        raise ArgumentValueError(
+            "running_mean and running_var go together; got None for one of them. "
             "Give both, or neither."
         )
-    size = config.check_virtual_batch_size(owner, virtual_batch_size)
+    size = config.check_virtual_batch_size(virtual_batch_size)
     options = config.Options(
-        eps=config.check_number(owner, "eps", eps, 0.0),
-        decay=1.0 - config.check_number(owner, "momentum", momentum, 0.0, 1.0),
+        eps=config.check_number("eps", eps, 0.0),
+        decay=1.0 - config.check_number("momentum", momentum, 0.0, 1.0),
         unbiased=True,
         virtual_batch_size=size,
         renorm=config.check_renorm(
-            owner,
             renorm is not None,
             renorm_clipping,
-            1.0 - config.check_number(owner, "renorm_momentum", renorm_momentum, 0.0, 1.0),
+            1.0 - config.check_number("renorm_momentum", renorm_momentum, 0.0, 1.0),
         ),
-        activation=config.check_activation(owner, activation),
+        activation=config.check_activation(activation),
     )
     running = None
     if running_mean is not None:
         running = Running(running_mean, running_var, None, *(renorm or (None, None, None)))
     elif renorm is not None:
-        raise ValueError(f"{owner}: renorm needs running_mean and running_var; got None.")
-    checks.check_input(owner, input)
+        raise ArgumentValueError("renorm needs running_mean and running_var; got None.")
+    checks.check_input(input)
     settings = Settings(
-        owner,
+        "batch_norm",
         axis,
         options,
-        config.check_adjustment(owner, adjustment, size),
-        config.check_fused(owner, fused),
-        find_synchronizer(owner, synchronized, process_group),
+        config.check_adjustment(adjustment, size),
+        config.check_fused(fused),
+        find_synchronizer(synchronized, process_group),
     )
     tensors = Tensors(input, mask, weight, bias, residual, running)
     return normalize(tensors, settings, training=training, update=training)

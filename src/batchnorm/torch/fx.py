@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node, Proxy
 
+from batchnorm.core.errors import ArgumentValueError
+
 _ARGUMENTS = ("input", "mask", "residual")
 
 
@@ -19,7 +21,7 @@ def trace_call(layer: nn.Module, x: Proxy, given: Mapping[str, Any]) -> Proxy:
     return call
 
 
-def keep_first_argument(owner: str, module: nn.Module, layers: Collection[nn.Module]) -> None:
+def keep_first_argument(module: nn.Module, layers: Collection[nn.Module]) -> None:
     """Make every graph inside `module` call these layers with x alone, as torch's are called.
 
     Raises:
@@ -30,19 +32,19 @@ def keep_first_argument(owner: str, module: nn.Module, layers: Collection[nn.Mod
         if isinstance(graph, GraphModule):
             for node in graph.graph.find_nodes(op="call_module"):
                 if graph.get_submodule(str(node.target)) in layers:
-                    found.setdefault(graph, []).append((node, _only_argument(owner, node)))
+                    found.setdefault(graph, []).append((node, _only_argument(node)))
     for graph, calls in found.items():
         for node, x in calls:
             node.args, node.kwargs = (x,), {}
         graph.recompile()
 
 
-def _only_argument(owner: str, node: Node) -> Any:
+def _only_argument(node: Node) -> Any:
     given = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
     passed = [name for name in _ARGUMENTS[1:] if given.get(name) is not None]
     if passed:
-        raise ValueError(
-            f"{owner}: the traced graph calls layer {node.target!r} with a {passed[0]}, which "
+        raise ArgumentValueError(
+            f"the traced graph calls layer {node.target!r} with a {passed[0]}, which "
             "torch's layer does not take. Revert the model first and trace it then, or leave this "
             "layer out."
         )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import normalize_axis
 from batchnorm.torch import checks
 from batchnorm.torch.call import Settings, Tensors
@@ -36,21 +37,21 @@ def normalize_values(
     Raises:
         ValueError: an axis, mask, residual or option that has no meaning on packed values.
     """
-    (x, mask, weight, bias, residual, running), owner = tensors, settings.owner
+    x, mask, weight, bias, residual, running = tensors
     ghost = settings.options.virtual_batch_size is not None
     if training and (ghost or settings.adjustment is not None):
-        raise ValueError(
-            f"{owner}: a jagged x takes neither virtual_batch_size nor adjustment in training, "
+        raise ArgumentValueError(
+            "a jagged x takes neither virtual_batch_size nor adjustment in training, "
             "whose shapes need a padded batch; pad x and pass mask instead."
         )
-    axes = normalize_axis(owner, settings.axis, x.dim())
-    check_axes(owner, axes, x)
+    axes = normalize_axis(settings.axis, x.dim())
+    check_axes(axes, x)
     packed, ragged = _pack(x), x._ragged_idx  # type: ignore[attr-defined]
     if residual is not None:
-        residual = _values_like(owner, "residual", residual, packed)
+        residual = _values_like("residual", residual, packed)
     written = running if update and not torch.compiler.is_compiling() else None
     with unmoved_on_failure(written):  # wrapping y may fail too
-        mask = _mask_values(owner, mask, packed, ragged)
+        mask = _mask_values(mask, packed, ragged)
         y = normalize(
             Tensors(packed.values, mask, weight, bias, residual, running),
             settings._replace(axis=tuple(a - 1 for a in axes), adjustment=None),
@@ -60,17 +61,17 @@ def normalize_values(
         return torch.nested.nested_tensor_from_jagged(y, packed.offsets, jagged_dim=ragged)
 
 
-def real_values(owner: str, x: Any, mask: Any) -> tuple[Tensor, Any]:
+def real_values(x: Any, mask: Any) -> tuple[Tensor, Any]:
     """The packed values of x, whose channel axes lie one earlier than in x, and their mask."""
     packed = _pack(x)
-    return packed.values, _mask_values(owner, mask, packed, x._ragged_idx)
+    return packed.values, _mask_values(mask, packed, x._ragged_idx)
 
 
-def check_axes(owner: str, axes: tuple[int, ...], x: Any) -> None:
+def check_axes(axes: tuple[int, ...], x: Any) -> None:
     """Raise if a channel axis of a jagged x is its batch axis or its ragged one."""
     if 0 in axes or x._ragged_idx in axes:
-        raise ValueError(
-            f"{owner}: the channel axes of a jagged x must be neither the batch axis 0 nor the "
+        raise ArgumentValueError(
+            f"the channel axes of a jagged x must be neither the batch axis 0 nor the "
             f"ragged axis {x._ragged_idx}; got axis={axes if len(axes) > 1 else axes[0]}. For "
             "(N, ragged, C) use axis=-1."
         )
@@ -92,29 +93,29 @@ def _pack(x: Any) -> _Packed:
     return _Packed(x.values().index_select(x._ragged_idx - 1, kept), packed)
 
 
-def _mask_values(owner: str, mask: Any, x: _Packed, ragged: int) -> Any:
+def _mask_values(mask: Any, x: _Packed, ragged: int) -> Any:
     if not isinstance(mask, Tensor):
         return mask
     if mask.layout is torch.jagged:
-        return _values_like(owner, "mask", mask, x)
+        return _values_like("mask", mask, x)
     samples = x.offsets.numel() - 1
     if tuple(mask.shape) != (samples,):
-        raise ValueError(
-            f"{owner}: the mask of a jagged x must be jagged like x without its channel axes, or "
+        raise ArgumentValueError(
+            f"the mask of a jagged x must be jagged like x without its channel axes, or "
             f"have shape ({samples},) for whole samples; got {tuple(mask.shape)}."
         )
-    mask = checks.check_mask(owner, mask, x.values.device)
+    mask = checks.check_mask(mask, x.values.device)
     rows = torch.repeat_interleave(mask, x.offsets.diff(), output_size=x.values.shape[ragged - 1])
     return rows.reshape([-1 if a == ragged - 1 else 1 for a in range(x.values.dim())])
 
 
-def _values_like(owner: str, name: str, a: Any, x: _Packed) -> Tensor:
+def _values_like(name: str, a: Any, x: _Packed) -> Tensor:
     if not isinstance(a, Tensor) or a.layout is not torch.jagged:
         shape = f" of shape {tuple(a.shape)}" if isinstance(a, Tensor) else ""
-        raise ValueError(f"{owner}: {name} must be jagged like x; got {type(a).__name__}{shape}.")
+        raise ArgumentValueError(f"{name} must be jagged like x; got {type(a).__name__}{shape}.")
     packed = _pack(a)
     if packed.offsets is not x.offsets and not torch.equal(packed.offsets, x.offsets):
-        raise ValueError(
-            f"{owner}: {name} must be ragged like x, sample by sample; got other lengths."
+        raise ArgumentValueError(
+            f"{name} must be ragged like x, sample by sample; got other lengths."
         )
     return packed.values

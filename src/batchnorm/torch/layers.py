@@ -13,6 +13,12 @@ from torch.fx import Proxy
 
 from batchnorm.core import config
 from batchnorm.core.declaration import check_arguments, list_arguments
+from batchnorm.core.errors import (
+    ArgumentRuntimeError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    names_errors,
+)
 from batchnorm.core.layout import check_axis, normalize_axis
 from batchnorm.kernels.explanation import LAST_CALL, Explanation, Refusal, ask
 from batchnorm.torch import checks, jagged, masking
@@ -84,6 +90,7 @@ class BatchNorm(RunningStatistics):
     fused: bool | None
     synchronized: bool
 
+    @names_errors()
     def __init__(
         self,
         num_features: int | tuple[int, ...],
@@ -107,12 +114,11 @@ class BatchNorm(RunningStatistics):
         process_group: Any = None,
     ) -> None:
         given = locals()
-        owner = type(self).__name__
-        sizes = _check_features(owner, num_features, check_axis(owner, axis))
-        config.check_flag(owner, "affine", affine)
-        config.check_flag(owner, "bias", bias)
-        config.check_flag(owner, "track_running_stats", track_running_stats)
-        _check_dtype(owner, dtype)
+        sizes = _check_features(num_features, check_axis(axis))
+        config.check_flag("affine", affine)
+        config.check_flag("bias", bias)
+        config.check_flag("track_running_stats", track_running_stats)
+        _check_dtype(dtype)
         super().__init__(
             sizes if len(sizes) > 1 else sizes[0],  # type: ignore[arg-type]
             eps,
@@ -127,14 +133,14 @@ class BatchNorm(RunningStatistics):
         self.configure(**{name: given[name] for name in list_arguments(OPTIONS) if name in given})
         self.reset_running_stats()
 
+    @names_errors()
     def configure(self, **options: Any) -> None:
         """Set and check every option that torch's layers lack; arguments as the constructor's.
 
         Those left out get their defaults.
         """
-        owner = type(self).__name__
-        self._check_moving(owner)
-        for name, value in check_arguments(owner, OPTIONS, options).items():
+        self._check_moving()
+        for name, value in check_arguments(OPTIONS, options).items():
             setattr(self, name, value)
         self._synchronizer = Synchronizer(options.get("process_group"))
         if self.synchronized:
@@ -143,8 +149,8 @@ class BatchNorm(RunningStatistics):
         self._masked_by_context = False
         self._memory = LastCalls()
         if self.renorm is not None and self.running_mean is None:
-            raise ValueError(
-                f"{owner}: renorm=True compares with running statistics and needs "
+            raise ArgumentValueError(
+                "renorm=True compares with running statistics and needs "
                 "track_running_stats=True; got False."
             )
         self._prepare_statistics()
@@ -189,23 +195,27 @@ class BatchNorm(RunningStatistics):
             y = self._memory.repeat(self, x, key)
             if y is not None:
                 return y
-        owner = type(self).__name__
-        checks.check_input(owner, x)
+        return self._run(x, mask, residual, key)
+
+    @names_errors()
+    def _run(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, key: Any) -> Tensor:
+        """y of a call that is not the last one again; `key`: to remember it by."""
+        checks.check_input(x)
         self._check_input_dim(x)
         axis = self.axis
         if type(axis) is not int or not -x.dim() <= axis < x.dim() or x.layout is torch.jagged:
-            axis = normalize_axis(owner, axis, x.dim())
+            axis = normalize_axis(axis, x.dim())
             if x.layout is torch.jagged:
-                jagged.check_axes(owner, axis, x)
-        self._check_channels(owner, x, axis)
-        self._check_moving(owner)
+                jagged.check_axes(axis, x)
+        self._check_channels(x, axis)
+        self._check_moving()
         running = self._running()
         training = self.training and not self.frozen
         if mask is None and (training or running is None or torch.is_grad_enabled()):
-            mask = self._ambient_mask(owner, x)
+            mask = self._ambient_mask(x)
         tensors = Tensors(x, mask, self._tensor("weight"), self._tensor("bias"), residual, running)
         settings = Settings(
-            owner,
+            type(self).__name__,
             axis,
             self._options(),
             self.adjustment,
@@ -249,18 +259,20 @@ class BatchNorm(RunningStatistics):
         return self._synchronizer.group
 
     @process_group.setter
+    @names_errors()
     def process_group(self, group: Any) -> None:
-        check_group(type(self).__name__, self.synchronized, group)
+        check_group(self.synchronized, group)
         self._synchronizer.group = group
 
     def name_for_ranks(self, name: str) -> None:
         """Set the name by which ranks tell synchronized layers apart: the same on all of them."""
         self._synchronizer.name = name
 
+    @names_errors()
     def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script asks a module for before it compiles it."""
-        raise TypeError(
-            f"{type(self).__name__}: torch.jit.script cannot compile this layer. Before it, fold "
+        raise ArgumentTypeError(
+            "torch.jit.script cannot compile this layer. Before it, fold "
             "the layer into its neighbours (batchnorm.tools.fold) or put torch's back "
             "(batchnorm.torch.revert_batchnorm); or use torch.jit.trace or torch.export."
         )
@@ -303,7 +315,7 @@ class BatchNorm(RunningStatistics):
     def _check_input_dim(self, input: Tensor) -> None:
         """Every rank that has the channel axes will do."""
 
-    def _check_channels(self, owner: str, x: Tensor, axis: int | tuple[int, ...]) -> None:
+    def _check_channels(self, x: Tensor, axis: int | tuple[int, ...]) -> None:
         features = self.num_features
         if type(axis) is int and x.shape[axis] == features:
             return
@@ -312,18 +324,18 @@ class BatchNorm(RunningStatistics):
         expected = tuple(features) if isinstance(features, tuple) else (features,)
         found = tuple(x.shape[a] for a in ((axis,) if isinstance(axis, int) else axis))
         if found != expected:
-            raise ValueError(
-                f"{owner}: x must have num_features={features} along axis {self.axis}; got "
+            raise ArgumentValueError(
+                f"x must have num_features={features} along axis {self.axis}; got "
                 f"{found if len(found) > 1 else found[0]} in shape {tuple(x.shape)}."
             )
 
-    def _check_moving(self, owner: str) -> None:
+    def _check_moving(self) -> None:
         """Users assign `eps` and `momentum` at any time, so they are checked at every call."""
         eps, momentum = self.eps, self.momentum
         if type(eps) is not float or not 0.0 <= eps < math.inf:
-            self.eps = config.check_number(owner, "eps", eps, 0.0)
+            self.eps = config.check_number("eps", eps, 0.0)
         if momentum is not None and (type(momentum) is not float or not 0.0 <= momentum <= 1.0):
-            self.momentum = config.check_number(owner, "momentum", momentum, 0.0, 1.0)
+            self.momentum = config.check_number("momentum", momentum, 0.0, 1.0)
 
     def _options(self) -> config.Options:
         decay = None if self.num_batches_tracked is not None else 1.0
@@ -332,17 +344,17 @@ class BatchNorm(RunningStatistics):
         make = make_core if torch.compiler.is_compiling() else cached_core
         return make(self.eps, decay, tuple([getattr(self, name) for name in CORE]))
 
-    def _ambient_mask(self, owner: str, x: Tensor) -> Tensor | None:
+    def _ambient_mask(self, x: Tensor) -> Tensor | None:
         if not masking.in_use() and not self._masked_by_context:
             return None
-        mask = ambient_mask(owner, x, normalize_axis(owner, self.axis, x.dim()))
+        mask = ambient_mask(x, normalize_axis(self.axis, x.dim()))
         if torch.compiler.is_compiling():
             return mask
         if recomputation_flag(x.values() if x.layout is torch.jagged else x) is None:
             self._masked_by_context = mask is not None
         elif self._masked_by_context and mask is None:
-            raise RuntimeError(
-                f"{owner}: a forward pass that ran inside padding_mask is recomputed outside of "
+            raise ArgumentRuntimeError(
+                "a forward pass that ran inside padding_mask is recomputed outside of "
                 "it (activation checkpointing). Call backward inside the with block too."
             )
         return mask
@@ -372,31 +384,31 @@ class BatchNorm3d(BatchNorm):
 def _check_rank(layer: BatchNorm, x: Tensor, ranks: tuple[int, ...]) -> None:
     if x.dim() not in ranks:
         wanted = " or ".join(f"{rank}D" for rank in ranks)
-        raise ValueError(
-            f"{type(layer).__name__}: expected {wanted} input; got {x.dim()}D, shape "
+        raise ArgumentValueError(
+            f"expected {wanted} input; got {x.dim()}D, shape "
             f"{tuple(x.shape)}. BatchNorm takes any rank."
         )
 
 
-def _check_features(owner: str, num_features: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
+def _check_features(num_features: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
     sizes = tuple(num_features) if isinstance(num_features, (tuple, list)) else (num_features,)
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes):
-        raise TypeError(
-            f"{owner}: num_features must be an int, or a tuple of ints with several axes; got "
+        raise ArgumentTypeError(
+            f"num_features must be an int, or a tuple of ints with several axes; got "
             f"{num_features!r}."
         )
     if any(n < 0 for n in sizes):
-        raise ValueError(f"{owner}: num_features must not be negative; got {num_features!r}.")
+        raise ArgumentValueError(f"num_features must not be negative; got {num_features!r}.")
     if len(sizes) != len(axes):
-        raise ValueError(
-            f"{owner}: num_features must have one size for each channel axis; got "
+        raise ArgumentValueError(
+            f"num_features must have one size for each channel axis; got "
             f"{num_features!r} for axis {axes if len(axes) > 1 else axes[0]}."
         )
     return sizes
 
 
-def _check_dtype(owner: str, dtype: Any) -> None:
+def _check_dtype(dtype: Any) -> None:
     if dtype is not None and dtype not in checks.FLOATING:
-        raise TypeError(
-            f"{owner}: dtype must be float16, bfloat16, float32 or float64; got {dtype!r}."
+        raise ArgumentTypeError(
+            f"dtype must be float16, bfloat16, float32 or float64; got {dtype!r}."
         )

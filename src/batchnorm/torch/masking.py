@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.core.errors import ArgumentValueError, names_errors, naming
 from batchnorm.torch import checks
 
 __all__ = ["padding_mask", "sequence_mask"]
@@ -84,13 +85,7 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
     ...     layer(x).flatten().tolist()
     [-1.0, 1.0, -2.0, -2.0]
     """
-    if rescale not in _RULES:
-        raise ValueError(f'{_OWNER}: rescale must be None, "any" or "all"; got {rescale!r}.')
-    ambient = None
-    if mask is not None:
-        if isinstance(mask, Tensor) and mask.layout is torch.jagged:
-            raise ValueError(f"{_OWNER}: mask must be dense; jagged inputs need no padding mask.")
-        ambient = _Ambient(_checked(mask), rescale)
+    ambient = _make_ambient(mask, rescale)
     token = _current.set(ambient)
     _usage.add(1)
     try:
@@ -102,6 +97,7 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
         _current.reset(token)
 
 
+@names_errors("sequence_mask")
 def sequence_mask(lengths: Tensor, size: int) -> Tensor:
     """Mark the first `lengths` of `size` positions, as masks of samples padded at the end do.
 
@@ -123,9 +119,8 @@ def sequence_mask(lengths: Tensor, size: int) -> Tensor:
     >>> sequence_mask(torch.tensor([1, 3]), 3).int().tolist()
     [[1, 0, 0], [1, 1, 1]]
     """
-    owner = "sequence_mask"
-    checks.check_size(owner, size)
-    wide = checks.check_lengths(owner, lengths, size)
+    checks.check_size(size)
+    wide = checks.check_lengths(lengths, size)
     return torch.arange(size, device=wide.device) < wide.unsqueeze(-1)
 
 
@@ -134,36 +129,37 @@ def in_use() -> bool:
     return _usage.in_use
 
 
-def ambient_mask(owner: str, x: Tensor, channel_axes: Sequence[int]) -> Tensor | None:
+def ambient_mask(x: Tensor, channel_axes: Sequence[int]) -> Tensor | None:
     """The mask that `padding_mask` gives a layer with input x, or None."""
     if not _usage.in_use:
         return None
     if x.layout is torch.jagged:
-        return _of_samples(owner)
+        return _of_samples()
     rows = [n for a, n in enumerate(x.shape) if a not in channel_axes]
     if not torch.compiler.is_compiling():
         ambient = _active()
-        return None if ambient is None else _at_resolution(owner, ambient, rows, x.device)
+        return None if ambient is None else _at_resolution(ambient, rows, x.device)
     if torch.compiler.is_exporting():
-        raise ValueError(
-            f"{owner}: padding_mask cannot be exported; pass mask= explicitly, as an input."
+        raise ArgumentValueError(
+            "padding_mask cannot be exported; pass mask= explicitly, as an input."
         )
-    return _runtime_mask(x.detach(), rows, owner)
+    return _runtime_mask(x.detach(), rows)
 
 
 @torch.library.custom_op("batchnorm::ambient_mask", mutates_args=())
-def _runtime_mask(x: Tensor, rows: Sequence[int], owner: str) -> Tensor:
+def _runtime_mask(x: Tensor, rows: Sequence[int]) -> Tensor:
     # Read when the graph runs, in the thread that runs it; all real without a mask there.
     ambient = _active()
     if ambient is None:
         return torch.ones(rows, dtype=torch.bool, device=x.device)
-    mask = _at_resolution(owner, ambient, rows, x.device)
+    with naming("padding_mask"):
+        mask = _at_resolution(ambient, rows, x.device)
     sizes = [*mask.shape, *(1,) * (len(rows) - mask.dim())]
     return mask.reshape(sizes).expand(rows).contiguous()
 
 
 @_runtime_mask.register_fake
-def _(x: Tensor, rows: Sequence[int], owner: str) -> Tensor:
+def _(x: Tensor, rows: Sequence[int]) -> Tensor:
     return x.new_empty(rows, dtype=torch.bool)
 
 
@@ -172,49 +168,55 @@ def _active() -> _Ambient | None:
     return ambient if ambient is not None and ambient.active else None
 
 
-def _of_samples(owner: str) -> Tensor | None:
+def _of_samples() -> Tensor | None:
     """The part of the mask that a jagged x, which has no padding, can use: whole samples."""
     if torch.compiler.is_compiling():
-        raise ValueError(
-            f"{owner}: padding_mask does not reach a jagged input in compiled code; pass mask= to "
+        raise ArgumentValueError(
+            "padding_mask does not reach a jagged input in compiled code; pass mask= to "
             "the layer, or compile outside of padding_mask."
         )
     ambient = _active()
     return ambient.mask if ambient is not None and ambient.mask.dim() == 1 else None
 
 
-def _checked(mask: Any) -> Tensor:
-    checked = checks.to_boolean(checks.check_mask(_OWNER, mask, None))
+@names_errors("padding_mask")
+def _make_ambient(mask: Any, rescale: Any) -> _Ambient | None:
+    """The checked arguments of `padding_mask`; None without a mask."""
+    if rescale not in _RULES:
+        raise ArgumentValueError(f'rescale must be None, "any" or "all"; got {rescale!r}.')
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.layout is torch.jagged:
+        raise ArgumentValueError("mask must be dense; jagged inputs need no padding mask.")
+    checked = checks.to_boolean(checks.check_mask(mask, None))
     assert checked is not None
     if checked.dim() == 0:
-        raise ValueError(f"{_OWNER}: mask must have at least the batch axis; got a scalar.")
-    return checked
+        raise ArgumentValueError("mask must have at least the batch axis; got a scalar.")
+    return _Ambient(checked, rescale)
 
 
-def _at_resolution(
-    owner: str, ambient: _Ambient, rows: Sequence[int], device: torch.device
-) -> Tensor:
+def _at_resolution(ambient: _Ambient, rows: Sequence[int], device: torch.device) -> Tensor:
     """The ambient mask with the layer's row sizes, or a prefix of them."""
-    mask = checks.to_boolean(checks.check_mask(f"{owner} in padding_mask", ambient.mask, device))
+    mask = checks.to_boolean(checks.check_mask(ambient.mask, device))
     assert mask is not None
     sizes, wanted = tuple(mask.shape), tuple(rows)
     if len(sizes) <= len(wanted) and sizes == wanted[: len(sizes)]:
         return mask
     if sizes[0] != wanted[0] or len(wanted) > len(sizes):
-        raise _misfit(owner, sizes, wanted, "the batch axis or the number of axes differs")
+        raise _misfit(sizes, wanted, "the batch axis or the number of axes differs")
     # Axes that pooling or flattening removed are one block each.
     target = (*wanted, *(1,) * (len(sizes) - len(wanted)))
     for axis, (size, goal) in enumerate(zip(sizes, target, strict=True)):
         if size == goal:
             continue
         if size == 0 or goal == 0 or (size % goal != 0 and goal % size != 0):
-            raise _misfit(owner, sizes, wanted, f"{size} and {goal} on axis {axis} do not divide")
+            raise _misfit(sizes, wanted, f"{size} and {goal} on axis {axis} do not divide")
         if goal > size:
             mask = mask.repeat_interleave(goal // size, dim=axis)
     merged = _merge_blocks(mask, target, ambient.rescale)
     if merged is None:
-        raise ValueError(
-            f"{owner} in padding_mask: a mask of shape {sizes} does not carry over to a layer "
+        raise ArgumentValueError(
+            f"in padding_mask, a mask of shape {sizes} does not carry over to a layer "
             f"with rows {wanted}: some blocks are partly padding. Pad to whole blocks, or say "
             'rescale="any" or rescale="all".'
         )
@@ -233,9 +235,9 @@ def _merge_blocks(mask: Tensor, target: tuple[int, ...], rule: str | None) -> Te
     return every if rule == "all" else some
 
 
-def _misfit(owner: str, sizes: tuple[int, ...], wanted: tuple[int, ...], reason: str) -> ValueError:
-    return ValueError(
-        f"{owner} in padding_mask: a mask of shape {sizes} does not fit a layer with rows "
+def _misfit(sizes: tuple[int, ...], wanted: tuple[int, ...], reason: str) -> ArgumentValueError:
+    return ArgumentValueError(
+        f"in padding_mask, a mask of shape {sizes} does not fit a layer with rows "
         f"{wanted}: {reason}. Pad so that sizes divide, pass mask= to this layer, or wrap it in "
         "padding_mask(None)."
     )

@@ -19,33 +19,33 @@ from batchnorm.torch.ranks.groups import check_group
 STATE = ("training", "frozen", "eps", "momentum", "num_features", "track_running_stats")
 
 
-def _check_renorm(owner: str, given: Mapping[str, Any]) -> config.Renorm | None:
-    momentum = config.check_number(owner, "renorm_momentum", given["renorm_momentum"], 0.0, 1.0)
-    return config.check_renorm(owner, given["renorm"], given["renorm_clipping"], 1.0 - momentum)
+def _check_renorm(given: Mapping[str, Any]) -> config.Renorm | None:
+    momentum = config.check_number("renorm_momentum", given["renorm_momentum"], 0.0, 1.0)
+    return config.check_renorm(given["renorm"], given["renorm_clipping"], 1.0 - momentum)
 
 
-def _check_synchronized(owner: str, given: Mapping[str, Any]) -> bool:
-    synchronized = config.check_flag(owner, "synchronized", given["synchronized"])
-    check_group(owner, synchronized, given["process_group"])
+def _check_synchronized(given: Mapping[str, Any]) -> bool:
+    synchronized = config.check_flag("synchronized", given["synchronized"])
+    check_group(synchronized, given["process_group"])
     return synchronized
 
 
-def _check_adjustment(owner: str, given: Mapping[str, Any]) -> config.Adjustment | None:
-    return config.check_adjustment(owner, given["adjustment"], given["virtual_batch_size"])
+def _check_adjustment(given: Mapping[str, Any]) -> config.Adjustment | None:
+    return config.check_adjustment(given["adjustment"], given["virtual_batch_size"])
 
 
 OPTIONS: list[Option] = [
     Option(
         "axis",
         1,
-        lambda owner, given: given["axis"],  # with num_features, and against x's rank
+        lambda given: given["axis"],  # with num_features, and against x's rank
         kept=1,
         converts=False,
     ),
     Option(
         "virtual_batch_size",
         None,
-        lambda owner, given: config.check_virtual_batch_size(owner, given["virtual_batch_size"]),
+        lambda given: config.check_virtual_batch_size(given["virtual_batch_size"]),
         core=True,
         agreed=lambda size: f"virtual_batch_size={size}",
     ),
@@ -61,14 +61,14 @@ OPTIONS: list[Option] = [
     Option(
         "activation",
         None,
-        lambda owner, given: config.check_activation(owner, given["activation"]),
+        lambda given: config.check_activation(given["activation"]),
         core=True,
         agreed=lambda name: f"activation={name}",
     ),
     Option(
         "fused",
         None,
-        lambda owner, given: config.check_fused(owner, given["fused"]),
+        lambda given: config.check_fused(given["fused"]),
         original=True,
     ),
     Option(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from batchnorm.core.errors import ArgumentRuntimeError
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
 
@@ -84,13 +85,13 @@ def remember_step(key: Tensor | None, moments: Moments, before: Running) -> None
     _past.setdefault(key, PastSteps()).record((a.detach() for a in moments), kept)
 
 
-def recall_step(owner: str, key: Tensor | None, moments: Moments) -> Running:
+def recall_step(key: Tensor | None, moments: Moments) -> Running:
     """The statistics before the step that had these moments."""
     steps = _past.get(key) or PastSteps()
     before: Running | None = steps.recall(moments)
     if before is None:
-        raise RuntimeError(
-            f"{owner}: a recomputed forward pass (activation checkpointing) with renormalization "
+        raise ArgumentRuntimeError(
+            f"a recomputed forward pass (activation checkpointing) with renormalization "
             f"is none of the layer's latest {steps.most}; call backward sooner."
         )
     return before

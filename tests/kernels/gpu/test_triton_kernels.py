@@ -240,7 +240,7 @@ def test_autocast_leaves_the_input_s_type() -> None:
     [(4194304, 64), (256, 256, 56, 56), (256, 256, 7, 7), (32, 64), (1, 3, 2**31), (65536, 3)],
 )
 def test_tiles_cover_an_array_within_the_limits(shape: tuple[int, ...], dtype: str) -> None:
-    layout = make_layout("test", shape, 1)
+    layout = make_layout(shape, 1)
     strides = torch.empty(shape, device="meta").stride()
     sizes = sizes_of(layout, find_geometry(layout, strides))
     cut = tiling.find_tiling(sizes, BYTES[dtype], tiling.LIMITS)
@@ -255,7 +255,7 @@ def test_a_step_in_halves_is_the_step() -> None:
     """What a synchronized layer does, with an exchange between the halves."""
     x, dy, nothing = torch.randn(40, 3), torch.randn(40, 3), arguments.Array(None)
     mask = arguments.Mask((torch.rand(40) < 0.5).to(torch.uint8), 1, 1, 0)
-    layout = make_layout("test", (40, 3), 1)
+    layout = make_layout((40, 3), 1)
     geometry = find_geometry(layout, x.stride())
     assert geometry is not None
     plan = launch.Plan(layout, geometry, "float32")

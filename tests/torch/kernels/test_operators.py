@@ -269,7 +269,7 @@ def arguments_of(shape, *, masked=False, residual=False, axes=(1,), size=None, a
     mask = torch.rand(rows) < 0.6 if masked else None
     added = torch.randn(shape, requires_grad=True) if residual else None
     running = torch.zeros(channels), torch.ones(channels)
-    options = (list(axes), size, 1e-5, activation, True, False, "BatchNorm")
+    options = (list(axes), size, 1e-5, activation, True, False)
     return x, mask, weight, bias, added, *running, *options
 
 
@@ -320,7 +320,7 @@ def test_a_graph_whose_kernels_are_gone_says_so(monkeypatch):
     x = torch.randn(6, 3)
     layer(x)
     kind = (2, 3), (3, 1), x.dtype, "cpu"
-    refused = decision.decide("BatchNorm", kind, 1, None, True, None, None, False)
+    refused = decision.decide(kind, 1, None, True, None, None, False)
     monkeypatch.setattr(operators, "decide", lambda *arguments: refused)
     with pytest.raises(RuntimeError, match="compiled for kernels that do not serve it here"):
         layer(x)

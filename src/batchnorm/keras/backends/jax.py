@@ -42,7 +42,7 @@ def normalize(
     x: Array, mask: Any, gamma: Any, beta: Any, running: Running, call: Call
 ) -> tuple[Array, Running | None]:
     """As `batchnorm.keras.functional.Backend` says."""
-    mask = None if mask is None else _fit_mask(call.owner, jnp.asarray(mask), x, call.axes)
+    mask = None if mask is None else _fit_mask(jnp.asarray(mask), x, call.axes)
     settings: dict[str, Any] = {
         "axis": call.axes,
         "options": call.options,
@@ -51,15 +51,15 @@ def normalize(
     }
 
     def train() -> tuple[Array, Running]:
-        s, t = config.call_adjustment(call.owner, call.adjustment, tuple(x.shape))
+        s, t = config.call_adjustment(call.adjustment, tuple(x.shape))
         found = normalize_batch(
             x,
             mask,
             gamma,
             beta,
             running,
-            s=_adjusted(call.owner, "scale", s, x),
-            t=_adjusted(call.owner, "bias", t, x),
+            s=_adjusted("scale", s, x),
+            t=_adjusted("bias", t, x),
             axis_name=call.axis_name,
             **settings,
         )
@@ -74,15 +74,15 @@ def normalize(
     return train() if call.training else (evaluate()[0], None)
 
 
-def _fit_mask(owner: str, mask: Array, x: Array, axes: tuple[int, ...]) -> Array:
+def _fit_mask(mask: Array, x: Array, axes: tuple[int, ...]) -> Array:
     """A mask of x's rank (S1)."""
-    places = find_axes(owner, tuple(mask.shape), Layout(tuple(x.shape), axes))
+    places = find_axes(tuple(mask.shape), Layout(tuple(x.shape), axes))
     sizes = dict(zip(places, mask.shape, strict=True))
     return mask.reshape([sizes.get(a, 1) for a in range(x.ndim)])
 
 
-def _adjusted(owner: str, name: str, a: Any, x: Array) -> Array | None:
+def _adjusted(name: str, a: Any, x: Array) -> Array | None:
     if a is None:
         return None
     array = jnp.asarray(a)
-    return array.reshape((*(1,) * missing_axes(owner, name, array.shape, x.shape), *array.shape))
+    return array.reshape((*(1,) * missing_axes(name, array.shape, x.shape), *array.shape))

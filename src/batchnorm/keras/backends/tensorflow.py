@@ -53,7 +53,7 @@ def normalize(
     x: tf.Tensor, mask: Any, gamma: Any, beta: Any, running: Running, call: Call
 ) -> tuple[tf.Tensor, Running | None]:
     """As `batchnorm.keras.functional.Backend` says."""
-    mask = None if mask is None else fit_mask(call.owner, tf.convert_to_tensor(mask), x, call.axes)
+    mask = None if mask is None else fit_mask(tf.convert_to_tensor(mask), x, call.axes)
     gamma, beta = (None if a is None else tf.convert_to_tensor(a) for a in (gamma, beta))
     running = running.map(tf.convert_to_tensor)
 
@@ -71,11 +71,11 @@ def normalize(
 def _by_batch(
     x: tf.Tensor, mask: Any, gamma: Any, beta: Any, running: Running, call: Call
 ) -> tuple[tf.Tensor, Running]:
-    x = check_divisible(call.owner, x, call.options.virtual_batch_size)
+    x = check_divisible(x, call.options.virtual_batch_size)
     plain = _plain_step(mask, running, call)
     refusal = None if call.fused is False else kernels.refuse(x, mask, call)
     if call.fused and refusal is not None:
-        raise refuse_fused(call.owner, refusal)
+        raise refuse_fused(refusal)
     if call.fused is False or refusal is not None:
         reason = explanation.UNFUSED if refusal is None else refusal
         explanation.report(call.owner, explanation.ARRAY_CODE, ((explanation.KERNELS, reason),))
@@ -99,15 +99,15 @@ def _plain_step(
         work = _working_type(x)
         layout = DynamicLayout.of(x, call.axes, call.options.virtual_batch_size)
         shape: Any = tuple(x.shape) if x.shape.is_fully_defined() else tf.shape(x)
-        s, t = config.call_adjustment(call.owner, call.adjustment, shape)
+        s, t = config.call_adjustment(call.adjustment, shape)
         real = fill_mask(mask, x, call.axes) if needs_mask(layout) else mask
         inputs = Inputs(
             tf.cast(x, work),
             real,
             gamma=_cast(gamma, work),
             beta=_cast(beta, work),
-            s=_adjusted(call.owner, "scale", s, x, work),
-            t=_adjusted(call.owner, "bias", t, x, work),
+            s=_adjusted("scale", s, x, work),
+            t=_adjusted("bias", t, x, work),
         )
         found = forward_batch(
             inputs,
@@ -115,7 +115,6 @@ def _plain_step(
             layout,
             call.options,
             merge=make_merge() if call.synchronized else None,
-            owner=call.owner,
             xp=XP,
         )
         assert found.running is not None
@@ -151,7 +150,7 @@ def _by_running(
             return _without_channels(x, gamma, beta, call)
         inputs = Inputs(tf.cast(x, work), real, _cast(gamma, work), _cast(beta, work))
         statistics = _in(running, work)
-        y = forward_running(inputs, statistics, layout, call.options, owner=call.owner, xp=XP)
+        y = forward_running(inputs, statistics, layout, call.options, xp=XP)
         return tf.cast(y, x.dtype)
 
     refusal = _refuse_one_pass(x, call)
@@ -228,10 +227,10 @@ def _in(running: Running, dtype: tf.DType) -> Running:
     return running.map(lambda a: tf.cast(a, dtype))
 
 
-def _adjusted(owner: str, name: str, a: Any, x: tf.Tensor, dtype: tf.DType) -> Any:
+def _adjusted(name: str, a: Any, x: tf.Tensor, dtype: tf.DType) -> Any:
     """A tensor of the adjustment that broadcasts against x, of x's rank, or None (S13)."""
     if a is None:
         return None
     tensor = tf.cast(tf.convert_to_tensor(a), dtype)
-    missing = missing_axes(owner, name, tensor.shape.as_list(), x.shape.as_list())
+    missing = missing_axes(name, tensor.shape.as_list(), x.shape.as_list())
     return tf.reshape(tensor, [1] * missing + sizes_of(tensor))

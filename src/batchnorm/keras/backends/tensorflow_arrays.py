@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import tensorflow as tf
 
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout
 from batchnorm.core.namespace import Namespace
 from batchnorm.core.synchronize import GatherMerge, Merge, Parts
@@ -101,7 +102,7 @@ class DynamicLayout(Layout):
         """As Layout's, for sizes that may be tensors."""
         return a if self.groups is None else xp.reshape(a, self.sizes)
 
-    def mask(self, mask: Any, owner: str, xp: Namespace) -> Any:
+    def mask(self, mask: Any, xp: Namespace) -> Any:
         """A mask of x's rank, on the working view."""
         return self.split(mask, xp)
 
@@ -122,10 +123,10 @@ def sizes_of(a: tf.Tensor) -> list[Any]:
     return [dynamic[i] if n is None else n for i, n in enumerate(known)]
 
 
-def fit_mask(owner: str, mask: tf.Tensor, x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
+def fit_mask(mask: tf.Tensor, x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     """A mask of x's rank (S1)."""
     if mask.shape.rank is None:
-        raise ValueError(f"{owner}: mask must have a known rank; got an unknown one.")
+        raise ArgumentValueError("mask must have a known rank; got an unknown one.")
     shape, found = x.shape.as_list(), mask.shape.as_list()
     rows = [a for a in range(len(shape)) if a not in axes]
     along = rows if len(found) <= len(rows) else range(len(shape))
@@ -134,7 +135,7 @@ def fit_mask(owner: str, mask: tf.Tensor, x: tf.Tensor, axes: tuple[int, ...]) -
             found[i] = -1 if shape[a] is None else shape[a]
         if shape[a] is None:
             shape[a] = found[i]
-    places = find_axes(owner, tuple(found), Layout(tuple(shape), axes))
+    places = find_axes(tuple(found), Layout(tuple(shape), axes))
     if len(found) == len(shape):
         return mask
     sizes = dict(zip(places, sizes_of(mask), strict=True))
@@ -157,12 +158,12 @@ def fill_mask(mask: Any, x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     return tf.broadcast_to(mask, [own[a] if a in axes else n for a, n in enumerate(sizes)])
 
 
-def check_divisible(owner: str, x: tf.Tensor, virtual_batch_size: int | None) -> tf.Tensor:
+def check_divisible(x: tf.Tensor, virtual_batch_size: int | None) -> tf.Tensor:
     """x, if ghost batches fill the batch (S12); else an error, now or when the graph runs."""
     if virtual_batch_size is None:
         return x
     remedy = "Drop the last batch (drop_remainder=True) or choose a divisor."
-    rule = f"{owner}: virtual_batch_size={virtual_batch_size} must divide the batch size"
+    rule = f"virtual_batch_size={virtual_batch_size} must divide the batch size"
     samples = x.shape[0]
     if samples is not None:
         if samples % virtual_batch_size:

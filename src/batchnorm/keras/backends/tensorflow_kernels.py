@@ -235,7 +235,6 @@ def _prepare(
 
 @lru_cache(maxsize=1024)
 def _plan(
-    owner: str,
     axes: tuple[int, ...],
     virtual_batch_size: int | None,
     shape: tuple[int, ...],
@@ -244,12 +243,12 @@ def _plan(
     mask_width: int,
 ) -> _Prepared | None:
     """What dense arrays of these shapes decide; None if the mask must be copied first."""
-    layout = make_layout(owner, shape, axes, virtual_batch_size)
+    layout = make_layout(shape, axes, virtual_batch_size)
     geometry = find_geometry(layout, row_major_strides(shape))
     assert geometry is not None
     view = None
     if mask_shape is not None:
-        Layout(shape, axes).mask_shape(mask_shape, owner)  # sizes that the graph did not know
+        Layout(shape, axes).mask_shape(mask_shape)  # sizes that the graph did not know
         view = view_mask(geometry, shape, mask_shape, row_major_strides(mask_shape))
         if view is None:
             return None

@@ -57,28 +57,28 @@ def normalize(
     pure = training and in_stateless_scope()
     if pure:
         running = running.map(lambda a: a.detach().clone())
-    layout = make_layout(call.owner, tuple(x.shape), call.axes)
+    layout = make_layout(tuple(x.shape), call.axes)
     settings = Settings(
         call.owner,
         call.axes,
         call.options,
         call.adjustment,
         call.fused,
-        find_synchronizer(call.owner, call.synchronized, call.process_group),
+        find_synchronizer(call.synchronized, call.process_group),
     )
-    mask = _fit_mask(call.owner, mask, x, layout, training)
+    mask = _fit_mask(mask, x, layout, training)
     tensors = Tensors(x, mask, gamma, beta, None, running)
     y = normalize_tensors(tensors, settings, training=training, update=training)
     return y, running if pure else None
 
 
-def _fit_mask(owner: str, mask: Any, x: Tensor, layout: Layout, training: bool) -> Tensor | None:
+def _fit_mask(mask: Any, x: Tensor, layout: Layout, training: bool) -> Tensor | None:
     """A mask of x's rank (S1)."""
     if mask is None:
         if training and count_values(layout) == 1:
             # torch's layer refuses a single value per channel; Keras's does not (S7).
             return torch.ones([1] * x.dim(), dtype=torch.bool, device=x.device)
         return None
-    places = find_axes(owner, tuple(mask.shape), layout)
+    places = find_axes(tuple(mask.shape), layout)
     sizes = dict(zip(places, mask.shape, strict=True))
     return mask.reshape([sizes.get(a, 1) for a in range(x.dim())])

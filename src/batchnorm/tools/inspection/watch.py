@@ -63,9 +63,9 @@ class Watch:
 
     def _add_mask(self, observation: Observation) -> Observation:
         shape = tuple(observation.x.shape)
-        layout = make_layout("inspect", shape, observation.axes)
+        layout = make_layout(shape, observation.axes)
         try:
-            sizes = layout.mask_shape(self._mask.shape, "inspect")
+            sizes = layout.mask_shape(self._mask.shape)
         except ValueError:
             shapes = f"mask {self._mask.shape}, input {shape}"
             self.note(observation.layer.name, "unfit-mask", shapes)

@@ -52,7 +52,6 @@ MaskKind = tuple[tuple[int, ...], tuple[int, ...], int]
 
 @lru_cache(maxsize=4096)
 def decide(
-    owner: str,
     x: InputKind,
     axis: int | tuple[int, ...],
     virtual_batch_size: int | None,
@@ -64,7 +63,6 @@ def decide(
     """Decide how calls of one kind run.
 
     Args:
-        owner: whose name error messages carry.
         x, mask: the tensors' kinds.
         axis, virtual_batch_size, adjusted, activation: the options that matter.
         demanded: whether fused=True demands a kernel.
@@ -74,8 +72,8 @@ def decide(
     """
     shape, strides, dtype, device = x
     # Plain tuples: torch.Size would show in error messages.
-    layout = make_layout(owner, tuple(shape), axis, virtual_batch_size)
-    mask_shape = None if mask is None else layout.mask_shape(tuple(mask[0]), owner)
+    layout = make_layout(tuple(shape), axis, virtual_batch_size)
+    mask_shape = None if mask is None else layout.mask_shape(tuple(mask[0]))
     varies = mask_shape is not None and layout.varies_along_channels(mask_shape)
     choice = choose(device, NAMES[dtype], adjusted, varies, demanded)
     if choice.kernel is None:

@@ -46,7 +46,6 @@ def step(call: Call) -> tuple[Tensor, Centred]:
         call.options.activation,
         call.by_batch,
         call.settings.fused is True,
-        call.owner,
     )
     return y, _moments(kept.detach(), layout, call.working_type)
 
@@ -80,7 +79,6 @@ def _step(
     activation: str | None,
     batch: bool,
     demanded: bool,
-    owner: str,
 ) -> tuple[Tensor, Tensor]:
     """y, and what the backward step needs."""
     options = config.Options(eps=eps, virtual_batch_size=size, activation=activation)
@@ -89,7 +87,7 @@ def _step(
         assert running_var is not None
         running = Running(running_mean, running_var)
     given = Tensors(x, mask, weight, bias, residual, running)
-    tensors, decision = _arrange(given, axes, size, activation, demanded, owner)
+    tensors, decision = _arrange(given, axes, size, activation, demanded)
     passes = find_passes(decision)
     done = KernelStep(
         decision,
@@ -147,11 +145,10 @@ def _gradient(
     weight_type: torch.dtype | None,
     bias_type: torch.dtype | None,
     wants_residual: bool,
-    owner: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and dresidual, each without elements where it is not wanted."""
     given = Tensors(x, mask, None, None, None, None)
-    (there, mask, *_), decision = _arrange(given, axes, size, activation, demanded, owner)
+    (there, mask, *_), decision = _arrange(given, axes, size, activation, demanded)
     options = config.Options(virtual_batch_size=size, activation=activation)
     done = KernelStep(decision, None, None, (), options, batch, update=False, residual=residual)
     gate = None if y is None else like(y, there, decision)
@@ -173,7 +170,7 @@ def _(
     axes: Sequence[int],
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    wants_x, weight_type, bias_type, wants_residual, _ = options[-5:]
+    wants_x, weight_type, bias_type, wants_residual = options[-4:]
     channels = [x.shape[a] for a in axes]
 
     def like_x(wanted: bool) -> Tensor:
@@ -197,12 +194,10 @@ class _Saved(NamedTuple):
     demanded: bool
     weight_type: torch.dtype | None
     bias_type: torch.dtype | None
-    owner: str
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, mask, weight, bias, residual, _, _, axes, size, _, activation, batch = inputs[:12]
-    demanded, owner = inputs[12:]
+    x, mask, weight, bias, residual, _, _, axes, size, _, activation, batch, demanded = inputs
     y, kept = output
     # With a residual only y tells the sign of the activation's input.
     gate = y if activation is not None and residual is not None else None
@@ -217,7 +212,6 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         demanded,
         weight_type,
         bias_type,
-        owner,
     )
     ctx.inputs = len(inputs)
 
@@ -233,7 +227,7 @@ def _differentiate(ctx: Any, dy: Tensor, _kept: Any) -> tuple[Any, ...]:
         wants_residual and gated,
     )
     x, y, mask, kept = ctx.saved_tensors
-    found = _gradient(dy, x, y, mask, kept, *saved[:6], *wanted, saved.owner)
+    found = _gradient(dy, x, y, mask, kept, *saved[:6], *wanted)
     pairs = zip(found, wanted, strict=True)
     dx, dweight, dbias, dresidual = (a if is_wanted else None for a, is_wanted in pairs)
     if wants_residual and not gated:
@@ -251,12 +245,10 @@ def _arrange(
     size: int | None,
     activation: str | None,
     demanded: bool,
-    owner: str,
 ) -> tuple[Tensors, Decision]:
     """The tensors in memory that suits the kernels, which there were when the graph was made."""
     x, mask = tensors.x, tensors.mask
     decision = decide(
-        owner,
         (x.shape, x.stride(), x.dtype, x.device.type),
         tuple(axes),
         size,
@@ -267,7 +259,7 @@ def _arrange(
     )
     if decision.refusal is not None:
         raise RuntimeError(
-            f"{owner}: a graph was compiled for kernels that do not serve it here: "
+            f"batchnorm: a graph was compiled for kernels that do not serve it here: "
             f"{decision.refusal}. Compile it again in this process."
         )
     return arrange(tensors, decision, activation)

@@ -262,9 +262,9 @@ def find_by_key(key: int) -> Synchronizer:
 _of_functions: weakref.WeakKeyDictionary[Any, Synchronizer] = weakref.WeakKeyDictionary()
 
 
-def find_synchronizer(owner: str, synchronized: Any, group: Any) -> Synchronizer | None:
+def find_synchronizer(synchronized: Any, group: Any) -> Synchronizer | None:
     """The one that calls without a layer share, or None; checks both arguments."""
-    check_group(owner, config.check_flag(owner, "synchronized", synchronized), group)
+    check_group(config.check_flag("synchronized", synchronized), group)
     if not synchronized:
         return None
     if group is None:

@@ -20,16 +20,16 @@ from batchnorm.torch.rollback import store
 def run(call: Call) -> Tensor:
     """y by array code."""
     (x, mask, weight, bias, residual, running), layout = call.tensors, call.layout
-    owner, work = call.owner, call.working_type
-    s, t = config.call_adjustment(owner, call.adjustment, layout.shape)
+    work = call.working_type
+    s, t = config.call_adjustment(call.adjustment, layout.shape)
     inputs = Inputs(
         x.to(work),
         checks.to_boolean(mask),
         gamma=_cast(weight, work),
         beta=_cast(bias, work),
         residual=_cast(residual, work),
-        s=checks.check_adjusted(owner, "scale", s, x, work),
-        t=checks.check_adjusted(owner, "bias", t, x, work),
+        s=checks.check_adjusted("scale", s, x, work),
+        t=checks.check_adjusted("bias", t, x, work),
     )
     if call.by_batch:
         return _by_batch(call, inputs)
@@ -37,16 +37,16 @@ def run(call: Call) -> Tensor:
     if not torch.is_grad_enabled():
         inputs = inputs._replace(mask=None)  # it matters to gradients only
     wide = _in(running, work)
-    return forward_running(inputs, wide, layout, call.options, owner=owner, xp=XP).to(x.dtype)
+    return forward_running(inputs, wide, layout, call.options, xp=XP).to(x.dtype)
 
 
 def _by_batch(call: Call, inputs: Inputs) -> Tensor:
-    layout, options, owner = call.layout, call.options, call.owner
+    layout, options = call.layout, call.options
     x, running = call.tensors.x, call.tensors.running
     merge = None if call.part is None else RankMerge(call.part, options.eps)
 
     def forward(statistics: Running | None) -> Outcome:
-        return forward_batch(inputs, statistics, layout, options, owner=owner, xp=XP, merge=merge)
+        return forward_batch(inputs, statistics, layout, options, xp=XP, merge=merge)
 
     if running is None:
         return forward(None).y.to(x.dtype)
@@ -57,7 +57,7 @@ def _by_batch(call: Call, inputs: Inputs) -> Tensor:
         # The statistics have moved since the step that is recomputed (S9).
         with torch.no_grad():
             moments = forward(before).moments
-        before = recall_step(owner, running.renorm_mean, moments)
+        before = recall_step(running.renorm_mean, moments)
     outcome = forward(before)
     if remembered and not again:
         remember_step(running.renorm_mean, outcome.moments, before)

@@ -58,7 +58,7 @@ def run(call: Call) -> Tensor:
     for way in ways:
         if refuse(way, call) is None:
             return way.run(call)
-    raise refuse_fused(call.owner, str(refuse(ways[0], call)))
+    raise refuse_fused(str(refuse(ways[0], call)))
 
 
 def _explain(call: Call) -> tuple[Way, Way]:

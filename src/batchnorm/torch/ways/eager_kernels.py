@@ -65,7 +65,7 @@ def run(call: Call) -> Tensor:
         assert running is not None
         if again:  # the statistics have moved since the step that is recomputed
             moments = find_moments(step, x)
-            step.running = recall_step(call.owner, running.renorm_mean, moments)
+            step.running = recall_step(running.renorm_mean, moments)
             step.state = passes.find_state(weight, bias, step.running)
         else:
             step.remembered = True

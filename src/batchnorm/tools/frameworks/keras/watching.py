@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from batchnorm.core.errors import naming
 from batchnorm.core.layout import make_layout, normalize_axis
 from batchnorm.core.moments import Moments
 from batchnorm.keras.layers import BatchNormalization
@@ -56,8 +57,8 @@ def intercept(layer: Any, before: Callable[[dict[str, Any]], None]) -> Iterator[
 
 
 def _observation(found: FoundLayer, given: dict[str, Any]) -> Observation:
-    owner = type(found.layer).__name__
-    x, mask = split_pair(owner, given["inputs"], given.get("mask"))
+    with naming(type(found.layer).__name__):
+        x, mask = split_pair(given["inputs"], given.get("mask"))
     if _is_traced(x):
         raise ValueError(
             f"observe: layer {found.name!r} must run eagerly to be watched; it ran in a compiled "
@@ -66,11 +67,12 @@ def _observation(found: FoundLayer, given: dict[str, Any]) -> Observation:
     if mask is None and isinstance(found.layer, BatchNormalization):
         mask = getattr(x, "_keras_mask", None)
     axis = found.layer.axis
-    axes = normalize_axis(owner, axis if isinstance(axis, int) else tuple(axis), len(x.shape))
+    with naming(type(found.layer).__name__):
+        axes = normalize_axis(axis if isinstance(axis, int) else tuple(axis), len(x.shape))
+        along = () if mask is None else find_axes(tuple(mask.shape), make_layout(x.shape, axes))
     if mask is not None:
-        layout = make_layout(owner, tuple(x.shape), axes)
         sizes = [1] * len(x.shape)
-        for a, size in zip(find_axes(owner, tuple(mask.shape), layout), mask.shape, strict=True):
+        for a, size in zip(along, mask.shape, strict=True):
             sizes[a] = size
         mask = keras.ops.reshape(keras.ops.not_equal(mask, 0), sizes)
     return Observation(found, x, mask, axes, _measure)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from batchnorm.core.errors import naming
 from batchnorm.core.layout import make_layout, normalize_axis
 from batchnorm.core.moments import Moments
 from batchnorm.tools.frameworks.nnx.stacked import module_of, stack_of
@@ -114,10 +115,11 @@ def _show(layer: Any, number: Any, x: Any, mask: Any) -> None:
             f"{owner}: the layer is several, stacked as {' x '.join(map(str, number.shape))}; run "
             "it under nnx.scan or nnx.vmap, as the model does in training."
         )
-    axes = normalize_axis(owner, layer.axis, x.ndim)
-    if mask is not None:
-        mask = jnp.asarray(mask) != 0
-        mask = mask.reshape(make_layout(owner, x.shape, axes).mask_shape(mask.shape, owner))
+    with naming(owner):
+        axes = normalize_axis(layer.axis, x.ndim)
+        if mask is not None:
+            mask = jnp.asarray(mask) != 0
+            mask = mask.reshape(make_layout(x.shape, axes).mask_shape(mask.shape))
     arrays = (x,) if mask is None else (x, mask)
     if not any(isinstance(array, jax.core.Tracer) for array in (number, *arrays)):
         found, see = _watched[int(number)]

@@ -81,7 +81,7 @@ def refuse_norm(module: Any) -> str | None:
 
 def channel_axis(norm: Any, rank: int) -> int | None:
     """The axis that a batch norm normalizes; None for several."""
-    axes = normalize_axis(type(norm).__name__, getattr(norm, "axis", 1), rank)
+    axes = normalize_axis(getattr(norm, "axis", 1), rank)
     return axes[0] if len(axes) == 1 else None
 
 

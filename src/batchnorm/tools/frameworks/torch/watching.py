@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from batchnorm.core.errors import naming
 from batchnorm.core.layout import Layout, make_layout, normalize_axis
 from batchnorm.core.moments import Moments, centre
 from batchnorm.tools.frameworks.records import FoundLayer, Observation
@@ -49,20 +50,18 @@ def _before_call(
 ) -> None:
     given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
     x = next(iter(given.values())).detach()
-    owner = type(layer).__name__
-    axes = normalize_axis(owner, getattr(layer, "axis", 1), x.dim())
-    mask = None
-    if isinstance(layer, BatchNorm):
-        mask = given.get("mask")
-        if mask is None:
-            mask = ambient_mask(owner, x, axes)
-    if x.layout is torch.jagged:
-        x, mask = jagged.real_values(owner, x, mask)
-        axes = tuple(a - 1 for a in axes)
-    if mask is not None:
-        mask = checks.to_boolean(checks.check_mask(owner, mask, x.device))
-        assert mask is not None
-        mask = mask.reshape(make_layout(owner, tuple(x.shape), axes).mask_shape(mask.shape, owner))
+    mask = given.get("mask") if isinstance(layer, BatchNorm) else None
+    with naming(type(layer).__name__):
+        axes = normalize_axis(getattr(layer, "axis", 1), x.dim())
+        if mask is None and isinstance(layer, BatchNorm):
+            mask = ambient_mask(x, axes)
+        if x.layout is torch.jagged:
+            x, mask = jagged.real_values(x, mask)
+            axes = tuple(a - 1 for a in axes)
+        if mask is not None:
+            mask = checks.to_boolean(checks.check_mask(mask, x.device))
+            assert mask is not None
+            mask = mask.reshape(make_layout(tuple(x.shape), axes).mask_shape(mask.shape))
     see(Observation(found, x, mask, axes, _measure))
 
 
