@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 import traceback
@@ -12,7 +13,8 @@ from io import StringIO
 from typing import NamedTuple
 
 Load = Callable[[], Iterable[Callable[[object], None]]]
-SECONDS = 240  # for a mutant that does not end
+SECONDS = 240  # of processor time, for a mutant that does not end
+WAITING = 10 * SECONDS  # for one that waits for ever
 
 
 class Mutant(NamedTuple):
@@ -43,6 +45,7 @@ def judge(load: Load, others: tuple[str, ...] = ()) -> Verdict:
     child = os.fork()
     if child == 0:
         os.close(read)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         with os.fdopen(write, "w") as pipe:
             pipe.write("\n".join(_run(load, others)))
         os._exit(0)
@@ -53,7 +56,7 @@ def judge(load: Load, others: tuple[str, ...] = ()) -> Verdict:
 
 def _await(child: int, pipe: int) -> Verdict:
     os.set_blocking(pipe, False)
-    end, text = time.monotonic() + SECONDS, b""
+    end, text = time.monotonic() + WAITING, b""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         text += _read(pipe)
@@ -64,6 +67,8 @@ def _await(child: int, pipe: int) -> Verdict:
             os.waitpid(child, 0)
             return Verdict("cover", "does not end")
         time.sleep(0.02)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+        return Verdict("cover", "does not end")
     if status != 0:
         return Verdict("cover", f"ends the process with status {status}")
     by, _, detail = text.decode().partition("\n")
