@@ -1,4 +1,4 @@
-"""The main job, end to end and in parts."""
+"""The demo's main job, end to end and in parts."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def framework(request: pytest.FixtureRequest) -> Framework:
 
 @pytest.fixture(scope="module")
 def pair(framework: Framework) -> tuple[Network, Network]:
-    """Networks that nobody trains: each compiles its functions anew."""
+    """Untrained networks, shared by the tests since each network compiles its functions."""
     return framework.make_pair(0)
 
 

@@ -20,7 +20,7 @@ if triton_status().kernel is None or is_interpreting():
 
 @pytest.fixture(scope="session")
 def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Where what is compiled is kept, for the whole session."""
+    """The folder that keeps compiled kernels for the whole session."""
     return tmp_path_factory.mktemp("triton")
 
 
