@@ -62,7 +62,7 @@ def test_same_seed_gives_the_same_batches(samples: list[data.Sample]) -> None:
 
 
 class Run(NamedTuple):
-    """The demo as a user runs it, and what it measured."""
+    """A run of the demo by a user's command, and its measurements."""
 
     status: int
     output: str

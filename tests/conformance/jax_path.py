@@ -51,7 +51,7 @@ def run(
     """Run a case through the functions that the layer calls.
 
     `call(step, rows, others)` calls the step: `rows` are arrays that may be spread over devices,
-    `others` those that every device has, and results are y, dx and what every device gets alike.
+    `others` those that every device has. Results are y, dx, and values equal on every device.
     """
     strict = jax.numpy_dtype_promotion("strict")
     with strict, jax.enable_x64(case.dtype == "float64"):

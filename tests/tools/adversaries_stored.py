@@ -117,7 +117,7 @@ def orbax_keys(path: Path, rng: Random) -> None:
 
 
 def orbax_links(path: Path, rng: Random) -> None:
-    """Links out of the folder in the place of a file or folder that is read."""
+    """Links out of the folder, which replace a file or folder that is read."""
     write_orbax_folder(path, "bn", driver=rng.choice(("zarr", "zarr3")))
     away = path.parent / "away"
     choices = [p for p in path.rglob("*") if p.name != "_METADATA" or rng.random() < 0.3]

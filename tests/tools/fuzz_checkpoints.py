@@ -143,7 +143,7 @@ class _Victim:
         self._connection.recv()  # it has imported everything
 
     def read(self, path: Path) -> tuple[str, int]:
-        """The outcome, and by how many bytes the process has grown."""
+        """The outcome, and the growth of the process in bytes."""
         self._connection.send(str(path))
         if not self._connection.poll(SECONDS):
             self._replace()

@@ -29,7 +29,7 @@ def module_names() -> dict[str, Path]:
 
 
 def imports_of(path: Path, known: set[str]) -> set[str]:
-    """The modules of tools that a file names in an import, wherever in the file it is."""
+    """The modules of tools that a file imports, at its top or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

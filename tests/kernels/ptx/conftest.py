@@ -63,7 +63,7 @@ def card(monkeypatch: pytest.MonkeyPatch, compiled_kernels: Any) -> Iterator[Any
 def several(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Cut arrays of some thousand elements as large ones are: several programs, loops, launches.
 
-    Tiles stay as large as they are: their size decides how many warps a program has.
+    Tiles keep their size, which decides the number of warps of a program.
     """
     from batchnorm.kernels.triton import tiling
     from batchnorm.torch.kernels import decision

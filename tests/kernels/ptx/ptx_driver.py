@@ -1,6 +1,6 @@
 """A driver for Triton whose device is `ptx_machine`: launches run on tensors in memory.
 
-Kernels are compiled as for a card up to PTX, which is what is executed.
+Kernels are compiled as for a card, up to PTX; the PTX is executed.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Machine:
         self._waits = np.full(threads, -1)  # at which barrier
 
     def run(self) -> None:
-        """Run until every thread has returned; ProgramError where one does what it must not."""
+        """Run until every thread has returned; raises ProgramError for a fault of the program."""
         self._add(0, np.ones(self._size, bool))
         with np.errstate(all="ignore"):
             while self._groups:

@@ -98,7 +98,7 @@ class Memory:
         clock: of the launch.
         exists: which units may be touched (all).
         defined: which may be read (all); written ones are added.
-        alike: whether several warps may write the same value. Triton has all warps of a program
+        alike: True if several warps may write the same value. Triton has all warps of a program
             store numbers that all of them hold in shared memory.
         name: for messages.
     """

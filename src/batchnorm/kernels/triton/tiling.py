@@ -70,7 +70,7 @@ class Tiling(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def find_tiling(sizes: Sizes, bytes_each: int, limits: Limits) -> Tiling:
-    """The cut for arrays of these sizes and elements of so many bytes."""
+    """The cut for arrays of these sizes, with `bytes_each` bytes per element."""
     positions = count_positions(sizes)
     elements = limits.tile // bytes_each
     if sizes.inner == 1:
