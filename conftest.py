@@ -1,7 +1,7 @@
-"""Which tests a process collects.
+"""The choice of the tests that a process collects.
 
-Keras has one backend a process, and Triton interprets kernels or does not: both are decided by
-the environment before the import.
+Keras has one backend per process, and Triton either interprets kernels or compiles them: the
+environment decides both before the import.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 
-# Some tests: `make test`. The rest of them, or all: what `make test-all` adds, and everything.
+# "some": `make test`. "rest": the tests that `make test-all` adds. "all": both.
 _CHOICE = os.environ.get("BATCHNORM_TESTS", "some")
 _BACKENDS = ("tensorflow", "jax", "torch")
 _ACTIVE = os.environ.get("KERAS_BACKEND")

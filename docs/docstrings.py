@@ -1,4 +1,4 @@
-"""What the site does to docstrings: doctests and call arguments become sections of their own."""
+"""The site's changes to docstrings: doctests and call arguments become their own sections."""
 
 from __future__ import annotations
 

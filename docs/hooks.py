@@ -1,4 +1,4 @@
-"""What the site does to its pages: files from outside docs/, and links to the specification."""
+"""The site's changes to its pages: files from outside docs/, and links to the specification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the examples share: options, figures of several runs, pictures."""
+"""Shared parts of the examples: options, figures of several runs, pictures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def deviation(values: Any) -> float:
 
 
 def print_table(headings: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest entry, all but the first to the right."""
+    """Columns as wide as their widest entry; all but the first are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     for row in (headings, *rows):
         first, *rest = (text.strip() for text in row)

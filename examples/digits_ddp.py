@@ -1,10 +1,10 @@
-"""A small ResNet on the digits data in several processes, and the same in one.
+"""A small ResNet trained on the digits data in several processes, and again in one.
 
     torchrun --standalone --nproc-per-node 2 examples/digits_ddp.py
 
 Every process takes its share of each batch. Gradients are averaged by DistributedDataParallel,
 statistics merged by `convert_batchnorm(model, synchronized=True)`. Rank 0 then trains alone on
-whole batches, and prints how far the two runs are apart.
+whole batches, and prints the difference between the two runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-9}
 
 
 class Block(nn.Module):
-    """Two convolutions around which the input is added."""
+    """Two convolutions with a shortcut around them."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

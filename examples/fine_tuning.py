@@ -2,14 +2,14 @@
 
     python examples/fine_tuning.py --out fine_tuning.png
 
-A convolutional network learns the digits 0 to 4 of scikit-learn. Then it gets a new head, and a
-few images of 5 to 9 in batches of 4, written with a fainter pen: to train the head alone, or the
-whole network, with statistics that move or that `freeze()` holds.
+A convolutional network learns the digits 0 to 4 of scikit-learn. Then it gets a new head and a few
+images of 5 to 9, in batches of 4 and with fainter ink. Either the head alone is trained or the
+whole network, with moving statistics or with statistics that `freeze()` holds.
 
-What one sees: a body whose weights are held fixed still changes while its statistics move, and
-forgets some of what it knew; frozen, it does not change by a bit. The price is that frozen
-statistics are not those of the new images. `train()` leaves a frozen layer frozen, where one that
-was put into evaluation mode by hand would silently wake up.
+Result: with fixed weights and moving statistics, the body still changes, and its accuracy on the
+old digits falls. A frozen body keeps every bit. The cost: frozen statistics are not those of the
+new images. `train()` leaves a frozen layer frozen; a layer that was put into evaluation mode by
+hand would silently return to training.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python examples/point_clouds.py --out point_clouds.png
 
 A small PointNet classifies scikit-learn's digits, scanned as points. It is an ordinary torch
-model whose batch norms know nothing of padding. `convert_batchnorm` exchanges them, and
-`padding_mask` tells them which points are real; the model itself stays as it is.
+model, whose batch norms count padding as data. `convert_batchnorm` replaces them, and
+`padding_mask` tells the new ones which points are real; the model's code does not change.
 
-What one sees: the running statistics of torch's layer are those of points and padding together,
-which no cloud has. The converted layer keeps those of the points.
+Result: the running statistics of torch's layer are those of points and padding together, which
+no cloud has. Those of the converted layer are the statistics of the points.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PointNet(nn.Module):
 
 
 def scan(sample: Sample, rng: np.random.Generator) -> Sample:
-    """A cloud of points drawn from a digit's ink; all sizes' orders of magnitude are as likely."""
+    """A cloud of points drawn from a digit's ink; the logarithm of its size is uniform."""
     count = int(np.exp(rng.uniform(np.log(FEWEST), np.log(MOST + 1))))
     ink = sample.points[:, 2] + 1.0
     chosen = sample.points[rng.choice(len(ink), count, p=ink / ink.sum())]
@@ -87,7 +87,7 @@ def train(model: nn.Module, parts: list[list[Sample]], seed: int, epochs: int) -
 
 
 def compare_statistics(model: PointNet, clouds: list[Sample]) -> np.ndarray:
-    """Of the first norm (4, C): true mean and standard deviation, and the running ones."""
+    """The first norm's true mean and standard deviation, and the running ones, (4, C)."""
     first, norm = model.points[0], model.points[1]
     points = torch.from_numpy(np.concatenate([cloud.points for cloud in clouds]))
     with torch.no_grad():

@@ -7,8 +7,8 @@ Numbers are put together from scikit-learn's digits, with gaps of random width. 
 network labels each column with its digit, or as a gap. Batches are padded to their longest
 number, and most of a batch is padding.
 
-What one sees: the accuracy at real columns with Keras's layer as convolutions leave it, without a
-mask; with the mask handed to it; and with this library's layer, which takes the pair (x, mask).
+It prints the accuracy at real columns with three norms: Keras's layer without a mask, since
+convolutions drop it; Keras's layer with the mask; and this library's layer with the pair (x, mask).
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python examples/small_batches.py --out small_batches.png
 
 A small perceptron learns scikit-learn's digits, with batches of 2, 4, 8 and 32. Each kind of
-norm at each size gets the learning rate that does best on validation digits, the same number of
+norm at each size gets the learning rate that is best on validation digits, the same number of
 digits to learn from, and running statistics over the same number of digits. All networks of a
 cell, a learning rate and a seed each, train at once under `jax.vmap`.
 
-What one sees: test accuracy, in evaluation mode. "Ghost" is the other way round: batches of 32
-normalized in groups of 2, 4 or 8.
+It prints the test accuracy in evaluation mode. "Ghost" uses batches of 32, normalized in groups of
+2, 4 or 8.
 """
 
 from __future__ import annotations

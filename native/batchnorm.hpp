@@ -32,7 +32,7 @@ struct Layout {
 
     // Rows of outer in one group.
     BATCHNORM_INLINE Index rows() const { return groups > 0 ? outer / groups : 0; }
-    // What stands behind one statistic, padding included.
+    // Elements that one statistic is taken over, padding included.
     BATCHNORM_INLINE Index positions() const { return rows() * inner; }
     BATCHNORM_INLINE Index statistics() const { return groups * channels; }
 };
@@ -83,9 +83,9 @@ struct Options {
     Threads threads;
 };
 
-// What a forward step leaves for its backward step: kRows arrays of layout.statistics() doubles,
-// and behind them the count of each group. r and d are there with renormalization only, var and
-// low with the batch's own statistics only.
+// The results of a forward step for its backward step: kRows arrays of layout.statistics()
+// doubles, then the count of each group. r and d are set with renormalization only, var and low
+// with the batch's own statistics only.
 struct Statistics {
     enum Row { mean, low, var, rstd, scale, offset, r, d, kRows };
 
@@ -116,7 +116,7 @@ struct Step {
 void moments(const Step& step);
 // Scale and offset from moments or running statistics; running update (S9-S11); y (S4, S18).
 void normalize(const Step& step);
-// Sums of g and of g (x - mean) over real rows, g being dy behind the activation: `sums` holds
+// Sums of g and of g (x - mean) over real rows, with g = act'(y) dy: `sums` holds
 // 2 * layout.statistics() doubles. Fills dgamma and dbeta, and dresidual at real rows.
 void reduce(const Step& step, double* sums);
 // dx, and dresidual at padded rows (S8).
@@ -125,6 +125,6 @@ void apply(const Step& step, const double* sums);
 // The instruction sets that this build holds and this machine runs; the last one is in use
 // unless `use_instructions` says otherwise.
 const char* instructions_in_use();
-bool use_instructions(const char* name);  // false if there is none of that name here
+bool use_instructions(const char* name);  // false if this build or machine has none of that name
 
 }  // namespace batchnorm

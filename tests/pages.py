@@ -1,9 +1,8 @@
-"""The pages of README and site, and the code blocks on them, as the tests run them.
+"""The pages of README and site, and their code blocks as the tests run them.
 
-A page is run from top to bottom, as it is read: its blocks share one namespace, and what a block
-prints is the `text` block right after it. Blocks that mention Keras have a namespace of their own
-and run in a process of each Keras backend; one that imports a framework too runs on that backend
-alone.
+A page runs from top to bottom: its blocks share one namespace, and a block must print the `text`
+block right after it. Blocks that mention Keras have a namespace of their own and run in a process
+of each Keras backend; a Keras block that imports a framework runs on that backend only.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _FENCE = re.compile(r"^( *)```(\S*)(.*)\n((?:.*\n)*?)\1``` *$", re.MULTILINE)
 class Block:
     """A fenced block of a page.
 
-    line: of the page, its first line of code; output: the text block right after it, if any.
+    line: the page's line at which the code begins; output: the text block right after it, if any.
     """
 
     page: Path
@@ -42,7 +41,7 @@ class Block:
 
     @property
     def keras(self) -> bool:
-        """Whether it belongs to the processes of the Keras backends."""
+        """True if it runs in the processes of the Keras backends."""
         return re.search(r"\bkeras\b", self.code) is not None
 
     @property
@@ -77,7 +76,7 @@ def python_blocks(page: Path, *, keras: bool) -> list[Block]:
 
 
 def run(blocks: Iterable[Block]) -> dict[str, Any]:
-    """Run blocks in one namespace, which is returned; compare what they print."""
+    """Run blocks in one namespace, which is returned; compare their output."""
     module = ModuleType("page")
     sys.modules["page"] = module  # where dataclasses and pickle look for what a page defines
     names = module.__dict__

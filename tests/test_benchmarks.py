@@ -1,4 +1,4 @@
-"""What the benchmarks time is right, and runs: nothing else calls their variants."""
+"""The benchmarks' variants run and are right: no other test calls them."""
 
 from __future__ import annotations
 

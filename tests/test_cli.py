@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it exits with, and how soon."""
+"""The command line: its output, its exit status, and its time."""
 
 from __future__ import annotations
 

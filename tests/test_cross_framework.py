@@ -69,7 +69,7 @@ def by_torch(p: Problem, fused: bool) -> Results:
 
 
 def biased(layer: Any, p: Problem) -> np.ndarray:
-    """torch stores the unbiased variance (S10): each group's own factor, taken away again."""
+    """The biased variance from torch's unbiased one (S10): without each group's own factor."""
     rows = np.ones(p.x.shape[:2]) if p.mask is None else p.mask
     groups = 1 if p.ghost is None else len(rows) // p.ghost
     factors, variances = [], []

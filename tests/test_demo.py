@@ -1,4 +1,4 @@
-"""The main job, end to end and in parts."""
+"""The demo's main job, end to end and in parts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_same_seed_gives_the_same_batches(samples: list[data.Sample]) -> None:
 
 
 class Run(NamedTuple):
-    """The demo as a user runs it, and what it measured."""
+    """A run of the demo by a user's command, and its measurements."""
 
     status: int
     output: str
@@ -77,7 +77,7 @@ def framework(request: pytest.FixtureRequest) -> Framework:
 
 @pytest.fixture(scope="module")
 def pair(framework: Framework) -> tuple[Network, Network]:
-    """Networks that nobody trains: each compiles its functions anew."""
+    """Untrained networks, shared by the tests since each network compiles its functions."""
     return framework.make_pair(0)
 
 

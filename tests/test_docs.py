@@ -1,4 +1,4 @@
-"""The pages of README and site: their code runs, and what they name exists."""
+"""The pages of README and site: their code runs, and the names on them exist."""
 
 from __future__ import annotations
 

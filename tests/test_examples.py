@@ -1,4 +1,4 @@
-"""Every example runs by its own command, and the page about them shows it."""
+"""Every example runs by its own command, which the page about the examples shows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_quickly(name: str, folder: Path, warnings: tuple[str, ...] = ERRORS) -> 
 
 
 def read_table(output: str) -> dict[str, list[float]]:
-    """Rows of numbers by their first cell; of mean ± deviation, the mean."""
+    """Rows of numbers by their first cell; of each mean ± deviation only the mean."""
     cells = [re.split(r" {2,}", line) for line in output.splitlines() if " ± " in line]
     return {row[0]: [float(cell.split(" ± ")[0]) for cell in row[1:]] for row in cells if row[1:]}
 

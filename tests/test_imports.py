@@ -1,4 +1,4 @@
-"""Who may import whom (architecture), each asked in a fresh interpreter."""
+"""The allowed imports of each part (architecture), checked in a fresh interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = {
     path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
 }
 
-# What each part may use beside the standard library and itself.
+# The packages that each part may use beside the standard library and itself.
 ALLOWED = {
     "core": set(),
     "kernels": {"core"},
@@ -26,7 +26,7 @@ ALLOWED = {
     "jax": {"core", "kernels", "jax", "flax", "numpy"},
     # Each backend's module imports that backend's functional, and only when Keras runs on it.
     "keras": {"core", "kernels", "jax", "torch", "keras", "h5py", "tensorflow", "numpy"},
-    # One front end and its framework, when a tool is asked for it.
+    # One front end and its framework, when a tool needs them.
     "tools": {"core", "kernels", "reference", "environment", "torch", "jax", "keras"}
     | {"numpy", "flax", "equinox", "haiku", "h5py", "tensorstore", "tensorflow", "rich"}
     | {"safetensors", "msgpack", "ml_dtypes"},
@@ -99,7 +99,7 @@ def test_source_imports_only_what_its_part_may(part: str) -> None:
         for module in _imports(path):
             top, *rest = module.split(".")
             if part == "kernels" and "triton" in path.parts and top in ("torch", "triton"):
-                continue  # the only kernels that know a framework
+                continue  # the only kernels that use a framework
             if top == "batchnorm":
                 used = rest[0] if rest else ""
                 assert used in {part} | (ALLOWED[part] & PARTS), f"{path}: {module}"

@@ -1,4 +1,4 @@
-"""The start page's picture: its script measures, and draws what was measured."""
+"""The start page's picture: its script measures, and draws its measurements."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ PATHS: dict[str, Callable[..., Gradient]] = {
 
 @pytest.fixture(params=[False, True], ids=["keeping", "flushing"])
 def flushing(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Subnormals of this thread; XLA's threads flush them in any case."""
+    """Make this thread flush subnormals; XLA's threads flush them in any case."""
     torch.set_flush_denormal(request.param)
     yield request.param
     torch.set_flush_denormal(False)
@@ -89,7 +89,7 @@ def step_by_hand(x: np.ndarray, dy: np.ndarray, eps: float) -> tuple[np.ndarray,
 
 
 def assert_rounded_once(found: np.ndarray, expected: np.ndarray, dtype: str) -> None:
-    """To the half type, after arithmetic in float32 (S3, S16)."""
+    """Assert one rounding to the half type, after arithmetic in float32 (S3, S16)."""
     bound = tolerances.output_rounding(dtype, expected)
     off = np.abs(found - expected) - (bound + tolerances.FLOAT32 * np.abs(expected).max())
     assert off.max() <= 0, off.max()
@@ -117,7 +117,7 @@ def test_subnormal_float16_gradients_count_at_their_value(
 
 @pytest.mark.parametrize("path", [name for name in PATHS if "arrays" not in name])
 def test_subnormal_bfloat16_gradients_count_at_their_value(path: str, flushing: bool) -> None:
-    """In the kernels: these are float32's own subnormals, which array code's threads may flush."""
+    """Kernels only: these are float32's own subnormals, which array code's threads may flush."""
     x = np.random.default_rng(0).normal(0, 1e-3, (11, 5)).astype(jnp.bfloat16)
     dy = (np.random.default_rng(1).normal(0, 1, x.shape) * 5e-39).astype(jnp.bfloat16)
     expected = step_by_hand(x, dy, 1e-5)[1]
@@ -130,7 +130,7 @@ def test_subnormal_bfloat16_gradients_count_at_their_value(path: str, flushing: 
 def test_a_deviation_without_reciprocal_counts_as_none(
     path: str, deviation: float, flushing: bool
 ) -> None:
-    """eps = 0 and less than the smallest normal float32: x̂ = 0 and dx = 0, as for one row (S7)."""
+    """eps = 0, deviation below the smallest normal float32: x̂ = 0, dx = 0, as for one row (S7)."""
     signs = np.array([[1.0], [-1.0], [-1.0], [1.0]])
     x = (signs * deviation).astype(np.float32)
     y, dx, dgamma = PATHS[path](x, signs.astype(np.float32), 0.0)
@@ -154,7 +154,7 @@ def test_an_empty_batch_without_eps_has_zero_gradients(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_single_real_row_has_no_gradient_to_the_bit(path: str) -> None:
-    """Although rstd is 1/sqrt(eps), and x̂ at padded rows is what that makes of them (S7)."""
+    """dx is 0 although rstd is 1/sqrt(eps) and x̂ at padded rows is not 0 (S7)."""
     rng = np.random.default_rng(0)
     x, dy = (rng.normal(1e3, 1, (7, 3)).astype(np.float32) for _ in range(2))
     y, dx, dgamma = PATHS[path](x, dy, 1e-5, np.arange(7) == 4)
@@ -180,7 +180,7 @@ ROWS = 2**24 + 4099  # float32 counts no further than 2^24 one by one
 
 @pytest.fixture(scope="module")
 def many_rows() -> tuple[np.ndarray, np.ndarray]:
-    """Two columns of 1 and 3 in turn, the second one higher by 1; five padded rows in front."""
+    """Two columns of 1, 3, 1, 3, ..., the second one higher by 1; five padded rows in front."""
     x = np.ones((ROWS + 5, 2), np.float32)
     x[1::2] += 2  # five rows are padded: three of 1 and two of 3
     x[:, 1] += 1

@@ -1,4 +1,4 @@
-"""Exit statuses and messages of the command line, in processes of its own as a shell runs it."""
+"""Exit statuses and messages of the command line, in separate processes as from a shell."""
 
 from __future__ import annotations
 

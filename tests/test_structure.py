@@ -1,4 +1,4 @@
-"""The house's own rules, read off the source: no circles of imports, no endless parameters."""
+"""The project's own rules, checked on the source: no import cycles, few parameters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LONG = {
     "core.gradient.gradient": "the closed form, with a name for each of its terms",
 }
 TRITON = "kernels.triton."  # kernels take numbers and addresses; no record has both
-# Functions that a record shall serve. The list must shrink.
+# Functions whose parameters should become one record. The list must shrink.
 SHRINKING = {
     "jax.steps.normalize_batch",
     "jax.steps.normalize_running",
@@ -38,7 +38,7 @@ SHRINKING = {
 
 
 def imported(path: Path) -> set[str]:
-    """The files of this library that a file imports, wherever it does."""
+    """The files of this library that a file imports, at its top or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
@@ -53,7 +53,7 @@ def imported(path: Path) -> set[str]:
 
 
 def circles() -> set[frozenset[str]]:
-    """Sets of files each of which leads, by imports, to all others of its set."""
+    """Sets of files that import each other, directly or by way of others in the set."""
     edges = {name: imported(path) for name, path in FILES.items()}
 
     def reach(start: str) -> set[str]:

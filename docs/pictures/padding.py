@@ -1,7 +1,7 @@
-"""The picture of the start page: what padding does to a batch norm that counts it as data.
+"""The picture of the start page: the effect of padding on a batch norm that counts it as data.
 
-    python docs/pictures/padding.py            # measures and draws, some minutes
-    python docs/pictures/padding.py --draw     # draws what padding.json holds
+    python docs/pictures/padding.py            # measure and draw; takes some minutes
+    python docs/pictures/padding.py --draw     # draw from padding.json
 
 The demo's networks and data, trained at several amounts of padding.
 """
@@ -26,7 +26,7 @@ matplotlib.use("Agg")  # before pyplot: there may be no screen
 from matplotlib import pyplot as plt
 
 FOLDER = Path(__file__).parent
-MOST_EXTRA = (0, 48, 96, 192, 384)  # padded points at most, drawn anew for each batch
+MOST_EXTRA = (0, 48, 96, 192, 384)  # most padded points; each batch draws its number
 SHOWN = 96  # the left panel's
 SEEDS = 5
 EPOCHS = 10
@@ -45,7 +45,7 @@ def measure(
     epochs: int = EPOCHS,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Everything that the picture shows.
+    """All data of the picture.
 
     Args:
         most_extra: amounts of padding to train at.

@@ -1,4 +1,4 @@
-// What the binding refuses, before the passes run.
+// The binding's checks of arguments, before the passes run.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -37,7 +37,7 @@ inline PerChannel per_channel(const char* name, Address address, Type type) {
     return {aligned(name, address, kBytes[static_cast<int>(type)]), type};
 }
 
-// Whether outer rows at this distance, and eight bytes for each element, stay within 63 bits.
+// True if outer rows at this distance, with eight bytes for each element, stay within 63 bits.
 inline bool addressable(const Layout& layout, Index row) {
     Index dense = 0, all = 0, bytes = 0;
     return !__builtin_mul_overflow(layout.channels, layout.inner, &dense) &&
@@ -45,7 +45,8 @@ inline bool addressable(const Layout& layout, Index row) {
            !__builtin_mul_overflow(all, Index(8), &bytes);
 }
 
-// Whether the bytes of its statistics stay within 63 bits; what is allocated for less fails.
+// True if the bytes of the statistics stay within 63 bits. Below this bound, an allocation that is
+// too large fails by itself.
 inline bool countable(const Layout& layout) {
     Index all = 0, bytes = 0;
     return !__builtin_mul_overflow(layout.groups, layout.channels, &all) &&

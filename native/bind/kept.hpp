@@ -1,4 +1,4 @@
-// What a forward step keeps for its backward step.
+// The statistics that a forward step keeps for its backward step.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -29,10 +29,10 @@ class Kept {
 
     Doubles count() { return view(Statistics::kRows * layout_.statistics(), layout_.groups); }
 
-    // All of it as one array: for an autograd that keeps arrays only.
+    // All rows and counts as one array: for an autograd that keeps arrays only.
     Doubles all() { return view(0, Statistics::doubles(layout_)); }
 
-    bool renorm = false;  // whether the step renormalized
+    bool renorm = false;  // true if the step renormalized
 
     bool fits(const Layout& layout) const {
         return layout.groups == layout_.groups && layout.channels == layout_.channels;

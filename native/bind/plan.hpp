@@ -1,5 +1,5 @@
-// The geometry of a call, checked once, for any number of calls; and what a call hands over, by
-// name. Arrays are addresses: of x, dy and residual with gaps between rows, of others dense.
+// The geometry of a call, checked once for any number of calls; and the arguments of a call, by
+// name. Arrays are addresses; x, dy and residual may have gaps between rows, others are dense.
 #pragma once
 
 #include <nanobind/ndarray.h>
@@ -32,7 +32,7 @@ struct Forward {
     bool batch, update, unbiased;
     const Renorm* renorm;  // null: no renormalization
     int threads;
-    Kept* kept;  // moments, if they have been taken before
+    Kept* kept;  // the moments, if `moments` has computed them; else null
 };
 
 struct Inputs {
@@ -56,17 +56,17 @@ class Plan {
     void set_team(Address team) { team_ = reinterpret_cast<Team>(team); }
 
     Kept* moments(Address x, Address mask, int threads) const;
-    // Returns what it keeps. Given one that `moments` has filled, and that the caller may have
-    // merged with those of others, normalizes by its moments, completes it and returns it.
+    // Returns the statistics that it keeps. If `call.kept` is given, filled by `moments` and
+    // perhaps merged with other processes' moments, normalizes by it, completes and returns it.
     Kept* forward(const Forward& call) const;
-    // What a step of this plan kept, from the array that `Kept.all` gave.
+    // The statistics that a step of this plan kept, from the array of `Kept.all`.
     Kept* restore(Address data, Index size, bool renorm) const;
     void backward(const Inputs& in, const Gradients& out, const Kept& kept, bool batch,
                   int threads) const;
     // The first half of a backward step by the batch's own statistics: sums of g, then of
-    // g (x - mean), which the caller may add to those of others.
+    // g (x - mean), to which the caller may add other processes' sums.
     Doubles reduce(const Inputs& in, const Gradients& out, const Kept& kept, int threads) const;
-    // The second half.
+    // The second half: fills dx from the sums.
     void apply(const Inputs& in, const Gradients& out, const GivenSums& sums, const Kept& kept,
                int threads) const;
 

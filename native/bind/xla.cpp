@@ -1,4 +1,4 @@
-// Operands and attributes come in, the passes run on XLA's own threads.
+// XLA's custom calls: reads operands and attributes, and runs the passes on XLA's own threads.
 #include "bind/xla.hpp"
 
 #include <algorithm>
@@ -50,7 +50,7 @@ PerChannel per_channel(const Buffer& buffer) {
     return {buffer.data, type_of(buffer.type)};
 }
 
-// The statistics of a step: doubles in here, x's working type outside.
+// The statistics of a step: doubles in this library, x's working type in XLA's arrays.
 class Workspace {
   public:
     explicit Workspace(const Layout& layout)
@@ -105,7 +105,7 @@ Mask mask_of(const Buffer& buffer, const Attributes& view) {
             view.integer("inner")};
 }
 
-// A call's operands and results by their places, and the step that they and the attributes make.
+// A call's operands and results by position, and the step made of them and of the attributes.
 class Call {
   public:
     Call(const XLA_FFI_CallFrame& frame, int x, int mask)

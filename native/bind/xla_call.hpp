@@ -1,4 +1,4 @@
-// A custom call as XLA hands it over, by XLA's C interface: buffers, attributes by name, threads.
+// A custom call in XLA's C interface: buffers, attributes by name, threads.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace batchnorm::bind {
 
-// A call that was not made as its handler expects; XLA raises the message.
+// A call with other arguments than its handler expects; XLA raises the message.
 struct Refusal : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -82,7 +82,7 @@ class Attributes {
     const XLA_FFI_Attrs& given_;
 };
 
-// XLA's threads, as the passes ask for them.
+// XLA's threads in the form that the passes use.
 class XlaPool : public Scheduler {
   public:
     explicit XlaPool(const XLA_FFI_CallFrame& frame)
@@ -128,7 +128,7 @@ inline XLA_FFI_Error* make_error(const XLA_FFI_Api& api, XLA_FFI_Error_Code code
     return api.XLA_FFI_Error_Create(&args);
 }
 
-// Whether XLA asks which version of its interface the handler was built for; tells it.
+// Answers XLA's question for the version of its interface; false if this is no such question.
 inline bool tells_version(XLA_FFI_CallFrame& frame) {
     const XLA_FFI_Extension_Base* extension = frame.extension_start;
     if (extension == nullptr || extension->type != XLA_FFI_Extension_Metadata) return false;
@@ -141,7 +141,7 @@ inline bool tells_version(XLA_FFI_CallFrame& frame) {
     return true;
 }
 
-// Runs f on a call of so many operands and results; what it throws becomes XLA's error.
+// Runs f on a call, whose numbers of operands and results it checks; exceptions become XLA errors.
 template <class F>
 XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, int operands, int results, F f) {
     if (tells_version(*frame)) return nullptr;

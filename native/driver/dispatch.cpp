@@ -1,4 +1,4 @@
-// Which instruction set is in use.
+// The choice of the instruction set.
 #include <atomic>
 #include <cstring>
 

@@ -1,4 +1,4 @@
-// Rounding and the treatment of subnormal numbers, as a thread has them.
+// A thread's mode of rounding and of treating subnormal numbers.
 #pragma once
 
 #if defined(__SSE__)
@@ -28,7 +28,7 @@ inline FloatMode float_mode() { return 0; }
 inline void set_float_mode(FloatMode) {}
 #endif
 
-// While it lives, subnormal numbers count at their value (S16), whatever the thread was set to:
+// While it lives, subnormal numbers count at their value (S16), whatever the thread's mode was:
 // XLA's threads flush them, and torch's do after set_flush_denormal(True).
 class KeepSubnormals {
   public:

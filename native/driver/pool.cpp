@@ -79,8 +79,8 @@ class Pool {
             if (job.active.load(std::memory_order_acquire) == 0) break;
             pause();
         }
-        // Under the lock even when nothing is left to wait for: the last worker lets go of the
-        // job inside it.
+        // Lock even when no worker is active: the last worker still uses the job until it
+        // releases the lock.
         std::unique_lock<std::mutex> lock(mutex_);
         done_.wait(lock, [&] { return job.active.load(std::memory_order_relaxed) == 0; });
     }
@@ -92,7 +92,7 @@ class Pool {
             try {
                 std::thread([this] { work(); }).detach();
             } catch (const std::exception&) {
-                return;  // no more threads to be had: those there are do all the work
+                return;  // the system gives no more threads: the existing ones do all the work
             }
             ++workers_;
         }
@@ -190,9 +190,9 @@ void run_lent(Job& job, const Scheduler& scheduler) {
 }
 
 // Never destroyed: workers may outlive every static object. After fork the child has none of
-// the parent's workers, and the mutex may be locked for ever; it takes a pool of its own.
+// the parent's workers, and the mutex may stay locked forever; the child makes its own pool.
 std::atomic<Pool*> the_pool{nullptr};
-std::atomic<bool> forked{false};  // another library's team does not survive it
+std::atomic<bool> forked{false};  // another library's team does not survive a fork
 
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
     the_pool.store(nullptr, std::memory_order_relaxed);

@@ -1,4 +1,4 @@
-// Threads that share out numbered tasks.
+// Threads that share numbered tasks.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@ namespace batchnorm {
 // OpenMP's GOMP_parallel.
 using Team = void (*)(void (*f)(void*), void* data, unsigned threads, unsigned flags);
 
-// Another library's pool: `schedule` has it run task(data) some time, perhaps only after the call
-// that asked for it has returned.
+// Another library's pool: `schedule` makes it run task(data) at some time, perhaps only after the
+// call that scheduled the task has returned.
 struct Scheduler {
     void (*schedule)(const Scheduler& self, void (*task)(void* data), void* data);
 };
 
-// Whose threads, and how many; this library's own where neither is given.
+// The number of threads and their owner; this library's own where neither pointer is given.
 struct Threads {
     int count = 1;
     Team team = nullptr;
@@ -25,7 +25,7 @@ struct Threads {
 
 // Runs task(context, i) for every i below `tasks`, on up to `threads.count` threads, the caller
 // being one; returns when all are done. `task` must not throw. May be called from several threads
-// at once, from a task of somebody else's pool, and in a child process after fork.
+// at once, from a task of another library's pool, and in a child process after fork.
 void run_tasks(std::int64_t tasks, Threads threads, void (*task)(void*, std::int64_t),
                void* context);
 

@@ -23,7 +23,7 @@ const Passes& passes(const Step& step) {
 using SumPass = void (*)(const Step&, const Block&, double*, double*);
 using Finish = void (*)(const Step&, Index, double, double, double, double*);
 
-// Runs a pass of two sums over all blocks, and adds those of each channel up, block by block.
+// Runs a pass of two sums over all blocks, and adds the sums of each channel, block by block.
 class Reduction {
   public:
     explicit Reduction(const Step& step)
@@ -99,7 +99,7 @@ void set_anchors(const Step& step, const SumBlocks& blocks, Index group) {
     }
 }
 
-// Tasks of an elementwise pass, last ones first: what a sum has just read last is still in cache.
+// Tasks of an elementwise pass, last ones first: the part that a sum has read last is in cache.
 template <class F>
 void for_each_block(const Step& step, F f) {
     const Layout& layout = step.layout;
@@ -131,7 +131,7 @@ void moments(const Step& step) {
         s.count()[g] = static_cast<double>(reduction.blocks().count(g));
         set_anchors(step, reduction.blocks(), g);
     }
-    // No type is wider than float64, so that its sums are taken around their own mean again.
+    // No type is wider than float64, so its sums are taken a second time, around their own mean.
     const int rounds = step.type == Type::f64 ? 2 : 1;
     for (int round = 0; round < rounds; ++round) {
         reduction.run(passes(step).moments);

@@ -1,4 +1,4 @@
-// How a pass is cut into tasks: bounds depend on shapes and masks alone, so that bits do not depend
+// The cut of a pass into tasks: bounds depend on shapes and masks alone, so that bits do not depend
 // on the number of threads (S17).
 #pragma once
 
@@ -24,7 +24,7 @@ inline Threads threads_for(const Step& step, Index elements) {
     return threads;
 }
 
-// How one pass is cut: parts of the channels, times blocks of the positions of each group.
+// The cut of one pass: parts of the channels, times blocks of the positions of each group.
 struct Grid {
     Index parts, width;    // of channels
     Index groups, blocks;  // most blocks of any group
@@ -47,7 +47,7 @@ struct Grid {
     Index tasks() const { return groups * blocks * parts; }
 };
 
-// Where the real rows of a block begin, and how many there are (S5: blocks count real rows).
+// The first of a block's real rows, and their number (S5: blocks count real rows).
 struct Share {
     Index first, rows;
 };
@@ -84,7 +84,7 @@ class MaskCounts {
         return sum;
     }
 
-    // The unit of the group that is its real one number `wanted`, which exists.
+    // The position of the group's real unit number `wanted`, which must exist.
     Index find(Index group, Index wanted) const {
         Index scan = 0;
         while (wanted >= count(group, scan)) wanted -= count(group, scan++);

@@ -60,7 +60,7 @@ void apply_padded_row(const Step& s, Index o, Index offset, Index n) {
             element<T>(s.dresidual, o, offset), n, s.options.activation);
 }
 
-// Several rows at once where all arrays are contiguous, which pays where channels are few.
+// Rows in one line: several where all arrays are contiguous, which is faster with few channels.
 template <class T>
 Index rows_together(const Step& s) {
     const Index width = s.layout.channels * s.layout.inner;
@@ -75,15 +75,15 @@ constexpr Index kRowsAhead = 16;
 
 template <class T>
 void fetch_row(const Step& s, const Source<T>& from, Index o, Index offset, Index n) {
-    const Index step = Index(64 / sizeof(T)), most = 16 * step;  // hardware follows longer ones
+    const Index step = Index(64 / sizeof(T)), most = 16 * step;  // hardware prefetches the rest
     for (Index i = 0, end = n < most ? n : most; i < end; i += step) {
         __builtin_prefetch(element<const T>(from.g, o, offset + i));
         __builtin_prefetch(element<const T>(s.x, o, offset + i));
     }
 }
 
-// Rows o + i of which keep[i] says that they are real. Where few are left out, all are computed,
-// which hardware foresees, and the padded ones overwritten.
+// Rows o + i; those with keep[i] are real. Unless most rows are padded, all are computed, which
+// hardware prefetches, and the padded ones overwritten.
 template <class T>
 void apply_some_rows(const Step& s, const Source<T>& from, Index o, Index n, Index offset,
                      Index width, const unsigned char* keep, const Coefficients<Compute<T>>& k) {
@@ -102,8 +102,8 @@ void apply_some_rows(const Step& s, const Source<T>& from, Index o, Index n, Ind
     for (Index i = 0; i < found[0]; ++i) apply_padded_row<T>(s, o + rows[0][i], offset, width);
 }
 
-// Rows [o, o + n) one by one. Left out rows break the streams that hardware follows, so that the
-// real ones of the next few are fetched ahead.
+// Rows [o, o + n) one by one. Gaps of padded rows break the streams that hardware prefetches, so
+// the real ones among the next rows are prefetched here.
 template <class T>
 void apply_masked_rows(const Step& s, const Source<T>& from, Index o, Index n, Index offset,
                        Index width, const Coefficients<Compute<T>>& k) {
@@ -135,7 +135,7 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
             apply_masked_rows<T>(s, from, o, n, first, width, lanes.from());
             return true;
         }
-        unsigned char keep[64];  // kTile are used; GCC 12 warns of whole vectors
+        unsigned char keep[64];  // kTile are used; GCC 12 warns that it reads whole vectors
         for (Index r = 0; r < n; r += joined) {
             const Index m = n - r < joined ? n - r : joined;
             Index real = m;
@@ -144,7 +144,7 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
                 real = 0;
                 for (Index i = 0; i < m; ++i) real += keep[i];
             }
-            // Padded rows between real ones are computed along, and overwritten.
+            // Padded rows between real ones are computed too, and overwritten.
             if (real > 0) apply_row<T>(s, from, o + r, first, m * width, lanes.from());
             if (real == m) continue;
             for (Index i = 0; i < m; ++i) {
@@ -177,7 +177,7 @@ void apply_positions(const Step& s, const Block& b, const double* sums) {
                 const T *g = element<const T>(from.g, o, offset),
                         *x = element<const T>(s.x, o, offset);
                 const T* y = element<const T>(s.y, o, offset);
-                // What is still in the nearest cache is cheaply blanked.
+                // Padded positions are zeroed while their part of dx is in the nearest cache.
                 const Index part = real.all ? n : kBlanked;
                 for (Index p = 0; p < n; p += part) {
                     const Index m = n - p < part ? n - p : part;

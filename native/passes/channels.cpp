@@ -60,7 +60,7 @@ void finish_moments(const Statistics& s, Index i, double count, double sum, doub
     }
     const double anchor = mean, shift = sum / count;
     mean = anchor + shift;
-    const double moved = mean - anchor;  // what rounding left of the shift, and of the anchor
+    const double moved = mean - anchor;  // Knuth's two-sum: mean + low is anchor + shift, exactly
     low = (anchor - (mean - moved)) + (shift - moved);
     var = square / count - shift * shift;
     if (var < 0 || count == 1) var = 0.0;
@@ -83,9 +83,9 @@ struct Values {
     }
 };
 
-// Moments as the running statistics see them: ghost groups averaged (S12).
+// Moments for the running statistics: averages over ghost groups (S12).
 struct Averages {
-    bool usable[kPart];  // counted something, and all of it finite (S9)
+    bool usable[kPart];  // has real rows, and all its moments are finite (S9)
     double mean[kPart], var[kPart], unbiased[kPart];
 
     Averages(const Step& step, Index first, Index n) {
@@ -116,7 +116,7 @@ struct Averages {
         }
     }
 
-    // In the type that statistics of an x of this type are rounded to (S16).
+    // In the type to which statistics of an x of this type are rounded (S16).
     static bool is_finite(Type type, double value) {
         return __builtin_isfinite(type == Type::f64 ? value : static_cast<float>(value));
     }
@@ -178,7 +178,7 @@ bool update_running(const Step& step, Index first, Index n, const Averages& aver
     return true;
 }
 
-// A function of its own, since only its arguments can say that none of them overlap.
+// A function of its own, since only a function's arguments can be declared not to overlap.
 // rstd is 0 where var + eps is at most `least`: such a channel counts as constant (S7).
 void find_affine(const double* __restrict var, const double* __restrict gamma,
                  const double* __restrict beta, double eps, double least, Index n,
@@ -197,7 +197,7 @@ bool finish_part(const Step& step, Index first, Index n) {
     const Values gamma(step.gamma, first, n, 1.0), beta(step.beta, first, n, 0.0);
     const Values running_mean(step.running.mean, first, n, 0.0);
     const Values running_var(step.running.var, first, n, 1.0);
-    // The square of the smallest deviation whose reciprocal x's arithmetic holds.
+    // The square of the smallest deviation whose reciprocal is finite in x's arithmetic.
     const double least = step.type == Type::f64 ? 0x1p-1022 : 0x1p-252;
     double r[kPart], d[kPart];
     bool updated = false;

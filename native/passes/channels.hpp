@@ -1,4 +1,4 @@
-// What happens once per channel, between the passes: core/running.py and core/normalize.py in
+// Computations once per channel, between the passes: core/running.py and core/normalize.py in
 // double, for the kernels' own use; the conformance table compares the two.
 #pragma once
 
@@ -13,7 +13,7 @@ void load(const PerChannel& array, Index first, Index n, double* out);
 void finish_moments(const Statistics& statistics, Index i, double count, double sum, double square);
 
 // rstd, scale and offset of channels [first, end) in every group, and the running update.
-// Returns whether any channel was updated (S6, S7, S9-S12).
+// Returns true if any channel was updated (S6, S7, S9-S12).
 bool finish_channels(const Step& step, Index first, Index end);
 
 // dgamma and dbeta of channels [first, end) (S8).

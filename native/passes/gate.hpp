@@ -1,4 +1,4 @@
-// act'(y) dy, which gradient reduction and gradient application both begin with (S18).
+// act'(y) dy, the first step of both gradient reduction and gradient application (S18).
 #pragma once
 
 #include "sums.hpp"

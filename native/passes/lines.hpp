@@ -1,4 +1,4 @@
-// What happens to one line of contiguous elements: the only place of per-element formulas.
+// The computation on one line of contiguous elements: the only place of per-element formulas.
 #pragma once
 
 #include "passes.hpp"
@@ -44,7 +44,7 @@ inline void normalize_line(const F* x, const F* residual, F* __restrict y, Index
     }
 }
 
-// g = act'(y) dy, from y itself or, where it is null, from what x makes of it.
+// g = act'(y) dy, from y itself or, where y is null, from y computed again from x.
 template <int kStep, Activation kAct, class F>
 inline void gate_line(const F* dy, const F* x, const F* y, F* __restrict g, Index n,
                       const Coefficients<F>& k) {
@@ -170,7 +170,7 @@ struct Lanes {
     }
 };
 
-// Rows of so many channels that make one line: a multiple of a tile where channels are few.
+// The number of rows in one line: with few channels several rows, which fill whole tiles.
 inline Index rows_per_line(Index channels) {
     if (channels > kNarrow) return 1;
     Index rows = kTile;

@@ -1,7 +1,8 @@
 // Sums of x - anchor and of its square (S2, S3).
 //
-// The anchor is a real row of the data, so both sums together lose no digit: a value that far
-// from the mean would itself make the variance large. Products of float32 are exact in double.
+// The anchor is a real row of the data, so both sums together lose no digit: an anchor far from the
+// mean would, as a value of the data, make the variance large too. Products of float32 are exact in
+// double.
 #include "sums.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {

@@ -9,11 +9,11 @@ namespace batchnorm {
 constexpr Index kMaxLanes = 256;    // channels of a block where rows of channels are contiguous
 constexpr Index kWideLanes = 1024;  // the same for passes without sums: longer stretches of memory
 constexpr Index kMaxChannels = 32;  // channels of a block where positions are contiguous
-constexpr Index kNarrow = 32;       // up to so many channels, several rows make one line
+constexpr Index kNarrow = 32;       // up to this number of channels several rows make one line
 
 struct Passes {
-    // Sums of (x - anchor) and its square, one for each channel of the block; the anchors stand
-    // in for the means of step.statistics.
+    // Sums of (x - anchor) and its square, one for each channel of the block; the mean row of
+    // step.statistics holds the anchors.
     void (*moments)(const Step& step, const Block& block, double* sum, double* square);
     void (*normalize)(const Step& step, const Block& block);
     // Sums of g and g (x - mean).

@@ -30,7 +30,7 @@ BATCHNORM_INLINE void add_tiles(Index n, const double* mean, const double* low, 
     }
 }
 
-// What a mean in double leaves out matters to float64 only.
+// The rounding error of a mean in double (`low`) matters to float64 only.
 template <class T>
 constexpr bool kHasLow = sizeof(T) == 8;
 

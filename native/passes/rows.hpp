@@ -1,13 +1,12 @@
-// Which rows of x a block of work holds: ghost groups and masks resolved to plain row numbers.
+// The rows of x in a block of work: ghost groups and masks resolved to plain row numbers.
 #pragma once
 
 #include "batchnorm.hpp"
 
 namespace batchnorm {
 
-// A task's share: `rows` positions of a group's rows (of its outer rows if inner is 1) from
-// `first` on, in the group's own order, for some channels. In sums over masked rows of channels
-// `rows` counts real rows only.
+// A task's share: `rows` units of a group from `first` on, in the group's own order, for some
+// channels; see `units`. In sums over masked rows of channels `rows` counts real rows only.
 struct Block {
     Index group, first, rows, channel, channels;
 };
@@ -16,14 +15,14 @@ namespace {  // each file, with its own compiler flags, has its own copy
 
 constexpr Index kShortInner = 64;
 
-// Whether a step walks along rows of outer, each `width` contiguous lanes, a channel having
-// layout.inner of them. Else it walks along the positions of one channel after the other.
+// True if a step walks along rows of outer, whose lanes are contiguous, layout.inner lanes for each
+// channel. Else it walks along the positions of one channel after the other.
 BATCHNORM_INLINE bool by_rows(const Step& step) {
     const Index inner = step.layout.inner;
     return inner == 1 || (inner <= kShortInner && (!step.mask || step.mask.inner == 0));
 }
 
-// What is shared out: rows of outer, or positions.
+// The number of units that tasks share: rows of outer, or positions.
 BATCHNORM_INLINE Index units(const Step& step) {
     return by_rows(step) ? step.layout.rows() : step.layout.positions();
 }
@@ -63,8 +62,8 @@ inline void read_rows(const Mask& mask, Index o, Index n, unsigned char* keep) {
     }
 }
 
-// Calls f(o, n) for each stretch of consecutive rows of outer that rows [first, first + rows) of
-// a group consist of; stops early if f returns false.
+// Calls f(o, n) for each stretch of consecutive rows of outer among the rows [first, first + rows)
+// of a group; stops early if f returns false.
 template <class F>
 inline void for_each_run(const Layout& layout, Index group, Index first, Index rows, F f) {
     if (layout.groups == 1) {

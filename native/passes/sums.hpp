@@ -8,10 +8,10 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-constexpr int kBatch = 16;  // lines between two visits of a lane's sums
+constexpr int kBatch = 16;  // lines that a lane's sums take in before they go back to memory
 
-// Calls f(rows, n) with the outer rows of a block that are real, `unit` divides every n but the
-// last one.
+// Calls f(rows, n) with the real outer rows of a block; `unit` divides every n except the last
+// one.
 template <class F>
 inline void for_real_rows(const Step& s, const Block& b, Index unit, F f) {
     constexpr Index kScan = 256;
@@ -42,7 +42,7 @@ inline void for_real_rows(const Step& s, const Block& b, Index unit, F f) {
     if (n > 0) f(list, n);
 }
 
-// Lines of `joined` rows each: in place where the rows lie side by side, else put together.
+// Lines of `joined` rows each: in place where the rows lie side by side, else copied together.
 template <class T>
 struct Gather {
     Array array;
@@ -73,8 +73,8 @@ struct Gather {
     }
 };
 
-// Fetches the lines of the next batch in the order of memory, a cache line at each call: sums walk
-// a batch tile by tile, across its rows, which no hardware prefetcher foresees.
+// Prefetches the lines of the next batch in the order of memory, a cache line at each call: sums
+// walk a batch tile by tile, across its rows, an order that no hardware prefetcher follows.
 template <class T>
 class Ahead {
   public:
@@ -104,8 +104,8 @@ class Ahead {
     Index left_ = 0, at_ = 0;
 };
 
-// Two sums for each lane of a block. Only lanes in use are touched: a small step is over before
-// its arrays would be in cache.
+// Two sums for each lane of a block. Only lanes in use are touched: for a small step, bringing all
+// of the arrays into the cache would take longer than the step.
 struct LaneSums {
     alignas(64) double first[kMaxLanes + kTile];
     alignas(64) double second[kMaxLanes + kTile];
@@ -181,8 +181,8 @@ struct PositionSums {
     }
 };
 
-// A stretch of positions, or, under a mask, equal pieces of it with the mask beside them: long
-// ones, since hardware follows each channel's anew, and short enough for the cache.
+// Under a mask a stretch of positions is cut into equal pieces, each read with its mask: long ones,
+// since hardware prefetching starts again with each channel, but short enough for the cache.
 constexpr Index kPiece = 4096;
 
 inline Index piece_of(Index length) {
@@ -205,7 +205,7 @@ struct BitsType<8> {
     using type = std::uint64_t;
 };
 
-// The mask at a piece's positions, as bit patterns to select elements with.
+// The mask at a piece's positions, as bit patterns that select elements.
 template <class T>
 struct Selection {
     using Bits = typename BitsType<sizeof(T)>::type;
@@ -223,8 +223,8 @@ struct Selection {
         for (Index p = 0; p < n; ++p) bits[p] = keep[p] ? ~Bits(0) : Bits(0);
     }
 
-    // in at real positions, `other` elsewhere, from position `first` of the piece on; in and out
-    // may be the same.
+    // Copies `in` at real positions and `other` elsewhere, from position `first` of the piece on;
+    // `in` and `out` may be the same.
     BATCHNORM_INLINE void select(const T* in, T other, T* out, Index n, Index first = 0) const {
         Bits fill;
         __builtin_memcpy(&fill, &other, sizeof fill);
@@ -237,7 +237,7 @@ struct Selection {
     }
 };
 
-// Tiles of a piece: number r as it is, or, under a mask, with `pad` at padded positions.
+// Tiles of a piece: tile r unchanged, or, under a mask, with `pad` at padded positions.
 template <class T>
 struct AllTiles {
     const T* p;

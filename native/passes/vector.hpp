@@ -9,8 +9,8 @@
 
 #include "batchnorm.hpp"
 
-// Included in files that are compiled with flags of their own: nothing here may have a name that
-// the linker could merge with another build's, hence the namespace, and no standard templates.
+// Included in files that are compiled with different flags: no name here may be one that the linker
+// could merge with another build's, hence the namespace, and no standard templates.
 namespace batchnorm::BATCHNORM_ISA {
 
 struct Half {
@@ -81,7 +81,7 @@ inline Tile load(const T* p) {
     return t;
 }
 
-// a + b. The same bits as a fused operation by 1, which has units of its own on some machines.
+// a + b, as a fused 1 b + a with the same bits: some machines have separate units for fused ones.
 inline Doubles plus(Doubles a, Doubles b) {
 #if defined(__AVX512F__)
     return _mm512_fmadd_pd(b, _mm512_set1_pd(1.0), a);
@@ -112,7 +112,7 @@ inline double widen(double f) { return f; }
 
 inline float widen(Half h) {
     const std::uint32_t magnitude = h.bits & 0x7fffu, shifted = magnitude << 13;
-    // Subnormals by a subtraction of normal numbers: it holds where threads flush subnormals.
+    // Subnormals by a subtraction of normal numbers: right even where threads flush subnormals.
     const std::uint32_t small = as_bits(as_float(shifted + 0x38800000u) - 0x1p-14f);
     const std::uint32_t rebias = magnitude < 0x7c00u ? 0x38000000u : 0x70000000u;
     const std::uint32_t bits = magnitude < 0x0400u ? small : shifted + rebias;

@@ -1,4 +1,4 @@
-// A case: its numbers, and the memory that they lie in.
+// A case: its numbers, and their place in memory.
 #pragma once
 
 #include <sstream>
@@ -9,7 +9,7 @@
 
 namespace batchnorm::tests {
 
-// What surrounds a case's numbers: where its arrays lie, and which of them there are.
+// The form of a case in memory: the places of its arrays, and the arrays that exist.
 struct Placement {
     bool masked = false, huge = false;
     Mask mask;  // without data

@@ -1,4 +1,4 @@
-// Results beside what a reference holds, and beside another run to the bit.
+// Comparison of results with a reference, and with another run to the bit.
 #pragma once
 
 #include <cstdio>
@@ -8,7 +8,7 @@
 
 namespace batchnorm::tests {
 
-// Results by name, with what a reference holds of the same name.
+// Results by name, with the reference's values of the same name.
 struct Field {
     const char* name;
     std::vector<double> Result::* values;

@@ -1,4 +1,4 @@
-// Every value of the half types.
+// Tests of every value of the half types.
 #pragma once
 
 #include "compare.hpp"

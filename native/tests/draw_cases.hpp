@@ -133,7 +133,7 @@ inline void draw_mask(Random& random, Case& c) {
     }
 }
 
-// As the binding allows: an update needs statistics, and a residual's gradient y and dx.
+// Options that the binding allows: an update needs statistics, a residual's gradient y and dx.
 inline void settle_options(Random& random, Case& c) {
     Problem& p = c.problem;
     Placement& place = c.placement;

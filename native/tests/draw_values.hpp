@@ -13,7 +13,7 @@ inline double subnormal(Type type) {
     return type == Type::f16 ? 2e-5 : type == Type::f64 ? 1e-310 : 3e-40;
 }
 
-// How the values of one channel are spread.
+// The distribution of the values of one channel.
 struct Spread {
     double centre, width;
     double outlier;  // added to the channel's first value
@@ -76,7 +76,7 @@ inline std::vector<double> draw_positive(Random& random, Index n, Type type) {
     return values;
 }
 
-// NaN, infinity and huge numbers where nobody may look.
+// NaN, infinity and huge numbers where no step may read.
 inline void spoil_padding(Random& random, Problem& p, std::vector<double>& values) {
     const Index kind = random.below(5);
     if (kind == 0) return;
@@ -96,7 +96,7 @@ inline void spoil_padding(Random& random, Problem& p, std::vector<double>& value
     }
 }
 
-// One real value that is no number: its channel shows it, others do not, nor the statistics (S9).
+// One real value that is not finite: only its channel's output shows it, no statistic does (S9).
 inline void poison(Random& random, Problem& p) {
     if (p.x.empty() || !random.chance(0.04)) return;
     const Index o = random.below(p.layout.outer), i = random.below(p.layout.inner);

@@ -1,5 +1,5 @@
-// What a forward step must give: the textbook's sums over lists of real rows, in long double, with
-// the error that each result may have.
+// The expected results of a forward step: textbook sums over lists of real rows, in long double,
+// with the error that each result may have.
 #pragma once
 
 #include "problem.hpp"
@@ -62,7 +62,7 @@ class ForwardReference {
     }
     Real x(Index o, Index c, Index i) const { return p.x[static_cast<std::size_t>(p.at(o, c, i))]; }
 
-    // What one rounding to the stored type adds.
+    // The error that one rounding to the stored type adds.
     void round(Values& values, Index i, Type type) const {
         const auto at = static_cast<std::size_t>(i);
         // Half types round twice, from double to float first.
@@ -78,7 +78,7 @@ class ForwardReference {
     Values before_;         // the activation
 
   private:
-    // Groups averaged, as the running statistics see them (S12).
+    // Averages over groups, for the running statistics (S12).
     struct Average {
         bool usable = false;
         Real mean = 0, var = 0, unbiased = 0, mean_error = 0, var_error = 0;
@@ -217,7 +217,7 @@ class ForwardReference {
         Real error = 8 * unit * terms + std::fabs(scale) * k.mean_error +
                      std::fabs(along) * k.var_error + std::fabs(gamma) * k.d_error +
                      4 * tiny * (1 + std::fabs(scale) + std::fabs(value - k.mean));
-        // Padding may hold what overflows on its way; it need not come out as anything.
+        // Padding may hold values that overflow in the arithmetic; any result is right there.
         if (!p.is_real(o, i) && !(terms < largest(p.type) / 16)) error = kAnything;
         before_.set(at, before, error);
         y.set(at, activate(before), error);

@@ -83,7 +83,7 @@ void check_case(const Case& c, const std::vector<const char*>& sets) {
     }
 }
 
-char doing[2000];  // for when a signal ends the test
+char doing[2000];  // the current case, to print when a signal ends the test
 
 void set_doing(const std::string& text) {
     std::snprintf(doing, sizeof doing, "%s\n", text.c_str());

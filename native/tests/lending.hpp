@@ -1,4 +1,4 @@
-// Threads of others, as OpenMP and XLA would lend them.
+// Other libraries' threads, as OpenMP and XLA would lend them.
 #pragma once
 
 #include <thread>
@@ -17,8 +17,8 @@ inline void lend_threads(void (*f)(void*), void* data, unsigned count, unsigned)
     for (std::thread& other : others) other.join();
 }
 
-// Another library's pool. Its threads begin when they like; if it has none to spare, only after
-// the call is over, when there must be nothing left to do.
+// Another library's pool. Its threads begin at any time; if all are busy, only after the call is
+// over, when no task may be left.
 class OtherPool : public Scheduler {
   public:
     explicit OtherPool(bool busy) : Scheduler{&OtherPool::schedule_on}, busy_(busy) {}

@@ -1,4 +1,4 @@
-// Arrays with guarded surroundings: what lies outside an array's rows must neither be written nor
+// Arrays with guarded surroundings: memory outside an array's rows must neither be written nor
 // have an effect.
 #pragma once
 
@@ -15,7 +15,7 @@
 #include "batchnorm.hpp"
 
 extern "C" {
-// There only under the address sanitizer.
+// Defined only under the address sanitizer.
 __attribute__((weak)) void __asan_poison_memory_region(void const volatile*, std::size_t);
 __attribute__((weak)) void __asan_unpoison_memory_region(void const volatile*, std::size_t);
 }
@@ -59,7 +59,7 @@ class Buffer {
     explicit operator bool() const { return data_ != nullptr; }
     unsigned char* data() const { return data_; }
 
-    // Whether the surroundings still hold their pattern.
+    // True if the surroundings still hold their pattern.
     bool intact() const {
         for (const Range& range : surroundings_) {
             unpoison(range);

@@ -1,4 +1,4 @@
-// What a forward and backward step must give, with the error that each result may have.
+// The expected results of a forward and a backward step, with the error that each may have.
 #pragma once
 
 #include "forward_reference.hpp"
@@ -11,7 +11,7 @@ class Reference : public ForwardReference {
 
     using ForwardReference::ForwardReference;
 
-    // The activation's side is the actual output's where rounding may decide it.
+    // Where rounding may decide the activation's side, the actual output's side counts.
     void backward(const std::vector<double>& actual_y) {
         find_gates(actual_y);
         const Index channels = p.layout.channels;

@@ -25,7 +25,7 @@ struct Result {
     std::int64_t batches = 0;
 };
 
-// Whether the calling thread flushes subnormal numbers while it is in a pass.
+// The calling thread's mode while it is in a pass: subnormal numbers are flushed to zero, or kept.
 enum class Flush { no, yes };
 
 class ThreadMode {

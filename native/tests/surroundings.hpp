@@ -1,4 +1,4 @@
-// Steps among others: at the same time, under other rounding modes, after a fork.
+// Steps under special conditions: several at once, other rounding modes, after a fork.
 #pragma once
 
 #include <sys/wait.h>
@@ -12,7 +12,7 @@
 #include "lending.hpp"
 
 extern "C" {
-// There only under some sanitizer, and under the thread sanitizer.
+// Defined only under some sanitizer, and under the thread sanitizer.
 __attribute__((weak)) void __sanitizer_set_death_callback(void (*)());
 __attribute__((weak)) void __tsan_init();
 }
@@ -49,7 +49,7 @@ inline void check_concurrency(std::uint64_t seed, int callers, int steps) {
     }
 }
 
-// Rounding is the caller's, whoever computes, and whoever computed before.
+// The rounding mode is the caller's, whichever thread computes, and after any earlier call.
 inline void check_rounding(std::uint64_t seed) {
     const Case c = draw_shared_case(seed);
     Inputs inputs(c);
@@ -73,7 +73,7 @@ inline void refuse_threads(void (*)(void*), void*, unsigned, unsigned) { _exit(2
 inline int step_in_child(Inputs& inputs, const Result& expected) {
     const pid_t child = fork();
     if (child == 0) {
-        alarm(60);  // a child that waits for ever for its parent's threads fails
+        alarm(60);  // a child that waits forever for its parent's threads fails
         try {
             compare_bits(run(inputs, {4}), expected);
             compare_bits(run(inputs, {4, refuse_threads}), expected);

@@ -1,7 +1,7 @@
 """Batch normalization, exact on padded batches, for PyTorch, JAX and Keras.
 
-This module holds the float64 reference functions and imports no framework. The layers live in
-`batchnorm.torch`, `batchnorm.jax` and `batchnorm.keras`, what looks after models that have them in
+This module holds the float64 reference functions and imports no framework. The layers are in
+`batchnorm.torch`, `batchnorm.jax` and `batchnorm.keras`, the tools for models with batch norms in
 `batchnorm.tools`.
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from batchnorm.reference import batch_norm, batch_norm_gradient
     from batchnorm.ways import explain
 
-# Imported when first asked for: the command line starts in a third of the time without numpy.
+# Imported at first use: without numpy the command line starts in a third of the time.
 _HOME = {
     "Moments": "batchnorm.core.moments",
     "__version__": "batchnorm.environment",

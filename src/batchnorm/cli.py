@@ -29,7 +29,7 @@ from batchnorm.commands.streams import write_error
 
 
 class _Group(TyperGroup):
-    """Exits with a status for each kind of error, and with a message for a mistake of the user."""
+    """Exits with a status for each kind of error, and with a message for a user's mistake."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command line; always ends with `SystemExit`."""

@@ -1,4 +1,4 @@
-"""What is installed and in use."""
+"""The installed versions, and the kernels in use."""
 
 from __future__ import annotations
 

@@ -12,25 +12,25 @@ __all__ = ["explain"]
 def explain(layer: Any, x: Any, **arguments: Any) -> Explanation:
     """The way that `layer(x, ...)` would take now, and why each faster one refuses.
 
-    The call goes as far as its checks and the choice of a way: nothing is computed, and no
-    statistic moves. With the environment variable BATCHNORM_EXPLAIN=1, set before the import,
-    every choice that a program makes is logged once, on standard error or where the logger
-    "batchnorm" sends it.
+    The call runs its checks and the choice of a way, and stops: nothing is computed, and no
+    statistic changes. With the environment variable BATCHNORM_EXPLAIN=1, set before the import,
+    every choice that a program makes is logged once by the logger "batchnorm", on standard error
+    unless logging has another handler.
 
     Args:
         layer: a layer of `batchnorm.torch`, `.jax` or `.keras`, initialized or built; or one
             that `torch.compile` has returned, for the way in its graph.
         x: its input.
-        **arguments: the call's others, such as `mask`, `residual` or `training`.
+        **arguments: the call's other arguments, such as `mask`, `residual` or `training`.
 
     Returns:
-        An `Explanation`: `way`, `refused` (pairs of a way and its reason, the fastest first), and
-        as text all of it.
+        An `Explanation`: `way`, and `refused` (pairs of a way and its reason, the fastest first);
+        its text shows all fields.
 
     Raises:
         TypeError: no layer of this library.
-        ValueError: a layer without weights yet; and whatever the call itself raises, such as for
-            fused=True where no kernel serves it.
+        ValueError: a layer that has no weights yet; and the errors of the call itself, such as
+            for fused=True where no kernel serves it.
 
     >>> import torch
     >>> from batchnorm.torch import BatchNorm

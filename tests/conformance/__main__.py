@@ -1,12 +1,12 @@
 """The conformance table from the command line, in the folder tests/.
 
-python -m conformance                          # paths, and what each does not serve
+python -m conformance                          # paths, and the cases that each refuses
 python -m conformance torch                    # the whole table on a path
 python -m conformance torch ghost2-half-train  # a case
-python -m conformance torch random 2000 17     # 2000 random ones, number 17 and those behind it
+python -m conformance torch random 2000 17     # 2000 random ones, from number 17 on
 
-A path's process has an environment of its own, which is set where it is not: for Keras on
-another backend, KERAS_BACKEND=jax.
+A path's process needs certain environment variables. They are set unless you set them: for Keras
+on another backend, KERAS_BACKEND=jax.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _named(wanted: list[str]) -> list[Case]:
 
 
 def _run(way: paths.Way, name: str, case: Case, tell: bool) -> str:
-    """The outcome of a case in a word; printed if it failed or if `tell`."""
+    """The outcome of a case in one word; printed if the case failed, or if `tell`."""
     reason, outcome = way.refuse(case), "passed"
     if reason is not None:
         outcome = f"not served: {reason}"

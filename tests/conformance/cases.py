@@ -1,4 +1,4 @@
-"""The conformance table: what every front end and every path must compute alike."""
+"""The conformance table: cases that every front end and every path must compute alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table; `name` says what is special about it."""
+    """One row of the table; `name` tells its special feature."""
 
     name: str
     shape: tuple[int, ...] = (8, 3, 5)
@@ -68,7 +68,7 @@ class Data(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a path computes."""
+    """The results of a path."""
 
     y: np.ndarray
     dx: np.ndarray
@@ -117,7 +117,7 @@ def _x(case: Case, rng: np.random.Generator) -> np.ndarray:
 
 
 def _state(case: Case, x: np.ndarray, rng: np.random.Generator) -> State:
-    """Statistics a few steps into training: near the data, so that evaluation means something."""
+    """Statistics as after a few training steps: near the data, for a meaningful evaluation."""
     offset = float(np.nanmean(x)) if x.size and not np.isnan(x).all() else 0.0
     if case.data == "huge":
         offset = 0.0

@@ -1,4 +1,4 @@
-"""Comparing what a path computes with the oracle, within bounds derived from the case."""
+"""Comparing a path's results with the oracle's, within bounds derived from the case."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cases import Case, Data, Result, make_data
 class Path(NamedTuple):
     """A way through the code, and the error it may make where x is float32.
 
-    `rounding`: how often it may err by half a unit in the last place, for types where not once.
+    `rounding`: by type, the allowed error in half units in the last place, where it is not one.
     """
 
     run: Callable[[Case, Data], Result]
@@ -44,7 +44,7 @@ def check(path: Path, case: Case) -> None:
 
 
 def _bounds(case: Case, data: Data, expected: Result, tol: float, roundings: float) -> Result:
-    """What each result may be off by: `tol` relative to the terms it is made of."""
+    """The allowed error of each result: `tol` relative to the terms of its sum."""
     gamma, beta, rstd, std = _scales(case, data)
     weight = _along(case, gamma)
     with np.errstate(invalid="ignore"):
@@ -84,7 +84,7 @@ def _bounds(case: Case, data: Data, expected: Result, tol: float, roundings: flo
 def _residual_bound(
     case: Case, dresidual: np.ndarray, half: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """One rounding to a half type; and where a slope is multiplied with, those of both factors."""
+    """One rounding to a half type; where a slope multiplies, the roundings of both factors."""
     slope = 2 * tolerances.HALF_ULP["float64" if case.dtype == "float64" else "float32"]
     sloped = slope if case.activation == "leaky_relu" else 0.0
     return half(dresidual) + sloped * np.abs(dresidual)

@@ -1,8 +1,8 @@
 """A pairwise cover of the table, for paths that trace or compile each case for seconds.
 
-Whatever two settings of a case meet somewhere in the table meet in the cover too. Tracers see no
-numbers, so that hard data pairs only with what decides which formula it runs through: the mode,
-and whether there is a mask. `make mutants` compares the faults that cover and table find.
+Every two settings that occur together in a case of the table also occur together in a case of the
+cover. Tracers see no numbers, so hard data is paired only with the settings that choose the
+formula: the mode, and a mask or none. `make mutants` compares the faults that cover and table find.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _pairs(case: Case) -> set[Any]:
 
 
 def cover(cases: Sequence[Case]) -> list[Case]:
-    """The fewest of `cases` that a greedy choice needs, in the order of the table."""
+    """A greedy choice of few `cases` that hold all pairs, in the order of the table."""
     pairs = {case.name: _pairs(case) for case in cases}
     missing = set().union(*pairs.values())
     chosen: set[str] = set()

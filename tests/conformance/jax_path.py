@@ -1,4 +1,4 @@
-"""How a case runs on the JAX front end."""
+"""The runs of a case on the JAX front end."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from paths import Way
 
 
 def refuse(case: Case) -> str | None:
-    """Why the front end does not have the case."""
+    """The reason why the front end does not have the case, or None."""
     if case.activation is not None or case.residual:
         return "activation and residual are torch's: XLA fuses what follows a layer"
     return None
 
 
 def refuse_kernel(case: Case) -> str | None:
-    """Why no kernel serves the case, as the documentation says."""
+    """The reason why no kernel serves the case, as the documentation says, or None."""
     if case.adjusted and case.mode == "train":
         return "an adjustment is array code"
     if case.mask == "channelwise":
@@ -41,17 +41,17 @@ Call = Callable[[Callable[..., Any], Any, Any], Any]
 
 
 def jit(step: Callable[..., Any], rows: Any, others: Any) -> Any:
-    """How a step is called on one device."""
+    """Call a step on one device."""
     return jax.jit(step)(rows, others)
 
 
 def run(
     case: Case, data: Data, *, fused: bool | None, axis_name: str | None = None, call: Call = jit
 ) -> Result:
-    """Run a case through what the layer calls.
+    """Run a case through the functions that the layer calls.
 
     `call(step, rows, others)` calls the step: `rows` are arrays that may be spread over devices,
-    `others` those that every device has, and results are y, dx and what every device gets alike.
+    `others` those that every device has. Results are y, dx, and values equal on every device.
     """
     strict = jax.numpy_dtype_promotion("strict")
     with strict, jax.enable_x64(case.dtype == "float64"):

@@ -1,4 +1,4 @@
-"""What tests need of the active Keras backend: tensors, gradients, compiled functions."""
+"""Operations of the active Keras backend for tests: tensors, gradients, compiled functions."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ _DIFFERENTIATE = {"tensorflow": _tensorflow, "torch": _torch, "jax": _jax}
 
 
 def has_float64() -> bool:
-    """Whether float64 stays float64."""
+    """True if float64 stays float64."""
     if NAME != "jax":
         return True
     import jax
@@ -145,8 +145,8 @@ def trace(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def pure(*variables: Any) -> Iterator[Callable[[Any], Any]]:
-    """Where variables are assigned in traced code; gives what reads a variable there."""
-    if NAME != "jax":  # whose traced functions may change nothing
+    """A scope for traced code that assigns variables; gives a function that reads a variable."""
+    if NAME != "jax":  # JAX's traced functions may change nothing
         yield lambda variable: variable.value
         return
     with keras.StatelessScope([(v, v.value) for v in variables]) as scope:

@@ -1,4 +1,4 @@
-"""How a case runs on the Keras front end, on whichever backend this process has."""
+"""The runs of a case on the Keras front end, on this process's backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WEIGHTS = {
 
 
 def refuse(case: Case) -> str | None:
-    """Why Keras's layer does not have the case."""
+    """The reason why Keras's layer does not have the case, or None."""
     if case.residual or case.activation is not None:
         return "activation and residual are torch's"
     if case.decay is None:
@@ -36,7 +36,7 @@ def refuse(case: Case) -> str | None:
 
 
 def refuse_graph(case: Case) -> str | None:
-    """Why no compiled function holds the case."""
+    """The reason why no compiled function holds the case, or None."""
     if keras_backend.NAME == "torch":
         return "Keras runs torch eagerly"
     return refuse(case)

@@ -1,7 +1,7 @@
-"""The paths through the code that the table runs on, by name, and what each does not serve.
+"""The paths through the code that the table runs on, by name, and the cases that each refuses.
 
-A path's module has a dictionary WAYS of its own and imports its framework, so that a process
-imports one: `find` imports the module whose path is asked for.
+A path's module has a dictionary WAYS of its own and imports its framework. So that a process
+imports one framework, `find` imports only the module of the requested path.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Way(NamedTuple):
 
     `refuse` gives the reason why the path does not serve a case, or None. `costly` paths trace,
     compile or interpret each case: `make test` runs a cover of the table on them, `make test-all`
-    the rest. `sample`: names of the cases that a path runs at all, where one takes many seconds;
+    the rest. `sample`: names of the only cases that a path runs, where a case takes many seconds;
     `make test` runs a third of them.
     """
 
@@ -54,7 +54,7 @@ class Way(NamedTuple):
         return [c for c in served if c.name in self.sample] if self.sample else served
 
     def chosen(self) -> list[Case]:
-        """Those of them that `make test` runs."""
+        """The cases of this path that `make test` runs."""
         cases = self.cases()
         if self.sample:
             return [case for case in cases if case.name in self.sample[::3]]

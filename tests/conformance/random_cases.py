@@ -1,4 +1,4 @@
-"""Cases beside the table's, drawn from a number: `random-17` is always the same one.
+"""Random cases beside the table's, drawn from a number: `random-17` is always the same case.
 
 python -m conformance torch random 2000 17     # 2000 of them, from number 17 on
 python -m conformance torch random-17
@@ -17,7 +17,7 @@ from cases import Case
 _PREFIX = "random-"
 _HALF = ("float16", "bfloat16")
 _MOST = 6000  # elements
-# Fewer rows than this may by chance have so small a deviation that S3 promises nothing.
+# With fewer rows the deviation may by chance be so small that S3 promises nothing.
 _ROWS_AT_OFFSETS = 64
 
 
@@ -107,7 +107,7 @@ def _data(case: Case, rows: int, rng: np.random.Generator) -> str:
     if case.mask not in ("none", "all"):
         kinds += ["nan_padding"] * 2
     few = case.mask in ("one_row", "two_rows", "channelwise", "empty")
-    # Of float64 the bounds do not know what the rounded means before a step are worth.
+    # For float64 the bounds ignore the rounding of the means before a step.
     exact = not half and (case.dtype == "float32" or case.renorm is None)
     if exact and rows >= 4 * _ROWS_AT_OFFSETS and case.ghost is None and not few:
         kinds += ["offset1e2", "offset1e4"] + ["offset1e6"] * (case.activation is None)

@@ -1,4 +1,4 @@
-"""How a case runs on the torch front end."""
+"""The runs of a case on the torch front end."""
 
 from __future__ import annotations
 

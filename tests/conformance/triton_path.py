@@ -1,4 +1,4 @@
-"""How a case runs on the GPU's kernels, in Triton's interpreter."""
+"""The runs of a case on the GPU's kernels, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paths import Way
 
 
 def refuse(case: Case) -> str | None:
-    """Why no kernel serves the case; it is array code's then."""
+    """The reason why no kernel serves the case, so that array code does; or None."""
     if case.adjusted and case.mode == "train":
         return "an adjustment is array code"
     if case.mask == "channelwise":
@@ -28,7 +28,7 @@ def refuse(case: Case) -> str | None:
 
 
 def refuse_graph(case: Case) -> str | None:
-    """Why compiled graphs hold array code."""
+    """The reason why compiled graphs hold array code for the case, or None."""
     if case.renorm is not None and case.mode == "train":
         return "renormalization is array code in graphs"
     return refuse(case)
@@ -55,7 +55,7 @@ def _in_pieces(case: Case, data: Data) -> Result:
 
 
 def _path(run: Callable[..., Result]) -> Path:
-    # The interpreter cuts float32 off where a GPU rounds it to bfloat16.
+    # Where a GPU rounds float32 to bfloat16, the interpreter truncates.
     return Path(run, True, tolerances.FLOAT32, {"bfloat16": 2.0})
 
 

@@ -44,6 +44,6 @@ def test_a_constant_has_no_deviation_whatever_its_size(value: float) -> None:
     x = np.full((1000, 2), value, np.float32)
     centred = centre(x, None, (0,), eps=1e-5, xp=XP)
     xhat = normalized(centred, rstd_of(centred, eps=1e-5, correction=0, xp=XP))
-    # The anchor's own rounding, relative to what its square root leaves of it.
+    # Above 1e6 a part of the anchor's own rounding remains.
     assert np.abs(xhat).max() <= 5e-6 + (1e-3 if value > 1e6 else 0.0)
     assert (centred.var <= 1e-11 * np.square(np.float64(value))).all()

@@ -23,11 +23,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
     pytest.mark.skipif(triton_status().kernel is None, reason=triton_status().reason),
 ]
-# Both the cases that kernels take and those that they leave to the plain path.
+# Cases that kernels serve, and cases of the plain path.
 PATH = Path(partial(torch_path.run, device="cuda"), True, tolerances.FLOAT32)
 
 
-# Without a device one skip says it.
+# Without a device, one skip says so.
 @pytest.mark.parametrize(
     "case", CASES if torch.cuda.is_available() else CASES[:1], ids=lambda case: case.name
 )

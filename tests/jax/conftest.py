@@ -1,4 +1,4 @@
-"""What every test of the JAX front end runs under."""
+"""Settings for every test of the JAX front end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where flax's layer breaks, ours does not; and what bad input meets."""
+"""Cases where flax's layer fails and ours does not; errors for bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In the place of flax.nnx.BatchNorm: same arguments, results, state and model surgery."""
+"""A replacement of flax.nnx.BatchNorm: same arguments, results, state and model surgery."""
 
 from __future__ import annotations
 

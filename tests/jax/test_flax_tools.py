@@ -1,4 +1,4 @@
-"""What flax offers on a module works on ours as on its own."""
+"""flax's tools for modules work on our layer as on flax's own."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def through_custom_vjp(layer: Layer) -> Any:
 
 
 GRAPH, TREE = {"graph_updates": False}, {"graph": False}
-# Each gives y, or what is to be compared instead; the layer's statistics are compared behind it.
+# Each gives y, or another value to compare; the layer's statistics are compared afterwards.
 WAYS: dict[str, Callable[[Layer], Any]] = {
     "jit": lambda layer: nnx.jit(call)(layer, X),
     "jit, tree": lambda layer: nnx.jit(evaluate, **TREE)(layer, X),

@@ -1,4 +1,4 @@
-"""The nnx layer as a pytree: lazily sized, with flags of its own and an adjustable momentum."""
+"""The nnx layer as a pytree: lazily sized, with its own flags and an adjustable momentum."""
 
 from __future__ import annotations
 

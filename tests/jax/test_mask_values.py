@@ -1,4 +1,4 @@
-"""Masks of integers: 1 and 0 where values can be read, not 0 elsewhere; masks from lengths (S1)."""
+"""Integer masks: 0 and 1 where values can be read, else 0 or not 0; masks from lengths (S1)."""
 
 from __future__ import annotations
 

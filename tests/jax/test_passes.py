@@ -1,7 +1,7 @@
-"""How often array code must read whole arrays: what bounds its speed on a GPU.
+"""The number of times that array code must read whole arrays: it bounds the speed on a GPU.
 
-XLA fuses sums that do not need each other, and elementwise operations, into one pass over what
-they read; a sum that needs another one is a pass of its own.
+XLA fuses independent sums and elementwise operations into one pass over their inputs; a sum that
+needs the result of another sum is a pass of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTIONS = pytest.mark.parametrize(
 
 
 def rounds(function: Any, *arguments: Any) -> list[int]:
-    """For each result of `function`, the sums over whole arrays that follow from one another."""
+    """For each result of `function`, the longest chain of sums over whole arrays."""
     closed = jax.make_jaxpr(function)(*arguments)
     return _rounds(closed.jaxpr, [0] * len(closed.jaxpr.invars))
 

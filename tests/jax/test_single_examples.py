@@ -1,4 +1,4 @@
-"""Inputs of channel axes alone, as inside jax.vmap over examples (S7, S14)."""
+"""Inputs that have channel axes only, as inside jax.vmap over examples (S7, S14)."""
 
 from __future__ import annotations
 

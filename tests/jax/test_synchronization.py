@@ -1,4 +1,4 @@
-"""Several devices, which JAX must be told of before it starts: a process of its own (S14)."""
+"""Tests on several devices, in a process of their own: JAX must know devices at its start (S14)."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
 
 
 def loss(x: Any, scale: Any, bias: Any, *, fused: bool | None, **options: Any) -> jax.Array:
-    """A function of y and of the moments whose every derivative is alive."""
+    """A function of y and of the moments with no derivative that vanishes."""
     y, moments = batch_norm(x, scale, bias, fused=fused, **options)
     mask = options.get("mask")
     if mask is not None:  # padded outputs are constants, whatever finite differences say

@@ -21,7 +21,7 @@ def train(
     s: Any = 1.0,
     t: Any = 0.0,
 ) -> np.ndarray:
-    """y of a training step with gamma 1 and beta 0; moves `state`, whose arrays are per channel.
+    """y of a training step with gamma 1 and beta 0; updates `state`, with arrays per channel.
 
     Args:
         x: input.

@@ -7,4 +7,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-collect_ignore = ["data"]  # what writes the files there needs Keras 2
+collect_ignore = ["data"]  # the script there needs Keras 2

@@ -105,7 +105,7 @@ def mirrored_fit() -> None:
     single = make(BatchNormalization)
     for model in (ours, single):
         model.fit([x, mask], x, batch_size=4, epochs=2, shuffle=False, verbose=0)
-    # Not gamma and beta: Keras halves the loss of a batch that only one of two replicas sees.
+    # Without gamma and beta: Keras halves the loss of a batch that only one of two replicas sees.
     names = [w.name for w in ours.non_trainable_weights]
     assert names == ["moving_mean", "moving_variance"]
     for a, b in zip(ours.non_trainable_weights, single.non_trainable_weights, strict=True):

@@ -1,4 +1,4 @@
-"""Models of `keras.applications` with our layer in the place of Keras's."""
+"""Models of `keras.applications` with our layer instead of Keras's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit(model: keras.Model, order: Any = slice(None)) -> dict[str, np.ndarray]:
-    """Losses of two epochs, and the predictions and the weights that they lead to."""
+    """Losses of two epochs, and the predictions and weights afterwards."""
     x, labels = data()
     history = model.fit(x[order], labels[order], batch_size=8, epochs=2, shuffle=False, verbose=0)
     return {
@@ -73,7 +73,7 @@ def predict(model: keras.Model, x: np.ndarray) -> np.ndarray:
 
 
 def rounding(model: keras.Model) -> float:
-    """What a prediction, at most 1, may differ by: S3's tolerance for each normalization."""
+    """The allowed difference of a prediction, which is at most 1: S3 for each normalization."""
     return tolerances.FLOAT32 * len(norms(model))
 
 
@@ -92,8 +92,8 @@ def test_swapped_model_trains_evaluates_saves_and_loads_alike(name: str, tmp_pat
     for model in (stock, ours):
         compile_model(model)
     found, expected = fit(ours), fit(stock)
-    # Training amplifies rounding errors. By how much, the stock model itself shows: samples in
-    # another order within their batch change nothing but the rounding of its sums.
+    # Training amplifies rounding errors. The stock model shows by how much: another order of the
+    # samples within their batch changes only the rounding of its sums.
     stock.set_weights(start)
     shuffled = fit(stock, np.concatenate([np.arange(8)[::-1], 8 + np.arange(8)[::-1]]))
     for name, value in expected.items():

@@ -1,4 +1,4 @@
-"""The main job in Keras."""
+"""The demo's main job in Keras."""
 
 from __future__ import annotations
 

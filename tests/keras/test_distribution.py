@@ -25,7 +25,7 @@ if BACKEND not in KINDS:
 
 @pytest.mark.parametrize("kind", KINDS[BACKEND])
 def test_devices_of_one_process(kind: str) -> None:
-    """In a process of its own: devices are counted at the start."""
+    """Runs in a process of its own, since devices are counted at the start."""
     done = subprocess.run(
         [sys.executable, str(PROGRAM), kind],
         env=os.environ | {"KERAS_BACKEND": BACKEND},

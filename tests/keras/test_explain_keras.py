@@ -1,4 +1,4 @@
-"""`batchnorm.explain` on Keras: the way that a call takes, and why not a faster one."""
+"""`batchnorm.explain` on Keras: the way that a call takes, and why each faster way refuses."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def model_of(make: Any, **options: Any) -> keras.Model:
-    """Two normalizations in a row, and one in a model within."""
+    """Two normalizations in a row, and one in an inner model."""
     inner = keras.Sequential([keras.Input((4, 3)), keras.layers.Dense(3), make(**options)])
     layers = [make(**options), make(**options), inner]
     return keras.Sequential([keras.Input((4, 3)), *layers])
@@ -81,7 +81,7 @@ TARGETS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def check_same(found: keras.Model, expected: keras.Model) -> None:
-    """Both answer alike, and renormalization starts from the moving statistics (S11)."""
+    """Both give the same output, and renormalization starts from the moving statistics (S11)."""
     x = draw(8, 4, 3, seed=9)
     np.testing.assert_allclose(array(found(x)), array(expected(x)), rtol=1e-5, atol=1e-5)
     for layer in (a for a in norms(found) if a.renorm):

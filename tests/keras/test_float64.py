@@ -18,7 +18,7 @@ from comparison import Path, check
 MODES = {"tensorflow": (None, "graph", "xla"), "jax": (None, "graph"), "torch": (None,)}[
     keras_backend.NAME
 ]
-# Those of the table's options that Keras has, with a mask and without.
+# The options of the table that Keras has, with a mask and without.
 OPTIONS = [
     replace(case, dtype="float64")
     for case in CASES
@@ -32,7 +32,7 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True)
 def _float64() -> Iterator[None]:
-    """JAX has float64 only where it is asked for."""
+    """Switch float64 on: JAX has it only on request."""
     context = nullcontext()
     if keras_backend.NAME == "jax":
         import jax

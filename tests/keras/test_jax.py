@@ -1,4 +1,4 @@
-"""What only the JAX backend has: transformations."""
+"""Transformations, which only the JAX backend has."""
 
 from __future__ import annotations
 

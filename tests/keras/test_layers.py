@@ -35,7 +35,7 @@ def normalized(x: np.ndarray, real: np.ndarray | None = None) -> np.ndarray:
 
 
 def values(layer: Any) -> list[list[Any]]:
-    """Of the trainable weights, and of the others."""
+    """Values of the trainable weights, and of the others."""
     kinds = (layer.trainable_weights, layer.non_trainable_weights)
     return [[w.value for w in weights] for weights in kinds]
 

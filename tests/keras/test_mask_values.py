@@ -17,7 +17,7 @@ MODES = {"tensorflow": (None, "graph", "xla"), "jax": (None, "graph"), "torch": 
     keras_backend.NAME
 ]
 REAL = np.array([True, False, True, True, False, True])
-# Values of real rows, of which the type that layers compute in would make 0, and others.
+# Values at real rows: some become 0 in the type in which layers compute, others do not.
 SMALL = {"float64": 1e-200, "float32": 1e-30, "float16": 6e-8}
 
 
@@ -33,7 +33,7 @@ def x_and(kind: Any, policy: str) -> tuple[Any, Any]:
 
 
 def assert_real_rows_count(layer: Any, x: np.ndarray, y: Any) -> None:
-    """The moving mean, which is the batch's, is that of the real rows."""
+    """The moving mean, which is the batch's mean, is the mean of the real rows."""
     wide = x[REAL].astype("float64")
     tolerance = 1e-2 if "16" in layer.compute_dtype else 1e-4
     np.testing.assert_allclose(array(layer.moving_mean), wide.mean(axis=0), rtol=tolerance)

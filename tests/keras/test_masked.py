@@ -413,5 +413,5 @@ def test_changing_mask_values_do_not_retrace() -> None:
     for seed in range(4):
         mask = np.random.default_rng(seed).random(64) < 0.5
         traced(ops.convert_to_tensor(x), ops.convert_to_tensor(mask))
-    if keras_backend.NAME != "torch":  # which runs Python every time
+    if keras_backend.NAME != "torch":  # torch runs Python every time
         assert len(traces) == 1

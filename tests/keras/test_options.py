@@ -64,7 +64,7 @@ def test_steps_and_statistics(name: str, masked: bool, fused: bool | None) -> No
         x, draw = batch(step)
         mask = draw.reshape(-1)[: np.prod(rows)].reshape(rows)
         if step == 3:
-            mask = np.zeros_like(mask)  # leaves everything as it is
+            mask = np.zeros_like(mask)  # without real rows no statistic changes
         if not masked:
             mask = np.ones_like(mask)
         sizes = iter(rows)

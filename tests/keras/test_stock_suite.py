@@ -22,7 +22,7 @@ _CHANNEL_MASKED = {f"test_correctness{i}" for i in range(8, 16)}
 
 
 class TestStock(stock.BatchNormalizationTest):
-    """Every test, where two of their demands differ from the specification's."""
+    """Every test, with two demands changed to those of the specification."""
 
     @pytest.fixture(autouse=True)
     def _put_ours_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:

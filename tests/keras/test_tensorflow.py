@@ -1,4 +1,4 @@
-"""What only the TensorFlow backend has: graphs, unknown sizes, XLA, saved models."""
+"""Features of the TensorFlow backend alone: graphs, unknown sizes, XLA, saved models."""
 
 from __future__ import annotations
 

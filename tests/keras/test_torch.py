@@ -1,4 +1,4 @@
-"""What only the torch backend has: state updated in place, checkpointing, ranks."""
+"""Features of the torch backend alone: state updated in place, checkpointing, ranks."""
 
 from __future__ import annotations
 

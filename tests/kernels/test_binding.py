@@ -1,4 +1,4 @@
-"""What the extension refuses, and what it promises to whoever calls it directly."""
+"""The extension's errors, and its promises to direct callers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORWARD = {
     "threads": 1,
     "kept": None,
 }
-# What a step takes in one `State`.
+# The arguments of a step in one `State`.
 STATE = (
     *("gamma", "gamma_type", "beta", "beta_type", "running_type", "running_mean", "running_var"),
     *("batches", "running_stddev", "renorm_mean", "renorm_stddev"),
@@ -394,11 +394,11 @@ def test_backward_refuses_threads(arrays):
         arrays.backward(arrays.forward(), threads=0)
 
 
-# What must not crash; a crash would take the other tests with it
+# Calls that must not crash, in processes of their own: a crash would end the other tests
 
 
 def outcome(code):
-    """What is printed by `code`, which has `forward(plan, **changes)` and so on."""
+    """The output of `code`, which may call `forward(plan, **changes)` and so on."""
     header = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_binding import *\n"
     here = __file__.rsplit("/", 1)[0]
     done = subprocess.run(
@@ -539,7 +539,7 @@ def test_baseline_instructions_run_everywhere():
     assert extension.instructions() == "baseline"
 
 
-# Steps in halves, between which other processes' share is added
+# Steps in halves; other processes' sums are added in between
 
 
 class TestHalves:

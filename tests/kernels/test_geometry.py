@@ -1,4 +1,4 @@
-"""How strided memory looks to the kernels: rows of channels, or channels of rows, or neither."""
+"""Strided memory as the kernels see it: rows of channels, or channels of rows, or neither."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from batchnorm.kernels.geometry import (
 
 
 def strides_of(shape, order=None, gap=0, at=0):
-    """Strides, in elements, of an array whose axes lie in memory as `order` says.
+    """Strides, in elements, of an array whose axes have this order in memory.
 
     Args:
         shape: the array's.
@@ -41,7 +41,7 @@ def strides_of(shape, order=None, gap=0, at=0):
 
 
 def positions(shape, strides):
-    """An array that holds, at each index, where in memory that element lies."""
+    """An array that holds, at each index, the element's position in memory."""
     found = np.zeros(shape, np.int64)
     for a, (n, stride) in enumerate(zip(shape, strides, strict=True)):
         along = [n if b == a else 1 for b in range(len(shape))]
@@ -50,7 +50,7 @@ def positions(shape, strides):
 
 
 def walk(geometry, row):
-    """Where the kernels look for element (outer, channel, inner)."""
+    """The position at which the kernels read element (outer, channel, inner)."""
     o, c, i = np.indices((geometry.outer, geometry.channels, geometry.inner))
     return o * row + c * geometry.inner + i
 

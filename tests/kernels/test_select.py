@@ -1,4 +1,4 @@
-"""Which kernel serves a call."""
+"""The choice of the kernel for a call."""
 
 from __future__ import annotations
 

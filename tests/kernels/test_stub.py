@@ -18,7 +18,7 @@ _MODULE = re.compile(r"[\w.]*\b_cpu\.")
 
 
 def signature(function: ast.FunctionDef) -> str:
-    """Arguments and result, in one spelling."""
+    """Arguments and result, spelled in one way."""
     result = "" if function.returns is None else ast.unparse(function.returns)
     return f"({ast.unparse(function.args)}) -> {result}"
 

@@ -1,4 +1,4 @@
-"""The GPU's kernels compile for a GPU, on a machine without one, to what their comments say."""
+"""The GPU's kernels, compiled on a machine without a GPU, have the properties in their comments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = {
 
 
 class _Driver:
-    """As much of a driver as compiling takes."""
+    """The part of a driver that compilation needs."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -43,7 +43,7 @@ class _Driver:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
-    """The kernels that a step launches, compiled instead: pairs of name and assembly."""
+    """The kernels that a step would launch, only compiled: pairs of name and assembly."""
     import triton
 
     from batchnorm.kernels.triton import launch
@@ -61,7 +61,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
     monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
     monkeypatch.setattr(launch.Plan, "_launch", compile_only)
     monkeypatch.setattr(launch, "_count_batch", lambda flags, running: None)
-    # Sizes are those of large arrays, memory is not: nothing runs.
+    # The sizes are those of large arrays, without their memory: nothing runs.
     monkeypatch.setattr(
         launch.Plan, "_new", lambda self, x, size: torch.empty(8, dtype=torch.float64)
     )
@@ -69,7 +69,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
 
 
 def spilled_bytes(assembly: str, folder: Any) -> int:
-    """What ptxas spills from registers to memory."""
+    """The bytes that ptxas spills from registers to memory."""
     import triton
 
     source = folder / "kernel.ptx"
@@ -109,7 +109,7 @@ def test_kernels_compile(name: str, compiled: Any, tmp_path: Any) -> None:
     whole = ["forward_whole", "backward_whole"]
     assert names == whole if name == "small" else len(names) == 6
     for kernel, assembly in compiled:
-        # Rounds as the interpreter does, so that the tests that use it speak for the card.
+        # Rounds as the interpreter does, so that interpreted tests hold for the GPU.
         assert not re.search(r"\b(fma|mad)\.(rn|rz)?\.?f(32|64)", assembly), kernel
         assert not re.search(r"\.(approx|full|ftz)\b", assembly), kernel
         assert not re.search(r"\b(atom|red)\.", assembly), kernel

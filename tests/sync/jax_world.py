@@ -22,12 +22,12 @@ def make_world(size: int) -> World:
 
 
 def devices_of(size: int) -> int:
-    """How many devices a process has."""
+    """The number of devices of a process."""
     return DEVICES if size == 2 else 1
 
 
 def start(rank: int, size: int, address: str | None, timeout: None) -> str:
-    """Learn where the coordinator will be; `join` then meets it."""
+    """Agree on the coordinator's address; `join` then connects to it."""
     warnings.simplefilter("error")
     os.environ["JAX_PLATFORMS"] = "cpu"
     if address is None:
@@ -47,15 +47,15 @@ def join() -> None:
 
 
 def stop() -> None:
-    """Leave it to the end of the process: the coordinator may be gone already."""
+    """Do nothing: the coordinator may be gone already, and the process ends anyway."""
 
 
 def run(case: Case, data: Data, way: str) -> Result:
     """A step on arrays whose rows are spread over all devices of all processes.
 
     Args:
-        case: of this process's part.
-        data: the same.
+        case: the case of this process's part.
+        data: the data of this process's part.
         way: "shard_map" merges over a named axis; "jit" leaves it to arrays that are global.
     """
     import jax_path
@@ -65,7 +65,7 @@ def run(case: Case, data: Data, way: str) -> Result:
     found = jax_path.run(case, data, fused=None, axis_name="rows" if named else None, call=call)
     if _join["process_id"] == 0:
         return found
-    # Every process has the global gradients of the parameters, which are added up later.
+    # Every process has the global gradients of the parameters; the test adds them up later.
     return found._replace(
         dgamma=None if found.dgamma is None else 0 * found.dgamma,
         dbeta=None if found.dbeta is None else 0 * found.dbeta,
@@ -113,7 +113,7 @@ class _Spread:
         return self._own(y), self._own(dx), jax.tree.map(lambda a: a.addressable_data(0), same)
 
     def _spec(self, a: Any) -> Any:
-        """How an array is spread; not at all where one row stands for all."""
+        """The sharding of an array; an array of one row, which serves all rows, is not split."""
         from jax.sharding import PartitionSpec
 
         axis = self._axis if a.ndim == self._rank else 0

@@ -18,7 +18,7 @@ def make_tensorflow_world(size: int) -> World:
 
 
 def start_tensorflow(rank: int, size: int, address: list[int] | None, timeout: None) -> list[int]:
-    """Learn the ports of all workers, the first of whom chooses them; `join` then meets them."""
+    """Learn the ports of all workers, which the first one chooses; `join` then connects them."""
     ports = _free_ports(size) if address is None else address
     os.environ |= {
         "KERAS_BACKEND": "tensorflow",
@@ -42,7 +42,7 @@ def join_tensorflow() -> None:
 
 
 def stop_tensorflow() -> None:
-    """Leave it to the end of the process: other workers may be gone already."""
+    """Do nothing: other workers may be gone already, and the process ends anyway."""
 
 
 def make_torch_world(size: int) -> World:

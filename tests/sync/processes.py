@@ -1,4 +1,4 @@
-"""Real processes for tests: started once, given many functions to run, watched throughout."""
+"""Real processes for tests: started once, each runs many functions, under a time limit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 _TORCH = multiprocessing.get_context("forkserver")
-_TORCH.set_forkserver_preload(["batchnorm.torch"])  # which takes seconds
+_TORCH.set_forkserver_preload(["batchnorm.torch"])  # the import takes seconds
 _FRESH = multiprocessing.get_context("spawn")
 
 
 class Answer(NamedTuple):
-    """What a process made of a function."""
+    """A process's result of a function, or its failure."""
 
     value: Any = None
     error: str | None = None  # the exception's type
@@ -29,12 +29,12 @@ class World:
     """Processes that run the same functions, each with arguments of its own.
 
     Args:
-        size: how many.
+        size: number of processes.
         start: `start(rank, size, address, timeout)` runs first in each process, for instance to
             form a process group; `address` is None on rank 0, which returns the one for others.
         stop: runs last in each.
-        timeout: seconds that `start` may take for an operation's timeout, or None.
-        fresh: processes that have not imported torch, which other frameworks may not bear.
+        timeout: seconds for `start` to use as an operation's timeout, or None.
+        fresh: use processes that have not imported torch, which may break other frameworks.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class World:
         *,
         within: float = 60.0,
     ) -> list[Answer]:
-        """What `function(*arguments[rank])` gives on every rank; `within` bounds the seconds."""
+        """Run `function(*arguments[rank])` on every rank; `within` limits the seconds."""
         given = arguments or [()] * self.size
         for pipe, some in zip(self._pipes, given, strict=True):
             pipe.send((function, some))
@@ -76,7 +76,7 @@ class World:
         return [self._answer(rank, end) for rank in range(self.size)]
 
     def values(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """The same with common arguments, where no process may fail."""
+        """Run a function with the same arguments on every rank; no process may fail."""
         return results(self.run(function, [arguments] * self.size))
 
     def close(self) -> None:
@@ -127,7 +127,7 @@ def _serve(
         begin = time.monotonic()
         try:
             answer = Answer(function(*arguments))
-        except BaseException as error:  # whatever it is, the test wants to see it
+        except BaseException as error:  # the test must see every kind of failure
             shown = "".join(traceback.format_exception(error))
             answer = Answer(None, type(error).__name__, shown)
         pipe.send(answer._replace(seconds=time.monotonic() - begin))

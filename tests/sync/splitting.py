@@ -1,4 +1,4 @@
-"""One batch over several processes: how a case is cut, and put together again.
+"""One batch over several processes: the cuts of a case, and the joined results.
 
 Nothing here knows a framework. A front end's runner is a function of a case and its data, called
 in each process with that process's part; `Split.join` puts the results together, and
@@ -38,9 +38,9 @@ class Split:
         return [self._part(data, part) for part in self.parts]
 
     def cut_evenly(self, data: Data, multiple: int) -> list[tuple[Case, Data]]:
-        """The same for frameworks whose arrays have parts of one size, here of so many rows.
+        """`cut` for frameworks whose arrays have parts of one size, here of so many rows.
 
-        Shorter parts end in rows of NaN that the mask calls padding; `trim` undoes that.
+        Shorter parts end in rows of NaN that the mask marks as padding; `trim` removes these rows.
         """
         longest = max(part.stop - part.start for part in self.parts)
         rows = max(math.ceil(longest / multiple), 1) * multiple
@@ -102,12 +102,12 @@ class Split:
         def fill(name: str, value: float) -> np.ndarray | None:
             before = getattr(whole, name)
             if before is None or before.shape[self.axis] != self.case.shape[self.axis]:
-                return before  # one row that stands for all
+                return before  # one row that serves all
             return extend(getattr(data, name), self.axis, value)
 
         mask = np.ones(own, bool) if data.mask is None else data.mask
         axis = self.axis if mask.ndim == len(case.shape) else 0
-        if mask.shape[axis] != own:  # one row that stands for all
+        if mask.shape[axis] != own:  # one row that serves all
             mask = np.repeat(mask, own, axis)
         shape = (*case.shape[: self.axis], rows, *case.shape[self.axis + 1 :])
         values = {"x": np.nan, "dy": np.nan, "s": 1.0, "t": 1.0}

@@ -1,4 +1,4 @@
-"""k processes on a split batch give what one gives on the whole of it (S14)."""
+"""k processes on a split batch give the results of one process on the whole batch (S14)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from processes import World, results
 from splitting import random_split
 
 TRAINING = [case for case in CASES if case.mode == "train" and case.ghost is None]
-# The mean of float64 data travels rounded to float64, which S3 does not speak of.
+# The mean of float64 data is sent rounded to float64; S3 sets no bound for that.
 EXACT = [case for case in TRAINING if (case.dtype, case.data[:6]) != ("float64", "offset")]
 
 

@@ -1,4 +1,4 @@
-"""The example, by its own command."""
+"""The example of many processes, run by its own command."""
 
 from __future__ import annotations
 

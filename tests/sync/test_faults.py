@@ -1,4 +1,4 @@
-"""A rank that fails, or does something else, makes every other rank raise in time (S14)."""
+"""A rank that fails, or runs something else, makes every other rank raise in time (S14)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WAITED = (
 
 
 class Outcome(NamedTuple):
-    """What a rank saw."""
+    """The outcome of a test on one rank."""
 
     error: str | None  # the message of a SynchronizationError
     seconds: float  # from the call that raised to its end
@@ -64,7 +64,7 @@ def regroup(generation: int) -> None:
 
 
 def expect_errors(world: World, function, *arguments, ranks=range(SIZE)) -> list[Outcome]:
-    """Every one of `ranks` raises in time, naming layer, group and whom it waited for."""
+    """Assert that each of `ranks` raises in time, naming layer, group and the awaited rank."""
     answers = world.run(function, [(rank, *arguments) for rank in range(SIZE)])
     outcomes = results([answers[rank] for rank in ranks])
     for rank, outcome in zip(ranks, outcomes, strict=True):
@@ -78,7 +78,7 @@ def expect_errors(world: World, function, *arguments, ranks=range(SIZE)) -> list
 
 
 def attempt(layers: list[nn.Module], function) -> Outcome:
-    """What comes of `function`, which runs the layers."""
+    """The outcome of `function`, which runs the layers."""
     before = [[b.clone() for b in layer.buffers()] for layer in layers]
     begin = time.monotonic()
     try:
@@ -143,7 +143,7 @@ def test_a_rank_that_dies(function, fused) -> None:
 
 
 def skip(rank: int, fused: bool | None, channels: tuple[int, ...], steps: int) -> Outcome:
-    """All make some steps together; then one rank leaves the first of two layers out."""
+    """All ranks take some steps together; then one rank leaves the first of two layers out."""
     first, second = make(channels[0], fused=fused), make(channels[1], fused=fused)
     for _ in range(steps):
         first(batch(rank, channels[0]))
@@ -225,7 +225,7 @@ def test_a_rank_with_another_option(world, kind, fused) -> None:
 
 
 def change(rank: int, kind: str, fused: bool | None) -> Outcome:
-    """All make a step together; then one rank is changed."""
+    """All ranks take a step together; then one rank is changed."""
     layer, wider, channels = make(fused=fused), make(8, fused=fused), 4
     layer(batch(rank))
     if rank == BAD and kind == "channels":
@@ -242,7 +242,7 @@ def change(rank: int, kind: str, fused: bool | None) -> Outcome:
     if rank == BAD and kind == "frozen":
         layer.freeze()
     if rank == BAD and kind in ("training", "frozen"):
-        y = layer(batch(rank))  # asks nobody, and goes on
+        y = layer(batch(rank))  # sends no message, and returns
         return Outcome(None, 0.0, bool(torch.isfinite(y).all()))
     return attempt([layer], lambda: layer(batch(rank, channels), mask))
 
@@ -274,7 +274,7 @@ def destroy(rank: int, given: bool, fused: bool | None) -> Outcome:
 def test_a_destroyed_group(world, given, fused) -> None:
     outcomes = expect_errors(world, destroy, given, fused)
     assert "cannot reach the other ranks" in outcomes[BAD].error
-    # Who notices first names the rank that left; its own failure may reach the other one sooner.
+    # The first rank to notice names the rank that left; the other may see the first one's failure.
     assert any(f"waited for rank {BAD} of" in outcomes[r].error for r in (0, 2))
     assert all("waited for rank" in outcomes[r].error for r in (0, 2))
 

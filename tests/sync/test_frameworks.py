@@ -1,7 +1,7 @@
 """JAX and Keras over several processes agree with one process, and so with torch (S14).
 
-All are compared with the float64 core on the whole batch, within S3: no two of them are further
-apart than twice that.
+All are compared with the float64 core on the whole batch, within S3, so any two of them differ by
+at most twice S3.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SIZES = (1, 2, 3, 4)
 
 
 class Kind(NamedTuple):
-    """A front end's processes: how so many are made, and what runs first in each."""
+    """A front end's processes: how to make them, and the function that runs first in each."""
 
     make: Callable[[int], World]
     join: Callable[[], None]
@@ -92,7 +92,7 @@ def show(value: object) -> str:
 
 
 def usual(row: tuple[object, ...], wanted: bool) -> object:
-    """A row of parameters that `make test` runs if `wanted`: one size, as sizes matter to none."""
+    """A row of parameters, which `make test` runs if `wanted`: one size, since sizes are alike."""
     return pytest.param(*row, marks=() if wanted else (pytest.mark.exhaustive,))
 
 
@@ -127,7 +127,7 @@ def test_keras_on_tensorflow(latest: Worlds, size: int, case: Case) -> None:
     check(Path(run, False, tolerances.PLAIN_FLOAT32), case)
 
 
-# What merges there is what tests/sync/test_equivalence.py runs in every size of world.
+# The same merging runs in tests/sync/test_equivalence.py in every size of world.
 @pytest.mark.parametrize(
     ("size", "case"),
     [usual(row, row[0] == 2) for row in product([2, 4], CHOSEN + UNMASKED)],

@@ -1,4 +1,4 @@
-"""Synchronized layers among everything else that torch can do with a layer."""
+"""Synchronized layers together with torch's other features for layers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Calls:
         self._peers.receive = self._original
 
 
-# What travels
+# Messages
 
 
 def count_messages(rank, size, dtype, fused, varying):
@@ -127,7 +127,7 @@ def test_ranks_and_reruns_agree_to_the_bit(worlds, fused):
 
 
 class Collectives:
-    """Makes gloo run what other backends run: its collectives, which know no tags."""
+    """Makes gloo run its collectives, as other backends do; collectives have no tags."""
 
     def __enter__(self) -> None:
         self._original = messages.Peers.expect
@@ -161,7 +161,7 @@ def test_backends_that_run_collectives(worlds, fused):
 
 
 def mixed_up(rank, size):
-    """Ranks that meet in a collective for different layers of one size."""
+    """Ranks that enter the same collective for different layers of one size."""
     layers = [BatchNorm2d(4, synchronized=True) for _ in range(2)]
     with Collectives():
         for layer in layers:
@@ -185,7 +185,7 @@ def test_collectives_that_do_not_belong_together_give_nan(worlds):
 
 
 def with_offset(rank, size, dtype, fused):
-    """float32 as S3 has it; float64, whose mean travels in one number."""
+    """float32 at S3's offsets; float64, whose mean is sent as one number."""
     layer = BatchNorm2d(4, synchronized=True, fused=fused, affine=False, eps=1e-5)
     x = (rows(rank, size, 4).double() + 1e6).to(dtype)
     whole = (rows(None, size, 4).double() + 1e6).to(dtype).double()
@@ -252,7 +252,7 @@ def one_value(rank, size, fused):
 
 @PATHS
 def test_one_value_on_each_rank(worlds, fused):
-    """torch's ValueError is for what the shape alone shows; here the others' rows count (S7)."""
+    """torch's ValueError is for shapes of one value per channel; other ranks' rows count (S7)."""
     (low, var), (high, _) = run(worlds[2], one_value, fused)
     assert torch.allclose(low, torch.tensor(-1.0), atol=1e-4)
     assert torch.allclose(high, torch.tensor(1.0), atol=1e-4)
@@ -455,7 +455,7 @@ def test_transformations_that_cannot_be_right_raise(kind):
 
 
 class Branching(nn.Module):
-    """A model one of whose synchronized layers has no part in the loss."""
+    """A model with a synchronized layer that has no part in the loss."""
 
     def __init__(self) -> None:
         super().__init__()

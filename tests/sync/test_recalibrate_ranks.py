@@ -1,4 +1,4 @@
-"""Population statistics over ranks: those of all batches together, or none on any rank."""
+"""Population statistics over ranks: of all batches together, or unchanged on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging over as many ranks as there may ever be, simulated in one process (S3, S14)."""
+"""Merging over up to thousands of ranks, simulated in one process (S3, S14)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = [2, 16, 128, 1024, 4096]
 
 
 def make_ranks(size: int, kind: str, offset: float) -> list[np.ndarray]:
-    """Each rank's float32 rows: of unequal numbers, some none; unlike each other if asked."""
+    """Each rank's float32 rows, of unequal numbers, some 0; `kind` tells how ranks differ."""
     rng = np.random.default_rng(size)
     counts = rng.integers(0, 40, size)
     counts[0] = 40
@@ -33,7 +33,7 @@ def make_ranks(size: int, kind: str, offset: float) -> list[np.ndarray]:
 
 
 def message(rows: np.ndarray) -> np.ndarray:
-    """What a rank sends: count, means, variances in float64."""
+    """A rank's message: count, means, variances in float64."""
     wide = rows.astype(np.float64)
     if len(rows) == 0:
         return np.zeros(2 * CHANNELS + 1)
@@ -72,7 +72,7 @@ def test_merge_error_stays_within_tolerance(size: int, kind: str, offset: float)
 
 
 def test_averaging_local_moments_would_not() -> None:
-    """What a merge without counts and spread gives: the test above can fail."""
+    """A merge without counts and spread fails, which shows that the test above can fail."""
     ranks = [rows for rows in make_ranks(128, "drifting", 1e3) if len(rows)]
     _, true_var = exact(ranks)
     averaged = np.mean([rows.astype(np.float64).var(0) for rows in ranks], axis=0)
@@ -120,7 +120,7 @@ def test_numpy_and_torch_merge_to_the_same_bits(size: int, pooled: bool) -> None
 
 @pytest.mark.parametrize("size", [16, 4096])
 def test_a_tree_of_merges_is_as_exact(size: int) -> None:
-    """Merging by nodes of 16, then those: what a hierarchy of groups would do."""
+    """Merge within nodes of 16 ranks, then the nodes, as a hierarchy of groups would."""
     ranks = make_ranks(size, "alike", 1e6)
     parts = np.stack([message(rows) for rows in ranks])
     counts = parts[:, :1] + np.zeros(CHANNELS)

@@ -1,6 +1,6 @@
-"""Files that somebody made to hang a reader, fill its memory, or lead it elsewhere.
+"""Files made to hang a reader, fill its memory, or lead it to other files.
 
-Each function writes one of a kind, and draws what varies from a generator, so that the fuzzer can
+Each function writes files of one kind. A generator draws their details, so that the fuzzer can
 ask for many. All are small. HDF5 and orbax are in `adversaries_stored.py`.
 """
 
@@ -42,7 +42,7 @@ def long_safetensors_names(path: Path, rng: Random) -> None:
 
 
 def many_safetensors_names(path: Path, rng: Random) -> None:
-    """As many arrays without values as fit, under one name but for its end."""
+    """As many arrays without values as fit; their names differ only at the end."""
     stem = rng.choice(("bn.", "1", "x/", "batch_stats/", "a" * 500)) * rng.choice((1, 2, 20))
     count = min(800_000 // (len(stem) + 70), 9000)
     leaf = rng.choice(("running_mean", "mean", "vars/0"))
@@ -85,7 +85,7 @@ def shared_lists(path: Path, rng: Random) -> None:
 
 
 def keys_that_take_long(path: Path, rng: Random) -> None:
-    """Keys whose hash takes exponential time, or that have one hash."""
+    """Keys whose hash takes exponential time, or that all have the same hash."""
     if rng.random() < 0.5:
         value: Any = ()
         for _ in range(rng.choice((30, 60))):
@@ -100,7 +100,7 @@ def keys_that_take_long(path: Path, rng: Random) -> None:
 
 
 def many_tensors_of_one_storage(path: Path, rng: Random) -> None:
-    """Tensors at the end of one storage, which is packed: each takes unpacking what is before."""
+    """Tensors at the end of one compressed storage: each needs the data before it decompressed."""
     size, count = rng.choice((1 << 20, 1 << 26)), rng.choice((10, 120, 1000))
     packed = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
     size = size if packed == zipfile.ZIP_DEFLATED else 1 << 18
@@ -117,7 +117,7 @@ def spread_tensors(path: Path, rng: Random) -> None:
 
 
 def odd_torch_names(path: Path, rng: Random) -> None:
-    """Names with the marks of other libraries, long ones, ones that become the same."""
+    """Names with the marks of other libraries, long names, names that become the same."""
     stems = ["a/b", "a.b", "a/b.c", "a.b/c", "\n\x1b[2J", "", "/", ".", "x" * 2000, "vars.0"]
     stems += ["batch_stats/a", "params.a", "state_dict.a"]
     names = rng.sample(stems, rng.randrange(1, 5))
@@ -158,7 +158,7 @@ def write_pt(
 
 
 def long_msgpack_keys(path: Path, rng: Random) -> None:
-    """One long key above many arrays, or many keys within each other above one."""
+    """One long key above many arrays, or many nested keys above one array."""
     import msgpack
 
     array = msgpack.ExtType(1, msgpack.packb(((1,), "float32", b"\0\0\0\0")))
@@ -170,14 +170,14 @@ def long_msgpack_keys(path: Path, rng: Random) -> None:
 
 
 def deep_msgpack(path: Path, rng: Random) -> None:
-    """Lists or maps within each other, each of which claims to be as long as the file."""
+    """Nested lists or maps, each of which claims to be as long as the file."""
     size = rng.choice((1000, 400_000))
     head = rng.choice((b"\xdd", b"\xdf")) + struct.pack(">I", size // rng.choice((1, 2, 100)))
     path.write_bytes(b"\x81\xa1a" + head * rng.choice((10, 500, 2000)) + b"\xc0" * size)
 
 
 def extensions_in_extensions(path: Path, rng: Random) -> None:
-    """An array that is in an array, and so on: each would be copied."""
+    """Nested arrays: each level would be copied."""
     data = b"\xc0" * rng.choice((10, 200_000))
     for _ in range(rng.choice((3, 60, 400))):
         data = b"\xc9" + struct.pack(">Ib", len(data), 1) + data
@@ -185,7 +185,7 @@ def extensions_in_extensions(path: Path, rng: Random) -> None:
 
 
 def odd_chunks(path: Path, rng: Random) -> None:
-    """Arrays that flax has cut, whose parts do not fit."""
+    """Arrays that flax has cut into chunks, with chunks that do not fit together."""
     import msgpack
 
     size = rng.randrange(4)

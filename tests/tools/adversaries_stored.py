@@ -1,7 +1,7 @@
 """Files and folders of libraries that store arrays, made by the adversaries of `adversaries.py`.
 
-Beside each folder, or file that could name another, lies `away` with values that no reader may
-return.
+Beside each folder, and each file that could refer to another file, lies `away`: it holds values
+that no reader may return.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Random = random.Random
 
 
 def hdf5_links(path: Path, rng: Random) -> None:
-    """Links out of the file, in circles and to nowhere, in any place where one is looked up."""
+    """Links out of the file, in circles and to nowhere, in every place that a reader looks up."""
     import h5py
 
     away = path.parent / "away"
@@ -110,14 +110,14 @@ SPELLINGS = (
 
 
 def orbax_keys(path: Path, rng: Random) -> None:
-    """Keys that spell a way out of the folder; beside it lies an array of the same form."""
+    """Keys that spell a path out of the folder; at its end lies an array of the same form."""
     write_orbax_folder(path, rng.choice(("bn", *SPELLINGS)), driver=rng.choice(("zarr", "zarr3")))
     if rng.random() < 0.5:
         edit_metadata(path, use_ocdbt=rng.choice((True, None, 0, "false")))
 
 
 def orbax_links(path: Path, rng: Random) -> None:
-    """Links out of the folder in the place of a file or folder that is read."""
+    """Links out of the folder, which replace a file or folder that is read."""
     write_orbax_folder(path, "bn", driver=rng.choice(("zarr", "zarr3")))
     away = path.parent / "away"
     choices = [p for p in path.rglob("*") if p.name != "_METADATA" or rng.random() < 0.3]
@@ -164,7 +164,7 @@ _ZARRAY = {
 
 
 def write_orbax_folder(path: Path, key: str, *, driver: str = "zarr") -> None:
-    """A folder without a database, whose arrays have `key` for their path, and `away` beside it."""
+    """A folder without a database, with arrays at the path `key`, and `away` beside the folder."""
     away = path.parent / "away"
     key = key.format(away=away)
     path.mkdir()

@@ -50,7 +50,7 @@ def write_torch(path: Path) -> None:
 
 
 def write_old_torch(path: Path) -> None:
-    """As before torch 1.6."""
+    """Write a file in torch's format from before 1.6."""
     import torch
 
     torch.save(torch_model().state_dict(), path, _use_new_zipfile_serialization=False)

@@ -1,5 +1,5 @@
-"""Checkpoints of every format, mutated or made by an adversary: each must give states, or the one
-error, and nothing outside it is opened.
+"""Checkpoints of every format, mutated or made by an adversary: each must give states or a
+CheckpointError, and no other file may be opened.
 
 python tests/tools/fuzz_checkpoints.py 3000 --seed 0
 """
@@ -35,16 +35,16 @@ from batchnorm.tools.checkpoints.reading import detect, read_here
 
 LIMIT = 32 << 20
 SECONDS = 20
-# Beyond this above what the libraries take, memory is not what the limit allows: a file is read
-# into memory once, a header becomes up to 32 times as many bytes of objects, copies are made.
+# The memory that the limit allows above that of the libraries: a file is read into memory once, a
+# header becomes up to 32 times as many bytes of objects, copies are made.
 MOST_MEMORY = 4 * LIMIT
-ADVERSARIAL = 0.2  # the share of files that are not mutated but made
+ADVERSARIAL = 0.2  # the share of files made by an adversary; the others are mutated
 ISOLATED = ("weights.h5", "keras", "orbax")
 
 
 @dataclass
 class Report:
-    """What became of the mutated files.
+    """The outcomes of the fuzzed files.
 
     Args:
         outcomes: number of files by format and outcome: "read", "refused", or "contained" where
@@ -74,7 +74,7 @@ class Report:
 
 
 def fuzz(folder: Path, cases: int, seed: int, names: Sequence[str] = tuple(WRITERS)) -> Report:
-    """Write and read files of every format in turn, in a process that may die of it.
+    """Write files of every format in turn, and read them in a process that may crash.
 
     Args:
         folder: an empty one.
@@ -143,7 +143,7 @@ class _Victim:
         self._connection.recv()  # it has imported everything
 
     def read(self, path: Path) -> tuple[str, int]:
-        """The outcome, and by how many bytes the process has grown."""
+        """The outcome, and the growth of the process in bytes."""
         self._connection.send(str(path))
         if not self._connection.poll(SECONDS):
             self._replace()
@@ -194,14 +194,14 @@ def _peak_memory() -> int:
 
 
 def _read_properly(path: Path) -> str:
-    """What a user sees of a file of which the format's library dies or does not return."""
+    """The user's result for a file on which the format's library crashes or never returns."""
     try:
         read_checkpoint(path, limit=LIMIT, seconds=SECONDS)
     except CheckpointError:
         return "contained"
     except Exception as error:
         return f"escaped: {error!r:.200}"
-    return "read"  # what an earlier file had left behind was the reason
+    return "read"  # the crash came from memory that an earlier file had damaged
 
 
 def _lines(report: Report) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Random changes to files and folders, past their own check sums."""
+"""Random changes to files and folders, also inside archives whose checksums stay valid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mutate(source: Path, target: Path, rng: random.Random) -> None:
             _mutate_folder(target, rng)
         return
     data = source.read_bytes()
-    repack = data[:2] == b"PK" and rng.random() < 0.7  # past the archive's own check sums
+    repack = data[:2] == b"PK" and rng.random() < 0.7  # with valid checksums of the archive
     target.write_bytes(_mutate_member(data, rng) if repack else _mutate_bytes(data, rng))
 
 
@@ -29,7 +29,7 @@ def _mutate_folder(folder: Path, rng: random.Random) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
     if not files:
         return
-    # Most of the files are not looked at.
+    # Readers skip most of the files.
     metadata = folder / "_METADATA"
     chosen = metadata if metadata in files and rng.random() < 0.3 else rng.choice(files)
     other, choice = rng.choice(files), rng.random()

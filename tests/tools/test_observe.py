@@ -1,4 +1,4 @@
-"""What a batch norm is given, and its moments, seen from outside of the model."""
+"""A batch norm's inputs and their moments, observed from outside of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rooms of tools: imports go down only, and one switch knows the frameworks' folders."""
+"""The folders of tools: imports go down only, and one switch knows the frameworks' folders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def module_names() -> dict[str, Path]:
 
 
 def imports_of(path: Path, known: set[str]) -> set[str]:
-    """The modules of tools that a file names in an import, wherever in the file it is."""
+    """The modules of tools that a file imports, at its top or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ def test_imports_inside_functions_are_seen() -> None:
 
 
 def test_names_taken_from_the_package_itself_exist() -> None:
-    """mypy does not see them: the package has a `__getattr__`."""
+    """mypy cannot check such names: the package has a `__getattr__`."""
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == TOP:

@@ -1,4 +1,4 @@
-"""Whether files were opened, as the system's kernel saw it (Linux)."""
+"""Detection of opened files by the system's kernel (Linux, inotify)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Watch:
     """Watches files, and folders with the files in them.
 
     Args:
-        paths: of what nobody should open; what is not there is left out.
+        paths: files and folders that must not be opened; missing ones are left out.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -35,7 +35,7 @@ class Watch:
         self._paths[number] = path
 
     def opened(self) -> set[Path]:
-        """What was opened since the last call."""
+        """The files that were opened since the last call."""
         try:
             data = os.read(self._descriptor, 1 << 16)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""torchvision's resnet18 in small: same structure, attribute names and `norm_layer` argument."""
+"""A small resnet18 like torchvision's: same structure, attribute names, `norm_layer` argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`torch.compile` changes the speed and nothing else."""
+"""`torch.compile` changes only the speed."""
 
 import contextlib
 import copy
@@ -229,7 +229,7 @@ def offset_data(offset, rows, channels):
 
 
 def error(y, x):
-    """In units of 1 + |x̂|."""
+    """The error in units of 1 + |x̂|."""
     exact = torch.from_numpy(batchnorm.batch_norm(x.numpy(), eps=1e-5)[0])
     return ((y.detach().double() - exact).abs() / (1 + exact.abs())).max()
 
@@ -341,7 +341,7 @@ def test_compiled_layer_inside_a_checkpoint_updates_once(backend, reentrant):
 
 
 def setting(backend=EAGER_BACKEND, counter=False):
-    """A layer, the same compiled, and how often that was compiled."""
+    """A layer, the same layer compiled, and a counter of its compilations."""
     layer = BatchNorm1d(3, momentum=None)
     counter = CompileCounterWithBackend(backend)
     return layer, torch.compile(layer, fullgraph=True, backend=counter), counter

@@ -52,7 +52,7 @@ def randomize(layer: nn.Module) -> nn.Module:
 
 
 def identities(model: nn.Module) -> list[tuple[str, int, type, tuple]]:
-    """Which objects a model consists of."""
+    """The identities of a model's objects."""
     return [
         (
             name,
@@ -710,8 +710,8 @@ class TestHalfPrecision:
         layer = randomize(nn.BatchNorm1d(3, affine=affine)).to(dtype).train(training)
         x = torch.randn(6, 3).to(dtype)
         expected = copy.deepcopy(layer)(x)
-        # Without weights nothing says that statistics were half, and torch rounds less with float32
-        # ones: a rounding of the output and one of a value before it may differ.
+        # Without weights nothing shows that statistics were half; with float32 ones torch rounds
+        # less: one rounding of the output, and one of a value before it, may differ.
         bound = 2 * torch.finfo(dtype).eps
         actual = revert_batchnorm(convert_batchnorm(layer))(x)
         torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)

@@ -1,4 +1,4 @@
-"""Where `torch.nn.BatchNorm*d` is right, ours is the same; where it fails, ours is not (S3-S16)."""
+"""Results equal those of `torch.nn.BatchNorm*d` where these are right, else ours are (S3-S16)."""
 
 import copy
 import io
@@ -46,7 +46,7 @@ def close(actual, expected, count=1):
 
 
 def randomize(layer):
-    """Parameters and running statistics that hide nothing."""
+    """Set parameters and running statistics to random values, so that no error stays hidden."""
     with torch.no_grad():
         for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
             if name == "num_batches_tracked":

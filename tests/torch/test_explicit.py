@@ -32,7 +32,7 @@ def close(actual: Tensor, expected: Tensor, count: int = BATCH) -> None:
 
 
 def make(shape: tuple[int, ...] = (3,), dtype: torch.dtype = torch.float64, **options) -> BatchNorm:
-    """A layer with parameters and statistics of its own."""
+    """A layer with random parameters and statistics."""
     layer = BatchNorm(**options)
     layer.initialise_layer(input_shape=shape, data_type=dtype)
     for a in (layer.gamma, layer.beta, layer.running_mean, layer.running_var):
@@ -45,7 +45,7 @@ def data(shape: tuple[int, ...] = (3,), dtype: torch.dtype = torch.float64) -> T
 
 
 def formula(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
-    """Training by torch's own operations: the unbiased variance, over the batch alone."""
+    """The training formula in torch's own operations: the unbiased variance of the batch."""
     mean = x.mean(0)
     var = (x - mean).square().sum(0) / (x.shape[0] - 1)
     return (x - mean) / torch.sqrt(var + eps) * gamma + beta
@@ -490,7 +490,7 @@ class TestBackward:
 
 
 class TestWhichPass:
-    """backward differentiates the latest forward pass, as it was."""
+    """backward differentiates the latest forward pass, with the values of that pass."""
 
     def test_evaluation_after_training_gives_the_gradient_of_evaluation(self):
         layer, dy = make(), torch.randn(BATCH, 3, dtype=torch.float64)

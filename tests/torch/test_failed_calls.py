@@ -1,4 +1,4 @@
-"""A call that fails, wherever it fails, moves no running statistic (S9)."""
+"""A call that fails, wherever it fails, changes no running statistic (S9)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MASK = torch.arange(L) < torch.tensor([5, 2, 4, 1, 3, 0])[:, None]
 
 
 class BrokenError(Exception):
-    """What a test makes fail."""
+    """The error that a test raises on purpose."""
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def layer_after(calls: int, x: Tensor, **options) -> BatchNorm:
 
 
 def failing_at(number: int) -> saved_tensors_hooks:
-    """Hooks of which the one on the saved tensor with this number, from 0, raises."""
+    """Hooks that raise on the saved tensor with this number, counted from 0."""
     seen: list[Tensor] = []
 
     def pack(a: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def failing_at(number: int) -> saved_tensors_hooks:
 
 
 def fail_at_every_hook(layer: BatchNorm, *args) -> int:
-    """How many saved tensors a call has; fails if a hook on one of them leaves other statistics."""
+    """The number of a call's saved tensors; asserts that a raising hook changes no statistics."""
     for number in range(100):
         before = bits(layer)
         try:
@@ -111,7 +111,7 @@ def test_hook_that_raises_where_a_jagged_output_is_wrapped(options):
 
 
 def test_hooks_get_the_output_that_the_backward_pass_needs():
-    """With an activation y is saved, so it must be there before hooks take it."""
+    """With an activation y is saved, so it must be computed before hooks get it."""
     x = torch.randn(N, C, L, requires_grad=True)
     found, dy = [], torch.randn(N, C, L)
     for hooks in (saved_tensors_hooks(torch.clone, torch.clone), torch.enable_grad()):
@@ -185,11 +185,11 @@ def test_explicit_layer_does_not_write_inference_statistics():
     assert torch.equal(layer.running_mean, torch.zeros(C))
 
 
-# Statistics that cannot be written, one of them
+# One running statistic that cannot be written
 
 
 def one_number(shape: tuple[int, ...]) -> Tensor:
-    """A tensor that torch refuses to write: all its elements are the same one."""
+    """A tensor that torch refuses to write: all elements share one memory location."""
     return torch.ones(1).expand(shape)
 
 
@@ -233,7 +233,7 @@ def test_statistics_that_a_transformation_cannot_write():
 
 
 def test_batched_statistics_of_which_one_cannot_be_written():
-    """Values of batched tensors cannot be compared, so nothing may try when it writes them back."""
+    """Values of batched tensors cannot be compared, so writing them back must not compare."""
     layer, x = BatchNorm(C, momentum=0.5), torch.randn(2, N, C, L)
     means = torch.zeros(2, C)
 
@@ -322,7 +322,7 @@ def test_block_that_succeeds_is_kept():
     assert a.tolist() == [7.0] * 3
 
 
-# Tensors that are not what a batch norm takes: one TypeError, nothing moved
+# Tensors of kinds that a batch norm does not take: a TypeError, and no change of state
 
 EXOTIC = {
     "masked": lambda x: masked_tensor(x, torch.ones_like(x, dtype=torch.bool)),

@@ -1,4 +1,4 @@
-"""Graphs of torch.fx and modules of torch.jit: they work, or say in one line what to do."""
+"""Graphs of torch.fx and modules of torch.jit: they work, or an error of one line has a remedy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def network() -> nn.Module:
 
 
 class Masked(nn.Module):
-    """A model that hands something to its layer."""
+    """A model that passes an argument to its layer."""
 
     def __init__(self, name: str | None, positional: bool = False) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def test_graph_calls_the_layer_as_torchs():
 
 
 def test_graph_with_arguments_of_none_is_mended():
-    """As traces of other versions have them, and code that names every argument."""
+    """Such graphs come from other versions, and from code that names every argument."""
     graph = fx.symbolic_trace(network())
     expected = copy.deepcopy(graph)
     for node in graph.graph.find_nodes(op="call_module", target="1"):

@@ -38,7 +38,7 @@ def jagged(*sizes: int, rows: tuple[int, ...] = ROWS, dtype: torch.dtype = torch
 
 
 def like(x: Tensor, values: Tensor) -> Tensor:
-    """Ragged as x, with other values."""
+    """A tensor as ragged as x, with other values."""
     return torch.nested.nested_tensor_from_jagged(values, x.offsets(), jagged_dim=x._ragged_idx)
 
 
@@ -430,12 +430,12 @@ class TestEmpty:
 
 
 class TestHoles:
-    """Views whose rows do not fill the buffer: what lies between must not be seen."""
+    """Views whose rows do not fill the buffer: the values in between must have no effect."""
 
     STARTS, LENGTHS = torch.tensor([0, 1, 2]), torch.tensor([2, 0, 3])
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """(N, 5, C) and which of its rows the view shows; the others are NaN."""
+        """(N, 5, C), and a mask of the rows that the view shows; the others are NaN."""
         position = torch.arange(5)
         real = (position >= self.STARTS[:, None]) & (
             position < (self.STARTS + self.LENGTHS)[:, None]

@@ -1,4 +1,4 @@
-"""Integer masks of any width: 0 and 1 in eager code; where nobody can look, all but 0 is real."""
+"""Integer masks of any width: 0 and 1 in eager code; elsewhere every value but 0 is real."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_jagged_input_takes_integer_masks(dtype):
     assert torch.equal(BatchNorm(C, axis=-1)(x, ragged).values(), expected)
 
 
-# Anything else is refused where it can be seen
+# Other values are refused where they can be read
 
 
 def explicitly(mask: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_empty_integer_mask_has_no_values_to_refuse():
     assert y.shape == (0, C, L)
 
 
-# Where values cannot be read all but 0 is real
+# Where values cannot be read, every value but 0 is real
 
 
 @every_type
@@ -212,7 +212,7 @@ def test_fake_masks_are_not_read():
         assert layer(torch.randn(N, C, L), mask).shape == (N, C, L)
 
 
-# What is no mask
+# Arguments that are no masks
 
 
 EXOTIC = {

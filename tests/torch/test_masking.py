@@ -33,7 +33,7 @@ def lengths(*sizes: int, total: int = 8) -> Tensor:
 
 
 def mean_of(layer: BatchNorm) -> Tensor:
-    """The batch mean that a layer with momentum 1 saw last."""
+    """The mean of a layer's last batch, with momentum 1."""
     return layer.running_mean
 
 
@@ -58,7 +58,7 @@ SHAPES = {
 
 
 class Deep(nn.Module):
-    """A layer that nobody hands a mask to."""
+    """A model whose layer gets no mask argument."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class TestReach:
 
 
 class TestScope:
-    """What a layer sees is told by the mean that it stores: 1 with the mask, 2 without."""
+    """The stored mean tells which mask a layer used: 1 with the mask, 2 without."""
 
     X = torch.tensor([[0.0], [2.0], [4.0]])
     FIRST = torch.tensor([True, True, False])
@@ -275,7 +275,7 @@ class TestConcurrency:
 
     @pytest.mark.parametrize("elsewhere", [False, True], ids=["alone", "another block is open"])
     def test_task_started_inside_sees_no_mask_once_the_block_has_ended(self, elsewhere):
-        """Whatever happens in unrelated threads."""
+        """This holds whatever happens in unrelated threads."""
         opened, done = threading.Event(), threading.Event()
 
         def other() -> None:
@@ -320,7 +320,7 @@ class TestConcurrency:
 
 
 def seen_at(mask: Tensor, shape: tuple[int, ...], **options) -> Tensor:
-    """The mask that a layer sees at this (N, 1, ...) shape: where a 1 moves its mean."""
+    """The mask that a layer uses at this (N, 1, ...) shape: the places where a 1 moves its mean."""
     layer = last(1, BatchNorm)
     count = math.prod(shape)
     x = torch.eye(count, dtype=torch.float64).reshape(count, *shape)
@@ -584,7 +584,7 @@ class TestConvNet:
 
 
 class PointNet(nn.Module):
-    """Per-point layers (N, L, C), all of which treat every point alike."""
+    """Per-point layers (N, L, C); each layer treats every point alike."""
 
     def __init__(self) -> None:
         super().__init__()

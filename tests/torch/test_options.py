@@ -1,4 +1,4 @@
-"""Options are declared once: whatever lists them reads the declarations."""
+"""Options are declared once: every list of options is read from the declarations."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def missing_arguments():
 
 
 def undocumented(name):
-    """Public docstrings that should mention an argument, and do not."""
+    """Public docstrings that do not mention an argument, although they should."""
     listed = [BatchNorm, *([convert_batchnorm] if name in options.convertible() else [])]
     return [a.__name__ for a in listed if not re.search(rf"\b{name}\b", str(a.__doc__))]
 
@@ -134,7 +134,7 @@ def test_the_function_takes_every_option():
     found = inspect.signature(batch_norm).parameters
     for name, default in ARGUMENTS.items():
         assert name in found
-        if name != "renorm":  # there it is the statistics
+        if name != "renorm":  # in functions, renorm is the statistics
             assert found[name].default == default
 
 

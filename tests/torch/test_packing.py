@@ -1,4 +1,4 @@
-"""Padding is inert (S5): masked equals packed, for anything hypothesis comes up with."""
+"""Padding is inert (S5): masked equals packed, for all examples that hypothesis generates."""
 
 from __future__ import annotations
 

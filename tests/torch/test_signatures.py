@@ -20,7 +20,7 @@ every_class = pytest.mark.parametrize(("ours", "theirs"), PAIRS.values(), ids=PA
 
 
 def methods(cls: type) -> list[str]:
-    """Public and special methods that a class, or its ancestors below nn.Module, define."""
+    """Public and special methods of a class and its ancestors below nn.Module."""
     found = {
         name
         for base in cls.__mro__[: cls.__mro__.index(nn.Module)]

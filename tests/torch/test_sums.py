@@ -13,7 +13,7 @@ from batchnorm.torch import BatchNorm, sums
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the fixed tree for inputs of any size."""
+    """Use the fixed tree of additions for inputs of any size."""
     monkeypatch.setattr(sums, "SERIAL", 2)
 
 

@@ -1,4 +1,4 @@
-"""The tools around a training loop: what torch's own layers work with, ours do (S9, S16, S17)."""
+"""Our layers work with torch's tools for training loops, as torch's own do (S9, S16, S17)."""
 
 import copy
 import socket
@@ -201,7 +201,7 @@ def train_distributed(rank, norm, broadcast_buffers):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["broadcast", "own-buffers"])
 def ranks(request, tmp_path_factory):
-    """What both ranks found."""
+    """The results of both ranks."""
     results = str(tmp_path_factory.mktemp("ddp"))
     context = mp.spawn(train_rank, (free_port(), results, request.param), nprocs=2, join=False)
     finished = False
@@ -288,7 +288,7 @@ def test_checkpoint_leaves_gradients_unchanged(use_reentrant, option):
 
 @reentrant
 def test_checkpoint_of_renorm_leaves_gradients_unchanged(use_reentrant):
-    # r and d must be those of the forward pass, though the statistics have moved since.
+    # r and d must be those of the forward pass, although the statistics have changed since.
     layer, twin, x, dy = prepared({"renorm": True})
     found = step(lambda x: checkpoint(layer, x, use_reentrant=use_reentrant), layer, x, dy)
     torch.testing.assert_close(found, step(twin, twin, x, dy), **CLOSE)
@@ -458,7 +458,7 @@ def restored_threads():
 
 
 def numbers(make, shape, option, masked, threads):
-    """Everything one step computes, with this number of threads."""
+    """All results of one step, with this number of threads."""
     torch.manual_seed(0)
     x, dy = torch.randn(shape) + 3, torch.randn(shape)
     mask = torch.rand(shape[0], *shape[2:]) < 0.7 if masked else None

@@ -56,8 +56,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Shuffled batches whose padding varies.
 
-    In a long-tailed data set the longest sample of a batch sets its length. Digits are all of
-    similar length, so a random number of points, up to `most_extra`, stands for that sample.
+    In a long-tailed data set the longest sample of a batch sets its length. Digits all have
+    similar lengths, so a random number of padded points, up to `most_extra`, replaces that sample.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(samples))

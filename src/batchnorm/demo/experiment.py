@@ -20,7 +20,7 @@ EXTRAS = (0, 8, 16, 32, 64, 96, 128)
 
 @dataclass
 class Measured:
-    """What one kind of norm achieved, a value for each seed."""
+    """Results of one kind of norm, one value per seed."""
 
     accuracy: list[list[float]] = field(default_factory=list)  # by epoch, share of test digits
     mean_error: list[float] = field(default_factory=list)  # worst channel, in standard deviations
@@ -50,12 +50,12 @@ def run(
     """Train and measure both kinds of network.
 
     Args:
-        framework: whose.
-        seeds: how many pairs of networks.
+        framework: the framework of the networks.
+        seeds: number of pairs of networks.
         epochs: passes over the training digits.
         advance: called after each epoch of a pair.
         limit: use that many training digits only.
-        most_extra: padded points that a batch may have more than its longest digit.
+        most_extra: largest number of padded points beyond a batch's longest digit.
     """
     training, testing = data.load_samples()
     training = training[:limit]
@@ -84,7 +84,7 @@ def _train_pair(
     results: dict[str, Measured],
     advance: Callable[[], None],
 ) -> None:
-    """Epoch by epoch in turn, so that both meet the same load on the machine."""
+    """Train both in turn, epoch by epoch, so that both meet the same load on the machine."""
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     everything = data.pad(testing)
     for result in results.values():
@@ -105,11 +105,10 @@ def _train_pair(
 def _statistics_error(
     network: Network, samples: list[data.Sample], batches: Iterator[data.Batch]
 ) -> tuple[float, float]:
-    """How far the first norm's statistics are from those of the real points.
+    """The errors of the first norm's statistics against those of the real points.
 
-    With the weights held still, so that there is a truth: the statistics of padded batches are
-    averaged over one pass; the truth is taken over every real point of the training set, in
-    float64.
+    The weights are fixed, so that true statistics exist: those over every real point of the
+    training set, in float64. The statistics of padded batches are averaged over one pass.
     """
     found = [network.batch_statistics(batch) for batch in batches]
     found_mean, found_var = (np.mean(a, axis=0) for a in zip(*found, strict=True))

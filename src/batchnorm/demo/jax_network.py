@@ -20,7 +20,7 @@ MOMENTUM = 0.9  # of both, for so few steps
 
 
 class CountsPadding(nnx.BatchNorm):
-    """flax's layer over all points, padding included, as it is used without a mask."""
+    """flax's layer without a mask: it normalizes over all points, padding included."""
 
     def __call__(self, x: Any, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
         """Normalize x of shape (N, L, C); the mask is ignored."""
@@ -69,7 +69,7 @@ class JaxNetwork:
         return np.asarray(first.kernel[...]), np.asarray(first.bias[...])
 
     def batch_statistics(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """The running statistics of a layer without memory are those of the last batch."""
+        """With momentum 0 the running statistics are those of the last batch."""
         points, mask = jnp.asarray(batch.points), jnp.asarray(batch.mask)
         kind = CountsPadding if isinstance(self.model.norm1, CountsPadding) else BatchNorm
         norm: Any = kind(WIDTH, momentum=0.0, rngs=nnx.Rngs(0))

@@ -15,7 +15,7 @@ MOMENTUM = 0.9  # of both, for so few steps
 
 
 class CountsPadding(keras.layers.BatchNormalization):
-    """Keras's layer over all points, padding included, as it is used without a mask."""
+    """Keras's layer without a mask: it normalizes over all points, padding included."""
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         """Normalize inputs; the mask is ignored."""
@@ -63,7 +63,7 @@ class KerasNetwork:
         return kernel, bias
 
     def batch_statistics(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """The moving statistics of a layer without memory are those of the last batch."""
+        """With momentum 0 the moving statistics are those of the last batch."""
         norm = self._norm(momentum=0.0, scale=False, center=False)
         norm(self._first(batch.points), mask=keras.ops.convert_to_tensor(batch.mask), training=True)
         mean, var = norm.get_weights()

@@ -1,4 +1,4 @@
-"""What the experiment asks of a framework."""
+"""The experiment's interface to a framework."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LEARNING_RATE = 3e-3
 class Network(Protocol):
     """Two layers for each point, a maximum over the real points, a classifier; and its optimizer.
 
-    A norm follows each of the two. The maximum leaves padding out whichever norm is used, so that
-    the norm is all that differs.
+    A norm follows each of the two layers. The maximum leaves padding out with either norm, so the
+    networks differ only in the norm.
     """
 
     def train(self, batch: Batch) -> None:

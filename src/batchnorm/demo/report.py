@@ -53,7 +53,7 @@ def make_table(results: dict[str, Measured]) -> Table:
 
 
 def explain(seeds: int) -> str:
-    """How to read the table."""
+    """The legend of the table."""
     return (
         f"{_averaged(seeds)} Errors: running "
         "statistics of the first norm, worst channel, after one pass with fixed weights, against "

@@ -15,7 +15,7 @@ from batchnorm.torch import BatchNorm
 
 
 class CountsPadding(nn.BatchNorm1d):
-    """torch's layer over all points, padding included, as it is used today."""
+    """torch's layer, which takes no mask: it normalizes over all points, padding included."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x of shape (N, L, C); the mask is ignored."""

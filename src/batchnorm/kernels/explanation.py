@@ -1,4 +1,4 @@
-"""Explanations: which way a call takes, and why each faster one refused.
+"""Explanations: the way that a call takes, and why each faster way refused it.
 
 A front end reports where it chooses (`report`). `ask` runs a call up to there; with the environment
 variable BATCHNORM_EXPLAIN=1 every choice is logged, once.
@@ -33,10 +33,10 @@ class Explanation(NamedTuple):
 
     Attributes:
         layer: the layer's class, or the function.
-        way: "last call" (the kernels again, without checks), "kernels", "kernels in a compiled
-            graph", "array code", or "one operation of TensorFlow".
+        way: "last call" (the kernels as in the call before, without its checks), "kernels",
+            "kernels in a compiled graph", "array code", or "one operation of TensorFlow".
         refused: faster ways that do not serve the call, the fastest first.
-        note: what may change the way later, or nothing.
+        note: a reason why the way may change later, or "".
     """
 
     layer: str
@@ -50,7 +50,7 @@ class Explanation(NamedTuple):
 
 
 class _Listening:
-    """Whether anyone wants to hear of choices: a plain attribute, which compilers guard on."""
+    """Listeners to choices; `active` is a plain attribute, so that compilers guard on it."""
 
     def __init__(self) -> None:
         self.logs = os.environ.get("BATCHNORM_EXPLAIN") == "1"
@@ -82,9 +82,9 @@ _logger = logging.getLogger("batchnorm")
 
 
 def ask(call: Callable[[], Any], *, graph: bool = False) -> Explanation:
-    """Run `call` up to the choice of a way, which it ends; nothing is computed or moved.
+    """Run `call` up to its choice of a way, and end it there; nothing is computed or changed.
 
-    `graph`: the choice is that of a compiled graph.
+    `graph`: ask for the choice of a compiled graph.
     """
     token = _question.set(_Question(graph))
     LISTENING.ask(1)
@@ -99,13 +99,13 @@ def ask(call: Callable[[], Any], *, graph: bool = False) -> Explanation:
 
 
 def asks_for_graph() -> bool:
-    """Whether the way in a compiled graph is asked for."""
+    """True if the current question is about a compiled graph."""
     question = _question.get()
     return question is not None and question.graph
 
 
 def report(layer: str, way: str, refused: tuple[tuple[str, str], ...] = (), note: str = "") -> None:
-    """Say which way a call takes: to who asked, whose call ends here, and to the log."""
+    """Report the way of a call: to `ask`, by ending the call here, or to the log."""
     if not LISTENING.active:
         return
     found = Explanation(layer, way, tuple(Refusal(*pair) for pair in refused), note)

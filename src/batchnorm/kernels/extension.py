@@ -1,4 +1,4 @@
-"""The compiled extension: is it there, its plans, and the threads that it may use."""
+"""The compiled extension: its presence, its plans, and the threads that it may use."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ except ImportError as error:
 
 
 def missing_reason() -> str | None:
-    """Why there are no compiled passes, or None."""
+    """The reason for missing compiled passes; None if they are there."""
     return _reason if _cpu is None else None
 
 
 def warn_if_missing() -> None:
-    """Say once, when a front end is imported, that it will be slow."""
+    """Warn, when a front end is imported, that its layers will be slow."""
     if _cpu is None:
         warnings.warn(
             f"batchnorm: {_reason}; layers use plain array code, which is several times slower. "
@@ -85,7 +85,7 @@ def make_plan(
 
 
 def make_renorm(renorm: Renorm | None) -> _cpu.Renorm | None:
-    """Renormalization's numbers, as a step takes them."""
+    """Renormalization's numbers in the form that a compiled step takes."""
     if renorm is None:
         return None
     return _cpu.Renorm(decay=renorm.decay, rmin=renorm.rmin, rmax=renorm.rmax, dmax=renorm.dmax)

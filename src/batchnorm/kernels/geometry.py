@@ -1,4 +1,4 @@
-"""How arrays in memory look to the passes: rows of channels, or channels of rows, and a mask."""
+"""Arrays in memory as the passes see them: rows of channels, or channels of rows, and a mask."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class MaskView(NamedTuple):
 
 
 class Geometry(NamedTuple):
-    """How memory of one shape and its strides looks to the kernels.
+    """Memory of one shape and its strides, as the kernels see it.
 
     Attributes:
-        order: x's axes as they lie in memory: reduced, channels, reduced.
-        split: how many of them come before the channels, and before the inner ones.
-        outer, channels, inner: their sizes.
+        order: x's axes in their order in memory: outer (reduced), channels, inner (reduced).
+        split: number of axes before the channels, and before the inner axes.
+        outer, channels, inner: sizes of the three parts.
         row: distance between rows of outer, in elements.
-        dense: the same where nothing lies between them.
+        dense: the distance where nothing lies between the rows.
     """
 
     order: tuple[int, ...]
@@ -72,7 +72,7 @@ def find_geometry(layout: Layout, strides: tuple[int, ...]) -> Geometry | None:
 def row_distance(
     geometry: Geometry, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> int | None:
-    """Distance between outer rows of an array of x's shape; None if it lies otherwise."""
+    """Distance between outer rows of an array of x's shape; None if its memory is not as x's."""
     order, (first, _) = geometry.order, geometry.split
     if _product([shape[a] for a in order]) == 0:
         return geometry.dense
@@ -110,7 +110,7 @@ def view_mask(
     mask_shape: tuple[int, ...],
     strides: tuple[int, ...],
 ) -> MaskView | None:
-    """How a mask of x's rank, sizes x's or 1, is read; None if it must be copied first."""
+    """The view of a mask of x's rank, sizes x's or 1; None if the mask must be copied first."""
     order, (first, last) = geometry.order, geometry.split
     if geometry.outer * geometry.inner == 0:  # nothing is read, whatever the strides
         return MaskView(1, 0, 0)
@@ -143,7 +143,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(layout: Layout, geometry: Geometry) -> Sizes:
-    """What the kernels know of x's shape."""
+    """The sizes that the kernels get for x's shape."""
     groups = 1 if layout.groups is None else layout.groups
     samples = layout.shape[0]
     run = 1 if layout.groups is None else max(geometry.outer // max(samples, 1), 1)
@@ -165,7 +165,7 @@ def _place_single_channels(order: list[int], layout: Layout) -> list[int]:
 
 
 def _collapse(axes: Sequence[tuple[int, int]]) -> int | None:
-    """The stride of several (size, stride) axes taken as one; None if there is no such."""
+    """The stride of several (size, stride) axes as one axis; None if they have no common one."""
     wide = [(size, stride) for size, stride in axes if size != 1]
     if not wide:
         return 0

@@ -1,4 +1,4 @@
-"""Codes of types and activations, and the rows of what a forward step keeps.
+"""Codes of types and activations, and the rows of the statistics that a forward step keeps.
 
 The numbers are those of the enumerations in native/batchnorm.hpp; a test compares them.
 """

@@ -1,9 +1,9 @@
-"""Which kernel serves a call, or why none does.
+"""The choice of the kernel for a call, with the reason where none serves it.
 
 On a GPU the kernels are this library's own; torch's (ATen, cuDNN) are never chosen. In training
-torch's subtract a mean that is one float32, and miss S3 as soon as the mean exceeds some hundred
-deviations, which no one can know before the data has been read; nor do they take masks, groups, or
-a finite row count. In evaluation they would move the same bytes as ours.
+torch's kernels subtract a mean that is one float32, and miss S3 as soon as the mean exceeds some
+hundred deviations; the mean is unknown before the data has been read. They take no masks and no
+groups. In evaluation they would read and write the same bytes as ours.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Choice(NamedTuple):
 
 
 def extension_status() -> Choice:
-    """Whether this installation holds compiled kernels for the CPU."""
+    """The CPU kernels of this installation, or the reason why there are none."""
     missing = extension.missing_reason()
     if missing is not None:
         return Choice(None, missing)
@@ -38,7 +38,7 @@ def extension_status() -> Choice:
 
 @lru_cache(maxsize=1)
 def triton_status() -> Choice:
-    """Whether this installation can compile kernels for a GPU; imports nothing."""
+    """The GPU kernels that this installation can compile, or the reason; imports nothing."""
     needs = f"triton {_TRITON[0]}.{_TRITON[1]} or newer"
     if find_spec("triton") is None:
         return Choice(None, f"{needs} is not installed (pip install 'batchnorm[gpu]')")
@@ -52,7 +52,7 @@ def triton_status() -> Choice:
 
 
 def is_interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on any device: for tests without a GPU."""
+    """True if Triton runs kernels in its interpreter, on any device: for tests without a GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -62,16 +62,16 @@ def select_kernel(
     """The kernel for a call.
 
     Args:
-        device: of the input, by name ("cpu", "cuda", or "hip" for what torch built for AMD calls
-            "cuda").
+        device: of the input, by name: "cpu", "cuda", or "hip" where torch is built for AMD and
+            calls the device "cuda".
         dtype: of the input, by name ("float32").
         adjusted: whether an adjustment applies (S13).
         per_channel_mask: whether the mask differs between channels (S1 c).
-        demanded: whether the caller will take no other path (fused=True). On the CPU that reaches
+        demanded: whether the caller accepts no other path (fused=True). On the CPU this selects
             the GPU's kernels where Triton interprets them.
 
     Returns:
-        Choice: "cpu" (compiled), "triton", or None and why.
+        Choice: "cpu" (compiled), "triton", or None and the reason.
     """
     if device not in ("cpu", "cuda", "hip"):
         return Choice(None, f"there is none for device {device}")
@@ -86,7 +86,7 @@ def select_kernel(
     if per_channel_mask:
         return Choice(None, "none takes a mask that differs between channels")
     if device == "hip" and not demanded:
-        return Choice(None, "no test compiles them for AMD's GPUs, where they take fused=True")
+        return Choice(None, "no test compiles them for AMD's GPUs; use fused=True to run them")
     return Choice(status.kernel)
 
 

@@ -1,8 +1,8 @@
 """Write the files beside this one with Keras 2: pip install tf_keras, then run it.
 
-Last run with tf_keras 2.21.0. `keras_2_model.h5` has neither ghost batches, whose axis Keras 2
-saves wrong, so that it cannot load its own file; nor several axes, which Keras 3 drops when it
-loads the config.
+Last run with tf_keras 2.21.0. `keras_2_model.h5` has no ghost batches, since Keras 2 saves their
+axis wrong and cannot load its own file; and no layers of several axes, since Keras 3 drops the axes
+when it loads the config.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def make(ghost: int | None) -> tf_keras.Model:
-    """A model with every kind of batch normalization; with ghost batches, in a model within."""
+    """A model with every kind of batch normalization; ghost batches are in an inner model."""
     inputs, inner = layers.Input((4, 3)), layers.Input((4, 4))
     x = layers.BatchNormalization(name="plain")(inputs)
     x = layers.Dense(4, name="dense")(x)
@@ -32,7 +32,7 @@ def make(ghost: int | None) -> tf_keras.Model:
 
 
 def main() -> None:
-    """Train both models for a few steps, and save them and what they answer."""
+    """Train both models for a few steps, and save the models and their outputs."""
     tf_keras.utils.set_random_seed(0)
     x = np.random.default_rng(0).normal(2.0, 3.0, (8, 4, 3)).astype("float32")
     answers = {}

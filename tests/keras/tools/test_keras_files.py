@@ -1,4 +1,4 @@
-"""Files that Keras wrote, files that Keras is to read, and the way through all frameworks."""
+"""Files that Keras wrote, files for Keras to read, and transfers through all frameworks."""
 
 from __future__ import annotations
 

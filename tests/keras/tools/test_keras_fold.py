@@ -1,4 +1,4 @@
-"""Keras models without their batch norms."""
+"""Folding the batch norms of Keras models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _seed() -> None:
 
 
 def trained(model: Any) -> Any:
-    """The model with weights that say something in every place."""
+    """The model with random weights and statistics everywhere."""
     random = np.random.default_rng(0)
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -68,7 +68,7 @@ def test_folding_into_the_map_before(name: str) -> None:
 
 
 def residual() -> Any:
-    """A residual block, a pre-activation, a map in front of which a batch norm stands."""
+    """A residual block, a pre-activation, and a map with a batch norm in front of it."""
     x = inputs = keras.Input((6, 6, 3), name="image")
     x = layers.Conv2D(4, 3, padding="same", name="conv1")(x)
     x = layers.BatchNormalization(name="bn1")(x)

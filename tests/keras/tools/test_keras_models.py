@@ -14,7 +14,7 @@ from batchnorm.tools.models import find_layers, put_state, take_state
 
 
 class Block(keras.layers.Layer):
-    """Holds two layers of the same name, and one that its model uses elsewhere."""
+    """A layer with two sublayers of the same name, and one that its model also uses elsewhere."""
 
     def __init__(self, shared: Any) -> None:
         super().__init__(name="block")

@@ -37,7 +37,7 @@ def test_rows_count_the_same_and_dropout_is_off(norm: Any) -> None:
     first, second = model.get_layer("a"), model.get_layer("b")
     np.testing.assert_allclose(np.asarray(first.moving_mean), rows.mean((0, 1)), **STORED)
     np.testing.assert_allclose(np.asarray(first.moving_variance), rows.var((0, 1)), **STORED)
-    # What the second one is given has mean 0 and variance 1 in every batch.
+    # The second one's input has mean 0 and variance 1 in every batch.
     np.testing.assert_allclose(np.asarray(second.moving_mean), 0, atol=1e-5)
     np.testing.assert_allclose(np.asarray(second.moving_variance), 1, atol=2e-3)
     assert [layer.rows for layer in report.changed] == [128, 128]

@@ -1,4 +1,4 @@
-"""The GPU's kernels, interpreted: what the conformance table does not reach."""
+"""The GPU's kernels, interpreted: cases that the conformance table does not have."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_arrays_with_gaps_and_other_orders_of_axes(pieces: Any) -> None:
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_offsets_beyond_32_bits(width: int) -> None:
-    """Rows 2³⁰ elements apart; memory that nobody touches is never there."""
+    """Rows 2³⁰ elements apart; the system never provides the memory that is not touched."""
     far = torch.empty(3 * 2**30 + 8).as_strided((4, width), (2**30, 1))
     far.copy_(torch.randn(4, width))
     near = far.clone()
@@ -252,7 +252,7 @@ def test_tiles_cover_an_array_within_the_limits(shape: tuple[int, ...], dtype: s
 
 
 def test_a_step_in_halves_is_the_step() -> None:
-    """What a synchronized layer does, with an exchange between the halves."""
+    """A synchronized layer takes such halves, with an exchange between them."""
     x, dy, nothing = torch.randn(40, 3), torch.randn(40, 3), arguments.Array(None)
     mask = arguments.Mask((torch.rand(40) < 0.5).to(torch.uint8), 1, 1, 0)
     layout = make_layout((40, 3), 1)
@@ -290,7 +290,7 @@ def test_a_step_in_halves_is_the_step() -> None:
 
 @pytest.mark.parametrize("deviation", [0.0, 1e-39, 1e-30, 1e-18])
 def test_a_deviation_without_reciprocal_counts_as_none(deviation: float) -> None:
-    """Without eps: x̂ and dx are 0 where the variance vanishes, whose squares are float32 (S7)."""
+    """Without eps: x̂ and dx are 0 where the variance, of float32 squares, vanishes (S7)."""
     x = torch.tensor([[1.0], [-1.0], [-1.0], [1.0]]) * deviation
     y, dx = train(x, eps=0.0)
     expected = [1.0, -1.0, -1.0, 1.0] if deviation == 1e-18 else [0.0] * 4

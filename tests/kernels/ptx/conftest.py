@@ -20,7 +20,7 @@ if triton_status().kernel is None or is_interpreting():
 
 @pytest.fixture(scope="session")
 def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Where what is compiled is kept, for the whole session."""
+    """The folder that keeps compiled kernels for the whole session."""
     return tmp_path_factory.mktemp("triton")
 
 
@@ -63,7 +63,7 @@ def card(monkeypatch: pytest.MonkeyPatch, compiled_kernels: Any) -> Iterator[Any
 def several(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Cut arrays of some thousand elements as large ones are: several programs, loops, launches.
 
-    Tiles stay as large as they are: their size decides how many warps a program has.
+    Tiles keep their size, which decides the number of warps of a program.
     """
     from batchnorm.kernels.triton import tiling
     from batchnorm.torch.kernels import decision

@@ -1,7 +1,7 @@
-"""What PTX instructions compute, on arrays with a value for each thread.
+"""The results of PTX instructions, on arrays with a value for each thread.
 
-Only exact ones: IEEE operations rounded to nearest, and integers. What a card approximates
-(.approx, .full), flushes (.ftz) or fuses (fma) is not here, and is thereby refused. Source: PTX
+Only exact ones: IEEE operations rounded to nearest, and integers. Instructions that approximate
+(.approx, .full), flush (.ftz) or fuse (fma) are not here, so they are refused. Source: PTX
 ISA 8.7, "Integer", "Floating Point", "Comparison and Selection", "Logic and Shift" and "Data
 Movement and Conversion" instructions.
 """
@@ -57,7 +57,7 @@ def _pair(high: np.ndarray, low: np.ndarray, to: str) -> np.ndarray:
 
 
 def _rounds(to: str, of: str) -> str | None:
-    """The rounding that a conversion must name; what is not here gives one that none has."""
+    """The rounding that a conversion must name; for unknown types a name that none has."""
     floating = [kind == "bf16" or kind[0] == "f" for kind in (to, of)]
     if floating == [False, False]:
         return None

@@ -1,6 +1,6 @@
 """A driver for Triton whose device is `ptx_machine`: launches run on tensors in memory.
 
-Kernels are compiled as for a card up to PTX, which is what is executed.
+Kernels are compiled as for a card, up to PTX; the PTX is executed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHARED = 232448  # bytes that a CTA may have on a card of compute capability 9.
 
 
 class Launch(NamedTuple):
-    """A kernel and what it is given; `shared`: bytes of each CTA, `text`: its PTX."""
+    """A kernel and its arguments; `shared`: bytes of each CTA, `text`: its PTX."""
 
     kernel: str
     ctas: int
@@ -39,8 +39,8 @@ class Launch(NamedTuple):
 def leave_out_binaries(*compilation: Any) -> tuple[str, str]:
     """Triton's hook into the stages of a compilation: PTX is the last, which spares ptxas's time.
 
-    What is compiled under a hook is never taken for what was compiled without: a card in the same
-    process gets kernels of its own.
+    Triton's cache keeps kernels that were compiled under a hook apart from others: a card in the
+    same process gets kernels of its own.
     """
     if compilation:
         stages = compilation[1]
@@ -57,7 +57,7 @@ class _Utilities:
 
 
 class _Launcher:
-    """What Triton calls for a kernel; kernels outlive drivers, so that the active one runs it."""
+    """Triton's launcher of a kernel; kernels outlive drivers, so the active driver runs it."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         path = get_cache_manager(metadata.hash).get_file(f"{source.name[:150]}.ptx")
@@ -84,7 +84,7 @@ def _flatten(types: Any, values: Any) -> Iterator[Any]:
 
 
 class Driver:
-    """Runs what is launched; what it has run is in `launches`. `order`: see Machine."""
+    """Runs launches, and records them in `launches`. `order`: see Machine."""
 
     utils = _Utilities()
     launcher_cls = _Launcher
@@ -115,7 +115,7 @@ class Driver:
         return tensor
 
     def run(self, launch: Launch) -> None:
-        """Run a kernel; once more, if it has been run."""
+        """Run a launch, for the first time or again."""
         kernel, bits = parse(launch.text), {}
         # Behind the arguments come two pointers to scratch memory, of which there is none.
         values = (*launch.arguments, 0, 0)

@@ -1,8 +1,8 @@
 """Executes a PTX kernel: all threads of a launch at once, or warp by warp in a random order.
 
 A register is an array with a value for each thread of the launch. Threads that are at the same
-instruction form a group; of the groups the one that is furthest behind goes first, so that they
-meet again behind a branch. Source: PTX ISA 8.7, "Control Flow Instructions", "Parallel
+instruction form a group. The group that is furthest behind goes first, so that groups meet again
+after a branch. Source: PTX ISA 8.7, "Control Flow Instructions", "Parallel
 Synchronization and Communication Instructions", and `shfl.sync`, `ldmatrix`, `ld`, `st`.
 """
 
@@ -24,20 +24,20 @@ _ACCESS = re.compile(
     r"(?:\.v([24]))?\.([bsu])(8|16|32|64)$"
 )
 _EVERY_LANE = 0xFFFFFFFF
-_UNKNOWN = 0xA5A5A5A5A5A5A5A5  # what a register holds where nothing was written
+_UNKNOWN = 0xA5A5A5A5A5A5A5A5  # the value of a register before it is written
 
 
 class Machine:
     """One launch.
 
     Args:
-        kernel: what to run.
-        grid: how many CTAs.
-        each: threads of each.
+        kernel: the kernel.
+        grid: number of CTAs.
+        each: threads of each CTA.
         arguments: the bits of each parameter.
         buffers: pairs of an address and the memory there.
         shared: bytes of shared memory of each CTA.
-        order: None for all threads at once, else what draws the next warp.
+        order: None for all threads at once, else a generator that draws the next warp.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Machine:
         self._waits = np.full(threads, -1)  # at which barrier
 
     def run(self) -> None:
-        """Until every thread has returned; raises ProgramError where one does what it must not."""
+        """Run until every thread has returned; raises ProgramError for a fault of the program."""
         self._add(0, np.ones(self._size, bool))
         with np.errstate(all="ignore"):
             while self._groups:
@@ -98,7 +98,7 @@ class Machine:
             self._groups.append((pc, group))
 
     def _next(self) -> tuple[int, np.ndarray]:
-        """The group that is furthest behind, and those that it meets there."""
+        """The group that is furthest behind, merged with the groups that are at the same place."""
         pool = self._groups
         if self._order is not None:
             warp = self._order.choice([self._clock.warp[g.argmax()] for _, g in pool])

@@ -1,9 +1,9 @@
-"""Memory that threads share, and what they may do to it without waiting for each other.
+"""Memory that threads share, and the detection of races in it.
 
 Accesses are ordered by `bar.sync` within a CTA, by `bar.warp.sync` within a warp, by nothing
-between CTAs of a launch. Two that touch the same bytes, of different threads, at least one of
-them a write, and in no such order, are a race. It is found from what happened since which
-barrier, whatever the order of execution was. Source: PTX ISA 8.7, "Memory Consistency Model".
+between CTAs of a launch. Two accesses of different threads to the same bytes, at least one of them
+a write, and without such an order, are a race. It is found from the accesses since each barrier,
+whatever the order of execution was. Source: PTX ISA 8.7, "Memory Consistency Model".
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _MANY = -2
 
 
 class ProgramError(Exception):
-    """What a program must not do; the message begins with its kind."""
+    """A fault of a program; the message begins with its kind."""
 
 
 class Clock:
-    """When each CTA and each warp last met at a barrier."""
+    """The times at which each CTA and each warp last met at a barrier."""
 
     def __init__(self, threads: int, each: int) -> None:
         self.cta = np.arange(threads, dtype=np.int32) // each
@@ -37,16 +37,16 @@ class Clock:
             self._of_warp[self.warp[threads]] = self.now
 
     def before_cta(self, time: np.ndarray, thread: np.ndarray) -> np.ndarray:
-        """Whether this was before the thread's last meeting with all of its CTA."""
+        """True if this was before the last barrier of the thread's whole CTA."""
         return time < self._of_cta[self.cta[thread]]
 
     def before_warp(self, time: np.ndarray, thread: np.ndarray) -> np.ndarray:
-        """Whether this was before the thread's last meeting with its own warp."""
+        """True if this was before the last barrier of the thread's own warp."""
         return time < self._of_warp[self.warp[thread]]
 
 
 class _Touches:
-    """Who has read, or written, each unit of a memory, as far as it still matters."""
+    """The threads that have read, or written, each unit of a memory, as far as races need it."""
 
     def __init__(self, units: int, clock: Clock) -> None:
         self._clock = clock
@@ -56,7 +56,7 @@ class _Touches:
         self._cta = np.full(units, -1, np.int32)  # ever in this launch, or _MANY
 
     def unordered(self, units: np.ndarray, who: np.ndarray) -> np.ndarray:
-        """Where another thread than `who` was, and no barrier is between the two."""
+        """Units that another thread than `who` has touched without a barrier in between."""
         clock, kind = self._clock, self._kind[units]
         thread, time, cta = self.thread[units], self._time[units], self._cta[units]
         same = clock.warp[thread] == clock.warp[who]
@@ -90,15 +90,15 @@ class _Touches:
 
 
 class Memory:
-    """Bytes, and who touched them last.
+    """Bytes, and the threads that touched them last.
 
     Args:
         data: the bytes.
-        unit: the size of the smallest access there can be; what is tracked.
+        unit: the size of the smallest possible access; accesses are tracked by such units.
         clock: of the launch.
         exists: which units may be touched (all).
-        defined: which may be read (all); those that are written are added.
-        alike: whether several warps may write the same value. Triton has all warps of a program
+        defined: which may be read (all); written ones are added.
+        alike: True if several warps may write the same value. Triton has all warps of a program
             store numbers that all of them hold in shared memory.
         name: for messages.
     """

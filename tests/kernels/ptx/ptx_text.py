@@ -32,7 +32,7 @@ class Address(NamedTuple):
 class Instruction(NamedTuple):
     """An instruction.
 
-    `guard`: a predicate, and whether its opposite is meant; `used`: a bit for each byte of a load
+    `guard`: a predicate, and true if it is negated; `used`: a bit for each byte of a load
     whose value matters (pragma "used_bytes_mask").
     """
 

@@ -1,7 +1,7 @@
 """The GPU's kernels as compiled for a card, executed on the CPU: results, races, bounds.
 
-Whatever the machine refuses fails a test: a race, an access out of bounds or misaligned, a read
-of what nobody has written, a barrier that only some threads reach, an inexact instruction.
+Everything that the machine refuses fails a test: a race, an access out of bounds or misaligned, a
+read of uninitialized memory, a barrier that only some threads reach, an inexact instruction.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ptx_memory import ProgramError
 
 PATH = Path(partial(torch_path.run, fused=True), True, tolerances.FLOAT32)
 
-# Of the table, what differs in the code that is compiled. These are one tile, of one warp or two.
+# Cases of the table with different compiled code. Each is one tile, of one warp or two.
 NAMES = """
 1d_signal-half 1d_signal-empty image_last-prefix first_axis-own_rank renorm_clipped-half-train
 ghost2-half_samples-train leaky_relu-half-eval frozen-half many_channels-half one_value-ghost
@@ -121,7 +121,7 @@ def launches_of(card: Driver, case: Case) -> list[Launch]:
 def test_a_barrier_that_is_missing_is_missed(
     case: Case, card: Driver, request: pytest.FixtureRequest
 ) -> None:
-    """Two barriers may follow each other, so that one of a kernel is superfluous."""
+    """One barrier of a kernel may be superfluous, where two follow each other."""
     if case in CUT:
         request.getfixturevalue("several")
     for launch in launches_of(card, case):

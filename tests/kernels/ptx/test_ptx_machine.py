@@ -1,4 +1,4 @@
-"""The machine that executes PTX computes what PTX says, and sees what a program must not do."""
+"""The machine that executes PTX computes what PTX specifies, and refuses faulty programs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(
     order: random.Random | None = None,
     defined: bool = True,
 ) -> np.ndarray:
-    """What a program leaves in global memory of `size` bytes; it counts up before.
+    """Global memory of `size` bytes after a program; before, its words count up.
 
     %rd1 is its address, %rd3 each thread's word, %r1 the thread, %r2 the CTA, %r3 its offset in
     shared memory, %r4 the warp; %p1 is thread 0, %p2 warp 0, %p3 the first 8 threads.

@@ -1,4 +1,4 @@
-"""Reading checkpoints: what libraries wrote, and what nobody should have."""
+"""Reading checkpoints: files that libraries wrote, and malformed files."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def shared_dicts(depth: int) -> Any:
 @pytest.mark.parametrize(
     ("pickled", "message"),
     [
-        (b"\x80\x02r\xff\xff\xff\xff.", "damaged"),  # a memo slot that wants 32 GiB
+        (b"\x80\x02r\xff\xff\xff\xff.", "damaged"),  # a memo slot that needs 32 GiB
         (b"\x80\x02B\xff\xff\xff\xff.", "truncated"),
         (b"\x80\x02" + b"(" * 1000, "truncated"),
         (b"\x80\x02I1\n.", "not used by weights"),

@@ -1,4 +1,4 @@
-"""Pipes, devices and standard input in the place of a file."""
+"""Pipes, devices and standard input instead of a file."""
 
 from __future__ import annotations
 

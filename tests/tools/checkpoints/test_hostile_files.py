@@ -1,4 +1,4 @@
-"""Files that were made to hang a reader, to fill its memory, or to lead it elsewhere."""
+"""Files made to hang a reader, to fill its memory, or to lead it to other files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from batchnorm.tools.checkpoints.limits import LONGEST_NAME, Budget
 
 MOST_SECONDS, MOST_BYTES = 10, 400 << 20  # on a busy machine; of the reading process
 
-# Reads a file, and prints what came of it, and the time and memory of the process that read it.
+# Reads a file, and prints the outcome, and the time and memory of the process that read it.
 _COST = """
 import resource, sys, time
 from batchnorm.tools.checkpoints import CheckpointError, read_checkpoint
@@ -45,7 +45,7 @@ print(outcome)
 
 
 def outcome_within_bounds(path: Path) -> str:
-    """What a small file leads to; asserts that it costs little, and says it in one line."""
+    """The outcome of reading a small file, asserted to be cheap and one line long."""
     assert path.stat().st_size < 1 << 20
     command = [sys.executable, "-c", _COST, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -105,14 +105,14 @@ def long_name(name: str) -> Callable[[Path], None]:
 
 
 def claims(path: Path) -> None:
-    """Lists within each other, each of which says that it is as long as the file."""
+    """Nested lists, each of which claims to be as long as the file."""
     path.write_bytes(
         b"\x81\xa1a" + (b"\xdd" + (400_000).to_bytes(4, "big")) * 400 + b"\0" * 400_000
     )
 
 
 def wide() -> Any:
-    """Very many names that are short but for what they have in common."""
+    """Very many names that are short except for a common prefix."""
     value: Any = {f"{i}": {} for i in range(40_000)}
     return {"k" * 1000: {"a": value, "b": value, "c": value}}
 
@@ -133,7 +133,7 @@ def pickled(value: Callable[[], Any]) -> Callable[[Path], None]:
     return lambda path: write_pt(path, pickle.dumps(value(), 2))
 
 
-# What is written, and what the outcome says, one of several.
+# A writer of the file, and the messages that the outcome may have.
 _FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "protocol of shared lists": (lambda p: p.write_bytes(nest_of_lists()), "protocol is not 1001"),
     "shared dicts, long keys": (pickled(lambda: shared(16, "k" * 20_000)), "more than 1024"),
@@ -183,7 +183,7 @@ def test_every_format_is_read_under_the_bound_of_time(name: str, tmp_path: Path)
 def test_every_format_is_read_under_the_bound_of_memory(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bound of the process that reads, as the system knows it."""
+    """The reading process's memory bound, as the system reports it."""
     path = tmp_path / f"x.{name}"
     WRITERS[name](path)
     code = isolated._CHILD.replace(

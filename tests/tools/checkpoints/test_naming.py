@@ -1,4 +1,4 @@
-"""No layer of a file is left out without a line that says so."""
+"""Every layer of a file is read, or a note names it."""
 
 from __future__ import annotations
 

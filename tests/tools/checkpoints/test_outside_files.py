@@ -1,4 +1,4 @@
-"""Nothing outside a file, or outside a folder, is opened."""
+"""Reading opens no file outside the given file or folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from batchnorm.tools.checkpoints.limits import Budget
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Callable[[Path], Any]:
-    """Reads a folder, and asserts that of `away*` beside it nothing was opened."""
+    """Reads a folder, and asserts that no `away*` beside the folder was opened."""
 
     def read(path: Path) -> Any:
         watch = Watch(tmp_path.glob("away*"))
@@ -142,7 +142,7 @@ def test_files_beside_an_hdf5_file_are_not_opened(tmp_path: Path, watched: Any) 
         hdf5_links(tmp_path / "x", random.Random(seed))
         found = watched(tmp_path / "x")
         assert all((a != SECRET).all() for s in found.layers for a in (s.mean, s.var))
-    with h5py.File(tmp_path / "x", "w") as file:  # where Keras 2's order of layers is looked up
+    with h5py.File(tmp_path / "x", "w") as file:  # the place of Keras 2's order of layers
         file["model_weights"] = h5py.ExternalLink(str(tmp_path / "away"), "bn")
     (note,) = watched(tmp_path / "x").notes
     assert note == "1 links, to other files or to groups, are not followed: 'model_weights'."

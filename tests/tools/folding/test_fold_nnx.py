@@ -1,4 +1,4 @@
-"""nnx models without their batch norms."""
+"""Folding the batch norms of nnx models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from batchnorm.tools import fold
 
 
 def trained(model: Any) -> Any:
-    """The model with weights that say something in every place."""
+    """The model with random weights and statistics everywhere."""
     random = np.random.default_rng(0)
     for _, layer in nnx.iter_modules(model):
         if isinstance(layer, (nnx.BatchNorm, batchnorm.jax.BatchNorm)):
@@ -58,7 +58,7 @@ def test_neighbours_in_a_sequential_model(name: str) -> None:
 
 
 class Block(nnx.Module):
-    """A residual block that says nowhere in what order it runs."""
+    """A residual block, whose attributes do not tell the order of its layers."""
 
     def __init__(self, padding: Any = "VALID") -> None:
         self.conv1 = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs())

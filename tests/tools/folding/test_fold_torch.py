@@ -1,4 +1,4 @@
-"""torch models without their batch norms."""
+"""Folding the batch norms of torch models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _seed() -> None:
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """The model in evaluation, with weights that say something in every place."""
+    """The model in evaluation mode, with random weights and statistics everywhere."""
     for layer in model.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             with torch.no_grad():
@@ -30,7 +30,7 @@ def trained(model: nn.Module) -> nn.Module:
 
 
 def folded_by(model: nn.Module, example: Any = None, **options: Any) -> tuple[Any, Any, Any]:
-    """The new model, what was folded into what, and why the rest was not."""
+    """The new model, the folded layers with their targets, the kept ones with the reasons."""
     before = copy.deepcopy(model.state_dict())
     new, report = fold(model, example, **options)
     for name, value in model.state_dict().items():
@@ -102,7 +102,7 @@ def test_padding_is_harmless_without_an_offset() -> None:
 
 
 class Block(nn.Module):
-    """A residual block, with what folds and what does not."""
+    """A residual block with layers that fold and layers that do not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def test_residual_graph_with_everything() -> None:
     assert isinstance(new, torch.fx.GraphModule)
     assert not new.training
     assert dict(new.named_parameters()).keys() >= {"conv1.weight", "conv1.bias", "bn4.weight"}
-    # What was not in the example is a constant: an argument that nobody reads would mislead.
+    # Arguments left out of the example become constants; keeping an unused argument would mislead.
     with pytest.raises(TypeError):
         new(x, torch.ones(2, 1, 6, 6))
 
@@ -178,7 +178,7 @@ def test_tensors_in_a_list_do_not_become_constants() -> None:
 
 
 class Louder(nn.BatchNorm2d):
-    """A subclass with a forward pass of its own, as image libraries have them."""
+    """A subclass with its own forward pass, as in image libraries."""
 
     def forward(self, x: Any) -> Any:
         torch._assert(x.ndim == 4, f"got {x.ndim} axes")

@@ -1,4 +1,4 @@
-"""Layers of flax nnx that vmap and scan have stacked in one module."""
+"""Layers of flax nnx that `vmap` and `scan` have stacked in one module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verdicts on states made by hand, whose right answer is known."""
+"""Findings for states made by hand, whose right answers are known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from batchnorm.tools.inspection.thresholds import Thresholds
 from batchnorm.tools.state import BatchNormState
 
 EPS = 1e-5
-ROWS = 10**6  # so many that sampling explains nothing
+ROWS = 10**6  # so many that sampling errors are negligible
 
 
 def make_state(**fields: Any) -> BatchNormState:
@@ -36,7 +36,7 @@ def make_state(**fields: Any) -> BatchNormState:
 def see(
     mean: Any, var: Any, everything: tuple[Any, Any] | None = None, rows: int = ROWS
 ) -> Observed:
-    """What a layer was given; a third of the rows is padding if `everything` is there."""
+    """A layer's observed input; a third of the rows is padding if `everything` is given."""
 
     def moments(count: float, mean: Any, var: Any) -> Moments:
         mean, var = (np.asarray(a, np.float64) for a in (mean, var))

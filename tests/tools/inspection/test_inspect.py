@@ -1,4 +1,4 @@
-"""Models with known faults, and models that must come out as they went in."""
+"""Models with known faults, and models that inspection must not change."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_drift_of_other_data_is_found_at_its_layer_only() -> None:
 
 
 def test_dropout_before_a_batch_norm_is_drift() -> None:
-    # Without it, what reaches the layer varies less: Li et al. 2019, arXiv 1801.05134.
+    # Without dropout, the layer's input varies less: Li et al. 2019, arXiv 1801.05134.
     model = make_torch(dropout=0.5)
     train(model, UNPADDED, without_mask)
     report = inspect(model, UNPADDED, call=without_mask)

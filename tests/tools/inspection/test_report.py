@@ -45,7 +45,7 @@ def make_report(*layers: LayerReport, source: str = "Net") -> Report:
 
 
 class Checker(HTMLParser):
-    """Follows the elements, and keeps what they are, hold and refer to."""
+    """Records the elements of a page, their texts and their references."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ COUNT = 48
 
 
 def check_states(states: list[Any], *, scale: float = 1.0, ulps: int = 0) -> None:
-    """Compare with `random_states`, to the bit but for the variance."""
+    """Compare with `random_states`, to the bit except for the variance."""
     assert [s.channels for s in states] == list(CHANNELS)
     for state, wanted in zip(states, random_states().values(), strict=True):
         for name in (*PARAMETERS, "mean"):

@@ -14,7 +14,7 @@ from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, batch_norm
 from batchnorm.torch.kernels import decision, operators
 
 BACKEND = "aot_eager"
-STATISTICS = {"rtol": 1e-6, "atol": 1e-7}  # moved in float64 here, inside the kernel there
+STATISTICS = {"rtol": 1e-6, "atol": 1e-7}  # updated in float64 here, inside the kernel there
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 
 
@@ -27,7 +27,7 @@ def fresh_compiler():
 
 
 def operators_in(layer, *arguments, **options):
-    """How often the graph of a call holds a step of the kernels."""
+    """The number of steps of the kernels in the graph of a call."""
     counter = CompileCounterWithBackend(BACKEND)
     torch.compile(layer, fullgraph=True, backend=counter, **options)(*arguments)
     assert counter.frame_count == 1
@@ -70,7 +70,7 @@ def randomize(layer):
     return layer
 
 
-# What a graph holds
+# The operators of a graph
 
 
 def test_training_holds_the_kernels():
@@ -258,7 +258,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         assert_bits(other, found[0])
 
 
-# What torch asks of operators
+# torch's requirements for operators
 
 
 def arguments_of(shape, *, masked=False, residual=False, axes=(1,), size=None, activation=None):
@@ -366,7 +366,7 @@ def test_forward_mode_around_a_graph_takes_array_code():
 
     compiled = torch.compile(forward, fullgraph=True, backend=BACKEND)
     x, tangent = torch.randn(2, 6, 3)
-    compiled(x)  # the graph of no forward mode is there already
+    compiled(x)  # the graph without forward mode exists already
     found = []
     for call in (compiled, forward):
         with forward_ad.dual_level():

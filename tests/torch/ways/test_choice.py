@@ -1,4 +1,4 @@
-"""`batchnorm.explain` names the way that a call takes, and each faster way's reason not to."""
+"""`batchnorm.explain` names the way that a call takes, and why each faster way refuses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def compiled(layer):
 
 
 def reason(found, way):
-    """The reason of a way, which must have refused."""
+    """The reason with which a way refused; fails if it did not."""
     return dict(found.refused)[way]
 
 
@@ -105,7 +105,7 @@ def test_inside_padding_mask_nothing_is_repeated():
     with padding_mask(torch.ones(8, dtype=torch.bool)):
         found = explain(layer, x)
     assert "padding_mask" in reason(found, LAST_CALL)
-    assert explain(layer, x).way == LAST_CALL  # the question has left no trace
+    assert explain(layer, x).way == LAST_CALL  # explain has changed nothing
 
 
 KERNELS_REFUSE = {

@@ -1,5 +1,5 @@
-"""The compiled kernels behind the layers: the same numbers, to the bit where the contract says so,
-and another path where there is no kernel.
+"""The compiled kernels behind the layers: the same numbers, to the bit where the specification
+says so, and another path where there is no kernel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 KERNEL = 5e-6  # S3
 EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 F64 = {"rtol": 1e-9, "atol": 1e-9}  # float64, a few hundred terms, up to three derivatives
-# torch's own sums are off by some float32 roundings, the plain path's and the kernels' by fewer.
+# torch's own sums err by some float32 roundings, the plain path's and the kernels' by fewer.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 every_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -67,7 +67,7 @@ def instructions():
 
 
 def layer_for(channels, **options):
-    """A layer with parameters that mean something, and the last batch's statistics."""
+    """A layer with random parameters, and the last batch's statistics."""
     layer = BatchNorm(channels, **{"momentum": 1.0} | options)
     generator = torch.Generator().manual_seed(1)
     for parameter in layer.parameters():
@@ -76,7 +76,7 @@ def layer_for(channels, **options):
 
 
 def step(layer, x, dy, mask=None, residual=None):
-    """What a training step gives, by name; the layer itself stays as it is."""
+    """The results of a training step, by name; the layer itself does not change."""
     layer = copy.deepcopy(layer)
     x = x.detach().requires_grad_()
     residual = None if residual is None else residual.detach().requires_grad_()
@@ -97,7 +97,7 @@ def assert_same(actual, expected, **tolerance):
 
 
 def scaled(found, rows):
-    """A step's results, with those that are sums over rows in units of a row."""
+    """A step's results; sums over rows are divided by the number of rows."""
     found = dict(found)
     for name in ("dweight", "dbias"):
         found[name] = found[name] / rows
@@ -531,11 +531,11 @@ def test_channel_axes_the_wrong_way_round_in_memory_are_copied():
     assert_same(found, step(layer_for((2, 3), axis=(1, 2), fused=False), x, dy), **CLOSE)
 
 
-# Tensors that are not what their memory holds
+# Tensors whose values differ from those in their memory
 
 
 def negated(*shape):
-    """A lazily negated tensor; with one element a row it counts as dense."""
+    """A lazily negated tensor; with one element per row it counts as dense."""
     a = torch.randn(*shape, dtype=torch.complex64).conj().imag
     assert a.is_neg()
     return a
@@ -1250,7 +1250,7 @@ def images_last(a):
 
 
 def back(y):
-    """(rows, channels) of what one of the three above has made."""
+    """(rows, channels) from the output of one of the three functions above."""
     return y.detach().movedim(1, -1).reshape(ROWS, -1).double().numpy()
 
 

@@ -1,4 +1,4 @@
-"""A layer's shortcut for repeated calls never outlives what it rests on."""
+"""A layer's shortcut for repeated calls is dropped when its assumptions change."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def has_shortcut(layer):
 
 
 def outcome(layer, x, mask=None, residual=None):
-    """What a call does: results, gradients and state afterwards, or the error."""
+    """The outcome of a call: results, gradients and state afterwards, or the error."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     parameters = dict(layer.named_parameters())
@@ -95,7 +95,7 @@ def assert_like_fresh(layer, x=None, *args):
     return expected
 
 
-# The shortcut is taken, or the rest of this file would say nothing
+# The shortcut is taken; otherwise the rest of this file would test nothing
 
 
 @every_mode
@@ -126,7 +126,7 @@ def test_repeated_calls_count_batches():
 
 
 def whole_ways(layer, inputs):
-    """How many of these calls take the whole way."""
+    """The number of these calls that take no shortcut."""
     calls = []
     learn = LastCalls.learn
 
@@ -386,7 +386,7 @@ PARAMETER_CHANGES = {
 @pytest.mark.parametrize("name", PARAMETER_CHANGES)
 def test_changed_state_is_heeded(name, training):
     layer = used(training=training)
-    if name == "to_empty":  # what it leaves in the other tensors is anybody's guess
+    if name == "to_empty":  # the values of the other tensors are undefined
         PARAMETER_CHANGES[name](layer)
         nn.init.zeros_(layer.bias), layer.reset_running_stats()
     else:

@@ -1,4 +1,4 @@
-"""What kernels are given: named tuples of tensors, sizes, and constants that are compiled in."""
+"""Arguments of kernels: named tuples of tensors, sizes, and constants that are compiled in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Array(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A mask, or None, and how it is read: see `batchnorm.kernels.geometry.MaskView`."""
+    """A mask, or None, and its view: see `batchnorm.kernels.geometry.MaskView`."""
 
     data: Tensor | None
     repeat: int = 1
@@ -43,7 +43,7 @@ class Parameters(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """How programs walk over arrays; the last nine are compiled in."""
+    """The order in which programs walk over arrays; `tl.constexpr` fields are compiled in."""
 
     positions: int  # of a group
     channels: int
@@ -57,7 +57,7 @@ class Walk(NamedTuple):
     width: tl.constexpr
     length: tl.constexpr
     last: tl.constexpr  # rows of channels are contiguous
-    per_row: tl.constexpr  # positions in a row: 1 one, 2 no less than in a tile, 3 less
+    per_row: tl.constexpr  # positions in a row: 1: one; 2: at least a tile's; 3: fewer
     grouped: tl.constexpr
     align: tl.constexpr
     huge: tl.constexpr
@@ -65,7 +65,7 @@ class Walk(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a step does; all of it is compiled in."""
+    """The choices of a step; all of them are compiled in."""
 
     batch: tl.constexpr
     update: tl.constexpr
@@ -76,7 +76,7 @@ class Task(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a forward step leaves for its backward step: see `channels`."""
+    """The results of a forward step for its backward step: see `channels`."""
 
     data: Tensor
     size: int  # of a row
@@ -89,7 +89,7 @@ class Kept(NamedTuple):
         return self.data[begin : begin + self.size]
 
     def counts(self) -> Tensor:
-        """Real rows of each group, as the first part of the channels has them."""
+        """Real rows of each group, as the first part of the channels has stored them."""
         begin = len(STATISTICS) * self.size
         return self.data[begin : begin + self.groups]
 
@@ -102,7 +102,7 @@ def make_walk(
     rows: tuple[int, ...],
     wide: tl.dtype,
 ) -> Walk:
-    """How programs walk over arrays with these row distances; `wide`: type of the arithmetic."""
+    """The walk over arrays with these row distances; `wide`: type of the arithmetic."""
     per_row = 1
     if sizes.inner > 1:
         per_row = 2 if cut.length <= sizes.inner else 3
@@ -131,7 +131,7 @@ def make_walk(
 
 
 def make_task(options: Options, batch: bool, update: bool, running: bool) -> Task:
-    """What a step does; `running`: whether there are running statistics to compare with."""
+    """The choices of a step; `running`: true if there are running statistics to compare with."""
     renorm = options.renorm is not None and batch and running
     return _cached_task(
         batch,

@@ -22,7 +22,7 @@ def gate(dy, y, task):
 
 @triton.jit
 def load_gradient(dy, y, d, coefficients, rows, within, channels, here, walk, task):
-    """The gradient behind the activation. Without y its sign comes from x, which is at hand."""
+    """g, the gradient before the activation. Without y, the sign of y is computed from x."""
     g = tiles.load_tile(dy, rows, within, channels, here, walk)
     if task.activation != 0:
         if y.data is None:
@@ -71,7 +71,7 @@ def sum_gradients(x, dy, y, dresidual, mask, kept, block, group, channels, exist
 
 @triton.jit
 def partial_gradients(x, dy, y, dresidual, mask, kept, partials, walk, task):
-    """A block's sums, behind those of the blocks before it."""
+    """Store a block's sums after those of the blocks before it."""
     part, block, group = tiles.find_program(walk)
     channels, exists = tiles.find_channels(part, walk)
     first, second = sum_gradients(
@@ -87,7 +87,7 @@ def partial_gradients(x, dy, y, dresidual, mask, kept, partials, walk, task):
 def merge_gradients(
     partials, sums, kept, gradients, walk, task, width: tl.constexpr, depth: tl.constexpr
 ):
-    """Each group's sums from its blocks' in their order; of a single one, dgamma and dbeta too."""
+    """Add each group's sums over its blocks, in order; with a single group dgamma, dbeta too."""
     parts = tl.cdiv(walk.channels, width)
     channels = tl.program_id(0) % parts * width + tl.arange(0, width)
     exists = channels < walk.channels
@@ -118,9 +118,9 @@ def finish_gradients(sums, kept, gradients, walk, task, width: tl.constexpr, dep
 
 @triton.jit
 def load_factors(sums, kept, group, channels, exists, walk, task):
-    """What a channel's elements meet: coefficients of y, and where statistics are x's own more."""
+    """Coefficients of a channel's y, and `load_directions` where the statistics are x's own."""
     coefficients = per_channel.load_coefficients(kept, group, channels, exists, walk)
-    directions = coefficients  # of no use in evaluation
+    directions = coefficients  # a placeholder: evaluation uses no directions
     if task.batch:
         directions = load_directions(sums, kept, group, channels, exists, walk)
     return coefficients, directions
@@ -128,7 +128,10 @@ def load_factors(sums, kept, group, channels, exists, walk, task):
 
 @triton.jit
 def load_directions(sums, kept, group, channels, exists, walk):
-    """rstd, and what g loses along x̂ and everywhere, since the statistics are x's own (S8)."""
+    """rstd, and the terms that dx adds to g since the statistics depend on x (S8).
+
+    g + (x̂·slope + level) is g without its mean and without its part along x̂.
+    """
     size = walk.groups * walk.channels
     at = group * walk.channels + channels
     count = tl.load(kept + per_channel.COUNT * size + group)
@@ -177,7 +180,7 @@ def apply_gradient(x, dy, y, dx, mask, sums, kept, walk, task):
 def backward_whole(
     x, dy, y, dx, dresidual, mask, sums, kept, gradients, walk, task, depth: tl.constexpr
 ):
-    """A small step in one launch: a program has its channels to itself."""
+    """A small step in one launch: each program does a whole step for its channels."""
     channels, exists = tiles.find_channels(tl.program_id(0), walk)
     size = walk.groups * walk.channels
     for group in tl.range(0, walk.groups):

@@ -1,9 +1,9 @@
-"""What happens once per channel, in double precision: moments, coefficients, running statistics.
+"""Computations once per channel, in double precision: moments, coefficients, running statistics.
 
 The formulas are those of `batchnorm.core`; the conformance table compares the two. Results are
 kept in one array of doubles: the rows that STATISTICS names, one value for each group and channel,
-and behind them the count of each group, once for each part of the channels: a program that reads
-counts which it has written itself must not meet those that another one is writing.
+and after them the count of each group. Each part of the channels has its own copy of the counts, so
+that no program reads counts which another program of the same launch is writing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def finish_moments(count, anchor, total, square):
     rows = tl.maximum(count, 1.0)
     shift = total / rows
     mean = anchor + shift
-    moved = mean - anchor  # what rounding left of the shift, and of the anchor
+    moved = mean - anchor  # Knuth's two-sum: mean + low is anchor + shift, without rounding
     low = (anchor - (mean - moved)) + (shift - moved)
     var = square / rows - shift * shift
     var = tl.where(count == 1, 0.0, tl.where(var < 0, 0.0, var))
@@ -63,10 +63,10 @@ def store_moments(kept, count, mean, low, var, part, group, channels, exists, wa
 
 @triton.jit
 def average_groups(kept, counts, channels, exists, walk, depth: tl.constexpr):
-    """Moments as the running statistics see them: averaged over groups that are not empty (S12).
+    """Moments for the running statistics: averages over the groups that are not empty (S12).
 
-    Returns the mean, the variance, the unbiased variance, and whether something was counted and
-    all of it is finite (S9), in the type that statistics of such an x are rounded to (S16).
+    Returns mean, variance, unbiased variance, and a flag: true if the channel has real rows and all
+    its moments are finite (S9) in the type to which statistics of such an x are rounded (S16).
     """
     size = walk.groups * walk.channels
     mean = tl.zeros(channels.shape, tl.float64)
@@ -145,9 +145,9 @@ def update_running(running, mean, var, unbiased, channels, usable, rates, task):
 def finish_groups(
     kept, flags, parameters, running, part, channels, exists, walk, rates, task, depth: tl.constexpr
 ):
-    """From the moments of all groups: running statistics, and coefficients of what follows.
+    """Running statistics and the coefficients of y, from the moments of all groups.
 
-    `part`: whose counts are read, of the parts of the channels.
+    `part`: the part of the channels whose counts are read.
     """
     counts = kept + COUNT * walk.groups * walk.channels + part * walk.groups
     old_mean = load_channels(running.mean, channels, exists, 0.0)
@@ -255,7 +255,7 @@ def finish_parameters(sums, kept, gradients, channels, exists, walk, task, depth
 
 @triton.jit
 def count_batch(flags, batches, parts, width: tl.constexpr):
-    """One batch more, if a part of the channels was updated (S9)."""
+    """Count one more batch, if a part of the channels was updated (S9)."""
     updated = tl.program_id(0)  # the only one: 0
     for start in tl.range(0, parts, width):
         part = start + tl.arange(0, width)

@@ -10,14 +10,14 @@ from batchnorm.kernels.triton import channels as per_channel
 from batchnorm.kernels.triton import tiles
 
 SLOPE = tl.constexpr(NEGATIVE_SLOPE)
-# A power of two, which rounds nothing, by which squares of 1e18 stay within float32 (S3).
+# A power of two, so that it rounds nothing; with it squares of 1e18 stay within float32 (S3).
 SHRINK = tl.constexpr(1.0 / 16.0)
 GROW = tl.constexpr(256.0)
 
 
 @triton.jit
 def invert(n):
-    """1 / n, rounded as IEEE has it: float32's `/` is an approximation, another on each card."""
+    """1 / n with IEEE rounding: float32's `/` is an approximation that differs between GPUs."""
     return tl.div_rn(1.0, n) if n.dtype == tl.float32 else 1.0 / n
 
 
@@ -25,9 +25,9 @@ def invert(n):
 def add_moments(x, mask, tile, group, channels, exists, walk, count, anchor, total, square):
     """Add a tile to the count and the sums of x - anchor and of its square, all in double.
 
-    The tile is in registers, so that it can be centred twice, in its own type, at no cost of
-    memory: what is squared is the deviation from the tile's own mean, which is small. What tiles
-    add up in double is relative to the mean of the first one.
+    The tile is in registers, so it can be centred twice, in its own type, without memory traffic:
+    only deviations from the tile's own mean are squared, which are small. The sums over tiles, in
+    double, are relative to the mean of the first tile.
     """
     rows, within, valid = tiles.find_positions(tile, group, walk)
     real = tiles.find_real(mask, rows, within, valid)
@@ -56,8 +56,8 @@ def add_moments(x, mask, tile, group, channels, exists, walk, count, anchor, tot
 def sum_moments(x, mask, block, group, channels, exists, walk):
     """The sums of `add_moments` over the tiles of a block.
 
-    Blocks take turns along memory: all programs together read one stretch after the other, and
-    what they read last is at the end of x, where the next pass begins.
+    Blocks take turns along memory: all programs together read one stretch after the other. The
+    last stretch is the end of x, where the next pass begins.
     """
     anchor = tl.zeros((walk.width,), tl.float64)
     total = anchor
@@ -74,7 +74,7 @@ def sum_moments(x, mask, block, group, channels, exists, walk):
 def partial_moments(x, mask, partials, walk):
     """A block's sums. `partials`: anchors, sums and squares of each block, then its counts.
 
-    Counts are those of the first part of the channels; the others find the same.
+    The first part of the channels stores the counts; the other parts have the same counts.
     """
     part, block, group = tiles.find_program(walk)
     channels, exists = tiles.find_channels(part, walk)
@@ -93,7 +93,7 @@ def merge_partials(partials, kept, part, group, channels, exists, walk, depth: t
     """Keep the moments of a group, from the sums of its blocks in their order."""
     size = walk.groups * walk.channels
     counts = partials + 3 * walk.blocks * size + group
-    first = walk.blocks + tl.program_id(0) * 0  # of a kind with what the loop finds
+    first = walk.blocks + tl.program_id(0) * 0  # a tensor, like the value that the loop assigns
     for start in tl.range(0, walk.blocks, depth):
         block = start + tl.arange(0, depth)
         n = tl.load(counts + block * walk.groups, mask=block < walk.blocks, other=0.0)
@@ -149,7 +149,7 @@ def finish_channels(
 ):
     """Running statistics and coefficients, from the moments in `kept`.
 
-    Those of a single group are merged from `partials` first, if they are given.
+    With a single group, `partials` may be given: the moments are merged from them first.
     """
     rates = (eps, decay, renorm_decay, rmin, rmax, dmax)
     part = tl.program_id(0)
@@ -193,10 +193,10 @@ def normalize_tile(x, residual, y, coefficients, tile, group, channels, exists, 
 
 @triton.jit
 def normalize(x, residual, y, kept, parameters, running, walk, eps: tl.float64, task):
-    """y, from what `finish_channels` keeps or, in evaluation, from the running statistics.
+    """y from the coefficients of `finish_channels` or, in evaluation, from running statistics.
 
-    Programs start at the end of x, whose elements the sums have read last: the part of them that
-    is still in the L2 cache need not come from memory again.
+    Programs start at the end of x, which the sums have read last: the part of it that is still in
+    the L2 cache need not come from memory again.
     """
     part, block, group = tiles.find_program(walk)
     channels, exists = tiles.find_channels(part, walk)
@@ -232,7 +232,7 @@ def forward_whole(
     task,
     depth: tl.constexpr,
 ):
-    """A small step in one launch: a program has its channels to itself."""
+    """A small step in one launch: each program does a whole step for its channels."""
     rates = (eps, decay, renorm_decay, rmin, rmax, dmax)
     part = tl.program_id(0)
     channels, exists = tiles.find_channels(part, walk)

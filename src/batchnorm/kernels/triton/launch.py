@@ -1,7 +1,7 @@
-"""The passes over tensors: what is launched for a call, in which order, with which arguments.
+"""The passes over tensors: the launches of a call, their order and their arguments.
 
-Nothing here waits for the device, and no decision depends on values: a step can be captured into
-a CUDA graph after a first one has compiled its kernels. Launches go to the current stream.
+Nothing here waits for the device, and no decision depends on values: after a first step has
+compiled the kernels, a step can be captured into a CUDA graph. Launches go to the current stream.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Plan:
         update: bool,
         kept: Kept | None,
     ) -> Kept:
-        """Fill y and move the running statistics; `kept`: moments that are known already."""
+        """Fill y and update the running statistics; `kept`: moments that are known already."""
         task = make_task(options, batch, update, running is not None)
         statistics = _NO_RUNNING if running is None else running
         rates = rates_of(options)
@@ -146,7 +146,7 @@ class Plan:
         kept: Kept,
         options: Options,
     ) -> None:
-        """Fill dx from sums that `reduce` has returned; `kept` holds the count that goes with."""
+        """Fill dx from sums that `reduce` has returned; `kept` holds the count of these sums."""
         task = make_task(options, True, False, False)
         self._apply(x, dy, y, dx, dresidual, mask, sums, kept, task)
 
@@ -173,7 +173,7 @@ class Plan:
         task: Task,
         kept: Kept | None,
     ) -> Kept:
-        """Everything between the sums and y."""
+        """The moments, unless they are given, the running statistics and the coefficients of y."""
         partials = None
         walk = self._walk(self.tiling.blocks, 1, x)
         if kept is None:
@@ -238,7 +238,7 @@ class Plan:
         self._launch(backward.apply_gradient, self._programs(walk), *arguments)
 
     def _walk(self, blocks: int, together: int, *arrays: Array) -> Walk:
-        """How to walk over these arrays."""
+        """The walk over these arrays."""
         rows = tuple(a.row for a in arrays)
         walk = self._walks.get((blocks, together, rows))
         if walk is None:
@@ -247,7 +247,7 @@ class Plan:
         return walk
 
     def _elementwise(self, *arrays: Array) -> Walk:
-        # One program even of an empty x: in evaluation it keeps what the backward step reads.
+        # One program even for an empty x: in evaluation it stores what the backward step reads.
         together = self.tiling.together
         return self._walk(max(1, divide_up(self.tiling.tiles, together)), together, *arrays)
 

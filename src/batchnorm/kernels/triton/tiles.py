@@ -1,4 +1,4 @@
-"""Which elements of memory a tile holds, and which of its positions are real.
+"""Tiles: the elements of memory that a tile holds, and its real positions.
 
 A tile is some channels times some positions of a group. It has the shape in which threads run
 along contiguous memory: (positions, channels) where rows of channels are contiguous, else
@@ -34,9 +34,9 @@ def find_channels(part, walk):
 
 @triton.jit
 def find_positions(tile, group, walk):
-    """Outer rows (64 bits) of a tile's positions, positions within the row, which of them exist.
+    """Outer rows (64 bits) of a tile's positions, positions within the row, and if they exist.
 
-    What no 32 bits hold is computed once a tile, so that lanes divide in 32 bits.
+    Numbers that do not fit into 32 bits are computed once per tile; lanes divide in 32 bits.
     """
     lanes = tl.arange(0, walk.length)
     if walk.huge:
@@ -72,7 +72,7 @@ def divide(start, lanes, size, short: tl.constexpr):
 
 @triton.jit
 def find_real(mask, rows, within, valid):
-    """Which positions are real; without a mask all that exist (S1)."""
+    """The real positions; without a mask all that exist (S1)."""
     if mask.data is None:
         real = valid
     else:
@@ -83,10 +83,10 @@ def find_real(mask, rows, within, valid):
 
 @triton.jit
 def find_wanted(real, valid, walk):
-    """Positions whose elements are worth loading: real ones, and what comes along with them.
+    """Positions whose elements are loaded: real ones, and their neighbours in the same load.
 
     Where a position is a row of channels, padded rows are left out. Elsewhere neighbours share a
-    load, which a mask between them would split: all of a tile is loaded, or nothing.
+    load, and a mask would split it: so all of a tile is loaded, or nothing.
     """
     return real if walk.last else valid & (tl.max(real.to(tl.int32), 0) > 0)
 
@@ -106,13 +106,13 @@ def place(rows, within, stride, channels, walk):
 
 @triton.jit
 def across(a, walk):
-    """One value per channel, to meet a tile."""
+    """One value per channel, shaped to broadcast against a tile."""
     return a[None, :] if walk.last else a[:, None]
 
 
 @triton.jit
 def along(a, walk):
-    """One value per position, to meet a tile."""
+    """One value per position, shaped to broadcast against a tile."""
     return a[:, None] if walk.last else a[None, :]
 
 

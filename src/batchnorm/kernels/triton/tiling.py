@@ -1,6 +1,7 @@
-"""How the passes are cut into tiles and programs: by shapes alone, so that bits are too.
+"""The cut of the passes into tiles and programs.
 
-None of these numbers has been tuned on a card. What they rest on:
+The cut depends on shapes alone, so that the order of sums, and the bits of a result, do too. None
+of these numbers has been tuned on a GPU. Their reasons:
 
 - A tile is 16 KiB of x. A multiprocessor holds some four to eight programs of that size, and so
   has several times the bytes in flight that cover the latency of its share of the memory.
@@ -9,14 +10,14 @@ None of these numbers has been tuned on a card. What they rest on:
   each pair of rows; fewer channels a tile would read parts of rows, more would leave fewer rows
   to add up in registers before threads exchange sums.
 - Positions of one channel are read 2048 long where a row has as many, since sums over positions
-  cross threads, which costs the less the longer the tile. Where rows are short, channels are
+  cross threads, which costs less for longer tiles. Where rows are short, channels are
   added to the tile, so that the division that finds a position's row serves several of them.
 - A sum runs in 512 programs: about four on each of the 100 to 150 multiprocessors of a large
-  card, all there at once, and few enough partial sums. A number that depends on the card would
-  make the bits depend on it.
+  card, all resident at once, and few enough partial sums. A number that depends on the card
+  would make the bits depend on the card.
 - Elementwise programs take up to eight tiles, so that loading coefficients costs little.
-- Up to four tiles are read twice by one program rather than split: two launches less cost more
-  than four dependent loads gain.
+- Up to four tiles are read twice by one program rather than split: two launches fewer save more
+  time than four dependent loads cost.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Tiling(NamedTuple):
         tiles: tiles along the positions of a group.
         blocks: programs that a sum over these tiles is split into.
         together: tiles of an elementwise program.
-        whole: whether one program does a whole step for its channels.
+        whole: true if one program does a whole step for its channels.
         warps: threads of a program, in units of 32.
     """
 
@@ -69,7 +70,7 @@ class Tiling(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def find_tiling(sizes: Sizes, bytes_each: int, limits: Limits) -> Tiling:
-    """The cut for arrays of these sizes and elements of so many bytes."""
+    """The cut for arrays of these sizes, with `bytes_each` bytes per element."""
     positions = count_positions(sizes)
     elements = limits.tile // bytes_each
     if sizes.inner == 1:
@@ -103,7 +104,7 @@ def find_alignment(sizes: Sizes, tiling: Tiling, rows: tuple[int, ...]) -> int:
 
 
 def count_positions(sizes: Sizes) -> int:
-    """Of one group, padding included."""
+    """The positions of one group, padding included."""
     return sizes.outer // max(sizes.groups, 1) * sizes.inner
 
 
