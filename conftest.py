@@ -7,6 +7,7 @@ environment decides both before the import.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from importlib.util import find_spec
 
 import pytest
@@ -39,11 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Name the markers."""
     config.addinivalue_line("markers", "requires_trainable_backend: Keras's own")
     config.addinivalue_line("markers", "exhaustive: slow for what it adds; `make test-all`")
+    config.addinivalue_line("markers", "sample(n): one case in n; the others are exhaustive")
     config.addinivalue_line("markers", "gpu: runs on a CUDA device, skipped without one")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Choose among the tests, unless a marker does."""
+    _thin(items)
     if _CHOICE == "all" or config.option.markexpr:
         return
     wanted = _CHOICE == "rest"
@@ -51,3 +54,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [i for i in items if (i.get_closest_marker("exhaustive") is not None) == wanted]
+
+
+def _thin(items: list[pytest.Item]) -> None:
+    """Mark as exhaustive what `sample(n)` leaves out of a test's cases."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        marker = item.get_closest_marker("sample")
+        if marker is not None:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % marker.args[0] != 0:
+                item.add_marker(pytest.mark.exhaustive)
+            seen[test] += 1

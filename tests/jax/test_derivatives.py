@@ -119,6 +119,7 @@ def test_gradients_agree_with_finite_differences(function: Function) -> None:
         assert_close(contract(found, direction), expected, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.sample(2)
 @EVERY
 def test_second_derivatives(function: Function) -> None:
     args, direction = arguments(), directions(10)
@@ -134,6 +135,7 @@ def test_second_derivatives(function: Function) -> None:
         assert_close(contract(directions(20), found), expected)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("function", [plain, masked, moments_too], ids=lambda f: f.__name__)
 def test_third_derivatives(function: Function) -> None:
     args = arguments()
@@ -158,6 +160,7 @@ def test_forward_mode_agrees_with_reverse_mode(function: Function) -> None:
     assert_close(jnp.vdot(forward, cotangent), contract(transpose(cotangent), direction))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("function", [plain, masked, moments_too], ids=lambda f: f.__name__)
 def test_jacobians_of_both_modes_and_the_hessian(function: Function) -> None:
     _, scale, bias = arguments()

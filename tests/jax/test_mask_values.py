@@ -23,6 +23,7 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
+@pytest.mark.sample(5)
 @PATHS
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("x64", [False, True])

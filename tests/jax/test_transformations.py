@@ -80,6 +80,7 @@ def test_vmap_is_a_loop(fused: bool | None) -> None:
     assert_close(jax.jit(jax.vmap(step))(x, scale, mask), expected)
 
 
+@pytest.mark.sample(5)
 @PATHS
 @pytest.mark.parametrize("batched", [(0, None, None), (None, 0, None), (None, None, 0)])
 def test_gradients_under_vmap_over_any_argument(fused: bool | None, batched: Any) -> None:
@@ -104,6 +105,7 @@ def test_vmap_over_cotangents_alone(fused: bool | None) -> None:
     assert_close(found, jax.tree.map(lambda *a: jnp.stack(a), *expected))
 
 
+@pytest.mark.sample(2)
 @PATHS
 def test_gradient_of_a_jacobian_penalty(fused: bool | None) -> None:
     def penalty(x: Any, fused: bool | None) -> Any:
@@ -132,6 +134,7 @@ def test_a_named_vmap_axis_synchronizes(fused: bool | None) -> None:
         assert_close(field, jnp.broadcast_to(whole, field.shape))
 
 
+@pytest.mark.sample(5)
 @PATHS
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0, 3), (4, 0), (0,)], ids=str)

@@ -81,6 +81,7 @@ def norms(model: keras.Model) -> list[Any]:
     return [a for a in model.layers if isinstance(a, keras.layers.BatchNormalization)]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_swapped_model_trains_evaluates_saves_and_loads_alike(name: str, tmp_path: Path) -> None:
     keras.utils.set_random_seed(0)
