@@ -85,7 +85,9 @@ def test_torch_variants_are_right(case: Case) -> None:
     problem = make_problem(case)
     variants = torch_steps.make_variants(problem)
     assert {"ours", torch_steps.name_rival(case)[0]} <= variants.keys()
-    check_all(problem, variants)
+    assert ("ours, reused buffers" in variants) == (case.copied and not case.inference)
+    # What is compiled takes seconds; the exhaustive test has it.
+    check_all(problem, {name: v for name, v in variants.items() if "compiled" not in name})
 
 
 @pytest.mark.parametrize("case", [quick_if(c, QUICK) for c in JAX], ids=by_name)
