@@ -1,4 +1,4 @@
-"""What XLA makes of array code on a GPU: kernels, and whole arrays that they read and write.
+"""XLA's kernels for array code on a GPU, and the whole arrays that they read and write, counted.
 
 Compiles for a card that need not be there, and runs nothing:
 
@@ -44,7 +44,7 @@ ARRAY = re.compile(r"\w+\[([\d,]+)\]")
 
 
 def count(function: Callable[..., Any], arguments: Any, whole: int) -> tuple[int, int, int]:
-    """Kernels of the compiled function, and how many arrays of `whole` values they touch."""
+    """Kernels of the compiled function, and arrays of `whole` values that they read and write."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     lines = text[text.index("\nENTRY") :].splitlines()
     sizes = {}

@@ -1,4 +1,4 @@
-"""What overlapping a synchronized layer's exchange with other work of a backward pass would save.
+"""Time saved if a synchronized layer's exchange overlaps with other work of a backward pass.
 
 Two gloo processes of one thread each run backward through blocks of a matrix product and a
 synchronized normalization, in three orders:
@@ -56,14 +56,14 @@ class Block:
         self.norm = BatchNorm(channels, synchronized=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y; keeps what the backward pass needs."""
+        """y; the block keeps the tensors that the backward pass needs."""
         self.x = x
         self.u = (x @ self.weight).requires_grad_()
         self.y = self.norm(self.u)
         return self.y.detach()
 
     def normalization(self, dy: Tensor) -> Tensor:
-        """The gradient of what is normalized."""
+        """The gradient of the norm's input."""
         return torch.autograd.grad(self.y, self.u, dy)[0]
 
 
@@ -79,7 +79,7 @@ def in_turn(blocks: list[Block], dy: Tensor) -> list[Tensor]:
 
 
 def reduction_in_flight(blocks: list[Block], dy: Tensor) -> list[Tensor]:
-    """The same."""
+    """Gradients of the weights, as `in_turn` gives them."""
     found, works = [], []
     for block in reversed(blocks):
         du = block.normalization(dy)
@@ -92,7 +92,7 @@ def reduction_in_flight(blocks: list[Block], dy: Tensor) -> list[Tensor]:
 
 
 def exchange_in_flight(blocks: list[Block], dy: Tensor) -> list[Tensor]:
-    """The same."""
+    """Gradients of the weights, as `in_turn` gives them."""
     found: list[Tensor] = []
     works: list[Any] = []
     pending: list[tuple[Block, Tensor]] = []

@@ -17,16 +17,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
-from batchnorm.benchmark.machine import describe_machine, describe_versions
-from cases import Case, select_cases
+from batchnorm.benchmark.case import Case, count_bytes
+from batchnorm.benchmark.problem import make_problem
+from batchnorm.benchmark.runner import describe_run, measure, measure_accuracy, write_record
+from batchnorm.benchmark.torch_steps import make_variants, name_rival
+from batchnorm.torch import BatchNorm
+from cases import select_cases
 from chart import draw
-from measure import measure, measure_accuracy
 from report import print_report, write_markdown
 from targets import HUGE, RESULTS, judge, print_targets
 
@@ -78,35 +83,59 @@ def _parse() -> argparse.Namespace:
 
 def _record(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
     start = time.perf_counter()
-    record: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
-        "machine": describe_machine(torch.get_num_threads()),
-        "versions": describe_versions("torch"),
-        "cases": _measure_all(cases, options.quick, huge=False),
-    }
+    record = describe_run("benchmarks/run.py", torch.get_num_threads(), "torch")
+    record["cases"] = _measure_all(cases, options.quick, huge=False)
     for name, case in _measure_with_huge_pages(options).items():
         record["cases"][name]["variants"] |= case["variants"]
-    record["accuracy"] = measure_accuracy()
+    record["accuracy"] = measure_accuracy(_LAYERS)
     record["targets"] = judge(record)
     record["seconds"] = round(time.perf_counter() - start)
     return record
 
 
 def _measure_all(cases: list[Case], quick: bool, *, huge: bool) -> dict[str, Any]:
+    """Records of cases; with huge pages only the library's way and its rival's."""
     seconds, least = (_QUICK_SECONDS, _QUICK_LEAST) if quick else (_SECONDS, _LEAST)
     found = {}
     for case in cases:
         start = time.perf_counter()
-        found[case.name] = measure(
-            case,
-            seconds / 2 if huge else seconds,
-            least,
-            default_only=huge,
-            suffix=HUGE if huge else "",
-        )
+        suffix, only = (HUGE, ("ours", name_rival(case)[0])) if huge else ("", ())
+        problem = make_problem(case)
+        variants = make_variants(problem, only)
+        size = count_bytes(case, problem.mask)
+        limit = seconds / 2 if huge else seconds
+        figures = measure(problem, variants, limit, least, size=size)
+        found[case.name] = _describe(case, size) | {
+            "variants": {name + suffix: values for name, values in figures.items()}
+        }
         spent = time.perf_counter() - start
-        print(f"{case.name}{HUGE if huge else ''}: {spent:.1f} s", file=sys.stderr, flush=True)
+        print(f"{case.name}{suffix}: {spent:.1f} s", file=sys.stderr, flush=True)
     return found
+
+
+def _describe(case: Case, size: int) -> dict[str, Any]:
+    return {
+        "title": case.title,
+        "shape": list(case.shape),
+        "mode": case.mode,
+        "channels last": case.channels_last,
+        "dtype": case.dtype,
+        "padded": case.padded,
+        "activation": case.activation,
+        "residual": case.residual,
+        "bytes": size,
+    }
+
+
+def _run_layer(make: Callable[[], nn.Module]) -> Callable[[Any], Any]:
+    return lambda x: make()(torch.from_numpy(x)).detach().numpy()
+
+
+_LAYERS = {  # of the accuracy table
+    "ours": _run_layer(lambda: BatchNorm(8)),
+    "plain": _run_layer(lambda: BatchNorm(8, fused=False)),
+    "torch": _run_layer(lambda: nn.BatchNorm1d(8)),
+}
 
 
 def _measure_with_huge_pages(options: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +151,7 @@ def _measure_with_huge_pages(options: argparse.Namespace) -> dict[str, Any]:
 
 def _write(record: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cpu.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_record(record, folder / "cpu.json")
     (folder / "cpu.md").write_text(write_markdown(record))
     draw(record, folder / "cpu.png")
 

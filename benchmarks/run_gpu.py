@@ -12,7 +12,6 @@ Without a GPU, `--check-only` runs the kernels in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -20,23 +19,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+from batchnorm.benchmark.case import Case, count_bytes
 from batchnorm.benchmark.machine import describe_versions
-from batchnorm.benchmark.timing import summarize
+from batchnorm.benchmark.problem import make_problem
+from batchnorm.benchmark.runner import check_all, measure, write_record
+from batchnorm.benchmark.torch_steps import make_variants
+from batchnorm.benchmark.variant import Variant
 from batchnorm.torch.kernels.decision import choose
-from cases import Case, count_bytes
-from measure import check_variant
-from problem import check_solution, make_problem, solve
 from targets import RESULTS, Target, print_targets, quotient
-from variants import make_unmasked, make_variants
 
 ROWS = (4194304, 64)  # 1 GiB of float32: any card's L2 cache is a small part of it
 IMAGE = (256, 256, 56, 56)
-_SECONDS, _LEAST, _BLOCK = 2.0, 15, 0.02  # of taking turns; rounds; of one turn
+_SECONDS, _LEAST = 2.0, 15  # of taking turns for a case, and rounds at least
 GRAPH = ", graph"
 
 
@@ -100,7 +98,7 @@ def main() -> None:
     record["targets"] = [target.judge(record) for target in TARGETS]
     _print(record)
     if not options.case:
-        (RESULTS / "gpu.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_record(record, RESULTS / "gpu.json")
         print(f"Written: {RESULTS / 'gpu.json'}")
 
 
@@ -138,78 +136,48 @@ def _check_small(case: Case) -> None:
         return  # the interpreter cuts off where a GPU rounds
     shape = (min(case.shape[0], 16), min(case.shape[1], 8), *(min(n, 7) for n in case.shape[2:]))
     fused = None if device == "cuda" else True  # which reaches the interpreter
-    problem = make_problem(replace(case, shape=shape), device, fused=fused)
-    expected = solve(problem)
-    for name, variant in make_variants(problem).items():
-        if device == "cpu" and "compiled" in name:
-            continue  # what the CPU's compiler makes of it says nothing of a GPU's
-        error = check_variant(name, problem, variant, expected)
+    problem = make_problem(replace(case, shape=shape))
+    variants = make_variants(problem, device=device, fused=fused)
+    if device == "cpu":  # what the CPU's compiler makes of a variant says nothing of a GPU's
+        variants = {name: v for name, v in variants.items() if "compiled" not in name}
+    for name, error in check_all(problem, variants).items():
         print(f"{case.name:<22}{name:<24}error {error:.0e}")
 
 
 def _measure(case: Case) -> dict[str, Any]:
-    """The case's record: what it is, and each variant's figures."""
-    check_solution(case)
-    problem = make_problem(case, "cuda")
-    variants = make_variants(problem)
-    expected = solve(problem)
-    errors = {name: check_variant(name, problem, v, expected) for name, v in variants.items()}
-    if case.padded is not None:
-        bare = replace(problem, mask=None)
-        variants["ours, no mask"] = make_unmasked(problem)
-        errors["ours, no mask"] = check_variant(
-            "ours, no mask", bare, variants["ours, no mask"], solve(bare)
-        )
-    del expected
-    steps: dict[str, Callable[[], object]] = {name: v.step for name, v in variants.items()}
+    """The case's record: its title and sizes, and each variant's figures."""
+    problem = make_problem(case)
+    variants = make_variants(problem, device="cuda")
     if case.name.startswith("small"):
         for name in ("ours", "torch"):
-            steps[name + GRAPH] = _capture(variants[name].step)
-            errors[name + GRAPH] = errors[name]
+            variants[name + GRAPH] = _capture(variants[name])
     size = count_bytes(case, problem.mask)
     print(f"{case.name} ...", file=sys.stderr, flush=True)
-    found = {
-        name: summarize(seen, _bytes_of(name, case, size)) | {"error": float(f"{errors[name]:.1e}")}
-        for name, seen in _take_turns(steps).items()
-    }
+    found = measure(problem, variants, _SECONDS, _LEAST, size=size, clock=_time)
     return {"title": case.title, "dtype": case.dtype, "bytes": size, "variants": found}
 
 
-def _bytes_of(name: str, case: Case, size: int) -> int:
-    if name == "copy":
-        return count_bytes(replace(case, activation=None, residual=False), None)
-    return count_bytes(case, None) if name == "ours, no mask" else size
-
-
-def _capture(step: Callable[[], Tensor]) -> Callable[[], None]:
-    """The step as a CUDA graph, replayed."""
+def _capture(variant: Variant) -> Variant:
+    """The variant's step as a CUDA graph, replayed."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step()
+            variant.step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+        found = variant.step()
 
+    def step() -> Any:
+        graph.replay()
+        return found  # the graph's memory, which every replay writes anew
 
-def _take_turns(steps: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds a step by CUDA events, one figure for each round."""
-    calls = {name: max(1, round(_BLOCK / _time(step, 5))) for name, step in steps.items()}
-    total = sum(_time(step, calls[name]) * calls[name] for name, step in steps.items())
-    rounds = max(_LEAST, min(200, int(_SECONDS / total)))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in (*names[first:], *names[:first]):
-            times[name].append(_time(steps[name], calls[name]))
-    return times
+    return replace(variant, step=step)
 
 
 def _time(step: Callable[[], object], calls: int) -> float:
+    """Seconds a call, by CUDA events."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     step()  # what the previous variant left in the caches is not this one's
     begin.record()

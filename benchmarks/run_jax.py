@@ -11,37 +11,24 @@ float64 before it is timed.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
+from flax import nnx
 
-import batchnorm
-from batchnorm.benchmark.jax_steps import make_step
-from batchnorm.benchmark.machine import describe_machine, describe_versions
-from batchnorm.benchmark.timing import summarize, take_turns
-from batchnorm.jax import (
-    BatchNorm,
-    RunningStatistics,
-    batch_norm,
-    batch_norm_inference,
-    update_running,
-)
+from batchnorm.benchmark.case import Case, count_bytes
+from batchnorm.benchmark.jax_steps import make_variants
+from batchnorm.benchmark.machine import count_cores
+from batchnorm.benchmark.problem import make_problem
+from batchnorm.benchmark.runner import describe_run, measure, measure_accuracy, write_record
+from batchnorm.jax import BatchNorm
 
 RESULTS = Path(__file__).parent / "results"
-EPS = 1e-5
-_SECONDS, _LEAST = 6.0, 9
-_OURS, _THEIRS = 5e-6, 1e-3
-_OFFSETS = (0.0, 1e2, 1e4, 1e6)
+_SECONDS, _LEAST = 6.0, 9  # of taking turns for a case, and rounds at least
 _TARGETS = {  # least times as fast as the faster of flax's two
     "rows": 2.4,
     "rows-mask": 2.7,
@@ -55,206 +42,45 @@ _TARGETS = {  # least times as fast as the faster of flax's two
 _MASK_OVERHEAD = 1.05  # masked step over the unmasked one, at most
 _ACCURACY = 5e-6
 
-
-@dataclass(frozen=True)
-class Case:
-    """One shape, channels last, and what is done with it."""
-
-    name: str
-    shape: tuple[int, ...]
-    masked: bool = False
-    inference: bool = False
-
-    @property
-    def title(self) -> str:
-        """For readers."""
-        kind = ", inference" if self.inference else ""
-        return f"{self.shape}{', half padded' if self.masked else ''}{kind}"
-
-    @property
-    def bytes(self) -> int:
-        """What has to move between memory and processor, a mask's savings left out."""
-        return 4 * int(np.prod(self.shape)) * (2 if self.inference else 8)
-
-
 _SHAPES = {"rows": (262144, 64), "image": (32, 56, 56, 256), "small": (32, 64)}
-CASES = (
-    *(Case(name, shape) for name, shape in _SHAPES.items()),
-    *(Case(f"{name}-mask", shape, masked=True) for name, shape in _SHAPES.items()),
-    *(Case(f"inference-{n}", _SHAPES[n], inference=True) for n in ("rows", "image")),
-)
+_LAYERS: dict[str, Callable[[], Any]] = {  # of the accuracy table
+    "ours": lambda: BatchNorm(8, rngs=nnx.Rngs(0)),
+    "ours, plain": lambda: BatchNorm(8, fused=False, rngs=nnx.Rngs(0)),
+    "flax nnx": lambda: nnx.BatchNorm(8, rngs=nnx.Rngs(0)),
+    "flax nnx, two passes": lambda: nnx.BatchNorm(8, use_fast_variance=False, rngs=nnx.Rngs(0)),
+}
 
 
-@dataclass
-class Problem:
-    """A case's arrays."""
-
-    x: jax.Array
-    dy: jax.Array
-    mask: jax.Array | None
-
-
-Step = Callable[[], Any]
-
-
-def make_problem(case: Case) -> Problem:
-    """Random arrays, the same ones for the same case."""
-    rng = np.random.default_rng(0)
-    x, dy = (jnp.asarray(rng.standard_normal(case.shape, np.float32)) for _ in range(2))
-    if not case.masked:
-        return Problem(x, dy, None)
-    mask = jnp.asarray(rng.random(case.shape[:-1]) < 0.5)
-    # flax sends gradients through padded outputs; zeros there leave nothing to differ in.
-    return Problem(x, jnp.where(mask[..., None], dy, 0.0), mask)
+def _make_cases() -> tuple[Case, ...]:
+    cases = []
+    for name, shape in _SHAPES.items():
+        cases.append(Case(name, f"{shape}", shape, axis=-1))
+    for name, shape in _SHAPES.items():
+        cases.append(Case(f"{name}-mask", f"{shape}, half padded", shape, axis=-1, padded=0.5))
+    for name in ("rows", "image"):
+        shape = _SHAPES[name]
+        cases.append(Case(f"inference-{name}", f"{shape}, inference", shape, "inference", axis=-1))
+    return tuple(cases)
 
 
-def make_variants(case: Case, problem: Problem) -> dict[str, Step]:
-    """Our layer and function, flax's two layers, and our layer without the mask if there is one."""
-    channels = case.shape[-1]
-    layers = {
-        "ours": BatchNorm(channels, rngs=nnx.Rngs(0)),
-        "ours, plain": BatchNorm(channels, fused=False, rngs=nnx.Rngs(0)),
-        "flax nnx": nnx.BatchNorm(channels, rngs=nnx.Rngs(0)),
-    }
-    x, dy, mask = problem.x, problem.dy, problem.mask
-    wide = None if mask is None else mask[..., None]  # flax takes no other shape
-    found = {}
-    for name, layer in layers.items():
-        layer.set_attributes(use_running_average=case.inference)
-        given = wide if name == "flax nnx" else mask
-        found[name] = make_step(layer, x, dy, given, inference=case.inference)
-    found["ours, function"] = _function_step(channels, problem, mask, case.inference)
-    found["flax linen"] = _linen_step(channels, problem, wide, case.inference)
-    if case.masked:
-        found["ours, no mask"] = make_step(layers["ours"], x, dy, None, inference=False)
-    return found
+CASES = _make_cases()
 
 
-def _function_step(channels: int, problem: Problem, mask: Any, inference: bool) -> Step:
-    ones, zeros = jnp.ones(channels), jnp.zeros(channels)
-    running = RunningStatistics(zeros, ones)
-    if inference:
-        forward = jax.jit(lambda r, g, b, x: batch_norm_inference(x, r.mean, r.var, g, b))
-        return lambda: jax.block_until_ready((forward(running, ones, zeros, problem.x),))
-
-    @jax.jit
-    def step(running: Any, scale: Any, bias: Any, x: Any, dy: Any, mask: Any) -> Any:
-        def forward(scale: Any, bias: Any, x: Any) -> Any:
-            y, moments = batch_norm(
-                x, scale, bias, mask=mask, running_mean=running.mean, running_var=running.var
-            )
-            return y, update_running(running, moments)
-
-        y, transpose, after = jax.vjp(forward, scale, bias, x, has_aux=True)
-        dscale, dbias, dx = transpose(dy)
-        return y, dx, dscale, dbias, after
-
-    arguments = (running, ones, zeros, problem.x, problem.dy, mask)
-    return lambda: jax.block_until_ready(step(*arguments))
-
-
-def _linen_step(channels: int, problem: Problem, mask: Any, inference: bool) -> Step:
-    layer = linen.BatchNorm(use_running_average=inference, epsilon=EPS)
-    ones, zeros = jnp.ones(channels), jnp.zeros(channels)
-    parameters = {"scale": ones, "bias": zeros}
-    statistics = {"mean": zeros, "var": ones}
-    if inference:
-        forward = jax.jit(lambda p, s, x: layer.apply({"params": p, "batch_stats": s}, x))
-        return lambda: jax.block_until_ready((forward(parameters, statistics, problem.x),))
-
-    @jax.jit
-    def step(parameters: Any, statistics: Any, x: Any, dy: Any, mask: Any) -> Any:
-        def forward(parameters: Any, x: Any) -> Any:
-            variables = {"params": parameters, "batch_stats": statistics}
-            y, after = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
-            return y, after
-
-        y, transpose, after = jax.vjp(forward, parameters, x, has_aux=True)
-        gradients, dx = transpose(dy)
-        return y, dx, gradients["scale"], gradients["bias"], after
-
-    arguments = (parameters, statistics, problem.x, problem.dy, mask)
-    return lambda: jax.block_until_ready(step(*arguments))
-
-
-def expect(case: Case, problem: Problem) -> list[np.ndarray]:
-    """y, dx, dgamma and dbeta in float64; those that the case has."""
-    x = np.asarray(problem.x)
-    mask = None if problem.mask is None else np.asarray(problem.mask)
-    if case.inference:
-        return [x.astype(np.float64) / np.sqrt(1.0 + EPS)]
-    settings: dict[str, Any] = {"mask": mask, "axis": -1, "eps": EPS}
-    y, _ = batchnorm.batch_norm(x, **settings)
-    return [y, *batchnorm.batch_norm_gradient(np.asarray(problem.dy), x, **settings)]
-
-
-def check(name: str, case: Case, problem: Problem, step: Step, expected: list[np.ndarray]) -> float:
-    """The largest error, relative to 1 + |expected|.
-
-    Raises:
-        RuntimeError: it is more than allowed; a wrong result has no speed.
-    """
-    found = step()[: len(expected)]
-    errors = []
-    for index, (a, wanted) in enumerate(zip(found, expected, strict=True)):
-        # dgamma and dbeta are sums over rows: what one row may be off by, times their root.
-        scale = np.sqrt(case.bytes / 32 / case.shape[-1]) if index > 1 else 1.0
-        off = np.abs(np.asarray(a) - wanted) / (scale + np.abs(wanted))
-        if index == 0 and problem.mask is not None and not name.startswith("ours"):
-            off = off[np.asarray(problem.mask)]  # nobody else promises anything there
-        errors.append(float(off.max(initial=0.0)))
-    worst = max(errors)
-    if not worst <= (_OURS if name.startswith("ours") else _THEIRS):
-        raise RuntimeError(f"{case.name}, {name}: off by {errors}; a wrong result has no speed")
-    return worst
-
-
-def measure(case: Case) -> dict[str, Any]:
+def _measure(case: Case) -> dict[str, Any]:
     """The case's record."""
     start = time.perf_counter()
     problem = make_problem(case)
-    steps = make_variants(case, problem)
-    expected = expect(case, problem)
-    bare = Problem(problem.x, problem.dy, None)
-    errors = {}
-    for name, step in steps.items():
-        if name == "ours, no mask":
-            errors[name] = check(name, case, bare, step, expect(case, bare))
-        else:
-            errors[name] = check(name, case, problem, step, expected)
-    del expected
-    times = take_turns(steps, _SECONDS, _LEAST)
+    variants = measure(problem, make_variants(problem), _SECONDS, _LEAST)
     print(f"{case.name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
-    variants = {
-        name: summarize(seen, case.bytes) | {"error": float(f"{errors[name]:.1e}")}
-        for name, seen in times.items()
-    }
-    return {"title": case.title, "bytes": case.bytes, "variants": variants}
+    return {"title": case.title, "bytes": count_bytes(case), "variants": variants}
 
 
-def measure_accuracy() -> dict[str, dict[str, float]]:
-    """Largest |y - float64| of a jitted training step, (4096, 8), deviation 1, by mean."""
-    rng = np.random.default_rng(0)
-    noise = rng.standard_normal((4096, 8))
-    makers: dict[str, Callable[[], Any]] = {
-        "ours": lambda: BatchNorm(8, rngs=nnx.Rngs(0)),
-        "ours, plain": lambda: BatchNorm(8, fused=False, rngs=nnx.Rngs(0)),
-        "flax nnx": lambda: nnx.BatchNorm(8, rngs=nnx.Rngs(0)),
-        "flax nnx, two passes": lambda: nnx.BatchNorm(8, use_fast_variance=False, rngs=nnx.Rngs(0)),
-    }
-    found: dict[str, dict[str, float]] = {}
-    for mean in _OFFSETS:
-        x = (noise + mean).astype(np.float32)
-        expected, _ = batchnorm.batch_norm(x)
-        found[f"{mean:g}"] = {
-            name: float(f"{np.abs(nnx.jit(lambda m, x: m(x))(make(), x) - expected).max():.2g}")
-            for name, make in makers.items()
-        }
-    return found
+def _run_layer(make: Callable[[], Any]) -> Callable[[Any], Any]:
+    return lambda x: np.asarray(nnx.jit(lambda layer, x: layer(x))(make(), x))
 
 
 def judge(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures that the library is held to, and whether the run has them."""
+    """The figures that the library is held to, and the verdict on the run."""
     found = []
 
     def add(what: str, bound: float, measured: float, *, at_most: bool = False) -> None:
@@ -326,17 +152,14 @@ def main() -> None:
     cases = [case for case in CASES if options.case in case.name]
     if not cases:
         parser.error(f"no case has {options.case!r} in its name: {[c.name for c in CASES]}")
-    record: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/run_jax.py", *sys.argv[1:]]),
-        "machine": describe_machine(len(os.sched_getaffinity(0))),
-        "versions": describe_versions("jax", "jaxlib", "flax"),
-        "cases": {case.name: measure(case) for case in cases},
-        "accuracy": measure_accuracy(),
-    }
+    record = describe_run("benchmarks/run_jax.py", count_cores(), "jax", "jaxlib", "flax")
+    record["cases"] = {case.name: _measure(case) for case in cases}
+    layers = {name: _run_layer(make) for name, make in _LAYERS.items()}
+    record["accuracy"] = measure_accuracy(layers)
     record["targets"] = judge(record)
     print(write_markdown(record))
     if not options.case:
-        (RESULTS / "jax.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_record(record, RESULTS / "jax.json")
         (RESULTS / "jax.md").write_text(write_markdown(record))
 
 

@@ -16,42 +16,33 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from batchnorm.benchmark.machine import describe_machine, describe_versions
-from batchnorm.benchmark.timing import summarize, take_turns
+from batchnorm.benchmark.case import Case
+from batchnorm.benchmark.machine import count_cores
+from batchnorm.benchmark.problem import make_problem
+from batchnorm.benchmark.runner import describe_run, measure, write_record
 
 RESULTS = Path(__file__).parent / "results"
 BACKENDS = ("tensorflow", "jax", "torch")
-EPS = 1e-3
-_SECONDS, _LEAST = 2.0, 7
-_OURS, _THEIRS = 5e-6, 1e-3  # allowed errors, relative to 1 + |expected|
+_SECONDS, _LEAST = 2.0, 7  # of taking turns for a case, and rounds at least
 _ROWS, _IMAGE = (262144, 64), (32, 56, 56, 256)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One shape, channels last; mask is None, "random" or "prefix", half of the rows each."""
-
-    name: str
-    shape: tuple[int, ...]
-    mask: str | None = None
-    inference: bool = False
+def _make_case(name: str, shape: tuple[int, ...], mode: str = "training", **mask: Any) -> Case:
+    return Case(name, name, shape, mode, axis=-1, eps=1e-3, **mask)
 
 
 CASES = (
-    Case("rows", _ROWS),
-    Case("rows, half padded", _ROWS, "random"),
-    Case("rows, padded at the end", _ROWS, "prefix"),
-    Case("image", _IMAGE),
-    Case("rows, inference", _ROWS, inference=True),
-    Case("image, inference", _IMAGE, inference=True),
+    _make_case("rows", _ROWS),
+    _make_case("rows, half padded", _ROWS, padded=0.5),
+    _make_case("rows, padded at the end", _ROWS, padded=0.5, at_end=True),
+    _make_case("image", _IMAGE),
+    _make_case("rows, inference", _ROWS, "inference"),
+    _make_case("image, inference", _IMAGE, "inference"),
 )
-# How many times as fast as Keras's own layer, at least.
+# Times as fast as Keras's own layer, at least.
 _TARGETS = {
     "tensorflow": {
         "rows": 1.5,
@@ -71,20 +62,17 @@ def main() -> None:
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # a backend's process
     options = parser.parse_args()
     if options.part is not None:
-        options.part.write_text(json.dumps({c.name: measure(c) for c in CASES}))
+        options.part.write_text(json.dumps({c.name: _measure(c) for c in CASES}))
         return
-    record: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/run_keras.py", *sys.argv[1:]]),
-        "machine": describe_machine(len(os.sched_getaffinity(0))),
-        "versions": describe_versions("keras", "tensorflow-cpu", "jax", "torch"),
-        "backends": {
-            name: _measure_backend(name) for name in BACKENDS if options.backend in (None, name)
-        },
+    packages = ("keras", "tensorflow-cpu", "jax", "torch")
+    record = describe_run("benchmarks/run_keras.py", count_cores(), *packages)
+    record["backends"] = {
+        name: _measure_backend(name) for name in BACKENDS if options.backend in (None, name)
     }
     text = _write_markdown(record)
     print(text)
     if options.backend is None:
-        (RESULTS / "keras.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_record(record, RESULTS / "keras.json")
         (RESULTS / "keras.md").write_text(text)
 
 
@@ -96,74 +84,14 @@ def _measure_backend(name: str) -> dict[str, Any]:
         return json.loads(part.read_text())
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Both layers' figures.
+def _measure(case: Case) -> dict[str, Any]:
+    """Both layers' figures, on this process's backend."""
+    from batchnorm.benchmark.keras_steps import make_variants
 
-    Raises:
-        RuntimeError: a result is wrong; a wrong result has no speed.
-    """
-    import keras
-
-    from batchnorm.benchmark.keras_steps import make_step
-    from batchnorm.keras import BatchNormalization
-
-    rng = np.random.default_rng(0)
-    x, dy = (rng.normal(0.5, 2.0, case.shape).astype("float32") for _ in range(2))
-    mask = None
-    if case.mask is not None:
-        rows = case.shape[:-1]
-        mask = (
-            rng.random(rows) < 0.5 if case.mask == "random" else np.arange(rows[0]) < rows[0] // 2
-        )
-        dy[~mask] = 0.0  # as a masked loss has it: Keras's layer does not ignore it (S8)
-    expected = _solve(case, x, dy, mask)
-    steps = {}
-    for name, layer in (
-        ("ours", BatchNormalization()),
-        ("keras", keras.layers.BatchNormalization()),
-    ):
-        layer.build(case.shape)
-        given = [None if a is None else keras.ops.convert_to_tensor(a) for a in (x, dy, mask)]
-        steps[name] = make_step(layer, *given, inference=case.inference)
-        _check(case, name, steps[name](), expected, mask)
-    times = take_turns(steps, _SECONDS, _LEAST)
-    size = x.nbytes * (2 if case.inference else 8)
-    found = {name: summarize(seen, size) for name, seen in times.items()}
-    print(f"{keras.backend.backend()}, {case.name}: {found}", file=sys.stderr, flush=True)
+    problem = make_problem(case)
+    found = measure(problem, make_variants(problem), _SECONDS, _LEAST)
+    print(f"{os.environ['KERAS_BACKEND']}, {case.name}: {found}", file=sys.stderr, flush=True)
     return found
-
-
-def _solve(case: Case, x: np.ndarray, dy: np.ndarray, mask: Any) -> tuple[Any, Any]:
-    """y and dx in float64, on fresh statistics and parameters."""
-    x = x.reshape(-1, x.shape[-1]).astype(np.float64)
-    if case.inference:
-        return x / np.sqrt(1.0 + EPS), None
-    g = dy.reshape(x.shape).astype(np.float64)
-    real = np.ones(len(x), bool) if mask is None else mask.reshape(-1)
-    mean, var = x[real].mean(0), x[real].var(0)
-    rstd = 1.0 / np.sqrt(var + EPS)
-    x -= mean
-    x *= rstd
-    along = (g[real] * x[real]).mean(0)
-    g -= g[real].mean(0)
-    g -= x * along
-    g *= rstd
-    g[~real] = 0.0
-    return x, g
-
-
-def _check(case: Case, name: str, found: Any, expected: Any, mask: Any) -> None:
-    import keras
-
-    real = slice(None) if mask is None else mask.reshape(-1)
-    for a, b, rows in zip(found[:2], expected, (slice(None) if name == "ours" else real, real),
-                          strict=False):  # fmt: skip
-        if b is None:
-            continue
-        a = np.asarray(keras.ops.convert_to_numpy(a)).reshape(b.shape)
-        off = float(np.max(np.abs(a - b)[rows] / (1.0 + np.abs(b[rows]))))
-        if not off <= (_OURS if name == "ours" else _THEIRS):
-            raise RuntimeError(f"{case.name}, {name}: off by {off:.1e}; no speed without accuracy")
 
 
 def _write_markdown(record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What synchronizing costs: steps of one layer in two gloo processes of one thread each.
+"""The cost of synchronizing: steps of one layer in two gloo processes of one thread each.
 
 Steps follow each other, as in training. A barrier before each would be part of what is measured:
 it lets ranks go at different times, and only a synchronized step waits for the later one. The
@@ -137,7 +137,7 @@ def _find_parts(layer: BatchNorm2d, x: Tensor, dy: Tensor, steps: int) -> Tensor
 
 
 def _print_parts(times: Tensor) -> None:
-    """Medians over steps: of both ranks' time in a part, and of what one is late at its end."""
+    """Medians over steps: the ranks' mean time in a part, and the delay between their ends."""
     late = times.amax(1) - times.amin(1)
     lasts = times.diff(dim=2).mean(1).median(0).values
     print(f"late out of the barrier    {late[:, 0].median():7.2f} ms")

@@ -1,4 +1,4 @@
-"""The figures that the library is held to, and whether a run has them.
+"""The figures that the library is held to, and the verdict on a run.
 
 python benchmarks/targets.py [FILE]     # of benchmarks/results/cpu.json, without measuring
 """
@@ -41,7 +41,7 @@ class Target:
 
 
 def quotient(record: Record, case: str, above: str, below: str) -> float | None:
-    """How many times as long one variant of a case takes as another; None if not measured."""
+    """The time of one variant of a case over that of another; None if not measured."""
     variants = record["cases"].get(case, {}).get("variants", {})
     if above not in variants or below not in variants:
         return None

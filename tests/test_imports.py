@@ -44,7 +44,12 @@ def loaded_after(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import batchnorm", "import batchnorm.kernels.select", "from batchnorm import explain"],
+    [
+        "import batchnorm",
+        "import batchnorm.kernels.select",
+        "from batchnorm import explain",
+        "import batchnorm.benchmark.bench",
+    ],
 )
 def test_no_framework_is_imported(statement: str) -> None:
     assert not loaded_after(statement) & set(FRAMEWORKS)

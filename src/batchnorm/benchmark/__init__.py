@@ -1,1 +1,1 @@
-"""A quick measurement on a shape of the user's own; `benchmarks/` has the thorough one."""
+"""Problems, steps and a runner for `batchnorm bench` and for `benchmarks/`."""

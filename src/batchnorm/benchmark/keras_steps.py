@@ -7,43 +7,52 @@ from typing import Any
 
 import keras
 
+from batchnorm.benchmark.case import Case
 from batchnorm.benchmark.problem import Problem
+from batchnorm.benchmark.variant import Variant
+from batchnorm.keras import BatchNormalization
 
-__all__ = ["EPS", "make_step", "make_steps"]
+__all__ = ["make_variants", "name_rival"]
 
-EPS = 1e-3
-
-
-def make_steps(problem: Problem) -> dict[str, Callable[[], Any]]:
-    """This library's step and Keras's, each returning y and, in training, dx."""
-    from batchnorm.keras import BatchNormalization
-
-    layers = {
-        "batchnorm": BatchNormalization(epsilon=EPS),
-        "keras.layers.BatchNormalization": keras.layers.BatchNormalization(epsilon=EPS),
-    }
-    arrays = [
-        None if a is None else keras.ops.convert_to_tensor(a)
-        for a in (problem.x, problem.dy, problem.mask)
-    ]
-    steps = {}
-    for name, layer in layers.items():
-        layer.build(problem.x.shape)
-        steps[name] = _take(make_step(layer, *arrays, inference=problem.inference), problem)
-    return steps
+_LAYERS = {"ours": BatchNormalization, "keras": keras.layers.BatchNormalization}
 
 
-def make_step(layer: Any, x: Any, dy: Any, mask: Any, *, inference: bool) -> Callable[[], Any]:
-    """A step that returns y, dx and the weights' gradients if at hand; in inference y alone.
+def make_variants(problem: Problem, only: tuple[str, ...] = ()) -> dict[str, Variant]:
+    """The variants of a problem on the current backend, by name.
+
+    A step returns y, dx and the weights' gradients if at hand; in inference y alone.
 
     Args:
-        layer: built.
-        x: its input, a tensor of the backend.
-        dy: gradient with respect to its output.
-        mask: what it takes as one, or None.
-        inference: whether to do a forward pass only.
+        problem: to solve; channels along the last axis.
+        only: names of those to make; none for all.
     """
-    return _STEPS[keras.backend.backend()](layer, x, dy, mask, inference)
+    x, dy, mask = (
+        None if a is None else keras.ops.convert_to_tensor(a)
+        for a in (problem.x, problem.dy, problem.mask)
+    )
+    dys = {"ours": dy, "keras": dy}
+    if mask is not None:  # Keras does not ignore dy at padded rows
+        dys["keras"] = keras.ops.convert_to_tensor(problem.dy_at_real_rows)
+    case, make_step = problem.case, _STEPS[keras.backend.backend()]
+    found = {}
+    for name, kind in _LAYERS.items():
+        if only and name not in only:
+            continue
+        layer = kind(epsilon=case.eps)
+        layer.build(case.shape)
+        layer.gamma.assign(problem.gamma)
+        layer.beta.assign(problem.beta)
+        layer.moving_mean.assign(problem.mean)
+        layer.moving_variance.assign(problem.var)
+        step = make_step(layer, x, dys[name], mask, case.inference)
+        results = ("y",) if case.inference else ("y", "dx")
+        found[name] = Variant(step, results, name == "ours")
+    return found
+
+
+def name_rival(case: Case) -> tuple[str, str]:
+    """The variant that Keras offers for the job: its name, and its name for readers."""
+    return "keras", "keras.layers.BatchNormalization"
 
 
 def _tensorflow(layer: Any, x: Any, dy: Any, mask: Any, inference: bool) -> Callable[[], Any]:
@@ -103,7 +112,3 @@ def _torch(layer: Any, x: Any, dy: Any, mask: Any, inference: bool) -> Callable[
 
 
 _STEPS = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
-
-
-def _take(step: Callable[[], Any], problem: Problem) -> Callable[[], Any]:
-    return step if problem.inference else lambda: step()[:2]

@@ -1,4 +1,4 @@
-"""What the figures were measured on and with."""
+"""The machine and the versions behind figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import Any
 
 from batchnorm.kernels import extension
 
+__all__ = ["count_cores", "describe_machine", "describe_versions"]
+
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
@@ -28,7 +35,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 
 def describe_versions(*names: str) -> dict[str, str]:
-    """Of everything whose speed enters."""
+    """Versions of Python, this library, numpy and other distributions whose speed enters."""
     packages = {name: version(name) for name in ("batchnorm", "numpy", *names)}
     return {"python": platform.python_version()} | packages
 

@@ -1,162 +1,200 @@
-"""What is measured: its arrays, and what must come out of them in float64."""
+"""The arrays of a case, and the right results in float64."""
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from batchnorm.benchmark.case import Case
+from batchnorm.benchmark.machine import count_cores
 from batchnorm.reference import batch_norm, batch_norm_gradient
 
-__all__ = ["Expected", "Problem", "count_cores", "error_of", "make_copy", "make_problem", "solve"]
+__all__ = ["SMALL", "Expected", "Problem", "in_parts", "make_problem", "solve"]
 
 Array = Any
+SMALL = 1 << 16  # elements; handing fewer to threads costs more than it saves
+_TOSS_UP = 1e-3  # one rounding decides the sign of an activation's input nearer to 0
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A step to measure.
+    """A case's numpy arrays, float32; every framework's steps copy them.
 
-    Args:
-        x: input, float32.
-        dy: gradient with respect to the output; 0 at padded rows, where only this library ignores
-            it (S8), so that there is nothing to differ in.
+    Attributes:
+        case: the job.
+        x: input; with values of the case's dtype.
+        dy: gradient with respect to the output.
+        residual: of x's shape, or None.
         mask: True at real rows, x's shape without channels; or None.
-        axis: of the channels.
-        inference: whether only a forward pass in evaluation is measured.
+        gamma: scale of each channel.
+        beta: offset of each channel.
+        mean: running mean of each channel.
+        var: running variance of each channel.
     """
 
+    case: Case
     x: Array
     dy: Array
+    residual: Array | None
     mask: Array | None
-    axis: int
-    inference: bool
-
-    @property
-    def channels(self) -> int:
-        """Number of them."""
-        return int(self.x.shape[self.axis])
-
-    @property
-    def rows(self) -> int:
-        """Padded ones included."""
-        return int(self.x.size) // max(1, self.channels)
+    gamma: Array
+    beta: Array
+    mean: Array
+    var: Array
 
     @property
     def real(self) -> Array | None:
-        """The mask, in x's rank."""
-        return None if self.mask is None else np.expand_dims(self.mask, self.axis)
+        """The mask in x's rank."""
+        return None if self.mask is None else np.expand_dims(self.mask, self.case.axis)
 
     @property
-    def bytes(self) -> int:
-        """What has to move between memory and processor, a mask's savings left out.
+    def dy_at_real_rows(self) -> Array:
+        """dy with zeros at padded rows, for layers that do not ignore it there (S8)."""
+        return self.dy if self.real is None else np.where(self.real, self.dy, np.float32(0.0))
 
-        A training step reads x for the moments; x, and writes y; dy and x for the sums; dy and x,
-        and writes dx. A forward pass in evaluation reads x and writes y.
-        """
-        return int(self.x.nbytes) * (2 if self.inference else 8)
+    @property
+    def unmasked(self) -> Problem:
+        """The same arrays without the mask."""
+        return replace(self, case=replace(self.case, padded=None), mask=None)
 
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """Results in float64; dx is None for inference."""
+    """Results in float64; in inference y alone.
+
+    Attributes:
+        y: output.
+        dx: gradient of x.
+        dgamma: gradient of gamma.
+        dbeta: gradient of beta.
+        dresidual: gradient of the residual, if there is one.
+    """
 
     y: Array
-    dx: Array | None
+    dx: Array | None = None
+    dgamma: Array | None = None
+    dbeta: Array | None = None
+    dresidual: Array | None = None
 
 
-def make_problem(
-    shape: Sequence[int], axis: int, *, masked: float | None = None, inference: bool = False
-) -> Problem:
-    """Random arrays, the same ones for the same arguments.
-
-    Args:
-        shape: of x.
-        axis: of the channels.
-        masked: share of padded rows, or None for no mask.
-        inference: as in `Problem`.
-    """
+def make_problem(case: Case) -> Problem:
+    """Random arrays, the same ones for the same case."""
     rng = np.random.default_rng(0)
-    x, dy = (rng.standard_normal(shape, np.float32) for _ in range(2))
-    sizes = [1] * len(shape)
-    sizes[axis] = shape[axis]
-    x *= rng.uniform(0.5, 1.5, sizes).astype(np.float32)
-    x += rng.standard_normal(sizes).astype(np.float32)
-    mask = None
-    if masked is not None:
-        mask = rng.random([n for a, n in enumerate(shape) if a != axis % len(shape)]) >= masked
-        dy *= np.expand_dims(mask, axis)
-    return Problem(x, dy, mask, axis, inference)
+    row = [1] * len(case.shape)
+    row[case.axis] = case.channels
+
+    def draw() -> Array:
+        return rng.standard_normal(case.shape, np.float32)
+
+    x, dy = draw(), draw()
+    x *= rng.uniform(0.5, 1.5, row).astype(np.float32)
+    x += rng.standard_normal(row, np.float32)
+    residual = draw() if case.residual else None
+    gamma, var = (rng.uniform(0.5, 1.5, case.channels).astype(np.float32) for _ in range(2))
+    beta, mean = (rng.standard_normal(case.channels, np.float32) for _ in range(2))
+    mask = None if case.padded is None else _draw_mask(case, rng)
+    for array in (x, dy, residual):
+        if array is not None and case.dtype == "bfloat16":
+            _round_to_bfloat16(array)
+    problem = Problem(case, x, dy, residual, mask, gamma, beta, mean, var)
+    if case.activation is not None and not case.inference:
+        plain = replace(problem, case=replace(case, activation=None))
+        dy[np.abs(_solve_forward(plain)) < _TOSS_UP] = 0.0
+    return problem
 
 
-def solve(problem: Problem, eps: float) -> Expected:
-    """The right result, by the float64 reference.
+def _draw_mask(case: Case, rng: np.random.Generator) -> Array:
+    axis = case.axis % len(case.shape)
+    rows = case.shape[:axis] + case.shape[axis + 1 :]
+    assert case.padded is not None
+    if not case.at_end:
+        return rng.random(rows) >= case.padded
+    mask = np.zeros(rows, bool)
+    mask[: rows[0] - int(rows[0] * case.padded)] = True
+    return mask
+
+
+def _round_to_bfloat16(a: Array) -> None:
+    """Round float32 to the nearest values that bfloat16 has, ties to even, in place."""
+    bits = a.view(np.uint32)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    bits &= 0xFFFF0000
+
+
+def solve(problem: Problem) -> Expected:
+    """The right results, by the float64 reference, a few channels at a time on all cores."""
+    case, shape = problem.case, problem.x.shape
+    y = _solve_forward(problem)
+    if case.inference:
+        return Expected(y)
+    dx = np.empty(shape)
+    dgamma, dbeta = np.empty(case.channels), np.empty(case.channels)
+
+    def work(part: slice) -> None:
+        at = _index(problem, part)
+        gradients = batch_norm_gradient(problem.dy[at], problem.x[at], **_settings(problem, part))
+        dx[at], dgamma[part], dbeta[part] = gradients
+
+    in_parts(case.channels, problem.x.size, work)
+    if problem.residual is None:
+        return Expected(y, dx, dgamma, dbeta)
+    passes = True if case.activation is None else y > 0.0
+    return Expected(y, dx, dgamma, dbeta, np.where(passes, problem.dy.astype(np.float64), 0.0))
+
+
+def _solve_forward(problem: Problem) -> Array:
+    y = np.empty(problem.x.shape)
+
+    def work(part: slice) -> None:
+        at = _index(problem, part)
+        y[at] = batch_norm(problem.x[at], **_settings(problem, part))[0]
+
+    in_parts(problem.case.channels, problem.x.size, work)
+    return y
+
+
+def _index(problem: Problem, part: slice) -> tuple[slice, ...]:
+    index = [slice(None)] * problem.x.ndim
+    index[problem.case.axis] = part
+    return tuple(index)
+
+
+def _settings(problem: Problem, part: slice) -> dict[str, Any]:
+    """Arguments of the reference for some of the channels."""
+    case, training = problem.case, problem.case.mode == "training"
+    residual = problem.residual
+    return {
+        "gamma": problem.gamma[part],
+        "beta": problem.beta[part],
+        "mask": problem.mask,
+        "axis": case.axis,
+        "eps": case.eps,
+        "training": training,
+        "running_mean": None if training else problem.mean[part],
+        "running_var": None if training else problem.var[part],
+        "residual": None if residual is None else residual[_index(problem, part)],
+        "activation": case.activation,
+    }
+
+
+def in_parts(count: int, elements: int, work: Callable[[slice], Any]) -> list[Any]:
+    """Results of `work` on slices that make up `range(count)`, on all cores if that pays.
 
     Args:
-        problem: what to solve, with gamma 1 and beta 0.
-        eps: of the layers that are measured.
+        count: end of the last slice.
+        elements: size of the whole work; a small one runs in this thread.
+        work: called with each slice.
     """
-    settings: dict[str, Any] = {"axis": problem.axis, "eps": eps}
-    if problem.inference:
-        settings["running_mean"] = np.zeros(problem.channels)
-        settings["running_var"] = np.ones(problem.channels)
-        return Expected(batch_norm(problem.x, training=False, **settings)[0], None)
-    settings["mask"] = problem.mask
-    y, _ = batch_norm(problem.x, **settings)
-    return Expected(y, batch_norm_gradient(problem.dy, problem.x, **settings)[0])
-
-
-def error_of(found: Sequence[Array], expected: Expected, real: Array | None) -> float:
-    """The largest error, relative to 1 + |expected|; NaN if there is one.
-
-    Args:
-        found: y, and for a training step dx.
-        expected: the same in float64.
-        real: mask of the rows that count for y, in x's rank; None for all.
-    """
-    wanted = [expected.y] if expected.dx is None else [expected.y, expected.dx]
-    worst = 0.0
-    for index, (array, right) in enumerate(zip(found, wanted, strict=True)):
-        off = np.abs(np.asarray(array).reshape(right.shape) - right) / (1.0 + np.abs(right))
-        if index == 0 and real is not None:
-            off = np.where(real, off, 0.0)
-        largest = float(np.max(off, initial=0.0))
-        if math.isnan(largest):
-            return math.nan
-        worst = max(worst, largest)
-    return worst
-
-
-def make_copy(problem: Problem) -> Any:
-    """A step that copies as many bytes as the job must move, on all cores, and nothing else."""
-    x, y = problem.x.reshape(-1), np.empty_like(problem.x).reshape(-1)
-    cores, times = count_cores(), problem.bytes // max(1, 2 * problem.x.nbytes)
-    bounds = np.linspace(0, x.size, cores + 1, dtype=np.int64).tolist()
-    pool = ThreadPoolExecutor(cores)
-
-    def copy(part: int) -> None:
-        piece = slice(bounds[part], bounds[part + 1])
-        for _ in range(times):
-            np.copyto(y[piece], x[piece])
-
-    def step() -> None:
-        if x.size < _SMALL:  # handing work to threads would be what is measured
-            for _ in range(times):
-                np.copyto(y, x)
-        else:
-            list(pool.map(copy, range(cores)))
-
-    return step
-
-
-_SMALL = 1 << 16
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
+    parts = 1 if elements < SMALL else min(count, 4 * cores)
+    bounds = np.linspace(0, count, parts + 1, dtype=np.int64).tolist()
+    slices = [slice(*pair) for pair in pairwise(bounds)]
+    if parts == 1:
+        return [work(part) for part in slices]
+    with ThreadPoolExecutor(cores) as pool:
+        return list(pool.map(work, slices))

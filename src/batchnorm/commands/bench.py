@@ -40,7 +40,7 @@ def bench(
         raise UserError(f"--framework must be {' or '.join(_FRAMEWORKS)}; got {framework}")
     sizes = _parse(shape)
     with needs("the benchmark", f"cli,{framework}"):
-        from batchnorm.benchmark.run import run
+        from batchnorm.benchmark.bench import run
 
         try:
             found = run(framework, sizes, masked=masked, inference=inference, seconds=seconds)

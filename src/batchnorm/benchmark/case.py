@@ -1,0 +1,101 @@
+"""Cases: a shape, the job to do on it, and the bytes that the job has to move."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+__all__ = ["Case", "count_bytes"]
+
+ELEMENT = {"float32": 4, "bfloat16": 2}
+LINE = 64  # bytes that memory hands out at a time
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and the job to do on it.
+
+    Attributes:
+        name: for `--case`, the JSON, the targets and messages.
+        title: for readers.
+        shape: of x.
+        mode: "training" and "evaluation" are steps, forward and backward; "inference" is a
+            forward pass in evaluation mode without gradients.
+        axis: of the channels.
+        eps: added to the variance.
+        channels_last: x lies in memory with channels last (torch).
+        dtype: of x and y; "float32" or "bfloat16".
+        padded: share of rows that a mask excludes, or None for no mask.
+        at_end: the padded rows are the last samples, instead of random rows.
+        activation: applied after the normalization; None or "relu".
+        residual: one is added before the activation.
+        copied: plain copies of the same size, and steps into kept memory, are timed too.
+        quick: `--quick` measures it.
+        compiled: this library's layer is timed under torch.compile too.
+    """
+
+    name: str
+    title: str
+    shape: tuple[int, ...]
+    mode: str = "training"
+    axis: int = 1
+    eps: float = 1e-5
+    channels_last: bool = False
+    dtype: str = "float32"
+    padded: float | None = None
+    at_end: bool = False
+    activation: str | None = None
+    residual: bool = False
+    copied: bool = False
+    quick: bool = False
+    compiled: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return self.shape[self.axis]
+
+    @property
+    def inference(self) -> bool:
+        """True for a forward pass without gradients."""
+        return self.mode == "inference"
+
+    @property
+    def plain(self) -> bool:
+        """True if the framework's own layer does the same by itself."""
+        return self.padded is None and self.activation is None
+
+    @property
+    def bare(self) -> Case:
+        """The case without mask, activation and residual."""
+        return replace(self, padded=None, activation=None, residual=False)
+
+
+def count_bytes(case: Case, mask: Any = None) -> int:
+    """Bytes between memory and processor that the job cannot do without.
+
+    A training step reads x for the moments; x, and writes y; dy and x for the sums; dy and x, and
+    writes dx. With a mask only y and dx are whole, and so is x for y. Of the rest, lines that
+    hold a real row count, and the mask itself, three times.
+
+    Args:
+        case: the job.
+        mask: numpy booleans, if its savings count; None counts every row.
+    """
+    passes: float = {"inference": 2, "evaluation": 6, "training": 8}[case.mode]
+    if case.residual:  # the residual, y for its sign twice, and the residual's gradient
+        passes += 4
+    masks = 0
+    if mask is not None:
+        passes = 3 + 5 * _share_of_lines(case, mask)
+        masks = 3 * int(mask.size)
+    return int(passes * math.prod(case.shape) * ELEMENT[case.dtype]) + masks
+
+
+def _share_of_lines(case: Case, mask: Any) -> float:
+    """Share of x's lines of memory that hold a real row."""
+    if case.channels_last or len(case.shape) == 2:  # a row is lines of its own
+        return float(mask.mean())
+    together = LINE // ELEMENT[case.dtype]
+    return float(mask.reshape(-1, together).any(axis=1).mean())
