@@ -292,10 +292,10 @@ def test_page_says_the_bounds_that_hold() -> None:
     assert f"{limits.DEFAULT_LIMIT >> 30} GiB | `limit=`" in page
     assert f"| {limits.DEFAULT_SECONDS:g} s | `seconds=`" in page
     assert f"{limits.SLACK >> 20} MiB, the file's size" in page
-    assert f"no more than {limits.MEMORY_PER_BYTE} bytes for a byte" in page
+    assert f"at most {limits.MEMORY_PER_BYTE} bytes for each byte of the file" in page
     assert (limits.COPIES, limits.OBJECTS_PER_BYTE) == (3, 32)  # three times, a thirty-second
     assert f"| characters of a name | {LONGEST_NAME} |" in page
-    assert f"looked at | {limits.MOST_VALUES:,} |" in page
+    assert f"values examined | {limits.MOST_VALUES:,} |" in page
     assert f"several times | {limits.MOST_VISITS:,} |" in page
     assert f"within each other | {limits.DEEPEST} |" in page
     assert f"of a message | {limits.LONGEST_MESSAGE}," in page
