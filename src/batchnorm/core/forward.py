@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
+from batchnorm.core.merge import Merge, recentre
 from batchnorm.core.moments import Centred, Moments, centre
 from batchnorm.core.namespace import Array, Namespace
 from batchnorm.core.normalize import Affine, activate, normalize_batch, normalize_running
@@ -16,7 +17,6 @@ from batchnorm.core.running import (
     renorm_correction,
     update_running,
 )
-from batchnorm.core.synchronize import Merge, recentre
 
 
 class Inputs(NamedTuple):

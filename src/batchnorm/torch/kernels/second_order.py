@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.core.merge import recentre
 from batchnorm.core.moments import centre
 from batchnorm.core.namespace import select
 from batchnorm.core.normalize import (
@@ -15,7 +16,6 @@ from batchnorm.core.normalize import (
     normalize_batch,
     normalize_running,
 )
-from batchnorm.core.synchronize import recentre
 from batchnorm.torch.checks import working_type
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.ranks.array_moments import RankMerge

@@ -20,9 +20,9 @@ from torch import Tensor
 from batchnorm.core import config
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
+from batchnorm.core.merge import merge_averages
 from batchnorm.core.moments import Moments, merge_moments
 from batchnorm.core.namespace import Namespace
-from batchnorm.core.synchronize import merge_averages
 from batchnorm.torch.namespace import HOST_OVER_RANKS, OVER_RANKS
 from batchnorm.torch.options import describe_agreed
 from batchnorm.torch.ranks.groups import check_group
