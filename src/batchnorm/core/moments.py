@@ -139,6 +139,16 @@ def _count(
     return count, 1.0 / xp.where(count > 0, count, 1.0)
 
 
+def unbiased_factor(count: Array, correction: int, xp: Namespace) -> Array:
+    """count / (count - correction), which makes a biased variance unbiased at correction 1 (S10).
+
+    1 at counts up to `correction`.
+    """
+    enough = count > correction
+    divisor = xp.where(enough, count - float(correction), 1.0)
+    return xp.where(enough, count / divisor, 1.0)
+
+
 def merge_moments(parts: Moments, axis: int, xp: Namespace) -> Moments:
     """Moments of the union of parts stacked along `axis`; that axis is dropped.
 

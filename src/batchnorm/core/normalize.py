@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from batchnorm.core.config import NEGATIVE_SLOPE
-from batchnorm.core.moments import Centred
+from batchnorm.core.moments import Centred, unbiased_factor
 from batchnorm.core.namespace import Array, Namespace, select, smallest_normal
 
 _LEAST_DEVIATION = 2.0**-511  # its square is the smallest normal number of double
@@ -106,8 +106,7 @@ def rstd_of(centred: Centred, *, eps: float, correction: int, xp: Namespace) -> 
     """
     power = centred.power
     if correction:
-        divisor = centred.count - float(correction)
-        power = power * (centred.count / xp.where(divisor > 0, divisor, 1.0))
+        power = power * unbiased_factor(centred.count, correction, xp)
     # (sqrt(eps) / scale)² instead of eps / scale²: scale² may overflow or underflow.
     power = power + xp.square(math.sqrt(eps) / centred.scale)
     least = max(smallest_normal(power), _LEAST_DEVIATION)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from batchnorm.core.config import Options, Renorm
-from batchnorm.core.moments import Centred
+from batchnorm.core.moments import Centred, unbiased_factor
 from batchnorm.core.namespace import Array, Namespace
 
 _LEAST_REFERENCE = 2.0**-126  # without eps; a normal number of every type
@@ -147,9 +147,7 @@ def _decay(decay: float | None, batches: Array | None, dtype: Any, xp: Namespace
 
 def unbiased_variance(centred: Centred, xp: Namespace) -> Array:
     """The unbiased variance of each group; biased at count 1 (S10)."""
-    count = centred.count
-    factor = xp.where(count > 1, count / xp.where(count > 1, count - 1.0, 1.0), 1.0)
-    return centred.var * factor
+    return centred.var * unbiased_factor(centred.count, 1, xp)
 
 
 def _clip(a: Array, low: float, high: float, xp: Namespace) -> Array:
