@@ -33,7 +33,6 @@ SHRINKING = {
     "jax.steps.normalize_batch",
     "jax.steps.normalize_running",
     "keras.options.check_options",
-    "reference._prepare",
 }
 
 
