@@ -25,7 +25,7 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items() if ours is not BatchNorm}
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
-_PRIVATE = ("frozen", "_synchronizer", "_masked_by_context", "_converted_from", "_memory")
+_PRIVATE = ("frozen", "_synchronizer", "_converted_from", "_memory")
 
 
 @names_errors("convert_batchnorm")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from inspect import Parameter, Signature
 from operator import attrgetter
 from typing import Any
 
@@ -88,6 +89,17 @@ CORE = tuple(option.name for option in OPTIONS if option.core)
 def convertible() -> dict[str, Any]:
     """The arguments of options that a whole model can be converted with, and their defaults."""
     return list_arguments(option for option in OPTIONS if option.converts)
+
+
+def make_signature() -> Signature:
+    """The signature of a method that takes every option as a keyword."""
+    options = list_arguments(OPTIONS).items()
+    return Signature(
+        [
+            Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
+            *(Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in options),
+        ]
+    )
 
 
 def make_reader() -> Callable[[Any], tuple[Any, ...]]:

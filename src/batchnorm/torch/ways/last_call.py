@@ -47,9 +47,13 @@ class LastCalls:
     _INPUTS = 8  # kinds of input that are remembered: all are forgotten when there are more
     _MOST = 64  # calls that an input is waited for at most
 
-    __slots__ = ("_known", "_patience")
+    __slots__ = ("_known", "_patience", "masked")
 
     def __init__(self) -> None:
+        # The latest call, evaluation too, took the mask of `padding_mask`. No `PastSteps` says
+        # so: those find a step by the moments of real rows, and without its mask a recomputed
+        # step has others.
+        self.masked = False
         self._known: dict[Any, LastCall | int] = {}  # or how often the input must come yet
         self._patience = 1
 
@@ -60,7 +64,7 @@ class LastCalls:
     @untraced
     def find_key(self, layer: nn.Module, x: Tensor) -> Any:
         """The kind of input that x is; None where no way is remembered."""
-        if not is_plain(x) or masking.in_use() or layer._masked_by_context or in_backward():
+        if not is_plain(x) or masking.in_use() or self.masked or in_backward():
             return None
         return x.shape, x.stride(), x.dtype, layer.training, x.is_cpu
 
