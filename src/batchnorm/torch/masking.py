@@ -152,7 +152,7 @@ def _runtime_mask(x: Tensor, rows: Sequence[int]) -> Tensor:
     ambient = _active()
     if ambient is None:
         return torch.ones(rows, dtype=torch.bool, device=x.device)
-    with naming("padding_mask"):
+    with naming("BatchNorm"):
         mask = _at_resolution(ambient, rows, x.device)
     sizes = [*mask.shape, *(1,) * (len(rows) - mask.dim())]
     return mask.reshape(sizes).expand(rows).contiguous()
