@@ -1,4 +1,4 @@
-"""A layer's side of a call: its checks, and what of the layer goes into the record."""
+"""A layer's side of a call: its checks, and the layer's part of the record."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _find_options(layer: Any) -> config.Options:
 
 
 def _find_ambient_mask(layer: Any, x: Tensor) -> Tensor | None:
-    """The mask of `padding_mask`; a recomputed pass that had one must find one again."""
+    """The mask of `padding_mask`, or None; raises if a recomputed step had one and now has none."""
     memory = layer._memory
     if not masking.in_use() and (torch.compiler.is_compiling() or not memory.masked):
         return None

@@ -1,4 +1,4 @@
-"""The layers: state in torch's own way, around `normalize`."""
+"""The layers, which keep parameters and statistics as torch's own do."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class BatchNorm(RunningStatistics):
                 unchanged then.
         """
         x = input
-        if isinstance(x, Proxy):  # torch.fx takes torch's own modules for leaves, and this one
+        if isinstance(x, Proxy):  # torch.fx does not trace into torch's own modules, nor here
             return trace_call(self, x, {"mask": mask, "residual": residual})
         alone = mask is None and residual is None and not torch.compiler.is_compiling()
         key = self._memory.find_key(self, x) if alone else None
@@ -181,7 +181,7 @@ class BatchNorm(RunningStatistics):
 
     @names_errors()
     def _run(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, key: Any) -> Tensor:
-        """y of a call that is not the last one again; `key`: to remember it by."""
+        """y of a call that repeats none; `key`: to remember it by, or None."""
         given = layer_call.gather_arguments(self, x, mask, residual)
         if x.layout is torch.jagged:
             return normalize(*given[:2], training=given.training, update=given.update)
@@ -199,7 +199,7 @@ class BatchNorm(RunningStatistics):
         *,
         graph: bool = False,
     ) -> Explanation:
-        """The way of a call; `graph`: in a graph of `torch.compile`."""
+        """The way that a call takes; `graph`: in a graph of `torch.compile`."""
         reason = self._memory.refuse(self, x, mask is None and residual is None)
         if reason is None and not graph:
             return Explanation(type(self).__name__, LAST_CALL)
@@ -230,7 +230,7 @@ class BatchNorm(RunningStatistics):
 
     @names_errors()
     def __prepare_scriptable__(self) -> Any:
-        """What torch.jit.script asks a module for before it compiles it."""
+        """Refuse: torch.jit.script calls this before it compiles a module."""
         raise ArgumentTypeError(
             "torch.jit.script cannot compile this layer. Before it, fold "
             "the layer into its neighbours (batchnorm.tools.fold) or put torch's back "
@@ -238,7 +238,7 @@ class BatchNorm(RunningStatistics):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what a copy learns by itself."""
+        """Everything but the memory of calls, which a copy begins anew."""
         return {name: value for name, value in self.__dict__.items() if name != "_memory"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ def make_signature() -> Signature:
 
 
 def make_reader() -> Callable[[Any], tuple[Any, ...]]:
-    """A function of a layer that returns everything but tensors that its calls depend on."""
+    """A function that reads from a layer all that its calls depend on but tensors."""
     return attrgetter(*STATE, *(option.name for option in OPTIONS))
 
 
@@ -116,7 +116,7 @@ cached_core = lru_cache(maxsize=1024)(make_core)
 
 
 def describe_agreed(options: config.Options) -> list[str]:
-    """What ranks must agree on beside eps and decay, for people to read."""
+    """The options beside eps and decay that ranks must agree on, for people to read."""
     return [
         option.agreed(value)
         for option in OPTIONS
