@@ -19,11 +19,10 @@ __all__ = ["RankMerge"]
 class RankMerge:
     """The core's `Merge` over ranks, differentiable any number of times.
 
-    It sends the 2C + 1 float64 numbers that kernels send too, and the core's `merge_moments` and
+    Ranks send 2C + 1 float64 numbers, as kernels do, and the core's `merge_moments` and
     `merge_averages` merge them. The core's `GatherMerge` cannot take its place: it sends 5C
-    numbers, has other bits (in float32 half of all variances differ in the last digit; in float64
-    up to 5e-11 of them at |mean|/std = 1e6), and averages ghost groups only where all ranks have
-    the same number of them.
+    numbers; its bits differ (half of all float32 variances by 2e-7, float64 ones by up to 5e-11
+    at |mean|/std = 1e6); and it averages ghost groups only where all ranks have equally many.
 
     Args:
         part: the call's participation.
