@@ -35,7 +35,6 @@ SHRINKING = {
     "jax.steps.normalize_batch",
     "jax.steps.normalize_running",
     "keras.options.check_options",
-    "reference._prepare",
 }
 
 

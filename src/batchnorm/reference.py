@@ -105,7 +105,7 @@ def batch_norm(
     >>> y[:2].ravel().tolist(), moments.mean.tolist(), moments.var.tolist()
     ([-1.0, 1.0], [2.0], [1.0])
     """
-    call = _prepare(**locals())
+    call = _prepare(_Arguments(**locals()))
     y = _run(call)
     if isinstance(y, Outcome):
         return y.y, y.moments
@@ -161,96 +161,102 @@ def batch_norm_gradient(
     """
     arguments = dict(locals())
     del arguments["dy"]
-    call = _prepare(**arguments)
+    call = _prepare(_Arguments(**arguments))
     dy = _like_x("dy", dy, call.layout.shape)
     result = _run(call)
     with np.errstate(all="ignore"):
         if isinstance(result, Outcome):
             found = backward_batch(dy, call.inputs, result, call.layout, call.options, xp=XP)
         else:
+            assert call.running is not None
             found = backward_running(
                 dy, result, call.inputs, call.running, call.layout, call.options, xp=XP
             )
     return found.dx, found.dgamma, found.dbeta
 
 
+class _Arguments(NamedTuple):
+    """The arguments of a reference function, as users give them."""
+
+    x: Any
+    gamma: Any
+    beta: Any
+    mask: Any
+    axis: Any
+    eps: Any
+    training: Any
+    running_mean: Any
+    running_var: Any
+    virtual_batch_size: Any
+    renorm_mean: Any
+    renorm_stddev: Any
+    renorm_clipping: Any
+    adjustment: Any
+    residual: Any
+    activation: Any
+
+
 class _Call(NamedTuple):
-    """Checked arguments of a reference function."""
+    """The same, checked and in the core's terms."""
 
     inputs: Inputs
-    running: Any  # Running, or None
+    running: Running | None
     layout: Layout
     options: config.Options
     by_running: bool
+
+
+def _prepare(given: _Arguments) -> _Call:
+    training = config.check_flag("training", given.training)
+    size = config.check_virtual_batch_size(given.virtual_batch_size)
+    adjustment = config.check_adjustment(given.adjustment, size)
+    _check_pair(running_mean=given.running_mean, running_var=given.running_var)
+    _check_pair(renorm_mean=given.renorm_mean, renorm_stddev=given.renorm_stddev)
+    x = _floating("x", given.x)
+    layout = make_layout(x.shape, given.axis, size if training else None)
+    options = config.Options(
+        eps=config.check_number("eps", given.eps, 0.0),
+        renorm=config.check_renorm(given.renorm_mean is not None, given.renorm_clipping, 1.0),
+        activation=config.check_activation(given.activation),
+    )
+    s, t = config.call_adjustment(adjustment if training else None, layout.shape)
+    inputs = Inputs(
+        x,
+        _boolean(given.mask),
+        _per_channel("gamma", given.gamma, layout),
+        _per_channel("beta", given.beta, layout),
+        None if given.residual is None else _like_x("residual", given.residual, x.shape),
+        s=None if s is None else np.asarray(s, np.float64),
+        t=None if t is None else np.asarray(t, np.float64),
+    )
+    by_running = not training and given.running_mean is not None
+    return _Call(inputs, _make_running(given, layout), layout, options, by_running)
+
+
+def _make_running(given: _Arguments, layout: Layout) -> Running | None:
+    """The running statistics; renormalization's alone imply mean 0 and variance 1."""
+    mean = _per_channel("running_mean", given.running_mean, layout)
+    var = _per_channel("running_var", given.running_var, layout)
+    renorm_mean = _per_channel("renorm_mean", given.renorm_mean, layout)
+    stddev = _per_channel("renorm_stddev", given.renorm_stddev, layout)
+    if mean is None:
+        if renorm_mean is None:
+            return None
+        mean, var = np.zeros(layout.channels), np.ones(layout.channels)
+    return Running(mean, var, None, stddev, renorm_mean, stddev)
 
 
 def _run(call: _Call) -> Any:
     """y by the running statistics, or the Outcome by the batch's own."""
     forward: Any = forward_running if call.by_running else forward_batch
     with np.errstate(all="ignore"):  # NaN and inf in x are data, not errors
-        return forward(
-            call.inputs,
-            call.running,
-            call.layout,
-            call.options,
-            xp=XP,
-        )
+        return forward(call.inputs, call.running, call.layout, call.options, xp=XP)
 
 
-def _prepare(
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    mask: Any,
-    axis: Any,
-    eps: Any,
-    training: Any,
-    running_mean: Any,
-    running_var: Any,
-    virtual_batch_size: Any,
-    renorm_mean: Any,
-    renorm_stddev: Any,
-    renorm_clipping: Any,
-    adjustment: Any,
-    residual: Any,
-    activation: Any,
-) -> _Call:
-    training = config.check_flag("training", training)
-    size = config.check_virtual_batch_size(virtual_batch_size)
-    adjustment = config.check_adjustment(adjustment, size)
-    _check_pair(running_mean=running_mean, running_var=running_var)
-    _check_pair(renorm_mean=renorm_mean, renorm_stddev=renorm_stddev)
-    x = _floating("x", x)
-    layout = make_layout(x.shape, axis, size if training else None)
-    options = config.Options(
-        eps=config.check_number("eps", eps, 0.0),
-        renorm=config.check_renorm(renorm_mean is not None, renorm_clipping, 1.0),
-        activation=config.check_activation(activation),
-    )
-
-    def per_channel(**named: Any) -> list[Any]:
-        arrays = {n: None if a is None else _floating(n, a) for n, a in named.items()}
-        for name, array in arrays.items():
-            check_per_channel(name, array, layout)
-        return list(arrays.values())
-
-    s, t = config.call_adjustment(adjustment if training else None, layout.shape)
-    gamma, beta = per_channel(gamma=gamma, beta=beta)
-    inputs = Inputs(
-        x,
-        _boolean(mask),
-        gamma,
-        beta,
-        residual=None if residual is None else _like_x("residual", residual, x.shape),
-        s=None if s is None else np.asarray(s, np.float64),
-        t=None if t is None else np.asarray(t, np.float64),
-    )
-    mean, var = per_channel(running_mean=running_mean, running_var=running_var)
-    r_mean, r_stddev = per_channel(renorm_mean=renorm_mean, renorm_stddev=renorm_stddev)
-    if mean is None and r_mean is not None:
-        mean, var = np.zeros(layout.channels), np.ones(layout.channels)
-    running = None if mean is None else Running(mean, var, None, r_stddev, r_mean, r_stddev)
-    return _Call(inputs, running, layout, options, not training and mean is not None)
+def _per_channel(name: str, a: Any, layout: Layout) -> Any:
+    array = None if a is None else _floating(name, a)
+    check_per_channel(name, array, layout)
+    return array
 
 
 def _floating(name: str, a: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from batchnorm.core.moments import Moments, centre, merge_moments
+from batchnorm.core.moments import Moments, centre, merge_moments, unbiased_factor
 from batchnorm.core.normalize import normalized, rstd_of
 from batchnorm.reference import XP
 
@@ -27,6 +27,17 @@ def test_merged_parts_equal_the_whole(sizes: tuple[int, ...], offset: float) -> 
 def test_merging_nothing_gives_zeros() -> None:
     empty = Moments(*(np.zeros((2, 3)) for _ in range(3)))
     assert [m.tolist() for m in merge_moments(empty, 0, XP)] == [[0.0] * 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"), [(0, [1.0, 1.0, 1.0, 1.0]), (1, [1.0, 1.0, 2.0, 1.25])]
+)
+def test_unbiased_factor_is_1_where_there_are_too_few_rows(
+    correction: int, expected: list[float]
+) -> None:
+    with np.errstate(all="raise"):
+        factor = unbiased_factor(np.array([0.0, 1.0, 2.0, 5.0]), correction, XP)
+    assert factor.tolist() == expected
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e18])

@@ -29,7 +29,7 @@ class Renorm:
 
 @dataclass(frozen=True)
 class Options:
-    """What a front end asks of the core, already validated.
+    """The options of a call in the core's terms, already validated.
 
     Attributes:
         eps: added to the variance, at least 0.

@@ -1,4 +1,4 @@
-"""Declarations of options: what a front end says about each of its layer's options, once."""
+"""Declarations of options: a front end declares each option of its layer once."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Option:
     Attributes:
         name: of the argument, and of the layer's attribute.
         default: of the argument.
-        check: from all arguments to the value that the layer keeps.
+        check: function from all arguments to the value that the layer keeps.
         parts: further arguments that go into the value, with their defaults.
         kept: the value that the layer keeps by default.
         core: the value is a field of the core's Options, of the same name.
         kernels: kernels compute it; if not, any value but `kept` goes to array code.
-        agreed: the value, a field of the core's Options, as ranks compare it before they merge;
-            None if they may differ in it.
+        agreed: function from the value, a field of the core's Options, to the text that ranks
+            compare before they merge; None if they may differ in it.
         shown: in the layer's repr, where it differs from `kept`.
         converts: conversion of whole models takes it.
-        original: the framework's own layer does the same with any value; if not, only `kept` can
-            be reverted.
+        original: the framework's own layer may replace this one whatever the value is; if not,
+            only where it is `kept`.
     """
 
     name: str

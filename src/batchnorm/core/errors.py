@@ -34,13 +34,13 @@ class ArgumentTypeError(ArgumentError, TypeError):
 
 
 class ArgumentNameError(ArgumentError, NameError):
-    """A name that stands for nothing here."""
+    """An unknown name."""
 
     kind = NameError
 
 
 class ArgumentRuntimeError(ArgumentError, RuntimeError):
-    """A call that cannot be made now."""
+    """A call that the current state does not allow."""
 
     kind = RuntimeError
 

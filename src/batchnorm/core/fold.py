@@ -9,7 +9,7 @@ from batchnorm.core.normalize import rstd_of_running
 
 
 class Folded(NamedTuple):
-    """Weight and bias of a linear map that has swallowed its neighbour."""
+    """Weight and bias of a linear map with a normalization folded into it."""
 
     weight: Array
     bias: Array
@@ -18,7 +18,7 @@ class Folded(NamedTuple):
 def inference_affine(
     mean: Array, var: Array, gamma: Array | None, beta: Array | None, *, eps: float, xp: Namespace
 ) -> tuple[Array, Array]:
-    """a and b of y = a·x + b, per channel; compute in float64, since b cancels at offsets."""
+    """a and b of y = a·x + b, per channel; in float64, since at large offsets b loses digits."""
     a = rstd_of_running(var, eps=eps, xp=xp)
     a = a if gamma is None else a * gamma
     b = -mean * a

@@ -1,4 +1,4 @@
-"""The forward pass of a layer: what every front end calls, around its own state."""
+"""The forward pass of a layer, which every front end calls around its own state."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
+from batchnorm.core.merge import Merge, recentre
 from batchnorm.core.moments import Centred, Moments, centre
 from batchnorm.core.namespace import Array, Namespace
 from batchnorm.core.normalize import Affine, activate, normalize_batch, normalize_running
@@ -16,7 +17,6 @@ from batchnorm.core.running import (
     renorm_correction,
     update_running,
 )
-from batchnorm.core.synchronize import Merge, recentre
 
 
 class Inputs(NamedTuple):
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 class Outcome(NamedTuple):
     """y in x's shape; the batch's moments; running statistics after the step, if any came in.
 
-    The last two, on the working view, are what a closed-form gradient starts from.
+    The closed-form gradient starts from the last two, which are on the working view.
     """
 
     y: Array
@@ -62,11 +62,11 @@ def forward_batch(
 
     Args:
         inputs: as in Inputs.
-        running: per channel; serves empty channels (S6) and is what the update starts from.
+        running: per channel; serves channels without real rows (S6), and is what moves.
         layout: of inputs.x.
         options: as in Options.
-        merge: over the participants whose batches make up one, or None; ghost groups stay
-            local but for their average (S14).
+        merge: of the moments of all participants, or None; of ghost groups only the averages
+            are merged (S14).
         update: move the running statistics.
         xp: array namespace.
 
@@ -103,7 +103,7 @@ def forward_batch(
     if expanded is not None and update:
         running = _moved(expanded, average, layout, options, xp)
     y = activate(layout.merge(y, xp), inputs.residual, options.activation, xp)
-    # Groups of other participants have moments, but no gradient comes back to them.
+    # Moments of other participants' groups are returned too, as constants.
     foreign = merge is not None and layout.groups is not None
     moments = _returned(average.centred if foreign else centred, layout, xp)
     return Outcome(y, moments, running, centred, affine)
@@ -148,7 +148,7 @@ def forward_running(
 
 
 def channel_affine(inputs: Inputs, layout: Layout, xp: Namespace) -> Affine:
-    """What follows x̂, shaped to broadcast against the working view."""
+    """The operations after x̂, shaped to broadcast against the working view."""
     return Affine(
         gamma=layout.expand(inputs.gamma, xp),
         beta=layout.expand(inputs.beta, xp),
@@ -167,7 +167,7 @@ def _reshape_running(running: Running, shape: tuple[int, ...], xp: Namespace) ->
 
 
 def _returned(centred: Centred, layout: Layout, xp: Namespace) -> Moments:
-    """Moments as callers see them: the groups, of all participants, come first."""
+    """Moments as they are returned: on the first axis the groups of all participants."""
     groups = () if layout.groups is None else (centred.power.shape[1],)
     shape = (*groups, *layout.channels)
     return centred.moments.map(lambda a: xp.reshape(a, shape))

@@ -39,9 +39,9 @@ def gradient(
         xhat: normalized input, finite at real rows; its padded rows are ignored.
         rstd: 1 / sqrt(var + eps), per channel and group.
         count: real rows behind each statistic; None if the statistics are not of this batch
-            (evaluation, frozen), and constants therefore.
+            (evaluation, frozen) and are constants.
         mask: boolean, broadcastable to x, or None.
-        affine: what follows x̂.
+        affine: the operations after x̂.
         axes: reduced axes of the statistics.
         parameter_axes: reduced axes of gamma and beta: `axes`, and that of the groups (S12).
         correction: k, the normalizer's variance divides by count - k.
@@ -57,7 +57,7 @@ def gradient(
     )
     dy = select(mask, dy, 0.0, xp)
     xhat = select(mask, xhat, 0.0, xp)
-    # Two sums, from which everything per channel follows, need dy and x only: one pass over both.
+    # All per-channel values follow from two sums over dy and x: one pass over both.
     ds = dy if affine.s is None else dy * s
     total = xp.sum(ds, axis=axes, keepdims=True)
     along = xp.sum(ds * xhat, axis=axes, keepdims=True)
@@ -77,7 +77,7 @@ def gradient(
 def _project(
     g: Array, xhat: Array, total: Array, along: Array, count: Array, correction: int, xp: Namespace
 ) -> Array:
-    """g less its mean and its part along x̂: what the batch's own statistics take away."""
+    """g less its mean and its part along x̂, since the statistics depend on x."""
     mean = total / xp.where(count > 0, count, 1.0)
     divisor = count - float(correction)
     return g - mean - xhat * (along / xp.where(divisor > 0, divisor, 1.0))

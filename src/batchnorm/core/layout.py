@@ -1,4 +1,4 @@
-"""Axes, ghost groups and masks: how per-channel arrays line up with x."""
+"""Axes, ghost groups and masks: the shapes in which per-channel arrays and masks meet x."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Layout:
         return self.split(xp.reshape(mask, shape), xp)
 
     def mask_shape(self, shape: Shape) -> Shape:
-        """The shape, of x's rank, that a mask of this shape means (S1)."""
+        """The shape, of x's rank, as which a mask of this shape is read (S1)."""
         rows = tuple(n for a, n in enumerate(self.shape) if a not in self.channel_axes)
         if shape == rows or (shape and shape == rows[: len(shape)]):
             sizes = iter((*shape, *(1,) * (len(rows) - len(shape))))
@@ -146,12 +146,12 @@ class Layout:
         )
 
     def varies_along_channels(self, mask: Shape) -> bool:
-        """Whether a mask of this shape, of x's rank, may differ between channels (S1 c)."""
+        """True if a mask of this shape, of x's rank, may differ between channels (S1 c)."""
         return any(mask[a] != 1 for a in self.channel_axes)
 
     @property
     def channels_are_neighbours(self) -> bool:
-        """Whether no other axis lies between the channel axes."""
+        """True if no other axis lies between the channel axes."""
         first = self.channel_axes[0]
         return self.channel_axes == tuple(range(first, first + len(self.channel_axes)))
 
@@ -193,7 +193,7 @@ def make_layout(
 
 
 def count_values(layout: Layout) -> int:
-    """How many values each statistic reduces over, padding included."""
+    """The number of values that each statistic reduces over, padding included."""
     return math.prod([layout.working[a] for a in layout.reduced])
 
 

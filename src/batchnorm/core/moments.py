@@ -25,11 +25,11 @@ class Moments(NamedTuple):
 
 
 class Centred(NamedTuple):
-    """x after centring, with what the passes behind it need.
+    """x after centring, with all that later passes need.
 
     The mean of float32 data at a large offset does not fit in one float32, so it stays the sum
-    of two (S3). Squares are taken of scaled deviations: they overflow and underflow for no
-    finite x, nor do the powers of rstd that differentiation makes of them.
+    of two (S3). Deviations are scaled before they are squared: for finite x neither the squares
+    nor the powers of rstd in derivatives overflow or underflow.
     """
 
     count: Array  # real rows
@@ -65,8 +65,8 @@ def centre(
 ) -> Centred:
     """Centre x over `axes` at real rows.
 
-    Two rounds of sums, the second of which needs the first; those of a round need only x, so
-    that compilers make one pass over x of them. A third pass is the caller's.
+    Two rounds of sums, the second of which needs the first. Sums of the same round do not need
+    each other, so that compilers make one pass over x of them. A third pass is the caller's.
 
     Args:
         x: working view, float32 or float64.
@@ -78,8 +78,8 @@ def centre(
     Source: S2, S3.
     """
     count, weight = _count(x, mask, axes, xp)
-    # The mean comes out of the sum itself: a compiler that contracts `x - total * weight` into a
-    # fused operation in one loop and not in another would centre the two loops differently.
+    # Weighted before the sum: a compiler that made one fused operation of `x - total * weight` in
+    # one loop and not in another would centre the two loops differently.
     weighted = xp.stop_gradient(select(mask, x, 0.0, xp)) * weight
     anchor = _sum(weighted, axes, xp)  # constant: x - mean does not depend on it
     size = _sum(xp.abs(weighted), axes, xp) + math.sqrt(eps)
@@ -98,18 +98,18 @@ def _around_mean(
 ) -> tuple[Array, Array]:
     """The scale of the deviations, and their power in it, from moments around the anchor.
 
-    The difference costs digits only where the anchor is more than a deviation away from the mean.
-    It misses it by the roundings of one sum, some 1e-7 of the mean's size, if sums are trees or
-    wider than x: less than a deviation for |mean|/std up to 1e6 and beyond. Of a constant channel
-    this leaves, for float32, a variance of at most shift²·2^-22 rather than 0.
+    Subtracting costs digits only where the anchor is more than a deviation away from the mean.
+    The anchor has the rounding errors of one sum, some 1e-7 of the mean's size if sums are trees
+    or wider than x: less than a deviation for |mean|/std up to 1e6 and beyond. A constant float32
+    channel gets a variance of at most shift²·2^-22 rather than 0.
     """
     moved = xp.square(shift)
     power = power - moved
-    # Where that has no digit left, x is constant but for what rounding left of x - anchor; then
-    # no less than that is called its power. A constant, so that derivatives are the difference's.
+    # Where no digit is left, x is constant up to the rounding of x - anchor, and its power is set
+    # to `least`. By adding a constant, so that derivatives are the difference's.
     least = moved * _ROUNDING
     power = power + xp.stop_gradient(xp.where(power < least, least - power, 0.0))
-    # Bounded, so that its square is finite for a constant x too, whatever its size.
+    # Bounded from below, so that ratio² is finite for a constant x too, whatever its size.
     relative = xp.stop_gradient(xp.sqrt(power)) + _SMALLEST_SCALE
     scale = relative * unit + math.sqrt(eps)
     scale = xp.where(scale >= smallest_normal(scale), scale, unit)
@@ -118,7 +118,7 @@ def _around_mean(
 
 
 def centred_from(count: Array, mean: Array, low: Array, var: Array, xp: Namespace) -> Centred:
-    """Moments that are known, as `centre` gives them, but without deviations.
+    """Known moments in the form that `centre` gives, without deviations.
 
     `mean + low` is the mean; arrays of one shape.
     """
@@ -137,6 +137,16 @@ def _count(
     repeats = math.prod([sizes[a] for a in axes if mask.shape[a] != sizes[a]])
     count = _sum(xp.cast(mask, x.dtype), axes, xp) * (repeats * 1.0)
     return count, 1.0 / xp.where(count > 0, count, 1.0)
+
+
+def unbiased_factor(count: Array, correction: int, xp: Namespace) -> Array:
+    """count / (count - correction), which makes a biased variance unbiased at correction 1 (S10).
+
+    1 at counts up to `correction`.
+    """
+    enough = count > correction
+    divisor = xp.where(enough, count - float(correction), 1.0)
+    return xp.where(enough, count / divisor, 1.0)
 
 
 def merge_moments(parts: Moments, axis: int, xp: Namespace) -> Moments:

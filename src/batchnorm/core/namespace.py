@@ -1,4 +1,4 @@
-"""What the core asks of an array library."""
+"""The functions that the core needs of an array library."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Namespace(Protocol):
 
 
 def smallest_normal(a: Array) -> float:
-    """The smallest positive number of `a`'s type whose reciprocal is finite and not flushed."""
+    """The smallest positive number of `a`'s type whose reciprocal is finite and not 0."""
     return 2.0**-1022 if "float64" in str(a.dtype) else 2.0**-126
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from batchnorm.core.config import NEGATIVE_SLOPE
-from batchnorm.core.moments import Centred
+from batchnorm.core.moments import Centred, unbiased_factor
 from batchnorm.core.namespace import Array, Namespace, select, smallest_normal
 
 _LEAST_DEVIATION = 2.0**-511  # its square is the smallest normal number of double
 
 
 class Affine(NamedTuple):
-    """What x̂ meets on its way to the output, each None where it is not used (S4).
+    """The operations from x̂ to the output, each None where it is not used (S4).
 
     Per channel: gamma, beta, and renormalization's constants r and d (S11). Broadcastable
     against x: the adjustment's scale s and offset t (S13).
@@ -49,7 +49,7 @@ def normalize_batch(
         x: working view.
         centred: of the same x and mask.
         mask: boolean, broadcastable to x, or None.
-        affine: what follows x̂.
+        affine: the operations after x̂.
         fallback: mean and variance for channels and groups without real rows (S6).
         eps: added to the variance.
         correction: k, the normalizer's variance divides by count - k.
@@ -61,7 +61,7 @@ def normalize_batch(
     y = _apply(centred.deviation, *_to_xhat(centred, own), affine, xp)
     if mask is None:
         return y
-    # All of padding's arithmetic is on constants, so that none of it reaches a gradient (S8).
+    # Padded rows are computed of constants only, so that no gradient reaches them (S8).
     rstd, centred, affine = (
         xp.stop_gradient(rstd),
         centred.map(xp.stop_gradient),
@@ -106,8 +106,7 @@ def rstd_of(centred: Centred, *, eps: float, correction: int, xp: Namespace) -> 
     """
     power = centred.power
     if correction:
-        divisor = centred.count - float(correction)
-        power = power * (centred.count / xp.where(divisor > 0, divisor, 1.0))
+        power = power * unbiased_factor(centred.count, correction, xp)
     # (sqrt(eps) / scale)² instead of eps / scale²: scale² may overflow or underflow.
     power = power + xp.square(math.sqrt(eps) / centred.scale)
     least = max(smallest_normal(power), _LEAST_DEVIATION)
@@ -132,7 +131,7 @@ def normalized(centred: Centred, rstd: Array) -> Array:
 def _to_xhat(centred: Centred, rstd: Array) -> tuple[Array, Array]:
     """Factor and offset, per channel, that make x̂ of `centred.deviation`.
 
-    The shift is a few deviations at most, so that nothing is lost by subtracting it last.
+    The shift is a few deviations at most, so that subtracting it last loses no digits.
     """
     return rstd * centred.unit, -(centred.shift * rstd)
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from batchnorm.core.config import Options, Renorm
-from batchnorm.core.moments import Centred
+from batchnorm.core.moments import Centred, unbiased_factor
 from batchnorm.core.namespace import Array, Namespace
 
 _LEAST_REFERENCE = 2.0**-126  # without eps; a normal number of every type
 
 
 class Running(NamedTuple):
-    """What a layer keeps, per channel; the last three with renormalization only (S11).
+    """A layer's running statistics, per channel; the last three with renormalization only (S11).
 
     `batches` counts the training steps that updated something; only the cumulative average
     needs it.
@@ -34,7 +34,7 @@ class Running(NamedTuple):
 
 
 def derive_renorm(mean: Array, var: Array, *, eps: float, xp: Namespace) -> tuple[Array, Array]:
-    """Mean and deviation that renormalization starts from, of statistics kept without it (S11).
+    """Mean and deviation that renormalization starts from, after steps without it (S11).
 
     The deviation serves as both `stddev` and `renorm_stddev`.
     """
@@ -44,7 +44,7 @@ def derive_renorm(mean: Array, var: Array, *, eps: float, xp: Namespace) -> tupl
 class BatchAverage(NamedTuple):
     """One step's moments as the running statistics see them: ghost groups averaged (S12)."""
 
-    usable: Array  # boolean: counted something, and all of it finite (S9)
+    usable: Array  # boolean: there are real rows, and all moments are finite (S9)
     centred: Centred
     weight: Array  # of a group in the average
     axis: int | None  # of the groups
@@ -57,7 +57,7 @@ class BatchAverage(NamedTuple):
 
 
 def average_groups(centred: Centred, axis: int | None, xp: Namespace) -> BatchAverage:
-    """Average the groups along `axis` (None: a single group), and judge what they are worth."""
+    """Average the groups along `axis` (None: a single group), and find which may be used."""
     present = centred.count > 0
     finite = xp.isfinite(centred.mean) & xp.isfinite(centred.var)
     if axis is None:
@@ -147,9 +147,7 @@ def _decay(decay: float | None, batches: Array | None, dtype: Any, xp: Namespace
 
 def unbiased_variance(centred: Centred, xp: Namespace) -> Array:
     """The unbiased variance of each group; biased at count 1 (S10)."""
-    count = centred.count
-    factor = xp.where(count > 1, count / xp.where(count > 1, count - 1.0, 1.0), 1.0)
-    return centred.var * factor
+    return centred.var * unbiased_factor(centred.count, 1, xp)
 
 
 def _clip(a: Array, low: float, high: float, xp: Namespace) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from batchnorm.core.errors import ArgumentNameError, ArgumentValueError
-from batchnorm.core.synchronize import GatherMerge, Merge, Parts
+from batchnorm.core.merge import GatherMerge, Merge, Parts
 from batchnorm.jax.namespace import XP
 
 Groups = Sequence[Sequence[int]] | None

@@ -18,7 +18,7 @@ _STATISTICS = ("running_mean", "running_var", *_RENORM_BUFFERS)
 
 
 class RunningStatistics(_BatchNorm):
-    """torch's own buffers, float32 or wider for good (S16), and renormalization's three (S11)."""
+    """torch's own buffers, always float32 or wider (S16), and three of renormalization (S11)."""
 
     renorm: Renorm | None = None
 

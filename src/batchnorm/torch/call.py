@@ -40,7 +40,7 @@ class Tensors(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Everything else that a layer, or a call of the function, sets; already validated.
+    """The settings of a layer, or of a call of the function; already validated.
 
     Attributes:
         owner: the layer's class or the function, for explanations and messages between ranks.
@@ -64,12 +64,12 @@ class Call(NamedTuple):
 
     Attributes:
         tensors, settings: its arguments.
-        training: with ghost batches, renormalization, adjustment and other ranks (S15).
+        training: ghost batches, renormalization, adjustment and other ranks count (S15).
         update: move the running statistics, if there are any.
-        traced: whether `torch.compile` traces it.
+        traced: `torch.compile` traces it.
         layout: of x, with the ghost batches that apply.
-        decision: of kernels in eager code; None where they may not touch x, or shall not.
-        part: how it takes part in synchronization, or None (S14).
+        decision: about kernels in eager code; None where they cannot read x, or fused=False.
+        part: its participation in synchronization, or None (S14).
     """
 
     tensors: Tensors
@@ -83,7 +83,7 @@ class Call(NamedTuple):
 
     @property
     def owner(self) -> str:
-        """Whose name error messages carry."""
+        """The class or function that explanations and messages between ranks name."""
         return self.settings.owner
 
     @property
@@ -93,12 +93,12 @@ class Call(NamedTuple):
 
     @property
     def by_batch(self) -> bool:
-        """Whether x is normalized by its own statistics."""
+        """True if x is normalized by its own statistics."""
         return self.training or self.tensors.running is None
 
     @property
     def renormalizes(self) -> bool:
-        """Whether renormalization applies (S11)."""
+        """True if renormalization applies (S11)."""
         wanted = self.options.renorm is not None and self.training
         return wanted and self.tensors.running is not None
 
@@ -109,7 +109,7 @@ class Call(NamedTuple):
 
     @property
     def again(self) -> Tensor | Literal[True] | None:
-        """Whether this forward pass is a recomputation, as `recomputation_flag` tells (S9)."""
+        """The `recomputation_flag` of this forward pass (S9)."""
         return recomputation_flag(self.tensors.x)
 
     @property
@@ -119,7 +119,7 @@ class Call(NamedTuple):
 
     @property
     def mask_varies(self) -> bool:
-        """Whether the mask may differ between channels (S1 c)."""
+        """True if the mask may differ between channels (S1 c)."""
         mask, layout = self.tensors.mask, self.layout
         if mask is None:
             return False
@@ -130,7 +130,7 @@ def make_call(tensors: Tensors, settings: Settings, training: bool, update: bool
     """The record of a call, if its arguments fit (x itself is checked before).
 
     Raises:
-        TypeError: a tensor of a type or dtype that does not do.
+        TypeError: a tensor of an unsupported type or dtype.
         ValueError: shapes that do not fit; a single value per channel in training.
         SynchronizationError: a layer's process group is gone.
     """

@@ -1,4 +1,4 @@
-"""What the torch front end demands of its arguments."""
+"""Checks of the torch front end's arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batchnorm.core.errors import ArgumentRuntimeError, ArgumentTypeError, Argum
 from batchnorm.core.layout import length_value_error, mask_value_error
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Unsigned types of which torch has little more than the name, and signed ones to read them by.
+# Unsigned types for which torch has few operations, and the signed types that they are read as.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 _MASKS = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -93,7 +93,7 @@ def _misplaced(mask: Tensor, device: torch.device) -> ValueError:
 def _check_values(mask: Tensor) -> Tensor:
     """An integer mask in a type that torch can read, if it holds nothing but 0 and 1 (S1)."""
     if mask.layout is torch.jagged:
-        return mask  # its values come here by themselves
+        return mask  # its packed values are checked later, as a mask of their own
     signed = mask.view(_SIGNED[mask.dtype]) if mask.dtype in _SIGNED else mask
     if can_read(signed) and signed.numel() > 0:
         low, high = (a.item() for a in torch.aminmax(signed))
@@ -131,7 +131,7 @@ def check_lengths(lengths: Any, size: int) -> Tensor:
 
 
 def can_read(a: Tensor) -> bool:
-    """Whether the values of `a` are here: nothing is traced, and no device must be waited for."""
+    """True if values can be read now: nothing is traced, and no device must be waited for."""
     return (
         a.is_cpu
         and type(a).__torch_dispatch__ is Tensor.__torch_dispatch__
@@ -148,7 +148,7 @@ def to_boolean(mask: Tensor | None) -> Tensor | None:
 
 
 def check_parameter(name: str, a: Tensor) -> None:
-    """Raise unless weight or bias holds real numbers, one after another."""
+    """Raise unless weight or bias is a dense tensor of real numbers."""
     if not _is_dense(a) or a.is_complex() or a.is_quantized:
         raise ArgumentTypeError(
             f"{name} must be a dense tensor of real numbers; got {_describe(a)}."
@@ -169,7 +169,7 @@ def check_statistic(name: str, statistic: Tensor) -> None:
 
 
 def check_writable(name: str, a: Tensor) -> None:
-    """Raise for an inference tensor outside of inference mode, which torch writes and refuses."""
+    """Raise for an inference tensor outside of inference mode: torch writes first, then raises."""
     if a.is_inference() and not torch.is_inference_mode_enabled():
         raise ArgumentRuntimeError(
             f"{name} is updated in place, which an inference tensor cannot be outside "
@@ -203,12 +203,12 @@ def check_adjusted(name: str, a: Any, x: Tensor, dtype: torch.dtype) -> Tensor |
 
 
 def _is_dense(a: Tensor) -> bool:
-    """Whether `a` has one value after another, and nothing but values."""
+    """True if `a` is strided, and neither nested nor masked."""
     return a.layout is torch.strided and not a.is_nested and not _is_masked(a)
 
 
 def _is_masked(a: Tensor) -> bool:
-    """Whether `a` is a MaskedTensor, most of whose operations end in an endless recursion."""
+    """True for a MaskedTensor, most of whose operations recurse without end."""
     return isinstance(a, torch.masked.MaskedTensor)
 
 

@@ -25,7 +25,7 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items() if ours is not BatchNorm}
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
-_PRIVATE = ("frozen", "_synchronizer", "_masked_by_context", "_converted_from", "_memory")
+_PRIVATE = ("frozen", "_synchronizer", "_converted_from", "_memory")
 
 
 @names_errors("convert_batchnorm")
@@ -164,7 +164,7 @@ def _revert(layer: BatchNorm, theirs: type[nn.Module]) -> nn.Module:
 
 
 def _obstacle(layer: BatchNorm) -> str | None:
-    """What torch's layer cannot do of what this one does."""
+    """The property of this layer that torch's lacks, as a phrase; or None."""
     if layer.frozen:
         return "is frozen (call unfreeze() first)"
     for option in OPTIONS:
@@ -178,7 +178,7 @@ def _adopt(layer: nn.Module, cls: type[Any]) -> Any:
     """A `cls` with the state of `layer`: the same parameters, buffers, hooks and flags."""
     new = object.__new__(cls)
     new.__dict__.update(layer.__dict__)
-    # Hooks stay shared, so that their handles still remove them; these two may get new entries.
+    # All else is shared: handles of hooks still remove them. These two may get new entries.
     new.__dict__["_parameters"] = dict(layer._parameters)
     new.__dict__["_buffers"] = dict(layer._buffers)
     return new
@@ -189,9 +189,9 @@ def _exchange(
     replace: Callable[[str, nn.Module], nn.Module | None],
     prepare: Callable[[Collection[nn.Module]], None] = lambda made: None,
 ) -> nn.Module:
-    """Put in place what `replace` makes, once per layer, after all of it has been made.
+    """Replace layers by what `replace` makes of them, once for each, after all have been made.
 
-    `prepare` is told before which layers will be replaced.
+    `prepare` gets the layers that will be replaced, before any is.
     """
     made = {}
     for name, layer in module.named_modules():

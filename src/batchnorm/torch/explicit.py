@@ -27,7 +27,7 @@ _REDUCTIONS = ("sum", "mean")
 
 
 class _Pass(NamedTuple):
-    """What `backward` needs of the latest forward pass."""
+    """The part of the latest forward pass that `backward` needs."""
 
     inputs: Inputs
     result: Outcome | Tensor  # of own statistics, or y by the running ones

@@ -14,7 +14,7 @@ _ARGUMENTS = ("input", "mask", "residual")
 
 
 def trace_call(layer: nn.Module, x: Proxy, given: Mapping[str, Any]) -> Proxy:
-    """The call of a layer in a graph: of x alone, as of torch's, where nothing else is given."""
+    """A call of the layer in a graph: with x alone, as torch's are called, if no more is given."""
     tracer: Any = x.tracer
     kwargs = {name: a for name, a in given.items() if a is not None}
     call: Proxy = tracer.create_proxy("call_module", tracer.path_of_module(layer), (x,), kwargs)

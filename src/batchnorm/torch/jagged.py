@@ -1,4 +1,4 @@
-"""Jagged nested tensors: their packed values are real rows all (S5), so no padding is made."""
+"""Jagged nested tensors: all their packed values are real rows (S5), so no padding is made."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""The layers: state in torch's own way, around `normalize`."""
+"""The layers, which keep parameters and statistics as torch's own do."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -13,24 +11,17 @@ from torch.fx import Proxy
 
 from batchnorm.core import config
 from batchnorm.core.declaration import check_arguments, list_arguments
-from batchnorm.core.errors import (
-    ArgumentRuntimeError,
-    ArgumentTypeError,
-    ArgumentValueError,
-    names_errors,
-)
-from batchnorm.core.layout import check_axis, normalize_axis
+from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
+from batchnorm.core.layout import check_axis
 from batchnorm.kernels.explanation import LAST_CALL, Explanation, Refusal, ask
-from batchnorm.torch import checks, jagged, masking
+from batchnorm.torch import layer_call
 from batchnorm.torch.buffers import RunningStatistics
-from batchnorm.torch.call import Settings, Tensors, make_call
+from batchnorm.torch.call import make_call
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.fx import trace_call
-from batchnorm.torch.masking import ambient_mask
-from batchnorm.torch.options import CORE, OPTIONS, cached_core, make_core
+from batchnorm.torch.options import OPTIONS, make_signature
 from batchnorm.torch.ranks.groups import check_group
 from batchnorm.torch.ranks.synchronizer import Synchronizer
-from batchnorm.torch.recompute import recomputation_flag
 from batchnorm.torch.ways.choice import run
 from batchnorm.torch.ways.last_call import LastCalls
 
@@ -114,11 +105,11 @@ class BatchNorm(RunningStatistics):
         process_group: Any = None,
     ) -> None:
         given = locals()
-        sizes = _check_features(num_features, check_axis(axis))
+        sizes = layer_call.check_features(num_features, check_axis(axis))
         config.check_flag("affine", affine)
         config.check_flag("bias", bias)
         config.check_flag("track_running_stats", track_running_stats)
-        _check_dtype(dtype)
+        layer_call.check_dtype(dtype)
         super().__init__(
             sizes if len(sizes) > 1 else sizes[0],  # type: ignore[arg-type]
             eps,
@@ -139,14 +130,13 @@ class BatchNorm(RunningStatistics):
 
         Those left out get their defaults.
         """
-        self._check_moving()
+        layer_call.check_moving(self)
         for name, value in check_arguments(OPTIONS, options).items():
             setattr(self, name, value)
         self._synchronizer = Synchronizer(options.get("process_group"))
         if self.synchronized:
             self._synchronizer.enlist()
         self.frozen = False
-        self._masked_by_context = False
         self._memory = LastCalls()
         if self.renorm is not None and self.running_mean is None:
             raise ArgumentValueError(
@@ -155,15 +145,7 @@ class BatchNorm(RunningStatistics):
             )
         self._prepare_statistics()
 
-    configure.__signature__ = Signature(  # type: ignore[attr-defined]
-        [
-            Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
-            *(
-                Parameter(name, Parameter.KEYWORD_ONLY, default=default)
-                for name, default in list_arguments(OPTIONS).items()
-            ),
-        ]
-    )
+    configure.__signature__ = make_signature()  # type: ignore[attr-defined]
 
     def forward(
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
@@ -187,7 +169,7 @@ class BatchNorm(RunningStatistics):
                 unchanged then.
         """
         x = input
-        if isinstance(x, Proxy):  # torch.fx takes torch's own modules for leaves, and this one
+        if isinstance(x, Proxy):  # torch.fx does not trace into torch's own modules, nor here
             return trace_call(self, x, {"mask": mask, "residual": residual})
         alone = mask is None and residual is None and not torch.compiler.is_compiling()
         key = self._memory.find_key(self, x) if alone else None
@@ -199,35 +181,13 @@ class BatchNorm(RunningStatistics):
 
     @names_errors()
     def _run(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, key: Any) -> Tensor:
-        """y of a call that is not the last one again; `key`: to remember it by."""
-        checks.check_input(x)
-        self._check_input_dim(x)
-        axis = self.axis
-        if type(axis) is not int or not -x.dim() <= axis < x.dim() or x.layout is torch.jagged:
-            axis = normalize_axis(axis, x.dim())
-            if x.layout is torch.jagged:
-                jagged.check_axes(axis, x)
-        self._check_channels(x, axis)
-        self._check_moving()
-        running = self._running()
-        training = self.training and not self.frozen
-        if mask is None and (training or running is None or torch.is_grad_enabled()):
-            mask = self._ambient_mask(x)
-        tensors = Tensors(x, mask, self._tensor("weight"), self._tensor("bias"), residual, running)
-        settings = Settings(
-            type(self).__name__,
-            axis,
-            self._options(),
-            self.adjustment,
-            self.fused,
-            self._synchronizer if self.synchronized else None,
-        )
-        update = training and self.track_running_stats
+        """y of a call that repeats none; `key`: to remember it by, or None."""
+        given = layer_call.gather_arguments(self, x, mask, residual)
         if x.layout is torch.jagged:
-            return normalize(tensors, settings, training=training, update=update)
-        call = make_call(tensors, settings, training, update)
+            return normalize(*given[:2], training=given.training, update=given.update)
+        call = make_call(*given)
         y = run(call)
-        if key is not None and mask is None:
+        if key is not None and call.tensors.mask is None:
             self._memory.learn(self, key, call)
         return y
 
@@ -239,16 +199,16 @@ class BatchNorm(RunningStatistics):
         *,
         graph: bool = False,
     ) -> Explanation:
-        """The way of a call; `graph`: in a graph of `torch.compile`."""
+        """The way that a call takes; `graph`: in a graph of `torch.compile`."""
         reason = self._memory.refuse(self, x, mask is None and residual is None)
         if reason is None and not graph:
             return Explanation(type(self).__name__, LAST_CALL)
-        before = self._memory, self._masked_by_context
+        before = self._memory
         self._memory = LastCalls()
         try:
             found = ask(lambda: BatchNorm.forward(self, x, mask, residual), graph=graph)
         finally:
-            self._memory, self._masked_by_context = before
+            self._memory = before
         if reason is None or graph:
             return found
         return found._replace(refused=(Refusal(LAST_CALL, reason), *found.refused))
@@ -270,7 +230,7 @@ class BatchNorm(RunningStatistics):
 
     @names_errors()
     def __prepare_scriptable__(self) -> Any:
-        """What torch.jit.script asks a module for before it compiles it."""
+        """Refuse: torch.jit.script calls this before it compiles a module."""
         raise ArgumentTypeError(
             "torch.jit.script cannot compile this layer. Before it, fold "
             "the layer into its neighbours (batchnorm.tools.fold) or put torch's back "
@@ -278,7 +238,7 @@ class BatchNorm(RunningStatistics):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what a copy learns by itself."""
+        """Everything but the memory of calls, which a copy begins anew."""
         return {name: value for name, value in self.__dict__.items() if name != "_memory"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -307,108 +267,26 @@ class BatchNorm(RunningStatistics):
                 shown.append(f"{option.name}={value}")
         return ", ".join([*shown, *(["frozen=True"] if self.frozen else [])])
 
-    def _tensor(self, name: str) -> Tensor | None:
-        own = self._parameters  # the attribute behind it, without a search
-        found: Tensor | None = own[name] if name in own else getattr(self, name)
-        return found
-
     def _check_input_dim(self, input: Tensor) -> None:
         """Every rank that has the channel axes will do."""
-
-    def _check_channels(self, x: Tensor, axis: int | tuple[int, ...]) -> None:
-        features = self.num_features
-        if type(axis) is int and x.shape[axis] == features:
-            return
-        if features == 0 and self.weight is None and self.running_mean is None:
-            return  # a lazy layer without state never learns its size
-        expected = tuple(features) if isinstance(features, tuple) else (features,)
-        found = tuple(x.shape[a] for a in ((axis,) if isinstance(axis, int) else axis))
-        if found != expected:
-            raise ArgumentValueError(
-                f"x must have num_features={features} along axis {self.axis}; got "
-                f"{found if len(found) > 1 else found[0]} in shape {tuple(x.shape)}."
-            )
-
-    def _check_moving(self) -> None:
-        """Users assign `eps` and `momentum` at any time, so they are checked at every call."""
-        eps, momentum = self.eps, self.momentum
-        if type(eps) is not float or not 0.0 <= eps < math.inf:
-            self.eps = config.check_number("eps", eps, 0.0)
-        if momentum is not None and (type(momentum) is not float or not 0.0 <= momentum <= 1.0):
-            self.momentum = config.check_number("momentum", momentum, 0.0, 1.0)
-
-    def _options(self) -> config.Options:
-        decay = None if self.num_batches_tracked is not None else 1.0
-        if self.momentum is not None:
-            decay = 1.0 - self.momentum
-        make = make_core if torch.compiler.is_compiling() else cached_core
-        return make(self.eps, decay, tuple([getattr(self, name) for name in CORE]))
-
-    def _ambient_mask(self, x: Tensor) -> Tensor | None:
-        if not masking.in_use() and not self._masked_by_context:
-            return None
-        mask = ambient_mask(x, normalize_axis(self.axis, x.dim()))
-        if torch.compiler.is_compiling():
-            return mask
-        if recomputation_flag(x.values() if x.layout is torch.jagged else x) is None:
-            self._masked_by_context = mask is not None
-        elif self._masked_by_context and mask is None:
-            raise ArgumentRuntimeError(
-                "a forward pass that ran inside padding_mask is recomputed outside of "
-                "it (activation checkpointing). Call backward inside the with block too."
-            )
-        return mask
 
 
 class BatchNorm1d(BatchNorm):
     """`BatchNorm` for inputs of rank 2 or 3, `(N, C)` or `(N, C, L)`."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _check_rank(self, input, (2, 3))
+        layer_call.check_rank(input, (2, 3))
 
 
 class BatchNorm2d(BatchNorm):
     """`BatchNorm` for inputs of rank 4, `(N, C, H, W)`."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _check_rank(self, input, (4,))
+        layer_call.check_rank(input, (4,))
 
 
 class BatchNorm3d(BatchNorm):
     """`BatchNorm` for inputs of rank 5, `(N, C, D, H, W)`."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        _check_rank(self, input, (5,))
-
-
-def _check_rank(layer: BatchNorm, x: Tensor, ranks: tuple[int, ...]) -> None:
-    if x.dim() not in ranks:
-        wanted = " or ".join(f"{rank}D" for rank in ranks)
-        raise ArgumentValueError(
-            f"expected {wanted} input; got {x.dim()}D, shape "
-            f"{tuple(x.shape)}. BatchNorm takes any rank."
-        )
-
-
-def _check_features(num_features: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
-    sizes = tuple(num_features) if isinstance(num_features, (tuple, list)) else (num_features,)
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes):
-        raise ArgumentTypeError(
-            f"num_features must be an int, or a tuple of ints with several axes; got "
-            f"{num_features!r}."
-        )
-    if any(n < 0 for n in sizes):
-        raise ArgumentValueError(f"num_features must not be negative; got {num_features!r}.")
-    if len(sizes) != len(axes):
-        raise ArgumentValueError(
-            f"num_features must have one size for each channel axis; got "
-            f"{num_features!r} for axis {axes if len(axes) > 1 else axes[0]}."
-        )
-    return sizes
-
-
-def _check_dtype(dtype: Any) -> None:
-    if dtype is not None and dtype not in checks.FLOATING:
-        raise ArgumentTypeError(
-            f"dtype must be float16, bfloat16, float32 or float64; got {dtype!r}."
-        )
+        layer_call.check_rank(input, (5,))

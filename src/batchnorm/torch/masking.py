@@ -34,7 +34,7 @@ _current: ContextVar[_Ambient | None] = ContextVar("batchnorm_padding_mask", def
 
 
 class _Usage:
-    """Whether any thread is inside `padding_mask`: a plain attribute, which compilers guard on."""
+    """The blocks of `padding_mask` in all threads; compilers guard on the attribute `in_use`."""
 
     def __init__(self) -> None:
         self.in_use = False
@@ -58,8 +58,8 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
         mask: bool, or integer with 1 at real positions and 0 at padding: `(N,)` for whole
             samples, or `(N, *spatial)` at the resolution of the model's input. None switches an
             outer `padding_mask` off.
-        rescale: how a layer at a coarser resolution sees a block of positions that is partly
-            padding: "any" (real if one is), "all" (real if all are), or None, which raises.
+        rescale: the rule, at a layer of coarser resolution, for a block of positions that is
+            partly padding: "any" (real if one is), "all" (real if all are), or None, which raises.
 
     A layer's explicit `mask=` wins. At a layer whose rows differ from the mask's, each size must
     divide, or be divided by, the mask's: blocks then merge or repeat. After pooling or flattening
@@ -125,7 +125,7 @@ def sequence_mask(lengths: Tensor, size: int) -> Tensor:
 
 
 def in_use() -> bool:
-    """Whether any thread is inside `padding_mask`."""
+    """True if any thread is inside `padding_mask`."""
     return _usage.in_use
 
 
@@ -148,11 +148,11 @@ def ambient_mask(x: Tensor, channel_axes: Sequence[int]) -> Tensor | None:
 
 @torch.library.custom_op("batchnorm::ambient_mask", mutates_args=())
 def _runtime_mask(x: Tensor, rows: Sequence[int]) -> Tensor:
-    # Read when the graph runs, in the thread that runs it; all real without a mask there.
+    # Read when the graph runs, in the thread that runs it. Without a mask there all is real.
     ambient = _active()
     if ambient is None:
         return torch.ones(rows, dtype=torch.bool, device=x.device)
-    with naming("padding_mask"):
+    with naming("BatchNorm"):
         mask = _at_resolution(ambient, rows, x.device)
     sizes = [*mask.shape, *(1,) * (len(rows) - mask.dim())]
     return mask.reshape(sizes).expand(rows).contiguous()
@@ -224,7 +224,7 @@ def _at_resolution(ambient: _Ambient, rows: Sequence[int], device: torch.device)
 
 
 def _merge_blocks(mask: Tensor, target: tuple[int, ...], rule: str | None) -> Tensor | None:
-    """One position for each block by `rule`; None where there is none, and blocks are mixed."""
+    """One position for each block by `rule`; None if a block is mixed and there is no rule."""
     pairs = zip(mask.shape, target, strict=True)
     split = [n for size, goal in pairs for n in (goal, size // goal if goal else 1)]
     inner = tuple(range(1, len(split), 2))

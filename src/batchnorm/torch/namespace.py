@@ -50,7 +50,7 @@ class _TorchNamespace:
 
 
 class _OverRanks(_TorchNamespace):
-    """The same for arrays whose axis 0 is of ranks, and the only one that is summed over."""
+    """The same for arrays that have ranks on axis 0, and are summed over that axis alone."""
 
     @staticmethod
     def sum(a: Any, *, axis: Sequence[int], keepdims: bool) -> Any:
@@ -60,7 +60,7 @@ class _OverRanks(_TorchNamespace):
 
 
 class _HostOverRanks:
-    """The same for numpy arrays, as far as merging goes: its operations take less time to start."""
+    """The functions that merging needs, for numpy arrays, whose operations start faster."""
 
     where = staticmethod(np.where)
     square = staticmethod(np.square)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from inspect import Parameter, Signature
 from operator import attrgetter
 from typing import Any
 
@@ -90,8 +91,19 @@ def convertible() -> dict[str, Any]:
     return list_arguments(option for option in OPTIONS if option.converts)
 
 
+def make_signature() -> Signature:
+    """The signature of a method that takes every option as a keyword."""
+    options = list_arguments(OPTIONS).items()
+    return Signature(
+        [
+            Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
+            *(Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in options),
+        ]
+    )
+
+
 def make_reader() -> Callable[[Any], tuple[Any, ...]]:
-    """A function of a layer that returns everything but tensors that its calls depend on."""
+    """A function that reads from a layer all that its calls depend on but tensors."""
     return attrgetter(*STATE, *(option.name for option in OPTIONS))
 
 
@@ -104,7 +116,7 @@ cached_core = lru_cache(maxsize=1024)(make_core)
 
 
 def describe_agreed(options: config.Options) -> list[str]:
-    """What ranks must agree on beside eps and decay, for people to read."""
+    """The options beside eps and decay that ranks must agree on, for people to read."""
     return [
         option.agreed(value)
         for option in OPTIONS

@@ -16,7 +16,7 @@ from batchnorm.core.running import Running
 
 
 def recomputation_flag(x: Tensor) -> Tensor | Literal[True] | None:
-    """Whether this forward pass repeats one, inside a backward pass (activation checkpointing).
+    """A flag of a forward pass that a backward pass runs again (activation checkpointing).
 
     Returns:
         True or None (no) in eager code. Under a compiler that is known only when the graph
@@ -32,18 +32,19 @@ def recomputation_flag(x: Tensor) -> Tensor | Literal[True] | None:
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running in this thread."""
+    """True if a backward pass is running in this thread."""
     return torch._C._current_graph_task_id() != -1
 
 
 def snapshot(statistics: list[Tensor], *, repeatable: bool) -> list[Tensor]:
-    """The statistics as they are before this step moves them.
+    """The statistics as they are before this step moves them: copies in compiled code.
 
-    Not `repeatable` is a step that needs them as they were, which only eager code remembers
-    (`PastSteps`): repeated by a checkpoint around compiled code it raises RuntimeError.
+    A step that is not `repeatable` cannot be recomputed from statistics that have moved. Eager
+    code remembers the old ones (`PastSteps`); in compiled code, such a step raises RuntimeError
+    when a checkpoint repeats it.
 
-    A compiled backward pass recomputes cheap values, and would do so from the very buffers that
-    the forward pass has overwritten by then; it does not recompute what an opaque operator made.
+    A compiled backward pass recomputes cheap values from buffers, which the forward pass has
+    overwritten by then. It does not recompute the outputs of an opaque operator.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return statistics
@@ -51,10 +52,10 @@ def snapshot(statistics: list[Tensor], *, repeatable: bool) -> list[Tensor]:
 
 
 class PastSteps:
-    """A layer's latest steps, for when one is recomputed.
+    """A layer's latest steps, remembered for recomputation.
 
-    A recomputed step finds statistics that have moved since, and other ranks that are elsewhere.
-    It is recognized by the moments of its input, which are the same to the bit.
+    When a step is recomputed, the statistics have moved, and other ranks are elsewhere. It is
+    recognized by the moments of its input, which are the same to the bit.
     """
 
     def __init__(self, most: int = 16) -> None:  # forward passes between a step and its backward
@@ -62,11 +63,11 @@ class PastSteps:
         self._steps: deque[tuple[tuple[Tensor, ...], Any]] = deque(maxlen=most)
 
     def record(self, moments: Iterable[Tensor], kept: Any) -> None:
-        """Remember what a step of an input with these moments may be asked for."""
+        """Remember `kept` of a step whose input has these moments."""
         self._steps.append((tuple(moments), kept))
 
     def recall(self, moments: Sequence[Tensor]) -> Any | None:
-        """What the latest step with these moments has kept, or None."""
+        """`kept` of the latest step with these moments, or None."""
         for found, kept in reversed(self._steps):
             if all(
                 a.shape == b.shape and torch.equal(a, b)

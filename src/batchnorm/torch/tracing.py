@@ -11,7 +11,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def untraced(function: _Function) -> _Function:
-    """Mark what `torch.compile` must run as it is, with all that it calls.
+    """Mark a function that `torch.compile` must run as it is, with all that it calls.
 
     Where the tracer gives up on a caller of a layer it goes on with the functions called inside,
     down to calls of the extension, which it makes without `self`. This is what

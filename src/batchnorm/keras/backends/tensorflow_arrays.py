@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout
+from batchnorm.core.merge import GatherMerge, Merge, Parts
 from batchnorm.core.namespace import Namespace
-from batchnorm.core.synchronize import GatherMerge, Merge, Parts
 from batchnorm.keras.backends.tensorflow_sums import sum_axes
 from batchnorm.keras.masks import find_axes
 

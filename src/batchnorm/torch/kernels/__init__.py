@@ -1,1 +1,1 @@
-"""The kernels as torch calls them: what is decided once, a step, and its derivatives."""
+"""The kernels as torch calls them: cached decisions, a step, and its derivatives."""

@@ -1,7 +1,7 @@
-"""The kernels' step as one differentiable function, with array code behind it.
+"""The kernels' step as one differentiable function.
 
-Everything a step does runs in two calls of the kernels, one forward and one backward (`step`).
-Higher derivatives go to array code (S8).
+A step is two calls of the kernels, one forward and one backward (`step`). Higher derivatives are
+array code (S8).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(
         if step.options.activation is not None and _has_hooks(True) is not None:
             y = _run_before_hooks(step, x, weight, bias, residual)
         else:
-            # What autograd refuses to save it refuses before the kernels move statistics (S9).
+            # First, so that autograd raises for what it cannot save before statistics move (S9).
             y = _apply(x, weight, bias, residual, step)
             forward(step, x, weight, bias, residual, y)
         # Drop what the backward pass does not need; the statistics may have changed by then.

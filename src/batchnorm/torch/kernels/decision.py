@@ -25,13 +25,13 @@ class Decision(NamedTuple):
 
     Attributes:
         layout: of x.
-        refusal: why no kernel serves such calls, or None.
+        refusal: the reason why no kernel serves such calls, or None.
         plan: the kernels' side; None where x or the mask must be copied into other memory first.
         geometry: of x's memory; None like plan.
         mask_shape: the mask's shape in x's rank, or None.
-        gapped: whether there are gaps between the rows of x, which outputs do not have.
+        gapped: there are gaps between the rows of x, which outputs do not have.
         kernel: which kernels, "cpu" or "triton".
-        view: how the mask is read, or None.
+        view: of the mask as the kernels read it, or None.
     """
 
     layout: Layout
@@ -44,8 +44,8 @@ class Decision(NamedTuple):
     view: memory.MaskView | None = None
 
 
-# What is decided by, of x: shape, strides, type and the kind of its device; of a mask: shape,
-# strides and bytes an element. Plain tuples, which a call makes in no time.
+# The kind of x: shape, strides, type and kind of device. The kind of a mask: shape, strides and
+# bytes an element. Plain tuples, which a call makes in no time.
 InputKind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, str]
 MaskKind = tuple[tuple[int, ...], tuple[int, ...], int]
 
@@ -65,7 +65,7 @@ def decide(
     Args:
         x, mask: the tensors' kinds.
         axis, virtual_batch_size, adjusted, activation: the options that matter.
-        demanded: whether fused=True demands a kernel.
+        demanded: fused=True demands a kernel.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -101,7 +101,7 @@ def _with_plan(
     activation: str | None,
     mask: tuple[memory.MaskView | None, int],
 ) -> Decision:
-    """The decision with the kernels' side; `mask`: how it is read, and bytes an element."""
+    """The decision with the kernels' side; `mask`: its view, and bytes an element."""
     layout, name = decision.layout, NAMES[dtype]
     plan: Any
     if decision.kernel == "cpu":

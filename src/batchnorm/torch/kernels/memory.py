@@ -1,4 +1,4 @@
-"""Memory that outputs of the kernels lie in, and other tensors of x's shape."""
+"""Memory for outputs of the kernels, and for other tensors of x's shape."""
 
 from __future__ import annotations
 

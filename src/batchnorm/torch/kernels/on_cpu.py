@@ -43,7 +43,7 @@ def find_state(
 
 
 def moments(step: KernelStep, x: Tensor) -> _cpu.Kept:
-    """What the first pass keeps: count, mean and variance."""
+    """The record of the first pass: count, mean and variance."""
     plan: _cpu.Plan = step.decision.plan
     return plan.moments(x=x.data_ptr(), mask=_address(step.mask), threads=torch.get_num_threads())
 
@@ -57,9 +57,9 @@ def forward(
     y: Tensor,
     merged: _cpu.Kept | None,
 ) -> _cpu.Kept:
-    """Fill y and move the running statistics; what the backward step needs.
+    """Fill y, move the running statistics, and return the record for the backward step.
 
-    `merged`: what `moments` keeps, merged with other ranks'; or None.
+    `merged`: the record of `moments`, merged with other ranks'; or None.
     """
     plan: _cpu.Plan = step.decision.plan
     options, mask = step.options, step.mask
@@ -151,12 +151,12 @@ def count(kept: _cpu.Kept) -> Tensor:
 
 
 def pack(kept: _cpu.Kept) -> Tensor:
-    """What a backward step needs of `kept` as one array: its memory itself."""
+    """The part of `kept` that a backward step needs, as one array: its memory itself."""
     return torch.from_numpy(kept.all())
 
 
 def unpack(decision: Decision, data: Tensor) -> _cpu.Kept:
-    """What a step kept, without renormalization, from the array that `pack` gave."""
+    """The record of a step without renormalization, from the array that `pack` gave."""
     plan: _cpu.Plan = decision.plan
     return plan.restore(data=data.data_ptr(), size=data.numel(), renorm=False)
 

@@ -23,7 +23,7 @@ def find_state(
 
 
 def moments(step: KernelStep, x: Tensor) -> Kept:
-    """What the first pass keeps: count, mean and variance."""
+    """The record of the first pass: count, mean and variance."""
     with _on_device(x):
         return step.decision.plan.moments(_input(step, x, x), _mask(step, step.mask))
 
@@ -37,9 +37,9 @@ def forward(
     y: Tensor,
     merged: Kept | None,
 ) -> Kept:
-    """Fill y and move the running statistics; what the backward step needs.
+    """Fill y, move the running statistics, and return the record for the backward step.
 
-    `merged`: what `moments` keeps, merged with other ranks'; or None.
+    `merged`: the record of `moments`, merged with other ranks'; or None.
     """
     with _on_device(x):
         return step.decision.plan.forward(
@@ -115,12 +115,12 @@ def count(kept: Kept) -> Tensor:
 
 
 def pack(kept: Kept) -> Tensor:
-    """What a backward step needs of `kept` as one array: its memory itself."""
+    """The part of `kept` that a backward step needs, as one array: its memory itself."""
     return kept.data[: len(STATISTICS) * kept.size + kept.groups]
 
 
 def unpack(decision: Decision, data: Tensor) -> Kept:
-    """What a step kept, without renormalization, from the array that `pack` gave."""
+    """The record of a step without renormalization, from the array that `pack` gave."""
     return Kept(data, decision.plan.statistics, decision.plan.sizes.groups)
 
 

@@ -1,7 +1,7 @@
 """The kernels as two operators of torch, for graphs that `torch.compile` makes.
 
-A compiler does not look into a kernel. Nor may an operator that has a gradient change its
-arguments: a step returns moments, with which the graph moves the running statistics.
+Compilers do not look into an operator, and one that has a gradient must not change its arguments:
+a step returns moments, and the graph moves the running statistics by them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["step"]
 def step(call: Call) -> tuple[Tensor, Centred]:
     """y of a call that the kernels have no objection to, and the moments of x.
 
-    Gradients take the moments for constants; without a batch's own they have no meaning.
+    The moments are constants to gradients, and have a meaning only if `call.by_batch`.
     """
     (x, mask, weight, bias, residual, running), layout = call.tensors, call.layout
     y, kept = _step(
@@ -51,7 +51,7 @@ def step(call: Call) -> tuple[Tensor, Centred]:
 
 
 def _moments(kept: Tensor, layout: Layout, work: torch.dtype) -> Centred:
-    """What a step keeps as the core takes moments, in the shape of `layout.statistics`.
+    """The moments of a step's record as the core takes them, shaped `layout.statistics`.
 
     In x's working type, in which a variance that overflows is no update (S9).
     """
@@ -80,7 +80,7 @@ def _step(
     batch: bool,
     demanded: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, and what the backward step needs."""
+    """y, and the record for the backward step."""
     options = config.Options(eps=eps, virtual_batch_size=size, activation=activation)
     running = None
     if running_mean is not None:
@@ -184,7 +184,7 @@ def _(
 
 
 class _Saved(NamedTuple):
-    """What a gradient needs beside tensors: arguments of `_gradient`, and types."""
+    """The arguments of `_gradient` that are no tensors, and the parameters' types."""
 
     axes: Sequence[int]
     size: int | None
@@ -246,7 +246,7 @@ def _arrange(
     activation: str | None,
     demanded: bool,
 ) -> tuple[Tensors, Decision]:
-    """The tensors in memory that suits the kernels, which there were when the graph was made."""
+    """The tensors in memory that suits the kernels; raises if none serves them in this process."""
     x, mask = tensors.x, tensors.mask
     decision = decide(
         (x.shape, x.stride(), x.dtype, x.device.type),

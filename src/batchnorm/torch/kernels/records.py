@@ -18,16 +18,16 @@ class KernelStep:
 
     Attributes:
         decision: about such steps.
-        mask, running: tensors as they arrange them, or None.
+        mask, running: the tensors as `arrange` returns them, or None.
         state: the per-channel tensors as the kernels take them.
         options: as in Options.
         batch: normalize by the batch's own statistics.
         update: move the running ones.
         residual: one is added before the activation.
         part: of a step whose statistics are merged with other ranks', or None.
-        remembered: for when it is recomputed, since renormalization applies.
-        y: where it is filled before autograd records it, or None.
-        kept: what the kernels keep for the backward step.
+        remembered: for recomputation, since renormalization applies.
+        y: the output, if it is filled before autograd records it; or None.
+        kept: the kernels' record for the backward step.
     """
 
     __slots__ = (
@@ -72,7 +72,7 @@ class KernelStep:
 
     @property
     def renormalizes(self) -> bool:
-        """Whether renormalization applies (S11)."""
+        """True if renormalization applies (S11)."""
         return self.options.renorm is not None and self.batch and self.running is not None
 
 

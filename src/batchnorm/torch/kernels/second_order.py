@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm.core.merge import recentre
 from batchnorm.core.moments import centre
 from batchnorm.core.namespace import select
 from batchnorm.core.normalize import (
@@ -15,7 +16,6 @@ from batchnorm.core.normalize import (
     normalize_batch,
     normalize_running,
 )
-from batchnorm.core.synchronize import recentre
 from batchnorm.torch.checks import working_type
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.ranks.array_moments import RankMerge
@@ -58,7 +58,7 @@ def differentiable_backward(
 
 
 def _replay(passes: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tensor | None) -> Tensor:
-    """What the forward step made of x and gamma, in differentiable operations."""
+    """The forward step without bias and activation, in operations on x and gamma."""
     step = ctx.step
     layout, options = step.decision.layout, step.options
 
@@ -77,7 +77,7 @@ def _replay(passes: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tenso
     if step.part is not None:
         merge = RankMerge(step.part, options.eps, moments_of_kernel(passes, step.kept))
         centred = recentre(split, real, merge.moments(centred), XP)
-    # Where a group is empty all its rows are padding, whose values no gradient depends on.
+    # An empty group has padded rows only, and no gradient depends on their values.
     fallback = (torch.zeros_like(centred.power), torch.ones_like(centred.power))
     z = normalize_batch(
         split,

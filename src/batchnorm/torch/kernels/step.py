@@ -28,8 +28,8 @@ __all__ = ["arrange", "backward", "find_moments", "find_passes", "forward"]
 def find_passes(decision: Decision) -> Any:
     """The kernels that serve such calls: `on_cpu` or `on_gpu`, modules of one interface.
 
-    In both, outputs are tensors to be filled, None where they are not wanted, and `kept` is what
-    a forward step leaves for its backward step.
+    In both, outputs are tensors to be filled, None where they are not wanted, and `kept` is the
+    record that a forward step leaves for its backward step.
     """
     if decision.kernel == "cpu":
         return on_cpu
@@ -94,7 +94,7 @@ def _fill(
 
 
 def backward(step: KernelStep, rows: Rows, kept: Any, wanted: Wanted) -> Gradients:
-    """The gradients of a step; that of x where it is wanted, or where the residual's is."""
+    """The gradients of a step that are wanted; the residual's comes with x's."""
     decision, x = step.decision, rows.x
     channels = decision.layout.channels
     dx = empty_output(x, decision) if wanted.x or wanted.residual else None
@@ -119,7 +119,7 @@ def find_moments(step: KernelStep, x: Tensor) -> Moments:
 
 
 def _find_kept(step: KernelStep, x: Tensor) -> Any:
-    """What the first pass of a forward step keeps, merged with what it keeps on other ranks."""
+    """The record of a forward step's first pass, merged with those of other ranks."""
     passes = find_passes(step.decision)
     if step.part is None:
         return passes.moments(step, x)

@@ -23,7 +23,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 @untraced
 def is_plain(x: Tensor) -> bool:
-    """Whether x, and the moment, are such that its memory may be touched directly."""
+    """True if x's memory may be read directly, and nothing of torch traces or transforms."""
     return (
         type(x) in _PLAIN
         and x.layout is torch.strided
@@ -38,7 +38,7 @@ def is_plain(x: Tensor) -> bool:
 
 
 def has_memory(a: Tensor) -> bool:
-    """Whether its memory holds its values: no wrapper of a transformation, no lazy negation."""
+    """True if its memory holds its values: no wrapper of a transformation, no lazy negation."""
     functorch = torch._C._functorch
     return not (
         functorch.is_functorch_wrapped_tensor(a)
@@ -49,7 +49,7 @@ def has_memory(a: Tensor) -> bool:
 
 
 def refuse_parameters(parameters: Sequence[Tensor | None]) -> str | None:
-    """What the kernels have against weight and bias, or None."""
+    """The kernels' reason against weight and bias, or None."""
     for a in parameters:
         if a is not None and a.dtype not in NAMES:
             return f"it takes floating parameters, and got {a.dtype}"
@@ -59,7 +59,7 @@ def refuse_parameters(parameters: Sequence[Tensor | None]) -> str | None:
 def refuse_tensors(
     x: Tensor, tensors: Sequence[Tensor | None], running: Running | None, *, traced: bool = False
 ) -> str | None:
-    """What the kernels that serve x have against these tensors, or None.
+    """The reason against these tensors of the kernels that serve x, or None.
 
     `traced`: they are of a graph, whose operators get lazily negated tensors resolved.
     """
@@ -98,7 +98,7 @@ def refuse_tensors(
 
 
 def refuse_residual(x: Tensor, residual: Tensor | None) -> str | None:
-    """What the kernels have against the residual, or None."""
+    """The kernels' reason against the residual, or None."""
     if residual is None or residual.dtype is x.dtype:
         return None
     return f"it takes a residual of x's type {x.dtype}, and got {residual.dtype}"

@@ -16,7 +16,7 @@ __all__ = ["merge_kept", "moments_of_kernel", "total_of_kernel"]
 def merge_kept(
     passes: Any, find: Callable[[], Any], part: Participation, device: torch.device
 ) -> Any:
-    """What a kernel's first pass leaves, merged with what it leaves on other ranks."""
+    """The record of a kernel's first pass, merged with those of other ranks."""
     synchronizer, channels = find_by_key(part.key), part.channels
     expected = None
     if device.type == "cpu":

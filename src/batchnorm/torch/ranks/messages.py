@@ -1,10 +1,11 @@
-"""Messages between the ranks of a process group: what each sends reaches all, or all raise.
+"""Messages between the ranks of a process group: all ranks get each of them, or all raise.
 
 gloo ends the process where ranks enter a collective with messages of different sizes, and pairs
-collectives by nothing but their order. So with gloo every rank sends its message to every other
-under a tag made of what the message is: messages that do not belong together never meet, and a
-rank that sends none is known by name when the group's timeout has passed. Other backends run one
-collective; a word in front of its message makes everything NaN where ranks did not mean the same.
+collectives by their order alone. So with gloo every rank sends its message to every other, under
+a tag made from a text that says what is exchanged: messages of different texts are never paired,
+and after the group's timeout the error names the rank that has sent nothing. Other backends run
+one collective. Each message then begins with a word made from the text; if words differ, the
+result is NaN.
 """
 
 from __future__ import annotations
@@ -70,13 +71,13 @@ class Peers:
         """The messages of all ranks, one row each, in the order of ranks.
 
         Args:
-            message: float64, of one axis, of the same size on every rank that means the same.
-            text: what is meant; ranks whose texts differ do not meet.
-            waiting: what an error says was waited for.
+            message: float64, of one axis, of the same size on every rank with this text.
+            text: says what is exchanged; messages of different texts are not paired.
+            waiting: the layer and pass that wait, for errors.
             expected: from `expect`, if that was asked.
 
         Raises:
-            SynchronizationError: a rank failed, or sent nothing of that meaning in time.
+            SynchronizationError: a rank failed, or sent nothing with this text in time.
         """
         if expected is None:
             expected = self.expect(message.numel(), text, waiting, message.device)
@@ -140,10 +141,10 @@ class Peers:
             raise self._failure(text, None, error) from error
 
     def expect(self, size: int, text: str, waiting: str, device: torch.device) -> Expected | None:
-        """Say that a `gather` of so many numbers follows, the next thing in this group.
+        """Announce a `gather` of so many numbers, the next exchange of this group.
 
-        With gloo, others then send theirs without asking whether this rank is ready. Costs
-        nothing where something is computed between the two.
+        With gloo, others then send theirs without waiting for this rank. Costs nothing where
+        something is computed between the two.
         """
         backend = self._backend_on(device)
         if backend.name() != "gloo":

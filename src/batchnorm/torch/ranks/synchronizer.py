@@ -1,4 +1,4 @@
-"""Statistics of all ranks as those of one (S14): what a synchronized layer knows and asks.
+"""Statistics of all ranks as those of one (S14): a layer's side of the exchange.
 
 Statistics travel as one float64 vector: the count of real rows (one for each channel where the
 mask varies along channels), the means, the biased variances. Every rank merges the same vectors
@@ -20,9 +20,9 @@ from torch import Tensor
 from batchnorm.core import config
 from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
+from batchnorm.core.merge import merge_averages
 from batchnorm.core.moments import Moments, merge_moments
 from batchnorm.core.namespace import Namespace
-from batchnorm.core.synchronize import merge_averages
 from batchnorm.torch.namespace import HOST_OVER_RANKS, OVER_RANKS
 from batchnorm.torch.options import describe_agreed
 from batchnorm.torch.ranks.groups import check_group
@@ -50,7 +50,7 @@ class Synchronizer:
     """One layer's side of the exchange with other ranks.
 
     Attributes:
-        key: what compiled code finds this object by.
+        key: the number by which compiled code finds this object.
     """
 
     _STEPS = 16  # forward passes of one layer between a step and its recomputation
@@ -59,7 +59,7 @@ class Synchronizer:
         self.group = group
         self.key = next(_keys)
         self._name = name
-        self._met = False  # whether other ranks have ever been asked
+        self._met = False  # other ranks have been asked before
         self._past = PastSteps(steps)
         _synchronizers[self.key] = self
 
@@ -78,7 +78,7 @@ class Synchronizer:
         return Synchronizer(self.group, self._name)
 
     def __reduce__(self) -> Any:
-        """What a pickle holds; process groups do not outlive their process."""
+        """A pickle holds the name alone; process groups do not outlive their process."""
         if self.group is not None:
             raise TypeError(
                 "BatchNorm: a layer with a process_group cannot be pickled; set process_group "
@@ -88,7 +88,7 @@ class Synchronizer:
 
     @property
     def name(self) -> str:
-        """What tells the layer apart from others: the same on all ranks."""
+        """The name that tells the layer apart from others, the same on all ranks."""
         if self._name is None:
             self.enlist()
             assert self._name is not None
@@ -99,7 +99,7 @@ class Synchronizer:
         self._name = name
 
     def has_peers(self, text: str) -> bool:
-        """Whether there are other ranks; raises as `find_peers`."""
+        """True if there are other ranks; raises as `find_peers`."""
         return self.find_peers(text) is not None
 
     def enlist(self) -> None:
@@ -126,7 +126,7 @@ class Synchronizer:
             ) from error
 
     def expect(self, text: str, size: int, direction: str) -> Expected | None:
-        """Say that `merge` or `total` of so many numbers follows; the result is for them."""
+        """Announce a `merge` or `total` of so many numbers, which takes the result."""
         if direction == "forward" and in_backward():
             return None
         peers = self.find_peers(text)
@@ -204,9 +204,9 @@ def _merge_rows(parts: Any, channels: int, pooled: bool, xp: Namespace) -> Momen
 
 
 class Participation(NamedTuple):
-    """How a call takes part: the layer's key, what all ranks must agree on, its channels.
+    """A call's participation: the layer's key, the text that ranks agree on, the channels.
 
-    `varying`: whether the mask varies along channels, and counts differ therefore.
+    `varying`: the mask varies along channels, so that each has its own count.
     """
 
     key: int
@@ -218,7 +218,7 @@ class Participation(NamedTuple):
 def participate(
     synchronizer: Synchronizer, owner: str, layout: Layout, options: Options, varying: bool
 ) -> Participation | None:
-    """How a training call takes part; None where there is nobody to merge with."""
+    """The participation of a training call; None where there is no rank to merge with."""
     channels = math.prod(list(layout.channels))
     # Compiled code asks when it runs: it may be traced before there is a group.
     if channels == 0 or not (
@@ -231,7 +231,7 @@ def participate(
 
 
 def _describe(owner: str, name: str, channels: int, options: Options, varying: bool) -> str:
-    """What all ranks must agree on, for people to read."""
+    """The text that all ranks must agree on, for people to read."""
     shown = f"{owner} {name}" if name else owner
     shown = f"{shown} ({channels} channels, eps={options.eps}, decay={options.decay}"
     shown = ", ".join([shown, *describe_agreed(options)])
@@ -263,7 +263,7 @@ _of_functions: weakref.WeakKeyDictionary[Any, Synchronizer] = weakref.WeakKeyDic
 
 
 def find_synchronizer(synchronized: Any, group: Any) -> Synchronizer | None:
-    """The one that calls without a layer share, or None; checks both arguments."""
+    """The synchronizer that calls without a layer share, or None; checks both arguments."""
     check_group(config.check_flag("synchronized", synchronized), group)
     if not synchronized:
         return None

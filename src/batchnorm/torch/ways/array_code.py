@@ -68,7 +68,7 @@ def _by_batch(call: Call, inputs: Inputs) -> Tensor:
 
 
 def _before_step(running: Running, layout: Layout, options: config.Options) -> Running:
-    """The statistics, where gradients depend on them out of reach of this step's update."""
+    """The statistics; a snapshot where gradients depend on them, since this step moves them."""
     renormalizes = options.renorm is not None
     if not renormalizes and (layout.groups is None or options.activation is None):
         return running

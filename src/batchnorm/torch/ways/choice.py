@@ -19,7 +19,7 @@ class Way(NamedTuple):
 
     Attributes:
         name: as people read it.
-        refuse: why it does not serve a call, or None.
+        refuse: the reason against it for a call, or None.
         run: y of a call that it does not refuse.
     """
 
@@ -34,12 +34,12 @@ ARRAY_CODE = Way(explanation.ARRAY_CODE, lambda call: None, array_code.run)
 
 
 def find_ways(traced: bool) -> tuple[Way, Way]:
-    """The ways of a call, the fastest first; `traced`: whether `torch.compile` traces it."""
+    """The ways of a call, the fastest first; `traced`: `torch.compile` traces it."""
     return (GRAPH_OPERATORS if traced else EAGER_KERNELS), ARRAY_CODE
 
 
 def refuse(way: Way, call: Call) -> str | None:
-    """Why a way does not serve a call, or None: its own reason, or what `fused` says."""
+    """The reason against a way for a call, or None: its own, or that of `fused`."""
     fused = call.settings.fused
     if way is ARRAY_CODE:
         return "fused=True demands a kernel" if fused is True else None

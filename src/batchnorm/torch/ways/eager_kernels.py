@@ -1,7 +1,7 @@
 """y by the kernels, in eager code.
 
-A small step is dominated by what surrounds the kernels, so that what depends on shapes and
-options alone is decided once (`decide`), and the rest is kept short.
+In a small step the code around the kernels takes longer than they do. So everything that depends
+on shapes and options alone is decided once (`decide`), and the rest is kept short.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from batchnorm.torch.tracing import untraced
 
 @untraced
 def refuse(call: Call) -> str | None:
-    """Why no kernel can compute y, or None."""
+    """The reason why no kernel can compute y, or None."""
     decision = call.decision
     if decision is None:
         return NOT_PLAIN

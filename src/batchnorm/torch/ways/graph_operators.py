@@ -22,7 +22,7 @@ from batchnorm.torch.rollback import store
 
 
 def refuse(call: Call) -> str | None:
-    """Why a graph should not hold the operator for such a call, or None."""
+    """The reason to keep the operator out of a graph, or None."""
     if torch.compiler.is_exporting():
         return "an exported program holds array code, which runs without this library"
     if forward_ad._current_level >= 0:  # read where it is traced, so that graphs depend on it
@@ -61,7 +61,7 @@ def run(call: Call) -> Tensor:
 def _choose(
     device: str, dtype: str, adjusted: bool, per_channel: bool, demanded: bool
 ) -> str | None:
-    """Why no kernel serves the call, or None; found while a graph is traced."""
+    """The reason why no kernel serves the call, or None; found while a graph is traced."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transformation of torch is at work"
     choice = choose(device, dtype, adjusted, per_channel, demanded)

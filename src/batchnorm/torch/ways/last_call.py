@@ -1,6 +1,6 @@
-"""A layer's latest calls, repeated without their checks while nothing that these look at changes.
+"""A layer's latest calls, repeated without checks while nothing that the checks read has changed.
 
-A step on a small tensor is a matter of microseconds, most of which would go into checks.
+A step on a small tensor takes microseconds, most of which would go into checks.
 """
 
 from __future__ import annotations
@@ -38,19 +38,23 @@ def _tensors(layer: nn.Module) -> tuple[Tensor | None, ...] | None:
 
 
 class LastCalls:
-    """The inputs that a layer has seen lately, and the ways of those that come again.
+    """Kinds of input that a layer has seen lately, and the ways of those that have come again.
 
-    A way takes time to remember, so that an input must come twice, and after one that
-    was of no use more often.
+    Remembering a way takes time: an input must come twice for it, and more often after a way
+    that could not be repeated.
     """
 
     _INPUTS = 8  # kinds of input that are remembered: all are forgotten when there are more
-    _MOST = 64  # calls that an input is waited for at most
+    _MOST = 64  # calls of one kind that are waited for at most
 
-    __slots__ = ("_known", "_patience")
+    __slots__ = ("_known", "_patience", "masked")
 
     def __init__(self) -> None:
-        self._known: dict[Any, LastCall | int] = {}  # or how often the input must come yet
+        # True after a call, also in evaluation, that took the mask of `padding_mask`. `PastSteps`
+        # cannot tell: it finds a step by the moments of its real rows, and a recomputed step that
+        # has lost its mask has other moments.
+        self.masked = False
+        self._known: dict[Any, LastCall | int] = {}  # or the calls to wait for
         self._patience = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -59,13 +63,13 @@ class LastCalls:
 
     @untraced
     def find_key(self, layer: nn.Module, x: Tensor) -> Any:
-        """The kind of input that x is; None where no way is remembered."""
-        if not is_plain(x) or masking.in_use() or layer._masked_by_context or in_backward():
+        """The kind of input that x is; None where calls are not repeated or remembered."""
+        if not is_plain(x) or masking.in_use() or self.masked or in_backward():
             return None
         return x.shape, x.stride(), x.dtype, layer.training, x.is_cpu
 
     def refuse(self, layer: nn.Module, x: Tensor, alone: bool) -> str | None:
-        """Why a call does not repeat one, or None; `alone`: without mask and residual."""
+        """The reason not to repeat a call, or None; `alone`: without mask and residual."""
         if not alone:
             return "it repeats calls of x alone, and this one has a mask or a residual"
         if not is_plain(x):
@@ -96,7 +100,7 @@ class LastCalls:
         return y
 
     def learn(self, layer: nn.Module, key: Any, call: Call) -> None:
-        """Remember a call of this kind that has just gone the whole way."""
+        """Remember a call of this kind that has just run with all checks."""
         known = self._known
         left = known.get(key)
         if left is None:
@@ -131,7 +135,7 @@ class LastCall:
         weight, bias, *statistics = tensors
         self.read = make_reader()  # options, which users may assign at any time
         self.settings = self.read(layer)
-        # What may change about a tensor that stays the same object.
+        # Properties that may change while the tensor stays the same object.
         self.seen = [(a, None if a is None else (a.data_ptr(), a.dtype, a.shape)) for a in tensors]
         self.running = None if statistics[0] is None else Running(*statistics)
         self.state = on_cpu.find_state(weight, bias, self.running)

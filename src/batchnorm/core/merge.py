@@ -12,28 +12,28 @@ from batchnorm.core.running import BatchAverage, average_groups
 
 
 class Merge(Protocol):
-    """How a front end merges statistics over its participants, in a type that carries S3."""
+    """A front end's merging over its participants, in types precise enough for S3."""
 
     def moments(self, centred: Centred) -> Centred:
-        """All participants' moments; `deviation` is not looked at."""
+        """All participants' moments; `deviation` is ignored, the argument's and the result's."""
         ...
 
     def average(self, average: BatchAverage, unbiased: bool) -> BatchAverage:
-        """All participants' average over their ghost groups, of the unbiased variance or not."""
+        """The average over all participants' ghost groups; `unbiased`: of unbiased variances."""
         ...
 
 
 def recentre(x: Array, mask: Array | None, merged: Centred, xp: Namespace) -> Centred:
-    """`merged`, the moments of x and of other participants, with x's own deviations from it."""
+    """`merged`, the moments of all participants, with the deviations of x from their anchor."""
     deviation = select(mask, (x - merged.anchor) * (1.0 / merged.scale), 0.0, xp)
     return merged._replace(unit=merged.scale, deviation=deviation)
 
 
 def merge_averages(parts: Moments, axis: int, xp: Namespace) -> Moments:
-    """Averages over ghost groups, stacked along `axis`, averaged again; the axis is dropped.
+    """The average over all ghost groups, of averages stacked along `axis`; the axis is dropped.
 
-    The counts are of groups that are not empty. Groups are normalized each by its own moments,
-    so that what is averaged is their variance, without the spread of their means (S12, S14).
+    Counts are numbers of groups that are not empty. Each group is normalized by its own moments,
+    so that variances are averaged without the spread of the groups' means (S12, S14).
     """
     count = xp.sum(parts.count, axis=(axis,), keepdims=True)
     weight = parts.count / xp.where(count > 0, count, 1.0)
@@ -43,10 +43,10 @@ def merge_averages(parts: Moments, axis: int, xp: Namespace) -> Moments:
 
 
 class Parts(NamedTuple):
-    """What participants tell each other where their type is float32, stacked on a new first axis.
+    """Moments that participants send each other in x's working type, stacked on a new first axis.
 
-    The mean travels as two numbers and the power with its scale, so that they carry S3. A
-    participant that does not belong to the group of another has count 0 in what that one sees.
+    The mean is sent as two numbers and the power with its scale, so that float32 is precise
+    enough for S3. A participant outside of the receiver's group has count 0.
     """
 
     count: Array
@@ -81,7 +81,7 @@ class GatherMerge:
 
         def joined(a: Array) -> Array:
             every, one, groups, *rest = a.shape
-            # A graph may learn the number of groups when it runs.
+            # A graph may not know the number of groups before it runs.
             return xp.reshape(a, (one, -1 if groups is None else every * groups, *rest))
 
         parts = Parts(*(joined(a) for a in self._gather(Parts.of(average.centred))))
@@ -98,7 +98,7 @@ def merge_parts(parts: Parts, xp: Namespace) -> Centred:
     real = parts.count > 0
     count = xp.sum(parts.count, axis=(0,), keepdims=False)
     weight = parts.count / xp.where(count > 0, count, 1.0)
-    # Maxima, because they round nothing: every loop that subtracts them sees the same numbers.
+    # Maxima are exact, so that every loop that subtracts them sees the same numbers.
     anchor = xp.stop_gradient(xp.max(xp.where(real, parts.anchor, -math.inf), axis=0))
     anchor = xp.where(count > 0, anchor, 0.0)
     scale = xp.stop_gradient(xp.max(xp.where(real, parts.scale, 0.0), axis=0))

@@ -1,0 +1,152 @@
+"""A layer's side of a call: its checks, and the layer's part of the record."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchnorm.core import config
+from batchnorm.core.errors import ArgumentRuntimeError, ArgumentTypeError, ArgumentValueError
+from batchnorm.core.layout import normalize_axis
+from batchnorm.torch import checks, jagged, masking
+from batchnorm.torch.call import Settings, Tensors
+from batchnorm.torch.options import CORE, cached_core, make_core
+from batchnorm.torch.recompute import recomputation_flag
+
+
+class Arguments(NamedTuple):
+    """The arguments of `make_call`, of a layer's call."""
+
+    tensors: Tensors
+    settings: Settings
+    training: bool
+    update: bool
+
+
+def gather_arguments(
+    layer: Any, x: Tensor, mask: Tensor | None, residual: Tensor | None
+) -> Arguments:
+    """The layer's tensors and settings beside those of the call, if x fits the layer."""
+    checks.check_input(x)
+    layer._check_input_dim(x)
+    axis = layer.axis
+    if type(axis) is not int or not -x.dim() <= axis < x.dim() or x.layout is torch.jagged:
+        axis = normalize_axis(axis, x.dim())
+        if x.layout is torch.jagged:
+            jagged.check_axes(axis, x)
+    _check_channels(layer, x, axis)
+    check_moving(layer)
+    running = layer._running()
+    training = layer.training and not layer.frozen
+    if mask is None and (training or running is None or torch.is_grad_enabled()):
+        mask = _find_ambient_mask(layer, x)
+    weight, bias = _find_parameter(layer, "weight"), _find_parameter(layer, "bias")
+    settings = Settings(
+        type(layer).__name__,
+        axis,
+        _find_options(layer),
+        layer.adjustment,
+        layer.fused,
+        layer._synchronizer if layer.synchronized else None,
+    )
+    return Arguments(
+        Tensors(x, mask, weight, bias, residual, running),
+        settings,
+        training,
+        training and layer.track_running_stats,
+    )
+
+
+def check_moving(layer: Any) -> None:
+    """Check eps and momentum, which users assign at any time: at every call."""
+    eps, momentum = layer.eps, layer.momentum
+    if type(eps) is not float or not 0.0 <= eps < math.inf:
+        layer.eps = config.check_number("eps", eps, 0.0)
+    if momentum is not None and (type(momentum) is not float or not 0.0 <= momentum <= 1.0):
+        layer.momentum = config.check_number("momentum", momentum, 0.0, 1.0)
+
+
+def check_rank(x: Tensor, ranks: tuple[int, ...]) -> None:
+    """Raise unless x has one of these ranks."""
+    if x.dim() not in ranks:
+        wanted = " or ".join(f"{rank}D" for rank in ranks)
+        raise ArgumentValueError(
+            f"expected {wanted} input; got {x.dim()}D, shape "
+            f"{tuple(x.shape)}. BatchNorm takes any rank."
+        )
+
+
+def check_features(num_features: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of the channel axes, one for each."""
+    sizes = tuple(num_features) if isinstance(num_features, (tuple, list)) else (num_features,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes):
+        raise ArgumentTypeError(
+            f"num_features must be an int, or a tuple of ints with several axes; got "
+            f"{num_features!r}."
+        )
+    if any(n < 0 for n in sizes):
+        raise ArgumentValueError(f"num_features must not be negative; got {num_features!r}.")
+    if len(sizes) != len(axes):
+        raise ArgumentValueError(
+            f"num_features must have one size for each channel axis; got "
+            f"{num_features!r} for axis {axes if len(axes) > 1 else axes[0]}."
+        )
+    return sizes
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise unless parameters can be of this type; None is torch's default."""
+    if dtype is not None and dtype not in checks.FLOATING:
+        raise ArgumentTypeError(
+            f"dtype must be float16, bfloat16, float32 or float64; got {dtype!r}."
+        )
+
+
+def _check_channels(layer: Any, x: Tensor, axis: int | tuple[int, ...]) -> None:
+    features = layer.num_features
+    if type(axis) is int and x.shape[axis] == features:
+        return
+    if features == 0 and layer.weight is None and layer.running_mean is None:
+        return  # a lazy layer without state never learns its size
+    expected = tuple(features) if isinstance(features, tuple) else (features,)
+    found = tuple(x.shape[a] for a in ((axis,) if isinstance(axis, int) else axis))
+    if found != expected:
+        raise ArgumentValueError(
+            f"x must have num_features={features} along axis {layer.axis}; got "
+            f"{found if len(found) > 1 else found[0]} in shape {tuple(x.shape)}."
+        )
+
+
+def _find_parameter(layer: Any, name: str) -> Tensor | None:
+    own = layer._parameters  # the attribute behind it, without a search
+    found: Tensor | None = own[name] if name in own else getattr(layer, name)
+    return found
+
+
+def _find_options(layer: Any) -> config.Options:
+    decay = None if layer.num_batches_tracked is not None else 1.0
+    if layer.momentum is not None:
+        decay = 1.0 - layer.momentum
+    make = make_core if torch.compiler.is_compiling() else cached_core
+    return make(layer.eps, decay, tuple([getattr(layer, name) for name in CORE]))
+
+
+def _find_ambient_mask(layer: Any, x: Tensor) -> Tensor | None:
+    """The mask of `padding_mask`, or None; raises if a recomputed step had one and now has none."""
+    memory = layer._memory
+    if not masking.in_use() and (torch.compiler.is_compiling() or not memory.masked):
+        return None
+    mask = masking.ambient_mask(x, normalize_axis(layer.axis, x.dim()))
+    if torch.compiler.is_compiling():
+        return mask
+    if recomputation_flag(x.values() if x.layout is torch.jagged else x) is None:
+        memory.masked = mask is not None
+    elif memory.masked and mask is None:
+        raise ArgumentRuntimeError(
+            "a forward pass that ran inside padding_mask is recomputed outside of "
+            "it (activation checkpointing). Call backward inside the with block too."
+        )
+    return mask
