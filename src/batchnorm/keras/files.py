@@ -16,6 +16,7 @@ import h5py
 import keras
 import numpy as np
 
+from batchnorm.core.errors import ArgumentValueError, names_errors, naming
 from batchnorm.keras.loading import fit_weights
 from batchnorm.keras.state import WeightedNormalization
 
@@ -24,6 +25,7 @@ _KINDS = ("batch_normalization", "sync_batch_normalization", "masked_batch_norma
 _WEIGHTS = "model.weights.h5"  # within a .keras file
 
 
+@names_errors("load_weights")
 def load_weights(model: keras.Model, path: str | Path, *, by_name: bool = False) -> None:
     """Load a model's weights from a file whose batch normalization layers may be of another kind.
 
@@ -82,8 +84,8 @@ def _add_names(file: h5py.File, model: keras.Model) -> None:
     if not found or wanted <= set(found):
         return
     if len(wanted) > 1 or len(found) > 1:
-        raise ValueError(
-            f"load_weights: the file must have one kind of batch normalization, and the model one, "
+        raise ArgumentValueError(
+            "the file must have one kind of batch normalization, and the model one, "
             f"where they differ; got {sorted(found)} in the file and {sorted(wanted)} in the "
             "model. Load a model like the file's, and give its layers' get_weights() to "
             "set_weights() of these."
@@ -135,7 +137,8 @@ def _fit_layer(layer: Any, group: h5py.Group) -> None:
         else:
             given[norm] += found
     for norm, arrays in given.items():
-        values |= zip(map(id, norm.weights), fit_weights(norm, arrays), strict=True)
+        with naming(type(norm).__name__):
+            values |= zip(map(id, norm.weights), fit_weights(norm, arrays), strict=True)
     rewritten = [f"fitted/{i}" for i in range(len(wanted))]
     for name, weight in zip(rewritten, wanted, strict=True):
         group[name] = values[id(weight)]

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from batchnorm.core.config import Adjustment
-from batchnorm.core.errors import ArgumentValueError, names_errors
+from batchnorm.core.errors import ArgumentValueError, names_errors, naming
 from batchnorm.keras.call import Call
 from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.masks import propagate_mask, split_pair, to_boolean
@@ -87,7 +87,6 @@ class BatchNormalization(WeightedNormalization):
     3
     """
 
-    @names_errors()
     def __init__(
         self,
         axis: int | Sequence[int] = -1,
@@ -117,20 +116,21 @@ class BatchNormalization(WeightedNormalization):
         process_group: Any = None,
         **kwargs: Any,
     ) -> None:
-        checked = check_options(
-            axis=axis,
-            momentum=momentum,
-            epsilon=epsilon,
-            renorm=renorm,
-            renorm_clipping=renorm_clipping,
-            renorm_momentum=renorm_momentum,
-            fused=fused,
-            virtual_batch_size=virtual_batch_size,
-            adjustment=adjustment,
-            synchronized=synchronized,
-            axis_name=axis_name,
-            process_group=process_group,
-        )
+        with naming(type(self).__name__):  # Keras refuses a decorated constructor
+            checked = check_options(
+                axis=axis,
+                momentum=momentum,
+                epsilon=epsilon,
+                renorm=renorm,
+                renorm_clipping=renorm_clipping,
+                renorm_momentum=renorm_momentum,
+                fused=fused,
+                virtual_batch_size=virtual_batch_size,
+                adjustment=adjustment,
+                synchronized=synchronized,
+                axis_name=axis_name,
+                process_group=process_group,
+            )
         # Keras's own constructor takes neither several axes nor synchronization everywhere.
         super(keras.layers.BatchNormalization, self).__init__(
             trainable=trainable, name=name, **kwargs
@@ -155,7 +155,8 @@ class BatchNormalization(WeightedNormalization):
         self.gamma = self.beta = None
         self._options = checked.options
         self._start_statistics()
-        self._check_kernel(rank=None)
+        with naming(type(self).__name__):
+            self._check_kernel(rank=None)
 
     @names_errors()
     def __call__(self, inputs: Any, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
@@ -194,6 +195,7 @@ class BatchNormalization(WeightedNormalization):
             )
         return ask(lambda: self(x, **arguments))
 
+    @names_errors()
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
         """The mask that the output carries on: one of a dimension less than x, or None."""
         x, mask = split_pair(inputs, previous_mask)
@@ -270,11 +272,10 @@ class SyncBatchNormalization(BatchNormalization):
     Source: S14; Chan, Golub and LeVeque 1983, equation 2.1b.
     """
 
-    @names_errors()
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.setdefault("synchronized", True) is not True:
-            raise ArgumentValueError(
-                f"synchronized must be True; got "
+            raise ValueError(
+                f"{type(self).__name__}: synchronized must be True; got "
                 f"{kwargs['synchronized']!r}. Use BatchNormalization for local statistics."
             )
         super().__init__(*args, **kwargs)

@@ -56,7 +56,6 @@ class MaskedBatchNormalization(BatchNormalization):
     [2.0]
     """
 
-    @names_errors()
     def __init__(
         self,
         axis: int = -1,
@@ -76,8 +75,8 @@ class MaskedBatchNormalization(BatchNormalization):
     ) -> None:
         for option in ("renorm", "virtual_batch_size"):
             if kwargs.get(option):
-                raise ArgumentValueError(
-                    f"{option} does not go with one weight of shape "
+                raise ValueError(
+                    f"{type(self).__name__}: {option} does not go with one weight of shape "
                     f"(2, C); got {option}={kwargs[option]!r}. Use BatchNormalization."
                 )
         super().__init__(

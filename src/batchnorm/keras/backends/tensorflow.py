@@ -71,7 +71,7 @@ def normalize(
 def _by_batch(
     x: tf.Tensor, mask: Any, gamma: Any, beta: Any, running: Running, call: Call
 ) -> tuple[tf.Tensor, Running]:
-    x = check_divisible(x, call.options.virtual_batch_size)
+    x = check_divisible(x, call)
     plain = _plain_step(mask, running, call)
     refusal = None if call.fused is False else kernels.refuse(x, mask, call)
     if call.fused and refusal is not None:

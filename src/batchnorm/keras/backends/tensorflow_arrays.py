@@ -13,6 +13,7 @@ from batchnorm.core.layout import Layout
 from batchnorm.core.namespace import Namespace
 from batchnorm.core.synchronize import GatherMerge, Merge, Parts
 from batchnorm.keras.backends.tensorflow_sums import sum_axes
+from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 
 
@@ -158,20 +159,22 @@ def fill_mask(mask: Any, x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     return tf.broadcast_to(mask, [own[a] if a in axes else n for a, n in enumerate(sizes)])
 
 
-def check_divisible(x: tf.Tensor, virtual_batch_size: int | None) -> tf.Tensor:
+def check_divisible(x: tf.Tensor, call: Call) -> tf.Tensor:
     """x, if ghost batches fill the batch (S12); else an error, now or when the graph runs."""
-    if virtual_batch_size is None:
+    size = call.options.virtual_batch_size
+    if size is None:
         return x
     remedy = "Drop the last batch (drop_remainder=True) or choose a divisor."
-    rule = f"virtual_batch_size={virtual_batch_size} must divide the batch size"
+    rule = f"virtual_batch_size={size} must divide the batch size in training; got a batch of"
     samples = x.shape[0]
     if samples is not None:
-        if samples % virtual_batch_size:
-            raise ValueError(f"{rule} in training; got a batch of {samples}. {remedy}")
+        if samples % size:
+            raise ArgumentValueError(f"{rule} {samples}. {remedy}")
         return x
     samples = tf.shape(x)[0]
-    fine = tf.equal(samples % virtual_batch_size, 0)
-    check = tf.debugging.Assert(fine, [f"{rule} in training; got a batch of", samples, remedy])
+    fine = tf.equal(samples % size, 0)
+    # Nothing names the errors of a graph that runs.
+    check = tf.debugging.Assert(fine, [f"{call.owner}: {rule}", samples, remedy])
     with tf.control_dependencies([check]):
         return tf.identity(x)
 

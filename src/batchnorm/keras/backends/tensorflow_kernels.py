@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from batchnorm.core.config import Options
+from batchnorm.core.errors import naming
 from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
 from batchnorm.keras.backends.tensorflow_arrays import place_given
@@ -220,15 +221,16 @@ def _prepare(
     passes: _Passes, x: np.ndarray, mask: np.ndarray | None
 ) -> tuple[_Prepared, np.ndarray | None]:
     """What the shapes decide, and the mask in memory that the kernels can walk."""
-    settings = (passes.owner, passes.axes, passes.options.virtual_batch_size, x.shape, str(x.dtype))
-    if mask is None:
-        found = _plan(*settings, None, 1)
-    else:
-        found = _plan(*settings, mask.shape, mask.itemsize)
-        if found is None:
-            rows = row_mask_shape(Layout(x.shape, passes.axes))
-            mask = np.ascontiguousarray(np.broadcast_to(mask, rows))
+    settings = (passes.axes, passes.options.virtual_batch_size, x.shape, str(x.dtype))
+    with naming(passes.owner):  # nothing else names the errors of a graph that runs
+        if mask is None:
+            found = _plan(*settings, None, 1)
+        else:
             found = _plan(*settings, mask.shape, mask.itemsize)
+            if found is None:
+                rows = row_mask_shape(Layout(x.shape, passes.axes))
+                mask = np.ascontiguousarray(np.broadcast_to(mask, rows))
+                found = _plan(*settings, mask.shape, mask.itemsize)
     assert found is not None
     return found, mask
 
