@@ -32,7 +32,6 @@ TRITON = "kernels.triton."  # kernels take numbers and addresses; no record has 
 SHRINKING = {
     "jax.steps.normalize_batch",
     "jax.steps.normalize_running",
-    "keras.options.check_options",
     "reference._prepare",
 }
 

@@ -19,13 +19,14 @@ from batchnorm.core.config import Options
 from batchnorm.core.errors import naming
 from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
+from batchnorm.keras.backends.shared import refuse_apart, refuse_calls
 from batchnorm.keras.backends.tensorflow_arrays import place_given
 from batchnorm.keras.backends.tensorflow_devices import find_accelerator, is_compiled
 from batchnorm.keras.call import Call
 from batchnorm.kernels import extension
 from batchnorm.kernels.geometry import find_geometry, row_major_strides, row_mask_shape, view_mask
 from batchnorm.kernels.kept import TYPES
-from batchnorm.kernels.select import extension_status, select_kernel
+from batchnorm.kernels.select import select_kernel
 
 if TYPE_CHECKING:
     from batchnorm.kernels import _cpu
@@ -36,17 +37,8 @@ extension.warn_if_missing()
 
 
 def refuse_options(call: Call, rank: int | None) -> str | None:
-    """Why no kernel serves calls like this one, as far as options and axes decide it."""
-    status = extension_status()
-    if status.kernel is None:
-        return status.reason
-    if call.adjustment is not None:
-        return "none takes an adjustment"
-    if call.synchronized:
-        return "there is none for synchronized statistics with TensorFlow"
-    if rank is not None and call.axes[-1] - call.axes[0] != len(call.axes) - 1:
-        return f"channel axes {call.axes} are apart in memory"
-    return None
+    """As `batchnorm.keras.functional.Backend` says."""
+    return refuse_calls(call) or refuse_apart(call.axes, rank)
 
 
 def refuse(x: tf.Tensor, mask: tf.Tensor | None, call: Call) -> str | None:
