@@ -15,7 +15,7 @@ from batchnorm.keras.options import BACKENDS
 
 
 class Backend(Protocol):
-    """What a module of `batchnorm.keras.backends` offers."""
+    """The functions of each module of `batchnorm.keras.backends`."""
 
     def normalize(
         self,

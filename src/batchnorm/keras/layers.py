@@ -135,7 +135,7 @@ class BatchNormalization(WeightedNormalization):
     @names_errors()
     def __call__(self, inputs: Any, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
         """Normalize inputs; arguments as the class says."""
-        # Keras sees x alone as the input, and the mask as any other.
+        # To Keras x alone is the input, and the mask one more argument.
         x, mask = split_pair(inputs, mask)
         if getattr(getattr(x, "shape", None), "rank", 0) is None:
             raise ArgumentValueError(
@@ -149,7 +149,7 @@ class BatchNormalization(WeightedNormalization):
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         """Normalize inputs; arguments as the class says."""
         x, mask = split_pair(inputs, mask)
-        if mask is None:  # Keras looks for one only where x is the only tensor
+        if mask is None:  # Keras hands it over only where x is the only tensor
             mask = getattr(x, "_keras_mask", None)
         mask = to_boolean(mask)
         gamma, beta = (None if a is None else self._per_channel(a) for a in (self.gamma, self.beta))
@@ -171,13 +171,13 @@ class BatchNormalization(WeightedNormalization):
 
     @names_errors()
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
-        """The mask that the output carries on: one of a dimension less than x, or None."""
+        """The mask for the layers behind, of one dimension less than x, or None."""
         x, mask = split_pair(inputs, previous_mask)
         mask = to_boolean(mask)
         return None if mask is None else propagate_mask(mask, x, self._channel_axes)
 
     def get_config(self) -> dict[str, Any]:
-        """What Keras's own layer takes, and options of this one where they are set."""
+        """The options that Keras's own layer takes, and this one's others where they are set."""
         for loss in list_losses(self):
             warnings.warn(f"{type(self).__name__}: {loss}", stacklevel=2)
         return super(keras.layers.BatchNormalization, self).get_config() | make_config(self)
@@ -205,7 +205,7 @@ class BatchNormalization(WeightedNormalization):
         return BACKEND.resolve_training(training)
 
     def _check_kernel(self, rank: int | None) -> None:
-        """Raise if fused=True demands what there cannot be."""
+        """Raise if fused=True demands a kernel where there is none."""
         if not self.fused:
             return
         call = self._make_call(False)

@@ -48,7 +48,7 @@ class LayerOption(Option):
         in_call: the value is a field of the record of a call, of the same name.
         saved: the configs that hold it.
         serialize: from an attribute to what a config holds.
-        loss: what a config that leaves it out warns of where it is set; nothing without warning.
+        loss: for a warning where it is set and the config leaves it out; empty for no warning.
         unserved: backends without a kernel for any value but `kept`, and the reason.
         packed: MaskedBatchNormalization takes it.
     """

@@ -45,8 +45,8 @@ def normalize(
 ) -> tuple[Tensor, Running | None]:
     """As `batchnorm.keras.functional.Backend` says; but variables may be updated in place.
 
-    A repeated forward pass (activation checkpointing) is recognized by the tensors it updates, so
-    that they are the variables' own wherever Keras lets go of them.
+    Activation checkpointing repeats a forward pass, which is recognized by the tensors that it
+    updates: they must be the variables' own, except in Keras's stateless scopes.
     """
     training = bool(call.training)
     pure = training and in_stateless_scope()

@@ -1,16 +1,10 @@
-"""The compiled kernels as TensorFlow operations.
-
-They run in Python functions that the graph calls, on the memory of its tensors: a custom
-operation would tie this library to one version of TensorFlow. XLA cannot call Python, nor can a
-saved model, so that graphs for those take the plain path; evaluation always does.
-"""
+"""The passes on the memory of TensorFlow's tensors, as functions of NumPy arrays."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,15 +12,9 @@ import tensorflow as tf
 from batchnorm.core.config import Options
 from batchnorm.core.errors import naming
 from batchnorm.core.layout import Layout, make_layout
-from batchnorm.core.running import Running
-from batchnorm.keras.backends.shared import refuse_apart, refuse_calls
-from batchnorm.keras.backends.tensorflow_arrays import place_given
-from batchnorm.keras.backends.tensorflow_devices import find_accelerator, is_compiled
-from batchnorm.keras.call import Call
 from batchnorm.kernels import extension
 from batchnorm.kernels.geometry import find_geometry, row_major_strides, row_mask_shape, view_mask
 from batchnorm.kernels.kept import TYPES
-from batchnorm.kernels.select import select_kernel
 
 if TYPE_CHECKING:
     from batchnorm.kernels import _cpu
@@ -36,105 +24,8 @@ _ALIGNMENT = 64  # bytes; TensorFlow copies arrays that start elsewhere
 extension.warn_if_missing()
 
 
-def refuse_options(call: Call, rank: int | None) -> str | None:
-    """As `batchnorm.keras.functional.Backend` says."""
-    return refuse_calls(call) or refuse_apart(call.axes, rank)
-
-
-def refuse(x: tf.Tensor, mask: tf.Tensor | None, call: Call) -> str | None:
-    """Why no kernel serves this call, or None."""
-    reason = refuse_options(call, x.shape.rank)
-    if reason is not None:
-        return reason
-    if is_compiled():
-        return "XLA cannot call it (jit_compile=True)"
-    if accelerator := find_accelerator():
-        return f"there is none for device {accelerator}"
-    per_channel = mask is not None and any(mask.shape[a] != 1 for a in call.axes)
-    choice = select_kernel("cpu", x.dtype.name, adjusted=False, per_channel_mask=per_channel)
-    return None if choice.kernel else choice.reason
-
-
-def step(
-    x: tf.Tensor,
-    mask: tf.Tensor | None,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    running: Running,
-    call: Call,
-    plain: Callable[[Any, Any, Any], tf.Tensor],
-) -> tuple[tf.Tensor, Running]:
-    """A training step by the kernels.
-
-    Args:
-        x: of a type and layout that `refuse` has nothing against.
-        mask: of x's rank, or None.
-        gamma: per channel, or None.
-        beta: per channel, or None.
-        running: before the step.
-        call: everything else.
-        plain: y of x, gamma and beta in differentiable operations, for higher derivatives.
-
-    Returns:
-        y, and the statistics after the step.
-    """
-    passes = _Passes(
-        call.owner, call.axes, call.options, mask is not None, gamma is not None, beta is not None
-    )
-    statistics = [a for a in running if a is not None]
-    masks = [] if mask is None else [mask]
-    given = [a for a in (x, gamma, beta) if a is not None]
-
-    @tf.custom_gradient
-    def forward(*given: tf.Tensor) -> Any:
-        outputs = tf.numpy_function(
-            partial(_forward, passes),
-            [*given, *masks, *statistics],
-            [x.dtype, tf.float64, *(a.dtype for a in statistics)],
-            stateful=False,
-        )
-        for found, like in zip(outputs, (x, None, *statistics), strict=True):
-            if like is not None:
-                found.set_shape(like.shape)
-        kept = outputs[1]
-
-        def gradient(dy: tf.Tensor, *_: Any) -> Any:
-            return backward(dy, kept, *given)
-
-        return tuple(outputs), gradient
-
-    @tf.custom_gradient
-    def backward(dy: tf.Tensor, kept: tf.Tensor, *given: tf.Tensor) -> Any:
-        found = tf.numpy_function(
-            partial(_backward, passes),
-            [dy, kept, *given, *masks],
-            [a.dtype for a in given],
-            stateful=False,
-        )
-        if tf.is_tensor(found):  # what an eager call makes of a list of one
-            found = [found]
-        for one, like in zip(found, given, strict=True):
-            one.set_shape(like.shape)
-
-        def again(*cotangents: tf.Tensor) -> Any:
-            with tf.GradientTape() as outer:
-                outer.watch([dy, *given])
-                with tf.GradientTape() as inner:
-                    inner.watch(given)
-                    y = plain(*place_given(given, scaled=passes.scaled, centred=passes.centred))
-                first = inner.gradient(y, given, dy)
-            second = outer.gradient(first, [dy, *given], cotangents)
-            return second[0], None, *second[1:]
-
-        return tuple(found), again
-
-    y, _, *moved = forward(*given)
-    values = iter(moved)
-    return y, Running(*(None if a is None else next(values) for a in running))
-
-
-class _Passes(NamedTuple):
-    """What the Python functions of a call know besides their arrays."""
+class Passes(NamedTuple):
+    """A call without its arrays: which of them there are, and everything else."""
 
     owner: str
     axes: tuple[int, ...]
@@ -145,14 +36,14 @@ class _Passes(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """What the shapes of a call decide."""
+    """The passes for arrays of some shapes."""
 
     plan: _cpu.Plan
     row: int  # distance between rows of x
 
 
-def _forward(passes: _Passes, x: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
-    """y, what the backward pass needs, and the moved statistics."""
+def forward(passes: Passes, x: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
+    """y, an array for the backward pass, and the moved statistics."""
     rest = iter(arrays)
     gamma = next(rest) if passes.scaled else None
     beta = next(rest) if passes.centred else None
@@ -179,8 +70,8 @@ def _forward(passes: _Passes, x: np.ndarray, *arrays: np.ndarray) -> list[np.nda
     return [y, kept.all().copy(), *statistics]
 
 
-def _backward(
-    passes: _Passes, dy: np.ndarray, kept: np.ndarray, x: np.ndarray, *arrays: np.ndarray
+def backward(
+    passes: Passes, dy: np.ndarray, kept: np.ndarray, x: np.ndarray, *arrays: np.ndarray
 ) -> list[np.ndarray]:
     """dx, and dgamma and dbeta where they are wanted."""
     rest = iter(arrays)
@@ -210,9 +101,9 @@ def _backward(
 
 
 def _prepare(
-    passes: _Passes, x: np.ndarray, mask: np.ndarray | None
+    passes: Passes, x: np.ndarray, mask: np.ndarray | None
 ) -> tuple[_Prepared, np.ndarray | None]:
-    """What the shapes decide, and the mask in memory that the kernels can walk."""
+    """The passes for these arrays, and the mask in memory that they can walk."""
     settings = (passes.axes, passes.options.virtual_batch_size, x.shape, str(x.dtype))
     with naming(passes.owner):  # nothing else names the errors of a graph that runs
         if mask is None:
@@ -236,7 +127,7 @@ def _plan(
     mask_shape: tuple[int, ...] | None,
     mask_width: int,
 ) -> _Prepared | None:
-    """What dense arrays of these shapes decide; None if the mask must be copied first."""
+    """The passes for dense arrays of these shapes; None if the mask must be copied first."""
     layout = make_layout(shape, axes, virtual_batch_size)
     geometry = find_geometry(layout, row_major_strides(shape))
     assert geometry is not None
