@@ -34,7 +34,6 @@ TRITON = "kernels.triton."  # kernels take numbers and addresses; no record has 
 SHRINKING = {
     "jax.steps.normalize_batch",
     "jax.steps.normalize_running",
-    "keras.options.check_options",
 }
 
 
@@ -45,7 +44,6 @@ NATIVE = ROOT_OF_SOURCES / "native"
 LONG_FILES: dict[str, str] = {
     "jax/layers.py": "to be cut",
     "jax/steps.py": "to be cut",
-    "torch/layers.py": "to be cut",
 }
 
 

@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from batchnorm.core.moments import centre
 from batchnorm.keras import BatchNormalization, MaskedBatchNormalization
-from batchnorm.keras.backends.tensorflow_arrays import XP
-from batchnorm.keras.backends.tensorflow_sums import sum_axes
+from batchnorm.keras.backends.tensorflow.arrays import XP
+from batchnorm.keras.backends.tensorflow.sums import sum_axes
 
 EPS = 1e-3
 

@@ -1,4 +1,4 @@
-"""What an adjustment returns (S13)."""
+"""The arrays that an adjustment returns (S13)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from batchnorm.core.errors import ArgumentValueError
 
 
 def missing_axes(name: str, shape: Sequence[Any], x: Sequence[Any]) -> int:
-    """How many axes of size 1 an array of this shape needs in front to have x's rank.
+    """The number of axes of size 1 to put before an array of this shape to give it x's rank.
 
     Sizes may be None where they are unknown.
 

@@ -1,4 +1,4 @@
-"""What a layer tells its backend about a call."""
+"""The record of a call, from a layer to its backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Call:
     Attributes:
         owner: the layer's class, for explanations.
         axes: channel axes, sorted, not negative.
-        options: as in Options.
+        options: in the core's terms.
         training: a bool, or a 0-d tensor whose value is not known yet.
         adjustment: function of x's shape, or None (S13).
         fused: None, True or False.

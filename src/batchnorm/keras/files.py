@@ -16,31 +16,33 @@ import h5py
 import keras
 import numpy as np
 
+from batchnorm.core.errors import ArgumentValueError, names_errors, naming
 from batchnorm.keras.loading import fit_weights
 from batchnorm.keras.state import WeightedNormalization
 
-# What Keras 3 calls the layers in a file, by their classes.
+# Names of the layers in a file of Keras 3, by their classes.
 _KINDS = ("batch_normalization", "sync_batch_normalization", "masked_batch_normalization")
 _WEIGHTS = "model.weights.h5"  # within a .keras file
 
 
+@names_errors("load_weights")
 def load_weights(model: keras.Model, path: str | Path, *, by_name: bool = False) -> None:
     """Load a model's weights from a file whose batch normalization layers may be of another kind.
 
-    `model.load_weights(path)` needs layers of the same classes, and from an HDF5 file of Keras 2
-    weights of the same shapes. This also loads weights of Keras 2's ghost batches, whose extra
-    axis it drops, and those of `BatchNormalization`, `SyncBatchNormalization` and
-    `MaskedBatchNormalization` into each other, for all of a model's layers at once.
+    `model.load_weights(path)` needs layers of the same classes and, from an HDF5 file of Keras 2,
+    weights of the same shapes. This function also loads weights of Keras 2's ghost batches, whose
+    extra axis it drops; and it loads weights of `BatchNormalization`, `SyncBatchNormalization` and
+    `MaskedBatchNormalization` into layers of another of these classes.
 
     Args:
-        model: built, and but for its batch normalization like the model that wrote the file.
-        path: `.h5` or `.hdf5`, as Keras 2 wrote weights and models; `.weights.h5` or `.keras`.
+        model: built; like the model that wrote the file, except for its batch normalization.
+        path: `.h5` or `.hdf5`, of weights or models of Keras 2; `.weights.h5` or `.keras`.
         by_name: match the layers of a `.h5` file by name, not by position.
 
     Raises:
-        ValueError: weights that do not fit; a mixture of kinds of batch normalization that the
-            file and the model do not share; and what `model.load_weights` raises, by when some
-            layers may have taken their weights.
+        ValueError: weights that do not fit; several kinds of batch normalization, where those of
+            the file and of the model differ; and any error of `model.load_weights`, after which
+            some layers may have their weights already.
 
     Source: S11 for renormalization's statistics where the file has none.
     """
@@ -82,8 +84,8 @@ def _add_names(file: h5py.File, model: keras.Model) -> None:
     if not found or wanted <= set(found):
         return
     if len(wanted) > 1 or len(found) > 1:
-        raise ValueError(
-            f"load_weights: the file must have one kind of batch normalization, and the model one, "
+        raise ArgumentValueError(
+            "the file must have one kind of batch normalization, and the model one, "
             f"where they differ; got {sorted(found)} in the file and {sorted(wanted)} in the "
             "model. Load a model like the file's, and give its layers' get_weights() to "
             "set_weights() of these."
@@ -94,7 +96,7 @@ def _add_names(file: h5py.File, model: keras.Model) -> None:
 
 
 def _file_name(cls: type) -> str:
-    """What Keras calls a layer of this class in a file."""
+    """Keras's name for a layer of this class in a file."""
     words = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", cls.__name__)
     return re.sub("([a-z])([A-Z])", r"\1_\2", words).lower()
 
@@ -135,7 +137,8 @@ def _fit_layer(layer: Any, group: h5py.Group) -> None:
         else:
             given[norm] += found
     for norm, arrays in given.items():
-        values |= zip(map(id, norm.weights), fit_weights(norm, arrays), strict=True)
+        with naming(type(norm).__name__):
+            values |= zip(map(id, norm.weights), fit_weights(norm, arrays), strict=True)
     rewritten = [f"fitted/{i}" for i in range(len(wanted))]
     for name, weight in zip(rewritten, wanted, strict=True):
         group[name] = values[id(weight)]
@@ -147,7 +150,7 @@ def _is_ours(norm: Any) -> bool:
 
 
 def _count_weights(norm: Any, weight: Any, names: deque[str]) -> int:
-    """How many arrays of the file stand where the layer has this weight."""
+    """The number of arrays in the file in the place of one weight of the layer."""
     if weight is norm.gamma or weight is norm.beta:
         return 1
     if weight is not next(a for a in norm.weights if a is not norm.gamma and a is not norm.beta):

@@ -11,12 +11,11 @@ import numpy as np
 from batchnorm.core.namespace import Array
 from batchnorm.core.running import Running
 from batchnorm.keras.call import Call
-
-BACKENDS = ("tensorflow", "jax", "torch")
+from batchnorm.keras.options import BACKENDS
 
 
 class Backend(Protocol):
-    """What a module of `batchnorm.keras.backends` offers."""
+    """The functions of each module of `batchnorm.keras.backends`."""
 
     def normalize(
         self,
@@ -43,7 +42,10 @@ class Backend(Protocol):
         ...
 
     def refuse_kernel(self, call: Call, rank: int | None) -> str | None:
-        """Why no kernel serves calls like this one, as far as options and axes decide it."""
+        """The reason why no kernel serves such calls, of those that are known beforehand, or None.
+
+        They are those of options and, where the rank is known, of axes.
+        """
         ...
 
 

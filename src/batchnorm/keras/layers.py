@@ -9,23 +9,23 @@ from typing import Any
 import keras
 
 from batchnorm.core.config import Adjustment
-from batchnorm.core.errors import ArgumentValueError, names_errors
+from batchnorm.core.errors import ArgumentValueError, names_errors, naming
 from batchnorm.keras.call import Call
 from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.masks import propagate_mask, split_pair, to_boolean
-from batchnorm.keras.options import check_options
+from batchnorm.keras.options import (
+    list_call_options,
+    list_losses,
+    make_attributes,
+    make_config,
+    make_core,
+    take_arguments,
+)
 from batchnorm.keras.state import WeightedNormalization
 from batchnorm.kernels.explanation import Explanation, ask
 from batchnorm.kernels.select import refuse_fused
 
 __all__ = ["BatchNormalization", "SyncBatchNormalization"]
-
-_SERIALIZED = {
-    **{f"{name}_initializer": keras.initializers for name in ("beta", "gamma")},
-    **{f"moving_{name}_initializer": keras.initializers for name in ("mean", "variance")},
-    **{f"{name}_regularizer": keras.regularizers for name in ("beta", "gamma")},
-    **{f"{name}_constraint": keras.constraints for name in ("beta", "gamma")},
-}
 
 
 @keras.saving.register_keras_serializable(package="batchnorm")
@@ -87,7 +87,6 @@ class BatchNormalization(WeightedNormalization):
     3
     """
 
-    @names_errors()
     def __init__(
         self,
         axis: int | Sequence[int] = -1,
@@ -117,50 +116,26 @@ class BatchNormalization(WeightedNormalization):
         process_group: Any = None,
         **kwargs: Any,
     ) -> None:
-        checked = check_options(
-            axis=axis,
-            momentum=momentum,
-            epsilon=epsilon,
-            renorm=renorm,
-            renorm_clipping=renorm_clipping,
-            renorm_momentum=renorm_momentum,
-            fused=fused,
-            virtual_batch_size=virtual_batch_size,
-            adjustment=adjustment,
-            synchronized=synchronized,
-            axis_name=axis_name,
-            process_group=process_group,
-        )
+        given = take_arguments(locals(), kwargs)
+        with naming(type(self).__name__):  # Keras refuses a decorated constructor
+            attributes = make_attributes(given)
         # Keras's own constructor takes neither several axes nor synchronization everywhere.
         super(keras.layers.BatchNormalization, self).__init__(
             trainable=trainable, name=name, **kwargs
         )
-        self.axis = axis
-        self.momentum, self.epsilon = checked.options.decay, checked.options.eps
-        self.center, self.scale = center, scale
-        self.beta_initializer = keras.initializers.get(beta_initializer)
-        self.gamma_initializer = keras.initializers.get(gamma_initializer)
-        self.moving_mean_initializer = keras.initializers.get(moving_mean_initializer)
-        self.moving_variance_initializer = keras.initializers.get(moving_variance_initializer)
-        self.beta_regularizer = keras.regularizers.get(beta_regularizer)
-        self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
-        self.beta_constraint = keras.constraints.get(beta_constraint)
-        self.gamma_constraint = keras.constraints.get(gamma_constraint)
-        self.renorm, self.renorm_clipping = renorm, renorm_clipping
-        self.renorm_momentum = renorm_momentum
-        self.fused, self.adjustment = fused, adjustment
-        self.virtual_batch_size, self.synchronized = virtual_batch_size, synchronized
-        self.axis_name, self.process_group = axis_name, process_group
+        for option, value in attributes.items():
+            setattr(self, option, value)
         self.supports_masking = True
         self.gamma = self.beta = None
-        self._options = checked.options
         self._start_statistics()
-        self._check_kernel(rank=None)
+        self._read_options()
+        with naming(type(self).__name__):
+            self._check_kernel(rank=None)
 
     @names_errors()
     def __call__(self, inputs: Any, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
         """Normalize inputs; arguments as the class says."""
-        # Keras sees x alone as the input, and the mask as any other.
+        # To Keras x alone is the input, and the mask one more argument.
         x, mask = split_pair(inputs, mask)
         if getattr(getattr(x, "shape", None), "rank", 0) is None:
             raise ArgumentValueError(
@@ -174,7 +149,7 @@ class BatchNormalization(WeightedNormalization):
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         """Normalize inputs; arguments as the class says."""
         x, mask = split_pair(inputs, mask)
-        if mask is None:  # Keras looks for one only where x is the only tensor
+        if mask is None:  # Keras hands it over only where x is the only tensor
             mask = getattr(x, "_keras_mask", None)
         mask = to_boolean(mask)
         gamma, beta = (None if a is None else self._per_channel(a) for a in (self.gamma, self.beta))
@@ -194,34 +169,23 @@ class BatchNormalization(WeightedNormalization):
             )
         return ask(lambda: self(x, **arguments))
 
+    @names_errors()
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:
-        """The mask that the output carries on: one of a dimension less than x, or None."""
+        """The mask for the layers behind, of one dimension less than x, or None."""
         x, mask = split_pair(inputs, previous_mask)
         mask = to_boolean(mask)
         return None if mask is None else propagate_mask(mask, x, self._channel_axes)
 
     def get_config(self) -> dict[str, Any]:
-        """What Keras's own layer takes, and options of this one where they are set."""
-        if self.adjustment is not None:
-            warnings.warn(
-                f"{type(self).__name__}: adjustment is a function and left out of the config; "
-                "give it again after loading.",
-                stacklevel=2,
-            )
-        config = super(keras.layers.BatchNormalization, self).get_config()
-        config |= {name: getattr(self, name) for name in ("momentum", "epsilon", "center", "scale")}
-        config["axis"] = self._plain_axis()
-        for name, module in _SERIALIZED.items():
-            config[name] = module.serialize(getattr(self, name))
-        config["synchronized"] = self.synchronized
-        if self.renorm:
-            clipping = self.renorm_clipping
-            config["renorm"] = True
-            config["renorm_clipping"] = None if clipping is None else dict(clipping)
-            config["renorm_momentum"] = self.renorm_momentum
-        if self.virtual_batch_size is not None:
-            config["virtual_batch_size"] = self.virtual_batch_size
-        return config
+        """The options that Keras's own layer takes, and this one's others where they are set."""
+        for loss in list_losses(self):
+            warnings.warn(f"{type(self).__name__}: {loss}", stacklevel=2)
+        return super(keras.layers.BatchNormalization, self).get_config() | make_config(self)
+
+    @names_errors()
+    def _read_options(self) -> None:
+        """Compute by the attributes as they are now."""
+        self._options = make_core(self)
 
     def _cast_input(self, x: Any) -> Any:
         """x in the type of the output."""
@@ -230,17 +194,8 @@ class BatchNormalization(WeightedNormalization):
         return keras.ops.cast(x, self.compute_dtype)
 
     def _make_call(self, training: Any) -> Call:
-        return Call(
-            type(self).__name__,
-            self._channel_axes,
-            self._options,
-            training,
-            self.adjustment,
-            self.fused,
-            self.synchronized,
-            self.axis_name,
-            self.process_group,
-        )
+        owner, rest = type(self).__name__, list_call_options(self)
+        return Call(owner, self._channel_axes, self._options, training, **rest)
 
     def _resolve_training(self, training: Any) -> Any:
         if training is None or not self.trainable:
@@ -250,7 +205,7 @@ class BatchNormalization(WeightedNormalization):
         return BACKEND.resolve_training(training)
 
     def _check_kernel(self, rank: int | None) -> None:
-        """Raise if fused=True demands what there cannot be."""
+        """Raise if fused=True demands a kernel where there is none."""
         if not self.fused:
             return
         call = self._make_call(False)
@@ -270,11 +225,10 @@ class SyncBatchNormalization(BatchNormalization):
     Source: S14; Chan, Golub and LeVeque 1983, equation 2.1b.
     """
 
-    @names_errors()
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.setdefault("synchronized", True) is not True:
-            raise ArgumentValueError(
-                f"synchronized must be True; got "
+            raise ValueError(
+                f"{type(self).__name__}: synchronized must be True; got "
                 f"{kwargs['synchronized']!r}. Use BatchNormalization for local statistics."
             )
         super().__init__(*args, **kwargs)

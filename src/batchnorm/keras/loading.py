@@ -10,7 +10,7 @@ import numpy as np
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.running import derive_renorm
 
-_NUMPY: Any = np  # as much of a namespace as is asked for
+_NUMPY: Any = np  # has all functions that are called here
 
 
 def fit_weights(layer: Any, weights: Sequence[Any]) -> list[np.ndarray]:

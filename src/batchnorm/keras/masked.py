@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import keras
@@ -10,6 +11,7 @@ import numpy as np
 from batchnorm.core.errors import ArgumentValueError, names_errors
 from batchnorm.core.running import Running
 from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.options import OPTIONS, take_arguments
 from batchnorm.keras.variables import Row, add_statistic, stack_rows
 
 __all__ = ["MaskedBatchNormalization"]
@@ -56,7 +58,6 @@ class MaskedBatchNormalization(BatchNormalization):
     [2.0]
     """
 
-    @names_errors()
     def __init__(
         self,
         axis: int = -1,
@@ -74,28 +75,14 @@ class MaskedBatchNormalization(BatchNormalization):
         gamma_constraint: Any = None,
         **kwargs: Any,
     ) -> None:
-        for option in ("renorm", "virtual_batch_size"):
-            if kwargs.get(option):
-                raise ArgumentValueError(
-                    f"{option} does not go with one weight of shape "
-                    f"(2, C); got {option}={kwargs[option]!r}. Use BatchNormalization."
+        named = take_arguments(locals(), {})
+        for option in OPTIONS:
+            if not option.packed and kwargs.get(option.name):
+                raise ValueError(
+                    f"{type(self).__name__}: {option.name} does not go with one weight of shape "
+                    f"(2, C); got {option.name}={kwargs[option.name]!r}. Use BatchNormalization."
                 )
-        super().__init__(
-            axis=axis,
-            momentum=momentum,
-            epsilon=epsilon,
-            center=center,
-            scale=scale,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            moving_mean_initializer=moving_mean_initializer,
-            moving_variance_initializer=moving_variance_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            **{"autocast": False, **kwargs},
-        )
+        super().__init__(**named, **{"autocast": False, **kwargs})
 
     @names_errors()
     def build(self, input_shape: Any) -> None:
@@ -124,10 +111,12 @@ class MaskedBatchNormalization(BatchNormalization):
         return keras.KerasTensor(self.compute_output_shape(x.shape), self._output_type(x))
 
     def get_config(self) -> dict[str, Any]:
-        """The keys of the constructor, and `synchronized` where it is set."""
+        """The arguments that the constructor names, and others where they are set."""
         config = super().get_config()
-        if not self.synchronized:
-            del config["synchronized"]
+        named = inspect.signature(MaskedBatchNormalization.__init__).parameters
+        for option in OPTIONS:
+            if option.name not in named and not option.is_set(self):
+                config.pop(option.name, None)
         return config
 
     def _start_statistics(self) -> None:

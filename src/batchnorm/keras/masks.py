@@ -13,9 +13,9 @@ from batchnorm.core.layout import Layout
 
 
 def to_boolean(mask: Any) -> Any:
-    """`mask` as booleans, True where it is not 0, before anything casts it; None stays None.
+    """`mask` as booleans, True where it is not 0; None stays None.
 
-    A symbolic one stays as it is, for its values come through here again.
+    A symbolic mask is returned unchanged: its values come through here when the model runs.
     """
     if mask is None or isinstance(mask, keras.KerasTensor):
         return mask
@@ -27,7 +27,7 @@ def to_boolean(mask: Any) -> Any:
 
 
 def split_pair(inputs: Any, mask: Any) -> tuple[Any, Any]:
-    """x and its mask, from a lone tensor or a pair, and from what came beside it.
+    """x and its mask, out of a tensor or a pair, and the mask that was given beside it.
 
     Raises:
         ValueError: not a pair, or two masks.
@@ -51,17 +51,17 @@ def split_pair(inputs: Any, mask: Any) -> tuple[Any, Any]:
 
 
 def is_pair_of_shapes(shape: Any) -> bool:
-    """Whether `shape` is that of a pair (x, mask)."""
+    """True for the shapes of a pair (x, mask)."""
     return (
         isinstance(shape, (list, tuple)) and len(shape) == 2 and isinstance(shape[0], (list, tuple))
     )
 
 
 def find_axes(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
-    """The axes of x that those of a mask of this shape lie along.
+    """The axis of x for each axis of a mask of this shape.
 
-    Beyond S1, a mask of one dimension less than x may have sizes of 1, and those that Keras
-    propagates have x's shape but for the last axis, whichever are the channels.
+    Two kinds of masks go beyond S1: one of one dimension less than x may have sizes of 1, and one
+    that Keras propagates has x's shape without its last axis, whichever axes are channels.
 
     Raises:
         ValueError: the shape is none of these.

@@ -1,4 +1,4 @@
-"""What a layer keeps: its weights, their shapes, and how they change."""
+"""The weights of a layer: their shapes, and reading and writing them."""
 
 from __future__ import annotations
 

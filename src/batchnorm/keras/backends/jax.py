@@ -14,9 +14,9 @@ from batchnorm.core.running import Running
 from batchnorm.jax.checks import read_values
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.keras.adjustment import missing_axes
+from batchnorm.keras.backends.shared import refuse_apart, refuse_calls
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
-from batchnorm.kernels.select import extension_status
 
 __all__ = ["normalize", "read_values", "refuse_kernel", "resolve_training"]
 
@@ -27,15 +27,8 @@ def resolve_training(training: Any) -> Any:
 
 
 def refuse_kernel(call: Call, rank: int | None) -> str | None:
-    """Why no kernel serves calls like this one, as far as options and axes decide it."""
-    status = extension_status()
-    if status.kernel is None:
-        return status.reason
-    if call.adjustment is not None:
-        return "none takes an adjustment"
-    if rank is not None and call.axes[-1] - call.axes[0] != len(call.axes) - 1:
-        return f"channel axes {call.axes} are apart in memory"
-    return None
+    """As `batchnorm.keras.functional.Backend` says."""
+    return refuse_calls(call) or refuse_apart(call.axes, rank)
 
 
 def normalize(

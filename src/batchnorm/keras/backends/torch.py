@@ -11,9 +11,9 @@ from torch import Tensor
 
 from batchnorm.core.layout import Layout, count_values, make_layout
 from batchnorm.core.running import Running
+from batchnorm.keras.backends.shared import refuse_calls
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
-from batchnorm.kernels.select import extension_status
 from batchnorm.torch.call import Settings, Tensors
 from batchnorm.torch.checks import can_read
 from batchnorm.torch.functional import normalize as normalize_tensors
@@ -31,13 +31,8 @@ def read_values(a: Tensor) -> np.ndarray | None:
 
 
 def refuse_kernel(call: Call, rank: int | None) -> str | None:
-    """Why no kernel serves calls like this one, as far as options and axes decide it."""
-    status = extension_status()
-    if status.kernel is None:
-        return status.reason
-    if call.adjustment is not None:
-        return "none takes an adjustment"
-    return None
+    """As `batchnorm.keras.functional.Backend` says."""
+    return refuse_calls(call)
 
 
 def normalize(
@@ -50,8 +45,8 @@ def normalize(
 ) -> tuple[Tensor, Running | None]:
     """As `batchnorm.keras.functional.Backend` says; but variables may be updated in place.
 
-    A repeated forward pass (activation checkpointing) is recognized by the tensors it updates, so
-    that they are the variables' own wherever Keras lets go of them.
+    Activation checkpointing repeats a forward pass, which is recognized by the tensors that it
+    updates: they must be the variables' own, except in Keras's stateless scopes.
     """
     training = bool(call.training)
     pure = training and in_stateless_scope()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import keras
@@ -101,9 +100,8 @@ def _put_options(layer: Any, state: BatchNormState) -> None:
         layer.epsilon = state.eps
     if state.decay is not None:
         layer.momentum = state.decay
-    options = getattr(layer, "_options", None)
-    if options is not None:  # this library's layers read them from there
-        layer._options = replace(options, eps=float(layer.epsilon), decay=float(layer.momentum))
+    if hasattr(layer, "_read_options"):  # this library's layers compute by what they have read
+        layer._read_options()
 
 
 def _walk(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:

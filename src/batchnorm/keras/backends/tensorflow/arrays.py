@@ -12,7 +12,8 @@ from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout
 from batchnorm.core.merge import GatherMerge, Merge, Parts
 from batchnorm.core.namespace import Namespace
-from batchnorm.keras.backends.tensorflow_sums import sum_axes
+from batchnorm.keras.backends.tensorflow.sums import sum_axes
+from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 
 
@@ -57,19 +58,19 @@ XP = cast(Namespace, _TensorFlowNamespace)
 
 
 def make_merge() -> Merge | None:
-    """How statistics meet those of other replicas (S14); None where there is one replica."""
+    """The merge with the statistics of other replicas (S14); None where there is one replica."""
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return None
     replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
 
     def gather(own: Parts) -> Parts:
-        # A sum of arrays that are zero but at each replica's own place: differentiable, and one
-        # collective operation for all five.
+        # Each replica puts its five arrays into zeros, at its own place, and all are added: one
+        # collective operation, which is differentiable.
         stacked = tf.stack(list(own))
         here = tf.reshape(tf.range(replicas) == replica, [replicas] + [1] * stacked.shape.rank)
         placed = tf.where(here, stacked, tf.zeros_like(stacked))
-        if 0 not in placed.shape:  # on an array of nothing the collective crashes
+        if 0 not in placed.shape:  # the collective crashes on arrays without elements
             placed = context.all_reduce(tf.distribute.ReduceOp.SUM, placed)
         return Parts(*tf.unstack(placed, axis=1))
 
@@ -130,7 +131,7 @@ def fit_mask(mask: tf.Tensor, x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     shape, found = x.shape.as_list(), mask.shape.as_list()
     rows = [a for a in range(len(shape)) if a not in axes]
     along = rows if len(found) <= len(rows) else range(len(shape))
-    for i, a in zip(range(len(found)), along, strict=False):  # what one knows, the other is
+    for i, a in zip(range(len(found)), along, strict=False):  # unknown sizes are the other's
         if found[i] is None:
             found[i] = -1 if shape[a] is None else shape[a]
         if shape[a] is None:
@@ -143,7 +144,7 @@ def fit_mask(mask: tf.Tensor, x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
 
 
 def needs_mask(layout: DynamicLayout) -> bool:
-    """Whether rows can be counted only when the graph runs."""
+    """True where rows can only be counted when the graph runs."""
     working = layout.working
     return any(not isinstance(working[a], int) for a in layout.reduced)
 
@@ -158,25 +159,21 @@ def fill_mask(mask: Any, x: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     return tf.broadcast_to(mask, [own[a] if a in axes else n for a, n in enumerate(sizes)])
 
 
-def check_divisible(x: tf.Tensor, virtual_batch_size: int | None) -> tf.Tensor:
+def check_divisible(x: tf.Tensor, call: Call) -> tf.Tensor:
     """x, if ghost batches fill the batch (S12); else an error, now or when the graph runs."""
-    if virtual_batch_size is None:
+    size = call.options.virtual_batch_size
+    if size is None:
         return x
     remedy = "Drop the last batch (drop_remainder=True) or choose a divisor."
-    rule = f"virtual_batch_size={virtual_batch_size} must divide the batch size"
+    rule = f"virtual_batch_size={size} must divide the batch size in training; got a batch of"
     samples = x.shape[0]
     if samples is not None:
-        if samples % virtual_batch_size:
-            raise ValueError(f"{rule} in training; got a batch of {samples}. {remedy}")
+        if samples % size:
+            raise ArgumentValueError(f"{rule} {samples}. {remedy}")
         return x
     samples = tf.shape(x)[0]
-    fine = tf.equal(samples % virtual_batch_size, 0)
-    check = tf.debugging.Assert(fine, [f"{rule} in training; got a batch of", samples, remedy])
+    fine = tf.equal(samples % size, 0)
+    # Nothing names the errors of a graph that runs.
+    check = tf.debugging.Assert(fine, [f"{call.owner}: {rule}", samples, remedy])
     with tf.control_dependencies([check]):
         return tf.identity(x)
-
-
-def place_given(given: Sequence[Any], *, scaled: bool, centred: bool) -> tuple[Any, Any, Any]:
-    """x, gamma and beta out of those that there are; None for the others."""
-    rest = iter(given)
-    return next(rest), next(rest) if scaled else None, next(rest) if centred else None

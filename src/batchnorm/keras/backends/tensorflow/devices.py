@@ -1,4 +1,4 @@
-"""What runs the operations that TensorFlow is given."""
+"""The compiler and the devices that run TensorFlow's operations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 
 def is_compiled() -> bool:
-    """Whether what is traced now goes to XLA."""
+    """True while a function is traced for XLA."""
     return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
 
 

@@ -1,9 +1,9 @@
 """Sums that round like a tree's, where TensorFlow adds one row after another.
 
-On a CPU its sum of a million float32 rows may miss by a thousandth of its size, with and without
-XLA. The core needs a mean that misses by less than a deviation (S3). Where there is a GPU or TPU
-its sums, which threads add in parallel, are taken as they are; what is placed on the CPU beside
-one adds row after row.
+On a CPU TensorFlow's sum of a million float32 rows may miss by a thousandth of its size, with and
+without XLA. The core needs a mean that misses by less than a deviation (S3). Where there is a GPU
+or TPU TensorFlow's sums are used as they are, for threads add in parallel there; operations on the
+CPU beside a GPU then add row after row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from batchnorm.keras.backends.tensorflow_devices import find_accelerator, is_compiled
+from batchnorm.keras.backends.tensorflow.devices import find_accelerator, is_compiled
 
 _BLOCK = 64  # rows added one after another: fast, and 64 roundings are few
 _ROUNDS = 3  # where the number of rows is unknown: enough for 64⁴ rows

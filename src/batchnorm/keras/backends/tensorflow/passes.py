@@ -1,0 +1,182 @@
+"""The passes on the memory of TensorFlow's tensors, as functions of NumPy arrays."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from batchnorm.core.config import Options
+from batchnorm.core.errors import naming
+from batchnorm.core.layout import Layout, make_layout
+from batchnorm.kernels import extension
+from batchnorm.kernels.geometry import find_geometry, row_major_strides, row_mask_shape, view_mask
+from batchnorm.kernels.kept import TYPES
+
+if TYPE_CHECKING:
+    from batchnorm.kernels import _cpu
+
+_ALIGNMENT = 64  # bytes; TensorFlow copies arrays that start elsewhere
+
+extension.warn_if_missing()
+
+
+class Passes(NamedTuple):
+    """A call without its arrays: which of them there are, and everything else."""
+
+    owner: str
+    axes: tuple[int, ...]
+    options: Options
+    masked: bool
+    scaled: bool
+    centred: bool
+
+
+class _Prepared(NamedTuple):
+    """The passes for arrays of some shapes."""
+
+    plan: _cpu.Plan
+    row: int  # distance between rows of x
+
+
+def forward(passes: Passes, x: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
+    """y, an array for the backward pass, and the moved statistics."""
+    rest = iter(arrays)
+    gamma = next(rest) if passes.scaled else None
+    beta = next(rest) if passes.centred else None
+    mask = next(rest) if passes.masked else None
+    statistics = [_aligned(a.shape, a.dtype, a) for a in rest]
+    prepared, mask = _prepare(passes, x, mask)
+    y, options = _aligned(x.shape, x.dtype), passes.options
+    kept = prepared.plan.forward(
+        x=x.ctypes.data,
+        mask=_address(mask),
+        y=y.ctypes.data,
+        residual=0,
+        residual_row=0,
+        state=_state(gamma, beta, statistics),
+        eps=options.eps,
+        decay=options.decay,
+        batch=True,
+        update=True,
+        unbiased=options.unbiased,
+        renorm=extension.make_renorm(options.renorm),
+        threads=_threads(),
+        kept=None,
+    )
+    return [y, kept.all().copy(), *statistics]
+
+
+def backward(
+    passes: Passes, dy: np.ndarray, kept: np.ndarray, x: np.ndarray, *arrays: np.ndarray
+) -> list[np.ndarray]:
+    """dx, and dgamma and dbeta where they are wanted."""
+    rest = iter(arrays)
+    gamma = next(rest) if passes.scaled else None
+    beta = next(rest) if passes.centred else None
+    prepared, mask = _prepare(passes, x, next(rest) if passes.masked else None)
+    dx = _aligned(x.shape, x.dtype)
+    dgamma, dbeta = (None if a is None else np.empty_like(a) for a in (gamma, beta))
+    plan, renorm = prepared.plan, passes.options.renorm is not None
+    plan.backward(
+        dy=dy.ctypes.data,
+        dy_row=prepared.row,
+        x=x.ctypes.data,
+        y=0,
+        mask=_address(mask),
+        dx=dx.ctypes.data,
+        dresidual=0,
+        dgamma=_address(dgamma),
+        dgamma_type=_type(dgamma),
+        dbeta=_address(dbeta),
+        dbeta_type=_type(dbeta),
+        kept=plan.restore(data=kept.ctypes.data, size=kept.size, renorm=renorm),
+        batch=True,
+        threads=_threads(),
+    )
+    return [a for a in (dx, dgamma, dbeta) if a is not None]
+
+
+def _prepare(
+    passes: Passes, x: np.ndarray, mask: np.ndarray | None
+) -> tuple[_Prepared, np.ndarray | None]:
+    """The passes for these arrays, and the mask in memory that they can walk."""
+    settings = (passes.axes, passes.options.virtual_batch_size, x.shape, str(x.dtype))
+    with naming(passes.owner):  # nothing else names the errors of a graph that runs
+        if mask is None:
+            found = _plan(*settings, None, 1)
+        else:
+            found = _plan(*settings, mask.shape, mask.itemsize)
+            if found is None:
+                rows = row_mask_shape(Layout(x.shape, passes.axes))
+                mask = np.ascontiguousarray(np.broadcast_to(mask, rows))
+                found = _plan(*settings, mask.shape, mask.itemsize)
+    assert found is not None
+    return found, mask
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    axes: tuple[int, ...],
+    virtual_batch_size: int | None,
+    shape: tuple[int, ...],
+    dtype: str,
+    mask_shape: tuple[int, ...] | None,
+    mask_width: int,
+) -> _Prepared | None:
+    """The passes for dense arrays of these shapes; None if the mask must be copied first."""
+    layout = make_layout(shape, axes, virtual_batch_size)
+    geometry = find_geometry(layout, row_major_strides(shape))
+    assert geometry is not None
+    view = None
+    if mask_shape is not None:
+        Layout(shape, axes).mask_shape(mask_shape)  # sizes that the graph did not know
+        view = view_mask(geometry, shape, mask_shape, row_major_strides(mask_shape))
+        if view is None:
+            return None
+    plan = extension.make_plan(layout, geometry, dtype, None, view, mask_width, 0)
+    return _Prepared(plan, geometry.dense)
+
+
+def _aligned(
+    shape: tuple[int, ...], dtype: np.dtype, values: np.ndarray | None = None
+) -> np.ndarray:
+    """An array that TensorFlow takes over without a copy; empty, or a copy of `values`."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    found = memory[first : first + size].view(dtype).reshape(shape)
+    if values is not None:
+        found[...] = values
+    return found
+
+
+def _state(
+    gamma: np.ndarray | None, beta: np.ndarray | None, statistics: list[np.ndarray]
+) -> extension.State:
+    """The per-channel arrays; `statistics` are mean and var, and renormalization's three."""
+    names = ("running_mean", "running_var", "running_stddev", "renorm_mean", "renorm_stddev")
+    running = dict(zip(names, (a.ctypes.data for a in statistics), strict=False))
+    return extension.State(
+        gamma=_address(gamma),
+        gamma_type=_type(gamma),
+        beta=_address(beta),
+        beta_type=_type(beta),
+        running_type=_type(statistics[0]),
+        **running,
+    )
+
+
+def _address(a: np.ndarray | None) -> int:
+    return 0 if a is None else a.ctypes.data
+
+
+def _type(a: np.ndarray | None) -> int:
+    return TYPES["float32" if a is None else str(a.dtype)]
+
+
+def _threads() -> int:
+    return tf.config.threading.get_intra_op_parallelism_threads() or os.cpu_count() or 1
