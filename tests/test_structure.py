@@ -30,8 +30,6 @@ LONG = {
 TRITON = "kernels.triton."  # kernels take numbers and addresses; no record has both
 # Functions that a record shall serve. The list must shrink.
 SHRINKING = {
-    "jax.steps.normalize_batch",
-    "jax.steps.normalize_running",
     "keras.options.check_options",
     "reference._prepare",
 }
