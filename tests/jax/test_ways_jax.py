@@ -89,6 +89,16 @@ def test_the_record_answers_questions() -> None:
     assert not record().adjusted
 
 
+def test_an_adjustment_is_of_training_alone() -> None:
+    call = record(training=False, s=jnp.ones(3) * 2)
+    assert not call.adjusted
+    np.testing.assert_array_equal(
+        choose(call).evaluate(call), ARRAY_CODE.evaluate(record(training=False))
+    )
+    if extension.missing_reason() is None:
+        assert choose(record(True, training=False, s=jnp.ones(3))) is KERNELS
+
+
 def test_ghost_batches_are_of_training_alone() -> None:
     options = Options(virtual_batch_size=2)
     assert record(options=options).layout.groups == 4

@@ -33,7 +33,8 @@ class Arrays(NamedTuple):
     """The arrays of a call; scale, bias and running statistics have a value per channel.
 
     Running statistics serve empty channels (S6) and renormalization in training, and are what
-    an update starts from. The adjustment's scale `s` and bias `t` broadcast against x (S13).
+    an update starts from. The adjustment's scale `s` and bias `t` broadcast against x, and apply
+    in training alone (S13).
     """
 
     x: Any
@@ -105,7 +106,8 @@ class Call(NamedTuple):
     @property
     def adjusted(self) -> bool:
         """True if an adjustment applies (S13)."""
-        return self.arrays.s is not None or self.arrays.t is not None
+        given = self.arrays.s is not None or self.arrays.t is not None
+        return self.training and given
 
     @property
     def working_type(self) -> Any:
