@@ -30,21 +30,12 @@ LONG = {
     "core.gradient.gradient": "the closed form, with a name for each of its terms",
 }
 TRITON = "kernels.triton."  # kernels take numbers and addresses; no record has both
-# Functions whose parameters should become one record. The list must shrink.
-SHRINKING = {
-    "jax.steps.normalize_batch",
-    "jax.steps.normalize_running",
-}
-
 
 LENGTH = 300  # lines of a file of the library or of the compiled passes
 MEDIAN = 130
 NATIVE = ROOT_OF_SOURCES / "native"
 # Longer ones, and why.
-LONG_FILES: dict[str, str] = {
-    "jax/layers.py": "to be cut",
-    "jax/steps.py": "to be cut",
-}
+LONG_FILES: dict[str, str] = {}
 
 
 def imported(path: Path) -> set[str]:
@@ -123,7 +114,7 @@ def test_no_file_imports_in_a_circle_but_the_known_ones() -> None:
 
 def test_functions_have_few_parameters() -> None:
     long = {name for name, count in functions() if count > MOST}
-    assert {name for name in long if not name.startswith(TRITON)} == LONG.keys() | SHRINKING
+    assert {name for name in long if not name.startswith(TRITON)} == LONG.keys()
 
 
 def test_files_are_short() -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import tolerances
 from batchnorm.core.config import Options, Renorm
 from batchnorm.core.running import Running
-from batchnorm.jax.functional import normalize_batch, normalize_running
+from batchnorm.jax.call import Arrays, Settings
+from batchnorm.jax.steps import normalize_batch, normalize_running
 from cases import Case, Data, Result, State
 from comparison import Path
 from paths import Way
@@ -73,7 +74,7 @@ def _run(case: Case, data: Data, fused: bool | None, axis_name: str | None, call
     running = Running(
         **{f: _array(a, jnp.int32 if f == "batches" else wide) for f, a in kept.items()}
     )
-    settings: dict[str, Any] = {"axis": case.axis, "options": options, "owner": "case"}
+    settings = Settings("case", case.axis, options, fused, axis_name)
     rows = {
         "x": _array(data.x, dtype),
         "dy": _array(data.dy, dtype),
@@ -87,10 +88,10 @@ def _run(case: Case, data: Data, fused: bool | None, axis_name: str | None, call
         *parameters, running = others
 
         def forward(x: Any, gamma: Any, beta: Any) -> Any:
-            given = (x, mask, gamma, beta, running)
+            arrays = Arrays(x, mask, gamma, beta, running, s, t)
             if not training:
-                return normalize_running(*given, fused=fused, **settings), running
-            step = normalize_batch(*given, s=s, t=t, fused=fused, axis_name=axis_name, **settings)
+                return normalize_running(arrays, settings), running
+            step = normalize_batch(arrays, settings)
             return step.y, step.running
 
         y, transpose, state = jax.vjp(forward, rows["x"], *parameters, has_aux=True)

@@ -14,6 +14,7 @@ import pytest
 from batchnorm.core.config import Options
 from batchnorm.core.running import Running
 from batchnorm.jax import RenormStatistics, batch_norm
+from batchnorm.jax.call import Arrays, Settings
 from batchnorm.jax.steps import normalize_running
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}  # float64, sums of a few dozen terms, three derivatives
@@ -62,9 +63,8 @@ def moments_alone(x: Any, scale: Any, bias: Any, fused: bool | None) -> Any:
 
 def evaluation(x: Any, scale: Any, bias: Any, fused: bool | None) -> Any:
     running = Running(jnp.full(3, 0.1), jnp.full(3, 2.0))
-    return normalize_running(
-        x, None, scale, bias, running, axis=-1, options=Options(eps=EPS), fused=fused, owner="test"
-    )
+    settings = Settings("test", -1, Options(eps=EPS), fused)
+    return normalize_running(Arrays(x, None, scale, bias, running), settings)
 
 
 FUNCTIONS = [plain, masked, one_real_row, ghost, moments_too, moments_alone, evaluation]

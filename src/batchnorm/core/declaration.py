@@ -22,7 +22,12 @@ class Option:
         check: function from all arguments to the value that the layer keeps.
         parts: further arguments that go into the value, with their defaults.
         kept: the value that the layer keeps by default.
-        core: the value is a field of the core's Options, of the same name.
+        core: the value is a field of the core's Options, of the same name but for `symbol`.
+        symbol: the name that the spec, the core's Options and states have for it, where the
+            framework's is another.
+        training: it matters in training alone; in evaluation a call has `kept`.
+        folds: a layer in evaluation is an affine map with any value; if not, only one with `kept`
+            can be folded.
         kernels: kernels compute it; if not, any value but `kept` goes to array code.
         agreed: function from the value, a field of the core's Options, to the text that ranks
             compare before they merge; None if they may differ in it.
@@ -38,11 +43,19 @@ class Option:
     parts: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     kept: Any = None
     core: bool = False
+    symbol: str | None = None
+    training: bool = False
+    folds: bool = True
     kernels: bool = True
     agreed: Callable[[Any], str] | None = None
     shown: bool = True
     converts: bool = True
     original: bool = False
+
+    @property
+    def core_name(self) -> str:
+        """The name of the field of the core's Options, if it is one."""
+        return self.symbol or self.name
 
 
 def list_arguments(options: Iterable[Option]) -> dict[str, Any]:

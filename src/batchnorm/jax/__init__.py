@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAYERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from batchnorm.jax import layers
+        from batchnorm.jax import layers, loading
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("flax"):
             raise
@@ -57,4 +57,4 @@ def __getattr__(name: str) -> Any:
             f"batchnorm.jax.{name} is a flax module; install it with "
             "pip install 'batchnorm[jax]'. The functions need jax only."
         ) from error
-    return getattr(layers, name)
+    return getattr(loading if name == "load_state" else layers, name)

@@ -1,4 +1,4 @@
-"""A step over one array in array code: what the primitives are where no kernel serves them."""
+"""A step over one array in array code, which the primitives become where no kernel serves."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from batchnorm.core.gradient import gradient
 from batchnorm.core.moments import centre
 from batchnorm.core.normalize import Affine, rstd_of, rstd_of_running
 from batchnorm.core.running import Running
-from batchnorm.jax.call import Call, Operands
 from batchnorm.jax.checks import working_type
 from batchnorm.jax.namespace import XP
+from batchnorm.jax.operands import Operands, Static
 from batchnorm.kernels.kept import STATISTICS
 
 
-def step(operands: Operands, call: Call) -> tuple[Array, Array, Array]:
+def step(operands: Operands, static: Static) -> tuple[Array, Array, Array]:
     """y, rows of statistics as in `STATISTICS`, count of each group."""
-    layout = call.layout
-    if not call.batch:
-        y = _forward_running(operands, call)
-        return y.astype(operands.x.dtype), *_running_statistics(operands, call)
-    outcome = _forward(operands, call)
+    layout = static.layout
+    if not static.batch:
+        y = _forward_running(operands, static)
+        return y.astype(operands.x.dtype), *_running_statistics(operands, static)
+    outcome = _forward(operands, static)
     centred = outcome.centred
     real = centred.count > 0
-    running = expand_running(_running(operands, call), layout, XP)
-    rstd = rstd_of(centred, eps=call.eps, correction=0, xp=XP)
+    running = expand_running(_running(operands, static), layout, XP)
+    rstd = rstd_of(centred, eps=static.eps, correction=0, xp=XP)
     affine = outcome.affine
     rows = _rows(
-        call,
+        static,
         mean=jnp.where(real, centred.anchor, running.mean),
         low=jnp.where(real, centred.shift, 0.0),
         var=centred.var,
-        rstd=jnp.where(real, rstd, rstd_of_running(running.var, eps=call.eps, xp=XP)),
+        rstd=jnp.where(real, rstd, rstd_of_running(running.var, eps=static.eps, xp=XP)),
         affine=affine._replace(
             r=1.0 if affine.r is None else jnp.where(real, affine.r, 1.0),
             d=0.0 if affine.d is None else jnp.where(real, affine.d, 0.0),
@@ -58,10 +58,10 @@ def step(operands: Operands, call: Call) -> tuple[Array, Array, Array]:
 
 
 def gradients(
-    dy: Array, statistics: Array, count: Array, operands: Operands, call: Call
+    dy: Array, statistics: Array, count: Array, operands: Operands, static: Static
 ) -> tuple[Array, Array | None, Array | None]:
     """dx, dgamma and dbeta in closed form, from what `step` returned (S8)."""
-    layout = call.layout
+    layout = static.layout
     work = working_type(operands.x)
     named: dict[str, Array] = {
         name: jnp.reshape(statistics[row], layout.statistics) for name, row in STATISTICS.items()
@@ -76,7 +76,7 @@ def gradients(
         layout.split(dy.astype(work), XP),
         ((x - named["mean"]) - named["low"]) * named["rstd"],
         named["rstd"],
-        jnp.reshape(count, shape) if call.batch else None,
+        jnp.reshape(count, shape) if static.batch else None,
         mask,
         Affine(gamma=layout.expand(operands.gamma, XP), r=named["r"], d=named["d"]),
         layout.reduced,
@@ -92,74 +92,74 @@ def gradients(
 
 
 def as_function(
-    operands: Operands, call: Call, names: Sequence[str]
+    operands: Operands, static: Static, names: Sequence[str]
 ) -> Callable[..., tuple[Array, Array, Array]]:
     """y, mean and var as a differentiable function of some operands."""
 
     def function(*arrays: Array) -> tuple[Array, Array, Array]:
         given = operands._replace(**dict(zip(names, arrays, strict=True)))
         work = working_type(given.x)
-        if not call.batch:
-            y = _forward_running(given, call)
-            nothing = jnp.zeros(call.layout.moments, work)
+        if not static.batch:
+            y = _forward_running(given, static)
+            nothing = jnp.zeros(static.layout.moments, work)
             return y.astype(given.x.dtype), nothing, nothing
-        outcome = _forward(given, call)
+        outcome = _forward(given, static)
         return outcome.y.astype(given.x.dtype), outcome.moments.mean, outcome.moments.var
 
     return function
 
 
-def moment_gradient(operands: Operands, call: Call, dmean: Array, dvar: Array) -> Array:
-    """What a gradient with respect to the moments adds to dx."""
-    layout = call.layout
-    if not call.batch:
+def moment_gradient(operands: Operands, static: Static, dmean: Array, dvar: Array) -> Array:
+    """The part of dx that comes from gradients of the moments."""
+    layout = static.layout
+    if not static.batch:
         return jnp.zeros_like(operands.x)
 
     def moments(x: Array) -> tuple[Array, Array]:
         split = layout.split(x.astype(working_type(x)), XP)
         mask = layout.mask(operands.inputs().mask, XP)
-        centred = centre(split, mask, layout.reduced, eps=call.eps, xp=XP)
+        centred = centre(split, mask, layout.reduced, eps=static.eps, xp=XP)
         return jnp.reshape(centred.mean, layout.moments), jnp.reshape(centred.var, layout.moments)
 
     _, transpose = jax.vjp(moments, operands.x)
     return transpose((dmean, dvar))[0]
 
 
-def _forward(operands: Operands, call: Call) -> Outcome:
-    options = Options(eps=call.eps, renorm=call.renorm)
-    running = _running(operands, call)
-    return forward_batch(operands.inputs(), running, call.layout, options, update=False, xp=XP)
+def _forward(operands: Operands, static: Static) -> Outcome:
+    options = Options(eps=static.eps, renorm=static.renorm)
+    running = _running(operands, static)
+    return forward_batch(operands.inputs(), running, static.layout, options, update=False, xp=XP)
 
 
-def _forward_running(operands: Operands, call: Call) -> Array:
-    running, options = _running(operands, call), Options(eps=call.eps)
-    return forward_running(operands.inputs(), running, call.layout, options, xp=XP)
+def _forward_running(operands: Operands, static: Static) -> Array:
+    running, options = _running(operands, static), Options(eps=static.eps)
+    return forward_running(operands.inputs(), running, static.layout, options, xp=XP)
 
 
-def _running(operands: Operands, call: Call) -> Running:
+def _running(operands: Operands, static: Static) -> Running:
     work = working_type(operands.x)
-    mean = jnp.zeros(call.layout.channels, work) if operands.mean is None else operands.mean
-    var = jnp.ones(call.layout.channels, work) if operands.var is None else operands.var
+    mean = jnp.zeros(static.layout.channels, work) if operands.mean is None else operands.mean
+    var = jnp.ones(static.layout.channels, work) if operands.var is None else operands.var
     return Running(
         mean, var, renorm_mean=operands.renorm_mean, renorm_stddev=operands.renorm_stddev
     )
 
 
-def _running_statistics(operands: Operands, call: Call) -> tuple[Array, Array]:
-    layout = call.layout
-    running = expand_running(_running(operands, call), layout, XP)
+def _running_statistics(operands: Operands, static: Static) -> tuple[Array, Array]:
+    layout = static.layout
+    running = expand_running(_running(operands, static), layout, XP)
     rows = _rows(
-        call,
+        static,
         mean=running.mean,
         low=jnp.zeros_like(running.mean),
         var=jnp.zeros_like(running.mean),
-        rstd=rstd_of_running(running.var, eps=call.eps, xp=XP),
+        rstd=rstd_of_running(running.var, eps=static.eps, xp=XP),
         affine=channel_affine(operands.inputs(), layout, XP)._replace(r=1.0, d=0.0),
     )
     return rows, jnp.zeros((1,), rows.dtype)
 
 
-def _rows(call: Call, *, mean: Any, low: Any, var: Any, rstd: Any, affine: Affine) -> Array:
+def _rows(static: Static, *, mean: Any, low: Any, var: Any, rstd: Any, affine: Affine) -> Array:
     r, d = affine.r, affine.d
     gamma = 1.0 if affine.gamma is None else affine.gamma
     beta = 0.0 if affine.beta is None else affine.beta
@@ -175,6 +175,6 @@ def _rows(call: Call, *, mean: Any, low: Any, var: Any, rstd: Any, affine: Affin
         "r": r,
         "d": d,
     }
-    shape = call.layout.statistics
+    shape = static.layout.statistics
     rows = [jnp.broadcast_to(jnp.asarray(named[n], mean.dtype), shape) for n in STATISTICS]
-    return jnp.stack([jnp.reshape(row, call.layout.moments) for row in rows])
+    return jnp.stack([jnp.reshape(row, static.layout.moments) for row in rows])

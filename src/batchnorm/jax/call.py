@@ -1,63 +1,206 @@
-"""The record of a step, as primitives carry it: its arrays, and what is static about it."""
+"""The record of a call, made once at the edge; every question about a call is asked of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from batchnorm.core.config import Renorm
-from batchnorm.core.forward import Inputs
-from batchnorm.core.layout import Layout
-from batchnorm.jax.checks import working_type
+from batchnorm.core.config import Options
+from batchnorm.core.declaration import Option, check_arguments, list_arguments
+from batchnorm.core.errors import ArgumentValueError
+from batchnorm.core.layout import Layout, make_layout
+from batchnorm.core.running import Running
+from batchnorm.core.synchronize import Merge
+from batchnorm.jax.checks import (
+    check_channels,
+    check_input,
+    check_mask,
+    split_axes,
+    working_type,
+)
+from batchnorm.jax.operands import Operands
+from batchnorm.jax.options import OPTIONS
+from batchnorm.jax.synchronize import Groups, make_merge
 
 
-class Operands(NamedTuple):
-    """Arrays of a step, each but x may be None; per-channel ones in the working type.
+class Arrays(NamedTuple):
+    """The arrays of a call; scale, bias and running statistics have a value per channel.
 
-    The running statistics serve empty channels (S6) or, if the call is not by batch statistics,
-    all of them.
+    Running statistics serve empty channels (S6) and renormalization in training, and are what
+    an update starts from. The adjustment's scale `s` and bias `t` broadcast against x, and apply
+    in training alone (S13).
     """
 
-    x: Array
-    mask: Array | None = None
-    gamma: Array | None = None
-    beta: Array | None = None
-    mean: Array | None = None
-    var: Array | None = None
-    renorm_mean: Array | None = None
-    renorm_stddev: Array | None = None
+    x: Any
+    mask: Any = None
+    scale: Any = None
+    bias: Any = None
+    running: Running | None = None
+    s: Any = None
+    t: Any = None
 
-    def inputs(self, s: Array | None = None, t: Array | None = None) -> Inputs:
-        """What the core normalizes; s and t are the adjustment's (S13)."""
-        real = None if self.mask is None else self.mask.astype(bool)
-        x = self.x.astype(working_type(self.x))
-        return Inputs(x, real, gamma=self.gamma, beta=self.beta, s=s, t=t)
+
+class Settings(NamedTuple):
+    """Everything else that a layer, or a call of a function, sets; already validated.
+
+    Attributes:
+        owner: the layer's class or the function, for explanations, and for errors that are found
+            when a program is lowered.
+        axis: channel axis or axes.
+        options: as in Options.
+        fused: None, True or False.
+        axis_name: named axis, or axes, whose devices share statistics in training (S14).
+        axis_index_groups: groups of indices along it.
+    """
+
+    owner: str
+    axis: int | tuple[int, ...]
+    options: Options
+    fused: bool | None = None
+    axis_name: Any = None
+    axis_index_groups: Groups = None
 
 
 class Call(NamedTuple):
-    """What is static about a step.
+    """A call whose arguments are checked.
 
     Attributes:
-        layout: of x.
-        eps: added to the variance.
-        batch: normalize by the batch's own statistics.
-        renorm: clipping of batch renormalization, or None.
-        demanded: fused=True, so that a device without kernels is an error.
-        owner: the layer or function, for errors and explanations.
-        present: which of the operands there are.
+        arrays, settings: its arguments.
+        training: x is normalized by its own statistics; else by the running ones.
+        update: move the running statistics, if there are any.
+        layout: of the operands' x, with the ghost batches that apply.
+        operands: the arrays, per-channel ones in the working type. An x of channel axes alone
+            has got an axis of one row in front.
+        merge: of statistics over a named axis, or None (S14).
     """
 
+    arrays: Arrays
+    settings: Settings
+    training: bool
+    update: bool
     layout: Layout
-    eps: float
-    batch: bool
-    renorm: Renorm | None
-    demanded: bool
-    owner: str
-    present: tuple[bool, ...]
+    operands: Operands
+    merge: Merge | None
 
-    def operands(self, arrays: Sequence[Any]) -> Operands:
-        """The arrays a primitive was bound to, by name."""
-        given = iter(arrays)
-        return Operands(*[next(given) if there else None for there in self.present])  # type: ignore[arg-type]
+    @property
+    def owner(self) -> str:
+        """The layer or function, for explanations and late errors."""
+        return self.settings.owner
+
+    @property
+    def options(self) -> Options:
+        """The options of the core."""
+        return self.settings.options
+
+    @property
+    def demanded(self) -> bool:
+        """True if nothing but a kernel will do."""
+        return self.settings.fused is True
+
+    @property
+    def adjusted(self) -> bool:
+        """True if an adjustment applies (S13)."""
+        given = self.arrays.s is not None or self.arrays.t is not None
+        return self.training and given
+
+    @property
+    def working_type(self) -> Any:
+        """The type of statistics and arithmetic (S16)."""
+        return working_type(self.operands.x)
+
+    def returned(self, y: Array) -> Array:
+        """y in x's own type and shape."""
+        x = self.arrays.x
+        y = y.astype(x.dtype)
+        return y if y.ndim == x.ndim else jnp.squeeze(y, 0)
+
+
+def options_of_calls() -> list[Option]:
+    """The options that a call depends on; others are of a layer's state alone."""
+    return [option for option in OPTIONS if option.core or option.name in Settings._fields]
+
+
+def make_settings(owner: str, read: Callable[[str], Any], *, training: bool) -> Settings:
+    """Settings out of checked values, which `read` gives by the option's name."""
+    core, rest = {}, {}
+    for option in options_of_calls():
+        value = read(option.name) if training or not option.training else option.kept
+        if option.core:
+            core[option.core_name] = value
+        else:
+            rest[option.name] = value
+    return Settings(owner, options=Options(**core), **rest)
+
+
+def check_settings(owner: str, given: Mapping[str, Any], *, training: bool) -> Settings:
+    """Settings out of a function's arguments; those that are no options are left out."""
+    options = options_of_calls()
+    named = {name: given[name] for name in list_arguments(options) if name in given}
+    checked = check_arguments(options, named)
+    return make_settings(owner, checked.__getitem__, training=training)
+
+
+def make_call(arrays: Arrays, settings: Settings, training: bool, update: bool) -> Call:
+    """The record of a call, if its arguments fit.
+
+    Raises:
+        TypeError: an array of a type that does not do.
+        ValueError: shapes that do not fit.
+        NameError: no transformation around this call binds `axis_name`.
+    """
+    x = check_input(arrays.x)
+    size = settings.options.virtual_batch_size if training else None
+    layout = make_layout(tuple(x.shape), settings.axis, size, least_rows=0)
+    _check_groups(x, layout)
+    arrays = arrays._replace(x=x)
+    layout, operands = _make_operands(arrays, layout)
+    merge = make_merge(settings.axis_name, settings.axis_index_groups) if training else None
+    return Call(arrays, settings, training, update, layout, operands, merge)
+
+
+def _make_operands(arrays: Arrays, layout: Layout) -> tuple[Layout, Operands]:
+    x, mask = arrays.x, check_mask(arrays.mask)
+    work = working_type(x)
+    if mask is not None:
+        fitted = layout.mask_shape(tuple(mask.shape))
+    if len(layout.channel_axes) == x.ndim:
+        layout = Layout((1, *x.shape), tuple(a + 1 for a in layout.channel_axes))
+        x = jnp.expand_dims(x, 0)
+        mask = None if mask is None else mask.reshape((1, *fitted))
+
+    def channels(name: str, value: Any) -> Array | None:
+        return check_channels(name, value, layout, work)
+
+    kept = arrays.running or Running(None, None)
+    return layout, Operands(
+        x,
+        mask,
+        gamma=channels("scale", arrays.scale),
+        beta=channels("bias", arrays.bias),
+        mean=channels("running_mean", kept.mean),
+        var=channels("running_var", kept.var),
+        renorm_mean=channels("renorm_mean", kept.renorm_mean),
+        renorm_stddev=channels("renorm_stddev", kept.renorm_stddev),
+    )
+
+
+def _check_groups(x: Array, layout: Layout) -> None:
+    """Raise where jax could not split an explicitly sharded axis 0 into (v, groups) (S12)."""
+    names = (*split_axes(x), None)[0]
+    if layout.groups is None or names is None:
+        return
+    mesh = jax.typeof(x).sharding.mesh
+    parts = math.prod(mesh.shape[name] for name in np.atleast_1d(names).tolist())
+    size = layout.working[0]
+    if size % parts != 0:
+        raise ArgumentValueError(
+            f"virtual_batch_size must be a multiple of the {parts} parts in which axis 0 "
+            f"of x is sharded explicitly over {names!r}; got {size}. Call this inside "
+            "jax.sharding.auto_axes, or inside jax.shard_map for groups that are local."
+        )

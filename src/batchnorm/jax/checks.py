@@ -1,4 +1,4 @@
-"""What comes into the JAX front end, checked while it is traced."""
+"""Checks of what comes into the JAX front end, made while it is traced."""
 
 from __future__ import annotations
 
@@ -72,3 +72,8 @@ def working_type(x: Array) -> Any:
 def wide_type(*dtypes: Any) -> Any:
     """float64 if one of them is, else float32; jax's own promotion may be set to refuse."""
     return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32)
+
+
+def split_axes(x: Array) -> tuple[Any, ...]:
+    """For each axis of x the mesh axes it is split over, where types tell; else nothing."""
+    return tuple(getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()))

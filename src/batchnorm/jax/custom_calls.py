@@ -13,8 +13,8 @@ from jax import Array
 
 from batchnorm.core.config import Renorm
 from batchnorm.core.layout import Layout
-from batchnorm.jax.call import Call
 from batchnorm.jax.checks import working_type
+from batchnorm.jax.operands import Static
 from batchnorm.kernels import extension
 from batchnorm.kernels.geometry import (
     MaskView,
@@ -28,7 +28,7 @@ from batchnorm.kernels.geometry import (
 from batchnorm.kernels.kept import STATISTICS
 from batchnorm.kernels.select import select_kernel
 
-# What an explanation adds, since a program may yet be compiled for something else.
+# An explanation is made before it is known what the program is compiled for.
 NOTE = "where it is compiled for one CPU device; array code elsewhere"
 
 extension.warn_if_missing()
@@ -36,7 +36,7 @@ extension.warn_if_missing()
 
 @lru_cache(maxsize=1)
 def _registered() -> str | None:
-    """Make the handlers known to XLA; why that is not possible, or None."""
+    """Make the handlers known to XLA; the reason if that is not possible, or None."""
     try:
         for name, handler in extension.xla_handlers().items():
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
@@ -46,7 +46,7 @@ def _registered() -> str | None:
 
 
 def refuse(layout: Layout, dtype: Any, mask_shape: tuple[int, ...] | None) -> str | None:
-    """Why no kernel serves calls with these arrays, or None."""
+    """The reason against kernels for calls with these arrays, or None."""
     if not all(isinstance(n, int) for n in layout.shape):
         return "x has a size that is only known when the program runs"
     per_channel = mask_shape is not None and any(mask_shape[a] != 1 for a in layout.channel_axes)
@@ -61,7 +61,7 @@ def refuse(layout: Layout, dtype: Any, mask_shape: tuple[int, ...] | None) -> st
 
 
 def refuse_context(context: Any) -> str | None:
-    """Why no kernel serves the program that is being compiled, or None."""
+    """The reason against kernels in the program that is being compiled, or None."""
     module = context.module_context
     if module.lowering_parameters.for_export:
         return "an exported program must not depend on this library"
@@ -87,14 +87,14 @@ def readable_mask(layout: Layout, mask: Array | None) -> Array | None:
     return jnp.broadcast_to(mask, row_mask_shape(layout))
 
 
-def step(*arrays: Array, call: Call) -> Sequence[Array]:
+def step(*arrays: Array, static: Static) -> Sequence[Array]:
     """`array_code.step` by the kernels."""
-    operands = call.operands(arrays)
-    layout, x = call.layout, operands.x
+    operands = static.operands(arrays)
+    layout, x = static.layout, operands.x
     work = working_type(x)
     groups = 1 if layout.groups is None else layout.groups
     rows = (len(STATISTICS), *layout.moments)
-    limits = call.renorm or Renorm()
+    limits = static.renorm or Renorm()
     return jax.ffi.ffi_call(
         "batchnorm_forward",
         (
@@ -106,19 +106,19 @@ def step(*arrays: Array, call: Call) -> Sequence[Array]:
         x,
         *(_or_nothing(a, work) for a in operands[1:]),
         **_geometry(layout, operands.mask),
-        eps=np.float64(call.eps),
+        eps=np.float64(static.eps),
         rmin=np.float64(limits.rmin),
         rmax=np.float64(limits.rmax),
         dmax=np.float64(limits.dmax),
-        batch=np.bool_(call.batch),
-        renorm=np.bool_(call.renorm is not None),
+        batch=np.bool_(static.batch),
+        renorm=np.bool_(static.renorm is not None),
     )
 
 
-def gradient(*arrays: Array, call: Call, wanted: tuple[bool, ...]) -> list[Array]:
+def gradient(*arrays: Array, static: Static, wanted: tuple[bool, ...]) -> list[Array]:
     """`array_code.gradients` by the kernels: those of x, gamma and beta that are wanted."""
     dy, statistics, count, *rest = arrays
-    operands = call.operands(rest)
+    operands = static.operands(rest)
     like: Any = (operands.x, operands.gamma, operands.beta)
     nothing = jax.ShapeDtypeStruct((0,), statistics.dtype)
     found = jax.ffi.ffi_call(
@@ -133,9 +133,9 @@ def gradient(*arrays: Array, call: Call, wanted: tuple[bool, ...]) -> list[Array
         _or_nothing(operands.mask, statistics.dtype),
         statistics,
         count,
-        **_geometry(call.layout, operands.mask),
-        batch=np.bool_(call.batch),
-        renorm=np.bool_(call.renorm is not None),
+        **_geometry(static.layout, operands.mask),
+        batch=np.bool_(static.batch),
+        renorm=np.bool_(static.renorm is not None),
     )
     return [a for a, want in zip(found, wanted, strict=True) if want]
 
@@ -146,7 +146,7 @@ def _or_nothing(a: Array | None, dtype: Any) -> Array:
 
 
 def _geometry(layout: Layout, mask: Array | None) -> dict[str, dict[str, np.int64]]:
-    """What the shapes of x and of the mask decide, as attributes by name."""
+    """Sizes and strides that follow from the shapes of x and mask, as attributes by name."""
     geometry = find_geometry(layout, row_major_strides(layout.shape))
     assert geometry is not None
     view = MaskView(1, 0, 0)

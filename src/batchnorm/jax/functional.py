@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, export
 
-from batchnorm.core import config
-from batchnorm.core.config import Options
 from batchnorm.core.errors import names_errors
 from batchnorm.core.layout import make_layout
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
-from batchnorm.jax.steps import move_statistics, normalize_batch, normalize_running
+from batchnorm.jax.call import Arrays, check_settings
+from batchnorm.jax.running import move_statistics
+from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
 
 __all__ = [
@@ -29,14 +30,14 @@ __all__ = [
 
 
 class RenormStatistics(NamedTuple):
-    """What batch renormalization compares with, each per channel (S11)."""
+    """Statistics that batch renormalization compares with, each per channel (S11)."""
 
     mean: Array
     stddev: Array
 
 
 class RunningStatistics(NamedTuple):
-    """What a layer keeps, each per channel; the last three with renormalization only (S9, S11)."""
+    """Statistics of a layer, each per channel; the last three with renormalization (S9, S11)."""
 
     mean: Array
     var: Array
@@ -114,28 +115,13 @@ def batch_norm(
     >>> y.ravel().tolist(), moments.mean.tolist()
     ([-1.0, 1.0, 97.0], [2.0])
     """
-    options = Options(
-        eps=config.check_number("epsilon", epsilon, 0.0),
-        virtual_batch_size=config.check_virtual_batch_size(virtual_batch_size),
-        renorm=config.check_renorm(renorm is not None, renorm_clipping, 1.0),
-    )
+    given = locals() | {"renorm": renorm is not None, "renorm_momentum": 1.0}
+    settings = check_settings("batch_norm", given, training=True)
     running = None
     if running_mean is not None or running_var is not None or renorm is not None:
         running = _running_of(x, axis, running_mean, running_var, renorm)
-    y, moments, _ = normalize_batch(
-        x,
-        mask,
-        scale,
-        bias,
-        running,
-        axis=axis,
-        options=options,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        update=False,
-        fused=config.check_fused(fused),
-        owner="batch_norm",
-    )
+    arrays = Arrays(x, mask, scale, bias, running)
+    y, moments, _ = normalize_batch(arrays, settings, update=False)
     return y, moments
 
 
@@ -173,11 +159,9 @@ def batch_norm_inference(
 
     Source: S3, S4, S8, S15.
     """
-    options = Options(eps=config.check_number("epsilon", epsilon, 0.0))
+    settings = check_settings("batch_norm_inference", locals(), training=False)
     running = Running(jnp.asarray(mean), jnp.asarray(var))
-    return normalize_running(
-        x, mask, scale, bias, running, axis=axis, options=options, owner="batch_norm_inference"
-    )
+    return normalize_running(Arrays(x, mask, scale, bias, running), settings)
 
 
 def init_running(
@@ -188,7 +172,7 @@ def init_running(
     Args:
         shape: C, or the sizes of several channel axes.
         dtype: float32 or float64 (S16).
-        renorm: whether to keep renormalization's three as well.
+        renorm: True to keep renormalization's three as well.
     """
     zeros, ones = jnp.zeros(shape, dtype), jnp.ones(shape, dtype)
     found = RunningStatistics(zeros, ones)
@@ -222,15 +206,15 @@ def update_running(
 
     Source: S9-S12. The biased variance is kept, as everywhere in JAX (S10).
     """
-    if not isinstance(momentum, jax.Array):
-        momentum = config.check_number("momentum", momentum, 0.0, 1.0)
-    renorm = None
+    given: dict[str, Any] = {"epsilon": epsilon}
     if running.stddev is not None:
-        weight = config.check_number("renorm_momentum", renorm_momentum, 0.0, 1.0)
-        renorm = config.Renorm(weight)
-    options = Options(
-        eps=config.check_number("epsilon", epsilon, 0.0), decay=momentum, renorm=renorm
-    )
+        given |= {"renorm": True, "renorm_momentum": renorm_momentum}
+    as_array = isinstance(momentum, jax.Array)
+    if not as_array:
+        given["momentum"] = momentum
+    options = check_settings("update_running", given, training=True).options
+    if as_array:
+        options = replace(options, decay=momentum)
     before = Running(running.mean, running.var, None, *running[2:])
     found = move_statistics(before, moments, options)
     return RunningStatistics(found.mean, found.var, *found[3:])

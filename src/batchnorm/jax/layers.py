@@ -11,22 +11,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from batchnorm.core import config
-from batchnorm.core.config import Options
+from batchnorm.core.config import Renorm
+from batchnorm.core.declaration import check_arguments, list_arguments
 from batchnorm.core.errors import ArgumentValueError, names_errors
-from batchnorm.core.layout import check_axis, normalize_axis
-from batchnorm.core.running import Running, derive_renorm
-from batchnorm.jax.checks import check_input, wide_type
-from batchnorm.jax.namespace import XP
-from batchnorm.jax.options import check_dtype, check_features, freeze_groups, make_keys
+from batchnorm.jax.call import make_settings
+from batchnorm.jax.checks import check_input
+from batchnorm.jax.options import OPTIONS
+from batchnorm.jax.state import RENORM, check_sizes, make_variables, read_arrays, sizes_of
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
 from batchnorm.kernels.explanation import Explanation, ask
 
-__all__ = ["BatchNorm", "Momentum", "load_state"]
+__all__ = ["BatchNorm", "Momentum"]
 
-_RENORM = ("stddev", "renorm_mean", "renorm_stddev")
-_STATISTICS = ("mean", "var", *_RENORM)
+_STATISTICS = ("mean", "var", *RENORM)
 
 
 class Momentum(nnx.Variable):
@@ -90,6 +88,19 @@ class BatchNorm(nnx.Module):
     (8, 5, 3)
     """
 
+    axis: int | tuple[int, ...]
+    num_features: int | tuple[int, ...] | None
+    momentum: Momentum
+    epsilon: float
+    renorm: Renorm | None
+    mean: nnx.BatchStat
+    var: nnx.BatchStat
+    scale: nnx.Param | None
+    bias: nnx.Param | None
+    stddev: nnx.BatchStat
+    renorm_mean: nnx.BatchStat
+    renorm_stddev: nnx.BatchStat
+
     @names_errors()
     def __init__(
         self,
@@ -119,28 +130,12 @@ class BatchNorm(nnx.Module):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         features_in: int | tuple[int, ...] | None = None,
     ) -> None:
-        del use_fast_variance
-        self.axis = axis if isinstance(axis, int) else check_axis(axis)
-        self.num_features = check_features(num_features, features_in, check_axis(axis))
-        weight = config.check_number("momentum", momentum, 0.0, 1.0)
-        self.momentum = Momentum(jnp.asarray(weight, jnp.float32))
-        self.epsilon = config.check_number("epsilon", epsilon, 0.0)
-        self.dtype, self.param_dtype = (
-            check_dtype("dtype", dtype),
-            check_dtype("param_dtype", param_dtype),
-        )
-        self.use_bias = config.check_flag("use_bias", use_bias)
-        self.use_scale = config.check_flag("use_scale", use_scale)
-        self.bias_init, self.scale_init = bias_init, scale_init
-        # Static attributes must be hashable.
-        self.bias_metadata = tuple(bias_metadata.items())
-        self.scale_metadata = tuple(scale_metadata.items())
-        self.axis_name, self.axis_index_groups = axis_name, freeze_groups(axis_index_groups)
-        self.virtual_batch_size = config.check_virtual_batch_size(virtual_batch_size)
-        weight = config.check_number("renorm_momentum", renorm_momentum, 0.0, 1.0)
-        self.renorm = config.check_renorm(renorm, renorm_clipping, weight)
-        self.fused = config.check_fused(fused)
-        self.promote_dtype = promote_dtype
+        given = locals()
+        named = {name: given[name] for name in list_arguments(OPTIONS) if name in given}
+        values = check_arguments(OPTIONS, named)
+        values["momentum"] = Momentum(jnp.asarray(values["momentum"], jnp.float32))
+        for name, value in values.items():
+            setattr(self, name, value)
         self.training = not use_running_average
         self.frozen = False
         self.initialized = False
@@ -169,26 +164,12 @@ class BatchNorm(nnx.Module):
                     "init needs x to learn the number of features; got None. Pass x, or "
                     "num_features to the constructor."
                 )
-            axes = normalize_axis(self.axis, jnp.ndim(x), least_rows=0)
-            found = tuple(jnp.shape(x)[a] for a in axes)
+            found = sizes_of(self.axis, jnp.shape(x))
             sizes = found if len(found) > 1 else found[0]
-        shape = sizes if isinstance(sizes, tuple) else (sizes,)
-        wide = wide_type(self.param_dtype)
         self.num_features = sizes
-        self.mean = nnx.BatchStat(jnp.zeros(shape, wide))
-        self.var = nnx.BatchStat(jnp.ones(shape, wide))
-        keys = make_keys(rngs)
-        self.scale = self.bias = nnx.data(None)
-        if self.use_scale:
-            value = self.scale_init(keys(), shape, self.param_dtype)
-            self.scale = nnx.Param(value, **dict(self.scale_metadata))
-        if self.use_bias:
-            value = self.bias_init(keys(), shape, self.param_dtype)
-            self.bias = nnx.Param(value, **dict(self.bias_metadata))
-        if self.renorm is not None:
-            self.stddev = nnx.BatchStat(jnp.ones(shape, wide))
-            self.renorm_mean = nnx.BatchStat(jnp.zeros(shape, wide))
-            self.renorm_stddev = nnx.BatchStat(jnp.ones(shape, wide))
+        shape = sizes if isinstance(sizes, tuple) else (sizes,)
+        for name, variable in make_variables(self, shape, rngs).items():
+            setattr(self, name, variable)
         self.initialized = True
         if not use_running_average:
             self(x, use_running_average=False)
@@ -222,51 +203,13 @@ class BatchNorm(nnx.Module):
         x = check_input(x)
         if not self.initialized:
             self._initialize_from(x, use_running_average)
-        self._check_channels(x)
-        mean, var = self.mean[...], self.var[...]
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
-        dtype = x.dtype if self.dtype is None else self.dtype
-        if self.promote_dtype is not None:
-            x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
-            dtype = x.dtype
-        elif dtype != x.dtype:
-            x = x.astype(wide_type(x.dtype, dtype))
-        running = Running(mean, var)
-        if use_running_average:
-            options = Options(eps=self.epsilon)
-            y = normalize_running(
-                x,
-                mask,
-                scale,
-                bias,
-                running,
-                axis=self.axis,
-                options=options,
-                fused=self.fused,
-                owner=type(self).__name__,
-            )
-            return y.astype(dtype)
-        if self.renorm is not None:
-            running = Running(mean, var, None, *(getattr(self, name)[...] for name in _RENORM))
-        y, _, after = normalize_batch(
-            x,
-            mask,
-            scale,
-            bias,
-            running,
-            axis=self.axis,
-            options=Options(
-                eps=self.epsilon,
-                decay=self.momentum[...],
-                virtual_batch_size=self.virtual_batch_size,
-                renorm=self.renorm,
-            ),
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            fused=self.fused,
-            owner=type(self).__name__,
-        )
+        check_sizes(self, x)
+        training = not use_running_average
+        arrays, dtype = read_arrays(self, x, mask, training)
+        settings = make_settings(type(self).__name__, self._read, training=training)
+        if not training:
+            return normalize_running(arrays, settings).astype(dtype)
+        y, _, after = normalize_batch(arrays, settings)
         for name in _STATISTICS if self.renorm is not None else _STATISTICS[:2]:
             getattr(self, name)[...] = getattr(after, name)
         return y.astype(dtype)
@@ -283,7 +226,7 @@ class BatchNorm(nnx.Module):
 
     @property
     def use_running_average(self) -> bool:
-        """Whether a call without that argument uses the running statistics.
+        """True if a call without that argument uses the running statistics.
 
         Assigning it, as flax's `train()`, `eval()` and `view` do for whole models, sets
         `training`; a frozen layer stays frozen.
@@ -344,34 +287,7 @@ class BatchNorm(nnx.Module):
             )
         self.init(0, x)
 
-    def _check_channels(self, x: Array) -> None:
-        axes = normalize_axis(self.axis, x.ndim, least_rows=0)
-        found = tuple(x.shape[a] for a in axes)
-        expected = self.mean[...].shape
-        if found != expected:
-            raise ArgumentValueError(
-                f"x must have num_features={self.num_features} along axis {self.axis}; "
-                f"got {found if len(found) > 1 else found[0]} in shape {tuple(x.shape)}."
-            )
-
-
-def load_state(module: nnx.Module, state: Any) -> None:
-    """Take over a state, flax's own too, in place.
-
-    Args:
-        module: a `BatchNorm`, or a model that holds some.
-        state: an `nnx.State` or nested dict of variables or arrays. What it lacks, such as the
-            momentum, keeps its value; renormalization's statistics are derived from mean and
-            variance where it lacks them (S11).
-    """
-    state = state if isinstance(state, nnx.State) else nnx.State(state)
-    nnx.update(module, state)
-    given = {tuple(map(str, path)) for path, _ in nnx.to_flat_state(state)}
-    for path, layer in nnx.iter_modules(module):
-        if not isinstance(layer, BatchNorm) or layer.renorm is None or not layer.initialized:
-            continue
-        at = tuple(map(str, path))
-        if (*at, "var") in given and (*at, "stddev") not in given:
-            mean, stddev = derive_renorm(layer.mean[...], layer.var[...], eps=layer.epsilon, xp=XP)
-            layer.stddev[...] = layer.renorm_stddev[...] = stddev
-            layer.renorm_mean[...] = mean
+    def _read(self, name: str) -> Any:
+        """The value of an option, which may be in a variable."""
+        value = getattr(self, name)
+        return value[...] if isinstance(value, nnx.Variable) else value

@@ -1,17 +1,50 @@
-"""What the nnx layer demands of its options."""
+"""The options of the layer, each declared once.
+
+The layer's constructor and attributes, the record of a call, the functions' checks, kernels'
+refusals, folding and the tests of signatures and documentation read these declarations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from batchnorm.core import config
+from batchnorm.core.declaration import Option
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
+from batchnorm.core.layout import check_axis
 from batchnorm.jax.checks import FLOATING
 from batchnorm.jax.synchronize import Groups
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+def _option(name: str, default: Any, check: Callable[[Any], Any], **rest: Any) -> Option:
+    """An option whose value is made from its own argument alone."""
+    rest.setdefault("kept", default)
+    return Option(name, default, lambda given: check(given[name]), **rest)
+
+
+def _as_given(value: Any) -> Any:
+    return value
+
+
+def _check_axis(axis: Any) -> int | tuple[int, ...]:
+    axes = check_axis(axis)
+    return axis if isinstance(axis, int) else axes
+
+
+def _check_features(given: Mapping[str, Any]) -> int | tuple[int, ...] | None:
+    return check_features(given["num_features"], given["features_in"], check_axis(given["axis"]))
+
+
+def _check_renorm(given: Mapping[str, Any]) -> config.Renorm | None:
+    decay = config.check_number("renorm_momentum", given["renorm_momentum"], 0.0, 1.0)
+    return config.check_renorm(given["renorm"], given["renorm_clipping"], decay)
 
 
 def check_features(
@@ -57,10 +90,63 @@ def freeze_groups(groups: Groups) -> tuple[tuple[int, ...], ...] | None:
     return None if groups is None else tuple(tuple(int(i) for i in group) for group in groups)
 
 
-def make_keys(rngs: Any) -> Callable[[], Any]:
-    """A source of keys: flax's stream of parameters, or splits of a key or seed."""
-    if isinstance(rngs, nnx.Rngs):
-        return rngs.params
-    if isinstance(rngs, int):
-        rngs = jax.random.key(rngs)
-    return nnx.Rngs(rngs).params
+def freeze_metadata(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Metadata as a hashable value."""
+    return tuple(metadata.items())
+
+
+# The layer keeps all values but momentum's as static attributes, which must be hashable.
+OPTIONS: list[Option] = [
+    _option("axis", -1, _check_axis),
+    Option("num_features", None, _check_features, parts={"features_in": None}),
+    _option(
+        "momentum",
+        0.99,
+        lambda value: config.check_number("momentum", value, 0.0, 1.0),
+        core=True,
+        symbol="decay",
+        training=True,
+    ),
+    _option(
+        "epsilon",
+        1e-5,
+        lambda value: config.check_number("epsilon", value, 0.0),
+        core=True,
+        symbol="eps",
+    ),
+    _option("dtype", None, lambda value: check_dtype("dtype", value)),
+    _option(
+        "param_dtype",
+        jnp.float32,
+        lambda value: check_dtype("param_dtype", value),
+        kept=jnp.dtype("float32"),
+    ),
+    _option("use_bias", True, lambda value: config.check_flag("use_bias", value)),
+    _option("use_scale", True, lambda value: config.check_flag("use_scale", value)),
+    _option("bias_init", jax.nn.initializers.zeros, _as_given),
+    _option("scale_init", jax.nn.initializers.ones, _as_given),
+    _option("bias_metadata", _NOTHING, freeze_metadata, kept=()),
+    _option("scale_metadata", _NOTHING, freeze_metadata, kept=()),
+    _option("axis_name", None, _as_given, training=True),
+    _option("axis_index_groups", None, freeze_groups, training=True),
+    _option("virtual_batch_size", None, config.check_virtual_batch_size, core=True, training=True),
+    Option(
+        "renorm",
+        False,
+        _check_renorm,
+        parts={"renorm_clipping": None, "renorm_momentum": 0.99},
+        core=True,
+        training=True,
+    ),
+    _option("fused", None, config.check_fused),
+    _option("promote_dtype", None, _as_given),
+]
+
+
+def refuse_options(options: config.Options) -> str | None:
+    """The option of the core that no kernel computes, as a reason, or None."""
+    for option in OPTIONS:
+        computed = option.kernels or not option.core
+        if not computed and getattr(options, option.core_name) != option.kept:
+            return f"none computes {option.name}"
+    return None

@@ -18,7 +18,7 @@ Groups = Sequence[Sequence[int]] | None
 
 
 def make_merge(axis_name: Any, axis_index_groups: Groups) -> Merge | None:
-    """How this device's statistics meet those of the others along `axis_name`; None without one.
+    """The merge of this device's statistics with the others' along `axis_name`; None without one.
 
     Raises:
         NameError: no transformation around this call binds `axis_name`.
@@ -61,7 +61,7 @@ def varying_axes(a: jax.Array) -> frozenset[Any]:
 
 
 def _all_gather(a: jax.Array, axis_name: Any) -> jax.Array:
-    """Known to be equal everywhere if jax keeps track, so that shard_map may return it as one."""
+    """Every participant's `a`, in a type that lets shard_map return it as equal everywhere."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     found = a
     for name in reversed(names):  # one by one: vmap cannot gather along several at once

@@ -11,6 +11,7 @@ from jax import Array
 from batchnorm.core import config
 from batchnorm.core.layout import Layout
 from batchnorm.core.running import Running
+from batchnorm.jax.call import Arrays, Settings
 from batchnorm.jax.checks import read_values
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.keras.adjustment import missing_axes
@@ -36,31 +37,18 @@ def normalize(
 ) -> tuple[Array, Running | None]:
     """As `batchnorm.keras.functional.Backend` says."""
     mask = None if mask is None else _fit_mask(jnp.asarray(mask), x, call.axes)
-    settings: dict[str, Any] = {
-        "axis": call.axes,
-        "options": call.options,
-        "fused": call.fused,
-        "owner": call.owner,
-    }
+    settings = Settings(call.owner, call.axes, call.options, call.fused, call.axis_name)
+    arrays = Arrays(x, mask, gamma, beta, running)
 
     def train() -> tuple[Array, Running]:
         s, t = config.call_adjustment(call.adjustment, tuple(x.shape))
-        found = normalize_batch(
-            x,
-            mask,
-            gamma,
-            beta,
-            running,
-            s=_adjusted("scale", s, x),
-            t=_adjusted("bias", t, x),
-            axis_name=call.axis_name,
-            **settings,
-        )
+        adjusted = arrays._replace(s=_adjusted("scale", s, x), t=_adjusted("bias", t, x))
+        found = normalize_batch(adjusted, settings)
         assert found.running is not None
         return found.y, found.running
 
     def evaluate() -> tuple[Array, Running]:
-        return normalize_running(x, mask, gamma, beta, running, **settings), running
+        return normalize_running(arrays, settings), running
 
     if isinstance(call.training, jax.core.Tracer):
         return jax.lax.cond(call.training.astype(bool), train, evaluate)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from batchnorm.core.fold import Folded
 from batchnorm.jax.layers import BatchNorm
+from batchnorm.jax.options import OPTIONS
 from batchnorm.tools.frameworks.affine import Affine, affine_of, into_next, into_previous
 from batchnorm.tools.frameworks.nnx.stacked import stack_of
 from batchnorm.tools.frameworks.nnx.states import take_state
@@ -44,6 +45,8 @@ def fold_pair(first: Any, second: Any) -> str | None:
         return "its arrays are those of several layers, stacked"
     if norm.axis not in (-1, (-1,)):
         return f"it normalizes axis {norm.axis}, and channels lie on axis -1"
+    if option := _unfolded(norm):
+        return f"it has {option}={getattr(norm, option)!r}, which no linear map can take over"
     if getattr(linear, "mask", None) is not None:
         return "its kernel has a mask"
     affine = affine_of(take_state(norm))
@@ -60,6 +63,14 @@ def fold_pair(first: Any, second: Any) -> str | None:
     if reason is None:
         _replace(linear, into_next(kernel, bias, affine, axis=-2, output_axis=-1))
     return reason
+
+
+def _unfolded(norm: Any) -> str | None:
+    """The option that makes a layer in evaluation more than an affine map, or None."""
+    for option in OPTIONS:
+        if not option.folds and getattr(norm, option.name, option.kept) != option.kept:
+            return option.name
+    return None
 
 
 def _refuse_next(linear: Any, affine: Affine) -> str | None:

@@ -12,9 +12,12 @@ from flax import nnx
 
 from batchnorm.tools.state import BatchNormState
 
-__all__ = ["Slice", "check_shared", "module_of", "slices_of", "stack_of"]
+__all__ = ["OPTIONS", "RENORM", "Slice", "check_shared", "module_of", "slices_of", "stack_of"]
 
-_ARRAYS = ("var", "scale", "bias", "stddev", "renorm_mean", "renorm_stddev")
+# Options that are part of a state, by flax's names, which are this library's too.
+OPTIONS = {"epsilon": "eps", "momentum": "decay"}
+RENORM = ("stddev", "renorm_mean", "renorm_stddev")
+_ARRAYS = ("var", "scale", "bias", *RENORM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +85,7 @@ def check_shared(pairs: Sequence[tuple[Any, BatchNormState]]) -> None:
             groups.setdefault(id(layer.module), (layer.module, []))[1].append(state)
     for module, states in groups.values():
         kept = len(states) < math.prod(stack_of(module))
-        for attribute, field in (("epsilon", "eps"), ("momentum", "decay")):
+        for attribute, field in OPTIONS.items():
             current = getattr(module, attribute)
             if isinstance(current, nnx.Variable):
                 continue

@@ -12,11 +12,17 @@ from flax import nnx
 
 from batchnorm.tools.arrays import flatten, odd_shape
 from batchnorm.tools.fitting import check_finite_casts, fit
-from batchnorm.tools.frameworks.nnx.stacked import Slice, module_of, slices_of, stack_of
+from batchnorm.tools.frameworks.nnx.stacked import (
+    OPTIONS,
+    RENORM,
+    Slice,
+    module_of,
+    slices_of,
+    stack_of,
+)
 from batchnorm.tools.state import BatchNormState, RenormState
 
 _NAMES = {"gamma": "scale", "beta": "bias", "mean": "mean", "var": "var"}
-_RENORM = ("stddev", "renorm_mean", "renorm_stddev")
 
 
 def owns(model: Any) -> bool:
@@ -51,7 +57,10 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
     mean = np.asarray(module.mean[index])
     renorm = None
     if getattr(module, "renorm", None) is not None:
-        renorm = RenormState(*(_read(getattr(module, n), index) for n in _RENORM))
+        renorm = RenormState(*(_read(getattr(module, n), index) for n in RENORM))
+    options: dict[str, Any] = {
+        field: _number(getattr(module, name), index) for name, field in OPTIONS.items()
+    }
     return BatchNormState(
         name=name,
         kind=_kind(module),
@@ -60,8 +69,7 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
         gamma=_read(module.scale, index),
         beta=_read(module.bias, index),
         variance="biased",
-        eps=float(module.epsilon),
-        decay=_momentum(module, index),
+        **options,
         renorm=renorm,
         shape=odd_shape(mean.shape),
         stored=mean.dtype.name,
@@ -79,7 +87,7 @@ def put_state(layer: Any, state: BatchNormState) -> None:
     pairs = [(name, getattr(module, ours), getattr(state, name)) for name, ours in _NAMES.items()]
     if state.renorm is not None:
         kept = (state.renorm.moving_stddev, state.renorm.renorm_mean, state.renorm.renorm_stddev)
-        pairs += [(n, getattr(module, n), a) for n, a in zip(_RENORM, kept, strict=True)]
+        pairs += [(n, getattr(module, n), a) for n, a in zip(RENORM, kept, strict=True)]
     writes = [
         (name, variable, array, jnp.asarray(array, variable[...].dtype))
         for name, variable, array in pairs
@@ -89,14 +97,14 @@ def put_state(layer: Any, state: BatchNormState) -> None:
     check_finite_casts(owner, [(name, array, cast) for name, _, array, cast in writes])
     for _, variable, _, cast in writes:
         _write(variable, index, cast)
-    if state.eps is not None:
-        module.epsilon = state.eps
-    if state.decay is not None:
-        momentum = module.momentum
-        if isinstance(momentum, nnx.Variable):
-            _write(momentum, index, jnp.asarray(state.decay, momentum[...].dtype))
+    for name, field in OPTIONS.items():
+        value, held = getattr(state, field), getattr(module, name)
+        if value is None:
+            continue
+        if isinstance(held, nnx.Variable):
+            _write(held, index, jnp.asarray(value, held[...].dtype))
         else:
-            module.momentum = state.decay
+            setattr(module, name, value)
 
 
 def _check_whole(layer: Any, name: str) -> None:
@@ -139,12 +147,11 @@ def _walk(node: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         yield from _walk(child, f"{path}.{key}" if path else str(key), seen)
 
 
-def _momentum(module: Any, index: Any) -> float:
-    momentum = module.momentum
-    if not isinstance(momentum, nnx.Variable):
-        return float(momentum)
+def _number(value: Any, index: Any) -> float:
+    if not isinstance(value, nnx.Variable):
+        return float(value)
     # The shortest decimal with the same float32 is most likely the number that was typed.
-    return float(str(np.float32(momentum[index])))
+    return float(str(np.float32(value[index])))
 
 
 def _read(variable: Any, index: Any) -> Any:

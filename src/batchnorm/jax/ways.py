@@ -1,0 +1,166 @@
+"""The ordered list of ways through a call, and the choice of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from batchnorm.core.forward import forward_batch, forward_running
+from batchnorm.core.moments import Moments
+from batchnorm.core.running import Running
+from batchnorm.jax import custom_calls
+from batchnorm.jax.call import Call
+from batchnorm.jax.checks import split_axes
+from batchnorm.jax.namespace import XP
+from batchnorm.jax.operands import Operands, Static
+from batchnorm.jax.options import refuse_options
+from batchnorm.jax.primitives import run_step
+from batchnorm.jax.running import constant_in, move_statistics, stored_like, with_decay_in
+from batchnorm.kernels import explanation
+from batchnorm.kernels.kept import STATISTICS
+from batchnorm.kernels.select import refuse_fused
+
+
+class Step(NamedTuple):
+    """y, the batch's moments, and running statistics after the step if any came in."""
+
+    y: Array
+    moments: Moments
+    running: Running | None
+
+
+class Way(NamedTuple):
+    """A way through a call.
+
+    Attributes:
+        name: as people read it.
+        refuse: the reason for not serving a call, or None.
+        train: the step of a training call that it does not refuse.
+        evaluate: y of an evaluation call that it does not refuse.
+        note: what may change the way when a program is lowered, or nothing.
+    """
+
+    name: str
+    refuse: Callable[[Call], str | None]
+    train: Callable[[Call], Step]
+    evaluate: Callable[[Call], Array]
+    note: str = ""
+
+
+def refuse(way: Way, call: Call) -> str | None:
+    """The reason of a way for not serving a call, or None: its own, or what `fused` says."""
+    if way is ARRAY_CODE:
+        return "fused=True demands a kernel" if call.demanded else None
+    return explanation.UNFUSED if call.settings.fused is False else way.refuse(call)
+
+
+def choose(call: Call) -> Way:
+    """The first way that serves the call.
+
+    Raises:
+        ValueError: fused=True, and no kernel serves the call.
+    """
+    refused: list[tuple[str, str]] = []
+    for way in WAYS:
+        reason = refuse(way, call)
+        if reason is None:
+            explanation.report(call.owner, way.name, tuple(refused), way.note)
+            return way
+        refused.append((way.name, reason))
+    raise refuse_fused(refused[0][1])
+
+
+def _refuse_kernels(call: Call) -> str | None:
+    layout, (x, mask, *_) = call.layout, call.operands
+    if not call.training and not call.demanded:
+        return "the compiler fuses evaluation with what surrounds it"
+    if call.merge is not None:
+        return "none synchronizes over a named axis"
+    if call.adjusted:
+        return "none takes an adjustment"
+    if any(axis is not None for axis in split_axes(x)):
+        return "x is sharded over devices"
+    shape = None if mask is None else layout.mask_shape(tuple(mask.shape))
+    return refuse_options(call.options) or custom_calls.refuse(layout, x.dtype, shape)
+
+
+def _train_by_kernels(call: Call) -> Step:
+    layout, options, running = call.layout, call.options, call.arrays.running
+    operands = _for_kernels(call)
+    if options.renorm is None:
+        operands = operands._replace(renorm_mean=None, renorm_stddev=None)
+    static = Static(layout, options.eps, True, options.renorm, call.demanded, call.owner)
+    y, rows, counts = run_step(operands, static)
+    high, low, var = (rows[STATISTICS[name]] for name in ("mean", "low", "var"))
+    groups = () if layout.groups is None else (layout.groups,)
+    counts = counts.reshape((*groups, *(1,) * len(layout.channels)))
+    # Empty groups were normalized by other statistics, which are not their moments (S6).
+    high, low = (jnp.where(counts > 0, a, 0.0) for a in (high, low))
+    moments = Moments(jnp.broadcast_to(counts, layout.moments), high + low, var)
+    if call.update and running is not None:
+        running = move_statistics(running, moments, options, mean=(high, low))
+    return Step(call.returned(y), moments, running)
+
+
+def _evaluate_by_kernels(call: Call) -> Array:
+    static = Static(call.layout, call.options.eps, False, None, call.demanded, call.owner)
+    return call.returned(run_step(_for_kernels(call), static).y)
+
+
+def _for_kernels(call: Call) -> Operands:
+    """Operands whose masks the kernels can walk, with constant statistics."""
+    operands = call.operands
+    return operands._replace(
+        mask=custom_calls.readable_mask(call.layout, operands.mask),
+        mean=_constant(operands.mean),
+        var=_constant(operands.var),
+        renorm_mean=_constant(operands.renorm_mean),
+        renorm_stddev=_constant(operands.renorm_stddev),
+    )
+
+
+def _constant(a: Array | None) -> Array | None:
+    return None if a is None else jax.lax.stop_gradient(a)
+
+
+def _train_by_arrays(call: Call) -> Step:
+    arrays, work, before = call.arrays, call.working_type, call.arrays.running
+    outcome = forward_batch(
+        call.operands.inputs(s=_cast(arrays.s, work), t=_cast(arrays.t, work)),
+        None if before is None else constant_in(work, before),
+        call.layout,
+        with_decay_in(work, call.options),
+        merge=call.merge,
+        update=call.update,
+        xp=XP,
+    )
+    after = before
+    if call.update and before is not None and outcome.running is not None:
+        after = stored_like(before, outcome.running)
+    return Step(call.returned(outcome.y), outcome.moments, after)
+
+
+def _evaluate_by_arrays(call: Call) -> Array:
+    operands = call.operands
+    statistics = Running(operands.mean, operands.var)
+    y = forward_running(operands.inputs(), statistics, call.layout, call.options, xp=XP)
+    return call.returned(y)
+
+
+def _cast(a: Any, dtype: Any) -> Array | None:
+    return None if a is None else jnp.asarray(a).astype(dtype)
+
+
+KERNELS = Way(
+    explanation.KERNELS,
+    _refuse_kernels,
+    _train_by_kernels,
+    _evaluate_by_kernels,
+    note=custom_calls.NOTE,
+)
+ARRAY_CODE = Way(explanation.ARRAY_CODE, lambda call: None, _train_by_arrays, _evaluate_by_arrays)
+WAYS = (KERNELS, ARRAY_CODE)
