@@ -12,17 +12,16 @@ import keras
 import numpy as np
 import pytest
 
-from batchnorm import tools
 from batchnorm.core import config
 from batchnorm.core.declaration import list_arguments
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.keras import BatchNormalization, MaskedBatchNormalization, SyncBatchNormalization
 from batchnorm.keras.call import Call
 from batchnorm.keras.options import BACKENDS, OPTIONS, LayerOption, Saved, refuse_options
+from batchnorm.tools.frameworks.keras import states
 
 LAYERS = (BatchNormalization, SyncBatchNormalization, MaskedBatchNormalization)
 ARGUMENTS = list_arguments(OPTIONS)
-BACKEND = keras.backend.backend()
 
 
 def check_colour(given: Any) -> Any:
@@ -113,13 +112,14 @@ class TestMadeUpOption:
         assert refuse_options(Painted(**given)) is None
         assert refuse_options(Red(**given)) == "none paints"
 
-    def test_tools_that_change_a_layer_check_it_again(self) -> None:
-        layer = BatchNormalization(colour="red")
+    def test_layers_that_tools_change_compute_by_it(self) -> None:
+        declare(core_field="eps", check=lambda given: float(given["shade"]))
+        layer: Any = BatchNormalization(shade=0.25)
         layer.build((None, 3))
-        model = keras.Sequential([layer])
-        model.build((None, 3))
-        tools.transfer(model, model)
-        assert layer.colour == "red"
+        assert layer._options.eps == 0.25
+        layer.shade = 0.5
+        states.put_state(layer, dataclasses.replace(states.take_state(layer), decay=0.75))
+        assert (layer._options.eps, layer._options.decay) == (0.5, 0.75)
 
     def test_constructors_and_documentation_are_found_wanting(self) -> None:
         assert missing_arguments() == {"colour", "shade"}

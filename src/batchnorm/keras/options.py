@@ -42,6 +42,8 @@ def as_plain(value: Any) -> Any:
 class LayerOption(Option):
     """One option of the layers, which keep an attribute for each of its arguments.
 
+    Of the inherited attributes Keras reads name, default, check, parts and kept.
+
     Attributes:
         as_given: attributes are the arguments as they came; if not, there is one, the value.
         core_field: of the core's Options, which takes the value.
