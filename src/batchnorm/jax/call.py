@@ -15,8 +15,8 @@ from batchnorm.core.config import Options
 from batchnorm.core.declaration import Option, check_arguments, list_arguments
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout, make_layout
+from batchnorm.core.merge import Merge
 from batchnorm.core.running import Running
-from batchnorm.core.synchronize import Merge
 from batchnorm.jax.checks import (
     check_channels,
     check_input,
