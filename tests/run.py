@@ -65,7 +65,7 @@ _NO_TESTS = 5  # pytest's exit status
 
 
 class Outcome(NamedTuple):
-    """What came of a part."""
+    """The result of a part."""
 
     name: str
     status: int

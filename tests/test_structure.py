@@ -124,3 +124,15 @@ def test_files_are_short() -> None:
     lines = {name: len(path.read_text().splitlines()) for name, path in files.items()}
     assert {name for name, count in lines.items() if count > LENGTH} == LONG_FILES.keys()
     assert statistics.median(lines.values()) < MEDIAN
+
+
+def test_docstrings_say_the_noun() -> None:
+    folders = ("src", "tests", "benchmarks", "docs", "examples")
+    riddles = []
+    for path in (p for folder in folders for p in (ROOT_OF_SOURCES / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node) or ""
+                if text.split(" ")[0] in ("What", "Whether", "Why", "How"):
+                    riddles.append(f"{path.relative_to(ROOT_OF_SOURCES)}: {text.splitlines()[0]}")
+    assert riddles == []

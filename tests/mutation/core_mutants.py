@@ -97,7 +97,7 @@ def _describe(path: Path, source: str, changed: str) -> str:
 
 
 def prepare(workers: int) -> Callable[[Mutant], tuple[str, Verdict]]:
-    """What judges a mutant; imports what takes long before processes are forked."""
+    """The judge of a mutant; imports that take long happen here, before processes are forked."""
     import numpy  # noqa: F401
     import torch
 

@@ -69,7 +69,7 @@ def mutants() -> list[Mutant]:
 
 
 def prepare(workers: int) -> Callable[[Mutant], tuple[str, Verdict]]:
-    """What judges a mutant; makes a build for each worker."""
+    """The judge of a mutant; makes a build for each worker."""
     import numpy  # noqa: F401
     import torch
 

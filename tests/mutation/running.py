@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What found a mutant: "cover", "table", "tests" or "nothing"; and how."""
+    """The finder of a mutant, "cover", "table", "tests" or "nothing", and the detail."""
 
     by: str
     detail: str = ""
