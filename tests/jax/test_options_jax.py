@@ -19,11 +19,11 @@ from flax import nnx
 
 import batchnorm
 from batchnorm.core import config
-from batchnorm.core.declaration import Option, list_arguments
+from batchnorm.core.declaration import Option, list_arguments, refuse_options
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.jax import BatchNorm, batch_norm, batch_norm_inference, layers, update_running
 from batchnorm.jax.call import Settings, check_settings, make_settings, options_of_calls
-from batchnorm.jax.options import OPTIONS, refuse_options
+from batchnorm.jax.options import OPTIONS, LayerOption
 from batchnorm.tools import fold
 from batchnorm.tools.frameworks.nnx import stacked
 
@@ -43,22 +43,21 @@ def check_colour(given: Any) -> Any:
 
 # Options that the layer does not have: one of its own, one that the core computes in every mode,
 # and one that the core computes in training.
-COLOUR = Option("colour", None, check_colour, parts={"shade": 1})
-RELU = Option(
+COLOUR = LayerOption("colour", None, check_colour, parts={"shade": 1})
+RELU = LayerOption(
     "after",
     None,
     lambda given: config.check_activation(given["after"]),
-    core=True,
-    symbol="activation",
+    core="activation",
     kernels=False,
     folds=False,
 )
-UNBIASED = Option(
+UNBIASED = LayerOption(
     "unbiased",
     False,
     lambda given: config.check_flag("unbiased", given["unbiased"]),
     kept=False,
-    core=True,
+    core="unbiased",
     training=True,
 )
 
@@ -239,24 +238,24 @@ def test_a_new_layer_keeps_the_declared_value(option: Option) -> None:
 
 @EACH
 def test_options_of_the_core_are_its_fields(option: Option) -> None:
-    assert (option.core_name in config.Options.__dataclass_fields__) == option.core
+    fields = config.Options.__dataclass_fields__
+    assert (option.core in fields) == (option.core is not None)
 
 
 def test_the_record_of_a_call_has_what_is_no_field_of_the_core() -> None:
-    rest = {option.name for option in options_of_calls() if not option.core}
+    rest = {option.name for option in options_of_calls() if option.core is None}
     assert rest | {"owner", "options"} == set(Settings._fields)
 
 
-def test_options_of_states_are_those_with_a_symbol() -> None:
-    symbols = {option.name: option.symbol for option in OPTIONS if option.symbol}
-    assert symbols == stacked.OPTIONS
+def test_options_of_states_are_those_that_the_core_names_otherwise() -> None:
+    found = {o.name: o.core for o in OPTIONS if o.core is not None and o.core != o.name}
+    assert found == stacked.OPTIONS
 
 
-def test_what_kernels_do_not_compute_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refuse_options(config.Options()) is None
-    monkeypatch.setattr("batchnorm.jax.options.OPTIONS", [RELU])
-    assert refuse_options(config.Options()) is None
-    assert refuse_options(config.Options(activation="relu")) == "none computes after"
+def test_what_kernels_do_not_compute_is_a_reason() -> None:
+    assert refuse_options(OPTIONS, config.Options()) is None
+    assert refuse_options([RELU], config.Options()) is None
+    assert refuse_options([RELU], config.Options(activation="relu")) == "none computes after"
 
 
 def test_metadata_of_any_mapping_is_hashable() -> None:

@@ -97,7 +97,7 @@ class TestMadeUpOption:
         declare(in_call=True)
         with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
             BatchNormalization()(np.ones((4, 3), "float32"))
-        declare(core_field="colour")
+        declare(core="colour")
         with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
             BatchNormalization()
 
@@ -113,7 +113,7 @@ class TestMadeUpOption:
         assert refuse_options(Red(**given)) == "none paints"
 
     def test_layers_that_tools_change_compute_by_it(self) -> None:
-        declare(core_field="eps", check=lambda given: float(given["shade"]))
+        declare(core="eps", check=lambda given: float(given["shade"]))
         layer: Any = BatchNormalization(shade=0.25)
         layer.build((None, 3))
         assert layer._options.eps == 0.25
@@ -186,7 +186,7 @@ def test_the_record_of_a_call_has_what_is_no_field_of_the_core() -> None:
 
 
 def test_options_of_the_core_are_its_fields() -> None:
-    found = {option.core_field for option in OPTIONS} - {None}
+    found = {option.core for option in OPTIONS} - {None}
     assert found <= {field.name for field in dataclasses.fields(config.Options)}
     layer = BatchNormalization(momentum=0.5, epsilon=0.25, renorm=True, virtual_batch_size=2)
     expected = config.Options(0.25, 0.5, virtual_batch_size=2, renorm=config.Renorm(0.99))

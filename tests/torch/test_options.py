@@ -13,12 +13,12 @@ from torch import nn
 
 import batchnorm
 from batchnorm.core import config
-from batchnorm.core.declaration import Option, check_arguments, list_arguments
+from batchnorm.core.declaration import Option, check_arguments, list_arguments, refuse_options
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.kernels import extension
 from batchnorm.torch import BatchNorm, batch_norm, convert_batchnorm, options, revert_batchnorm
 from batchnorm.torch.call import Settings
-from batchnorm.torch.options import OPTIONS, describe_agreed, refuse_options
+from batchnorm.torch.options import OPTIONS, LayerOption, describe_agreed
 from batchnorm.torch.ways import last_call
 
 ARGUMENTS = list_arguments(OPTIONS)
@@ -33,7 +33,7 @@ def check_colour(given):
     return given["colour"] and (given["colour"], given["shade"])
 
 
-MADE_UP = Option(
+MADE_UP = LayerOption(
     "colour", None, check_colour, parts={"shade": 1}, agreed=lambda pair: f"colour={pair[0]}"
 )
 
@@ -158,11 +158,11 @@ def test_a_new_layer_keeps_the_declared_value(option):
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_options_of_the_core_are_its_fields(option):
     fields = config.Options.__dataclass_fields__
-    assert (option.name in fields) == option.core
+    assert (option.core in fields) == (option.core is not None)
 
 
 def test_the_record_of_a_call_has_what_is_no_field_of_the_core():
-    rest = {option.name for option in OPTIONS if not option.core} - {"synchronized"}
+    rest = {option.name for option in OPTIONS if option.core is None} - {"synchronized"}
     assert rest | {"owner", "options", "synchronizer"} == set(Settings._fields)
 
 
@@ -174,10 +174,13 @@ def test_unknown_options_name_the_known_ones():
 
 
 def test_what_kernels_do_not_compute_goes_to_array_code(monkeypatch):
-    unserved = Option("activation", None, lambda given: None, core=True, kernels=False)
+    unserved = Option("activation", None, lambda given: None, core="activation", kernels=False)
     monkeypatch.setattr(options, "UNSERVED", [unserved])
-    assert refuse_options(config.Options()) is None
-    assert refuse_options(config.Options(activation="relu")) == "none computes activation"
+    assert refuse_options(options.UNSERVED, config.Options()) is None
+    assert (
+        refuse_options(options.UNSERVED, config.Options(activation="relu"))
+        == "none computes activation"
+    )
     layer = BatchNorm(3, activation="relu")
     found = batchnorm.explain(layer, torch.randn(4, 3))
     assert found.way == "array code"

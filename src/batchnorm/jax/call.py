@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from batchnorm.core.config import Options
-from batchnorm.core.declaration import Option, check_arguments, list_arguments
+from batchnorm.core.declaration import check_arguments, list_arguments
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.merge import Merge
@@ -25,7 +25,7 @@ from batchnorm.jax.checks import (
     working_type,
 )
 from batchnorm.jax.operands import Operands
-from batchnorm.jax.options import OPTIONS
+from batchnorm.jax.options import OPTIONS, LayerOption
 from batchnorm.jax.synchronize import Groups, make_merge
 
 
@@ -121,9 +121,11 @@ class Call(NamedTuple):
         return y if y.ndim == x.ndim else jnp.squeeze(y, 0)
 
 
-def options_of_calls() -> list[Option]:
+def options_of_calls() -> list[LayerOption]:
     """The options that a call depends on; others are of a layer's state alone."""
-    return [option for option in OPTIONS if option.core or option.name in Settings._fields]
+    return [
+        option for option in OPTIONS if option.core is not None or option.name in Settings._fields
+    ]
 
 
 def make_settings(owner: str, read: Callable[[str], Any], *, training: bool) -> Settings:
@@ -131,8 +133,8 @@ def make_settings(owner: str, read: Callable[[str], Any], *, training: bool) -> 
     core, rest = {}, {}
     for option in options_of_calls():
         value = read(option.name) if training or not option.training else option.kept
-        if option.core:
-            core[option.core_name] = value
+        if option.core is not None:
+            core[option.core] = value
         else:
             rest[option.name] = value
     return Settings(owner, options=Options(**core), **rest)

@@ -7,6 +7,7 @@ refusals, folding and the tests of signatures and documentation read these decla
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -23,10 +24,24 @@ from batchnorm.jax.synchronize import Groups
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-def _option(name: str, default: Any, check: Callable[[Any], Any], **rest: Any) -> Option:
+@dataclass(frozen=True)
+class LayerOption(Option):
+    """One option of the layer.
+
+    Attributes:
+        training: it matters in training alone; in evaluation a call has `kept`.
+        folds: a layer in evaluation is an affine map with any value; if not, only one with `kept`
+            can be folded.
+    """
+
+    training: bool = False
+    folds: bool = True
+
+
+def _option(name: str, default: Any, check: Callable[[Any], Any], **rest: Any) -> LayerOption:
     """An option whose value is made from its own argument alone."""
     rest.setdefault("kept", default)
-    return Option(name, default, lambda given: check(given[name]), **rest)
+    return LayerOption(name, default, lambda given: check(given[name]), **rest)
 
 
 def _as_given(value: Any) -> Any:
@@ -96,23 +111,21 @@ def freeze_metadata(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 # The layer keeps all values but momentum's as static attributes, which must be hashable.
-OPTIONS: list[Option] = [
+OPTIONS: list[LayerOption] = [
     _option("axis", -1, _check_axis),
-    Option("num_features", None, _check_features, parts={"features_in": None}),
+    LayerOption("num_features", None, _check_features, parts={"features_in": None}),
     _option(
         "momentum",
         0.99,
         lambda value: config.check_number("momentum", value, 0.0, 1.0),
-        core=True,
-        symbol="decay",
+        core="decay",
         training=True,
     ),
     _option(
         "epsilon",
         1e-5,
         lambda value: config.check_number("epsilon", value, 0.0),
-        core=True,
-        symbol="eps",
+        core="eps",
     ),
     _option("dtype", None, lambda value: check_dtype("dtype", value)),
     _option(
@@ -129,24 +142,21 @@ OPTIONS: list[Option] = [
     _option("scale_metadata", _NOTHING, freeze_metadata, kept=()),
     _option("axis_name", None, _as_given, training=True),
     _option("axis_index_groups", None, freeze_groups, training=True),
-    _option("virtual_batch_size", None, config.check_virtual_batch_size, core=True, training=True),
-    Option(
+    _option(
+        "virtual_batch_size",
+        None,
+        config.check_virtual_batch_size,
+        core="virtual_batch_size",
+        training=True,
+    ),
+    LayerOption(
         "renorm",
         False,
         _check_renorm,
         parts={"renorm_clipping": None, "renorm_momentum": 0.99},
-        core=True,
+        core="renorm",
         training=True,
     ),
     _option("fused", None, config.check_fused),
     _option("promote_dtype", None, _as_given),
 ]
-
-
-def refuse_options(options: config.Options) -> str | None:
-    """The option of the core that no kernel computes, as a reason, or None."""
-    for option in OPTIONS:
-        computed = option.kernels or not option.core
-        if not computed and getattr(options, option.core_name) != option.kept:
-            return f"none computes {option.name}"
-    return None

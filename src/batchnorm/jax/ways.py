@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from batchnorm.core.declaration import refuse_options
 from batchnorm.core.forward import forward_batch, forward_running
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
@@ -17,7 +18,7 @@ from batchnorm.jax.call import Call
 from batchnorm.jax.checks import split_axes
 from batchnorm.jax.namespace import XP
 from batchnorm.jax.operands import Operands, Static
-from batchnorm.jax.options import refuse_options
+from batchnorm.jax.options import OPTIONS
 from batchnorm.jax.primitives import run_step
 from batchnorm.jax.running import constant_in, move_statistics, stored_like, with_decay_in
 from batchnorm.kernels import explanation
@@ -85,7 +86,7 @@ def _refuse_kernels(call: Call) -> str | None:
     if any(axis is not None for axis in split_axes(x)):
         return "x is sharded over devices"
     shape = None if mask is None else layout.mask_shape(tuple(mask.shape))
-    return refuse_options(call.options) or custom_calls.refuse(layout, x.dtype, shape)
+    return refuse_options(OPTIONS, call.options) or custom_calls.refuse(layout, x.dtype, shape)
 
 
 def _train_by_kernels(call: Call) -> Step:

@@ -14,7 +14,7 @@ from typing import Any
 
 import keras
 
-from batchnorm.core import config
+from batchnorm.core import config, declaration
 from batchnorm.core.declaration import Option, check_arguments, list_arguments
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import check_axis
@@ -42,11 +42,8 @@ def as_plain(value: Any) -> Any:
 class LayerOption(Option):
     """One option of the layers, which keep an attribute for each of its arguments.
 
-    Of the inherited attributes Keras reads name, default, check, parts and kept.
-
     Attributes:
         as_given: attributes are the arguments as they came; if not, there is one, the value.
-        core_field: of the core's Options, which takes the value.
         in_call: the value is a field of the record of a call, of the same name.
         saved: the configs that hold it.
         serialize: from an attribute to what a config holds.
@@ -56,7 +53,6 @@ class LayerOption(Option):
     """
 
     as_given: bool = False
-    core_field: str | None = None
     in_call: bool = False
     saved: Saved = Saved.WHEN_SET
     serialize: Callable[[Any], Any] = as_plain
@@ -111,13 +107,11 @@ def _check_participants(name: str, backend: str, given: Mapping[str, Any]) -> An
     return value
 
 
-def _declare_number(name: str, default: float, core_field: str, high: float) -> LayerOption:
+def _declare_number(name: str, default: float, core: str, high: float) -> LayerOption:
     def check(given: Mapping[str, Any]) -> float:
         return config.check_number(name, given[name], 0.0, high)
 
-    return LayerOption(
-        name, default, check, kept=default, core_field=core_field, saved=Saved.ALWAYS
-    )
+    return LayerOption(name, default, check, kept=default, core=core, saved=Saved.ALWAYS)
 
 
 def _declare_parameter(name: str) -> LayerOption:
@@ -186,12 +180,10 @@ OPTIONS: list[LayerOption] = [
         _check_renorm,
         parts={"renorm_clipping": None, "renorm_momentum": 0.99},
         as_given=True,
-        core_field="renorm",
+        core="renorm",
         packed=False,
     ),
-    LayerOption(
-        "virtual_batch_size", None, _check_size, core_field="virtual_batch_size", packed=False
-    ),
+    LayerOption("virtual_batch_size", None, _check_size, core="virtual_batch_size", packed=False),
     LayerOption("fused", None, _check_fused, in_call=True, saved=Saved.NEVER),
     _declare_participants("axis_name", "jax"),
     _declare_participants("process_group", "torch"),
@@ -224,11 +216,7 @@ def make_core(layer: Any) -> config.Options:
     """The core's Options that a layer's attributes say."""
     given = {name: getattr(layer, name) for name in list_arguments(OPTIONS)}
     return config.Options(
-        **{
-            option.core_field: option.check(given)
-            for option in OPTIONS
-            if option.core_field is not None
-        }
+        **{option.core: option.check(given) for option in OPTIONS if option.core is not None}
     )
 
 
@@ -257,10 +245,10 @@ def refuse_options(call: Call) -> str | None:
     backend = keras.backend.backend()
     for option in OPTIONS:
         if backend in option.unserved:
-            record: Any = call if option.core_field is None else call.options
-            if getattr(record, option.core_field or option.name) != option.kept:
+            record: Any = call if option.core is None else call.options
+            if getattr(record, option.core or option.name) != option.kept:
                 return option.unserved[backend]
-    return None
+    return declaration.refuse_options(OPTIONS, call.options)
 
 
 def check_ghost_axes(size: int | None, axes: tuple[int, ...], axis: Any) -> None:

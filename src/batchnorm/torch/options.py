@@ -7,6 +7,7 @@ refusals and the tests of documentation read these declarations.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from inspect import Parameter, Signature
 from operator import attrgetter
@@ -35,44 +36,63 @@ def _check_adjustment(given: Mapping[str, Any]) -> config.Adjustment | None:
     return config.check_adjustment(given["adjustment"], given["virtual_batch_size"])
 
 
-OPTIONS: list[Option] = [
-    Option(
+@dataclass(frozen=True)
+class LayerOption(Option):
+    """One option of the layer.
+
+    Attributes:
+        agreed: function from the value, a field of the core's Options, to the text that ranks
+            compare before they merge; None if they may differ in it.
+        shown: in the layer's repr, where it differs from `kept`.
+        converts: conversion of whole models takes it.
+        original: torch's own layer may replace this one whatever the value is; if not, only where
+            it is `kept`.
+    """
+
+    agreed: Callable[[Any], str] | None = None
+    shown: bool = True
+    converts: bool = True
+    original: bool = False
+
+
+OPTIONS: list[LayerOption] = [
+    LayerOption(
         "axis",
         1,
         lambda given: given["axis"],  # with num_features, and against x's rank
         kept=1,
         converts=False,
     ),
-    Option(
+    LayerOption(
         "virtual_batch_size",
         None,
         lambda given: config.check_virtual_batch_size(given["virtual_batch_size"]),
-        core=True,
+        core="virtual_batch_size",
         agreed=lambda size: f"virtual_batch_size={size}",
     ),
-    Option(
+    LayerOption(
         "renorm",
         False,
         _check_renorm,
         parts={"renorm_clipping": None, "renorm_momentum": 0.01},
-        core=True,
+        core="renorm",
         agreed=lambda r: f"renorm={r.decay}/{r.rmin}/{r.rmax}/{r.dmax}",
     ),
-    Option("adjustment", None, _check_adjustment),
-    Option(
+    LayerOption("adjustment", None, _check_adjustment),
+    LayerOption(
         "activation",
         None,
         lambda given: config.check_activation(given["activation"]),
-        core=True,
+        core="activation",
         agreed=lambda name: f"activation={name}",
     ),
-    Option(
+    LayerOption(
         "fused",
         None,
         lambda given: config.check_fused(given["fused"]),
         original=True,
     ),
-    Option(
+    LayerOption(
         "synchronized",
         False,
         _check_synchronized,
@@ -83,7 +103,8 @@ OPTIONS: list[Option] = [
 ]
 
 
-CORE = tuple(option.name for option in OPTIONS if option.core)
+CORE = tuple(option.name for option in OPTIONS if option.core is not None)
+_FIELDS = tuple(option.core for option in OPTIONS if option.core is not None)
 
 
 def convertible() -> dict[str, Any]:
@@ -109,7 +130,7 @@ def make_reader() -> Callable[[Any], tuple[Any, ...]]:
 
 def make_core(eps: float, decay: float | None, values: tuple[Any, ...]) -> config.Options:
     """The core's Options; `values`: of the options named in CORE."""
-    return config.Options(eps, decay, True, **dict(zip(CORE, values, strict=True)))
+    return config.Options(eps, decay, True, **dict(zip(_FIELDS, values, strict=True)))
 
 
 cached_core = lru_cache(maxsize=1024)(make_core)
@@ -120,16 +141,10 @@ def describe_agreed(options: config.Options) -> list[str]:
     return [
         option.agreed(value)
         for option in OPTIONS
-        if option.agreed is not None and (value := getattr(options, option.name)) != option.kept
+        if option.agreed is not None
+        and (value := getattr(options, option.core or option.name)) != option.kept
     ]
 
 
-UNSERVED = [option for option in OPTIONS if option.core and not option.kernels]
-
-
-def refuse_options(options: config.Options) -> str | None:
-    """The option of the core that no kernel computes, as a reason, or None."""
-    for option in UNSERVED:
-        if getattr(options, option.name) != option.kept:
-            return f"none computes {option.name}"
-    return None
+# Asked at every call that is not the last one again.
+UNSERVED = [option for option in OPTIONS if not option.kernels]

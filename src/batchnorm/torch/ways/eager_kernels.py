@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from batchnorm.core.declaration import refuse_options
+from batchnorm.torch import options as declared
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels.autograd import run as run_step
 from batchnorm.torch.kernels.records import KernelStep
@@ -18,7 +20,6 @@ from batchnorm.torch.kernels.tensors import (
     refuse_residual,
     refuse_tensors,
 )
-from batchnorm.torch.options import refuse_options
 from batchnorm.torch.recompute import recall_step
 from batchnorm.torch.tracing import untraced
 
@@ -35,7 +36,7 @@ def refuse(call: Call) -> str | None:
         or refuse_parameters((weight, bias))
         or refuse_tensors(x, (mask, weight, bias, residual), running)
         or refuse_residual(x, residual)
-        or refuse_options(call.options)
+        or refuse_options(declared.UNSERVED, call.options)
     )
     if reason is None and call.part is not None and decision.layout.groups is not None:
         return "none merges the averages of ghost batches over ranks"

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from batchnorm.core.declaration import refuse_options
 from batchnorm.core.forward import move_running
+from batchnorm.torch import options as declared
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels import operators
 from batchnorm.torch.kernels.decision import choose
@@ -17,7 +19,6 @@ from batchnorm.torch.kernels.tensors import (
     refuse_tensors,
 )
 from batchnorm.torch.namespace import XP
-from batchnorm.torch.options import refuse_options
 from batchnorm.torch.rollback import store
 
 
@@ -40,7 +41,7 @@ def refuse(call: Call) -> str | None:
     x, _, weight, bias, residual, running = call.tensors
     adjusted = call.adjustment is not None
     return (
-        refuse_options(call.options)
+        refuse_options(declared.UNSERVED, call.options)
         or refuse_residual(x, residual)
         or refuse_parameters((weight, bias))
         or refuse_tensors(x, call.tensors[:5], running, traced=True)
