@@ -100,6 +100,7 @@ def by_jax(p: Problem, fused: bool) -> Results:
     return Results(*(np.asarray(a[...]) for a in arrays))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("ghost", [None, 4])
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("offset", [0.0, 1e4])

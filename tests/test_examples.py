@@ -61,6 +61,7 @@ def test_fine_tuning_leaves_a_frozen_body_as_it_was(tmp_path: Path) -> None:
     assert found["head only, statistics move"][1] != float(before[1])
 
 
+@pytest.mark.exhaustive
 def test_small_batches_learn_with_every_norm(tmp_path: Path) -> None:
     found = read_table(run_quickly("small_batches", tmp_path))
     assert found.keys() == {"plain", "renorm", "ghost", "none"}

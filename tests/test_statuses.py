@@ -65,6 +65,7 @@ def test_0_is_nothing_wrong_and_1_a_problem(healthy: Path, broken: Path) -> None
     assert run("inspect", broken).returncode == 1
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -114,6 +115,7 @@ def test_2_is_a_missing_backend() -> None:
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "command",
     [

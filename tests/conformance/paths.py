@@ -39,14 +39,16 @@ class Way(NamedTuple):
 
     `refuse` gives the reason why the path does not serve a case, or None. `costly` paths trace,
     compile or interpret each case: `make test` runs a cover of the table on them, `make test-all`
-    the rest. `sample`: names of the only cases that a path runs, where a case takes many seconds;
-    `make test` runs a third of them.
+    the rest. `sister`: a path whose code this one shares but for one part, and which runs the
+    cover; `make test` runs a third of the cover here. `sample`: names of the only cases that a
+    path runs, where a case takes many seconds; `make test` runs a third of them.
     """
 
     path: Path
     refuse: Callable[[Case], str | None] = serve_all
     costly: bool = False
     sample: tuple[str, ...] = ()
+    sister: str = ""
 
     def cases(self) -> list[Case]:
         """The cases that this path runs."""
@@ -58,7 +60,9 @@ class Way(NamedTuple):
         cases = self.cases()
         if self.sample:
             return [case for case in cases if case.name in self.sample[::3]]
-        return cover(cases) if self.costly else cases
+        if not self.costly:
+            return cases
+        return cover(cases)[:: 3 if self.sister else 1]
 
 
 def find(name: str) -> Way:

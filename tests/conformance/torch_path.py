@@ -117,10 +117,23 @@ def _path(tolerance: float = tolerances.FLOAT32, **options: Any) -> Path:
     return Path(partial(run, **options), True, tolerance)
 
 
+def refuse_operators(case: Case) -> str | None:
+    """The reason why compiled graphs hold array code for the case, or None."""
+    if case.renorm is not None and case.mode == "train":
+        return "renormalization is array code in graphs"
+    if case.adjusted and case.mode == "train":
+        return "an adjustment is array code"
+    if case.mask == "channelwise":
+        return "a mask that varies along channels is array code"
+    return None
+
+
 WAYS = {
     "torch": Way(_path()),
     "torch-arrays": Way(_path(fused=False)),
-    "torch-graph": Way(_path(compiled="aot_eager"), costly=True),
+    "torch-graph": Way(
+        _path(compiled="aot_eager"), refuse_operators, costly=True, sister="torch-graph-arrays"
+    ),
     "torch-graph-arrays": Way(_path(compiled="aot_eager", fused=False), costly=True),
     "torch-inductor": Way(
         _path(tolerances.PLAIN_FLOAT32, compiled="inductor"), costly=True, sample=_COMPILED

@@ -63,6 +63,8 @@ _KERNELS: Any = partial(torch_path.run, fused=True)
 # A case takes half a second, as every launch is a loop over its programs.
 WAYS = {
     "triton": Way(_path(_KERNELS), refuse, costly=True),
-    "triton-pieces": Way(_path(_in_pieces), refuse, costly=True),
-    "triton-graph": Way(_path(partial(_KERNELS, compiled="aot_eager")), refuse_graph, costly=True),
+    "triton-pieces": Way(_path(_in_pieces), refuse, costly=True, sister="triton"),
+    "triton-graph": Way(
+        _path(partial(_KERNELS, compiled="aot_eager")), refuse_graph, costly=True, sister="triton"
+    ),
 }

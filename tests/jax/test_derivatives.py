@@ -110,6 +110,7 @@ def directions(seed: int) -> tuple[jax.Array, ...]:
     return normal(6, 3, seed=seed), normal(3, seed=seed + 1), normal(3, seed=seed + 2)
 
 
+@pytest.mark.sample(2)
 @EVERY
 def test_gradients_agree_with_finite_differences(function: Function) -> None:
     args, direction = arguments(), directions(10)
@@ -119,7 +120,7 @@ def test_gradients_agree_with_finite_differences(function: Function) -> None:
         assert_close(contract(found, direction), expected, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @EVERY
 def test_second_derivatives(function: Function) -> None:
     args, direction = arguments(), directions(10)
@@ -135,7 +136,7 @@ def test_second_derivatives(function: Function) -> None:
         assert_close(contract(directions(20), found), expected)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("function", [plain, masked, moments_too], ids=lambda f: f.__name__)
 def test_third_derivatives(function: Function) -> None:
     args = arguments()
@@ -151,6 +152,7 @@ def test_third_derivatives(function: Function) -> None:
     assert_close(contract(found, directions(30)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sample(3)
 @EVERY
 def test_forward_mode_agrees_with_reverse_mode(function: Function) -> None:
     args, direction = arguments(), directions(10)
@@ -160,7 +162,7 @@ def test_forward_mode_agrees_with_reverse_mode(function: Function) -> None:
     assert_close(jnp.vdot(forward, cotangent), contract(transpose(cotangent), direction))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("function", [plain, masked, moments_too], ids=lambda f: f.__name__)
 def test_jacobians_of_both_modes_and_the_hessian(function: Function) -> None:
     _, scale, bias = arguments()
@@ -180,6 +182,7 @@ def test_jacobians_of_both_modes_and_the_hessian(function: Function) -> None:
     )
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fused", [None, True, False])
 def test_padding_gets_no_gradient_of_any_order(fused: bool | None) -> None:
     x, scale, bias = arguments()

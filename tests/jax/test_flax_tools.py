@@ -136,6 +136,7 @@ def _is_spec(a: Any) -> bool:
     return isinstance(a, jax.P)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_way_to_a_layer_gives_what_it_gives_with_flaxs(way: str) -> None:
     ours, flaxs = make(), make(nnx.BatchNorm)

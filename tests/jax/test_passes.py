@@ -79,6 +79,7 @@ def test_forward_sums_twice(fused: bool | None, options: dict[str, Any]) -> None
     assert max(rounds(step, jnp.ones(SHAPE), jnp.ones(8), jnp.ones(8))) == 2
 
 
+@pytest.mark.sample(3)
 @FUSED
 @OPTIONS
 def test_backward_sums_once(fused: bool | None, options: dict[str, Any]) -> None:

@@ -134,7 +134,7 @@ def test_a_named_vmap_axis_synchronizes(fused: bool | None) -> None:
         assert_close(field, jnp.broadcast_to(whole, field.shape))
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(9)
 @PATHS
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0, 3), (4, 0), (0,)], ids=str)

@@ -1,10 +1,11 @@
-"""Programs that `test_distribution.py` runs in processes of their own: python distributed.py NAME.
+"""Programs that `test_distribution.py` runs in a process of its own: distributed.py NAME ...
 
 Each compares a synchronized layer on several devices with one layer on the whole batch.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -44,6 +45,7 @@ def near(found: Any, expected: Any, what: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5, err_msg=what)
 
 
+@functools.cache
 def two_cpus() -> Any:
     import tensorflow as tf
 
@@ -195,4 +197,5 @@ def named_axis() -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    for name in sys.argv[1:]:
+        globals()[name]()

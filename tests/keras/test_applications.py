@@ -111,6 +111,7 @@ def test_swapped_model_trains_evaluates_saves_and_loads_alike(name: str, tmp_pat
     np.testing.assert_allclose(predict(ours, x), predict(stock, x), atol=rounding(stock))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:.*native_serialization:DeprecationWarning")  # jax2tf's
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras exports torch models as ONNX")
 def test_swapped_model_exports(tmp_path: Path) -> None:
@@ -124,6 +125,7 @@ def test_swapped_model_exports(tmp_path: Path) -> None:
     np.testing.assert_allclose(loaded.serve(x), predict(ours, x), atol=rounding(ours))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # the exporters warn about themselves
 def test_swapped_model_exports_to_onnx(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")

@@ -91,6 +91,7 @@ def check_same(found: keras.Model, expected: keras.Model) -> None:
         np.testing.assert_array_equal(array(layer.renorm_mean), array(layer.moving_mean))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("source", "target", "scale"),
     [(source, target, True) for source in SOURCES for target in TARGETS]

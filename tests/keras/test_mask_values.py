@@ -91,6 +91,7 @@ def test_masks_of_functional_models_are_compared_before_they_are_cast(kind: Any)
     assert_real_rows_count(layer, x, y)
 
 
+@pytest.mark.sample(3)
 @LAYERS
 @pytest.mark.parametrize("compiled", MODES)
 @pytest.mark.parametrize(

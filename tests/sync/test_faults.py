@@ -157,6 +157,7 @@ def skip(rank: int, fused: bool | None, channels: tuple[int, ...], steps: int) -
     return attempt([first, second], step)
 
 
+@pytest.mark.sample(3)
 @PATHS
 @pytest.mark.parametrize("steps", [0, 3], ids=["at_once", "later"])
 @pytest.mark.parametrize("channels", [(4, 4), (4, 8), (8, 4)], ids=["alike", "small", "large"])
@@ -247,6 +248,7 @@ def change(rank: int, kind: str, fused: bool | None) -> Outcome:
     return attempt([layer], lambda: layer(batch(rank, channels), mask))
 
 
+@pytest.mark.sample(3)
 @PATHS
 @pytest.mark.parametrize("kind", ["channels", "eps", "mask", "training", "frozen"])
 def test_a_rank_that_changes_its_mind(world, kind, fused) -> None:

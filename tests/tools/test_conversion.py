@@ -28,6 +28,7 @@ def source(folder: Path, name: str = "safetensors") -> Path:
     return path
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("suffix", "names"), CASES)
 def test_every_format_and_naming_is_read_back_to_the_bit(
     suffix: str, names: Any, tmp_path: Path

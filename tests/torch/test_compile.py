@@ -78,6 +78,7 @@ def assert_same_state(actual, expected):
 # Training and evaluation
 
 
+@pytest.mark.sample(3)
 @variants
 @masking
 def test_compiled_training_equals_eager(option, shape, masked):
@@ -91,6 +92,7 @@ def test_compiled_training_equals_eager(option, shape, masked):
     assert_same_state(layer, eager)
 
 
+@pytest.mark.sample(5)
 @variants
 @masking
 def test_compiled_evaluation_equals_eager(option, shape, masked):
@@ -196,6 +198,7 @@ def test_further_steps_do_not_recompile():
 DYNAMIC = {"plain": ({}, (4, 6, 10, 3)), "ghost": ({"virtual_batch_size": 2}, (4, 6, 10, 8))}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("option", "sizes"), DYNAMIC.values(), ids=DYNAMIC)
 @masking
 def test_dynamic_batch_sizes_equal_eager(option, sizes, masked):

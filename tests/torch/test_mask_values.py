@@ -63,6 +63,7 @@ def test_integer_mask_means_what_the_boolean_one_does(options, dtype):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.sample(3)
 @every_type
 def test_compiled_integer_mask_means_what_the_boolean_one_does(dtype):
     layer = BatchNorm(C)
@@ -168,6 +169,7 @@ def test_empty_integer_mask_has_no_values_to_refuse():
 # Where values cannot be read, every value but 0 is real
 
 
+@pytest.mark.sample(3)
 @every_type
 def test_compiled_token_numbers_are_real_where_not_zero(dtype):
     layer = torch.compile(BatchNorm(C), fullgraph=True, backend="aot_eager")

@@ -218,6 +218,7 @@ def ranks(request, tmp_path_factory):
     return [torch.load(f"{results}/{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.sample(2)
 def test_distributed_loss_falls(ranks):
     losses = [sum(step) for step in zip(*(r["ours"]["losses"] for r in ranks), strict=True)]
     assert losses[-1] < losses[0]

@@ -56,6 +56,7 @@ def value(x: Any, scale: Any, mask: Any, dy: Any, **options: Any) -> Any:
     return jnp.sum(y * dy), (y, moments)
 
 
+@pytest.mark.sample(5)
 @KINDS
 @CHECKED
 @pytest.mark.parametrize("name", MASKS)
@@ -79,6 +80,7 @@ def test_shard_map_equals_one_device(name: str, checked: bool, kind: AxisType) -
     assert_close(call(x, scale, mask, dy), (y, moments, dx, dscale))
 
 
+@pytest.mark.sample(3)
 @KINDS
 @CHECKED
 def test_gradients_through_shard_map_equal_those_of_one_device(
@@ -121,6 +123,7 @@ def test_pmap_equals_one_device(name: str) -> None:
         assert_close(found, jnp.broadcast_to(whole, found.shape))
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("fused", [None, True, False])
 @CHECKED
 def test_without_a_name_devices_are_on_their_own(checked: bool, fused: bool | None) -> None:

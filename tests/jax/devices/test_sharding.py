@@ -44,6 +44,7 @@ def step(x: Any, scale: Any, mask: Any, dy: Any, **options: Any) -> Any:
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, scale)
 
 
+@pytest.mark.sample(3)
 @OPTIONS
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_statistics_are_global(kind: AxisType, options: dict[str, Any]) -> None:
@@ -65,6 +66,7 @@ def test_statistics_are_global(kind: AxisType, options: dict[str, Any]) -> None:
     assert_close(found, expected)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_x_is_gathered_nowhere(kind: AxisType, masked: bool) -> None:

@@ -51,7 +51,7 @@ MAPS = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", MAPS)
 def test_folding_into_the_map_before(name: str) -> None:
     kind, shape = MAPS[name]

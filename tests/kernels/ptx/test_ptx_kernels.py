@@ -59,12 +59,14 @@ WHOLE = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", TABLE + WHOLE, ids=lambda case: case.name)
 def test_small_steps_meet_the_specification(case: Case, card: Driver) -> None:
     check(PATH, case)
     assert card.launches
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", CUT, ids=lambda case: case.name)
 def test_large_steps_meet_the_specification(case: Case, card: Driver, several: Any) -> None:
     check(PATH, case)

@@ -153,6 +153,7 @@ _FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", _FILES)
 def test_small_file_costs_little_time_and_memory(name: str, tmp_path: Path) -> None:
     write, message = _FILES[name]

@@ -133,6 +133,7 @@ def test_exported_programs_hold_no_operator():
 # The same bits as eager code
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 def test_types_give_the_bits_of_eager(dtype, masked):
@@ -155,6 +156,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_options_give_the_bits_of_eager(option, residual):
@@ -235,6 +237,7 @@ MEMORY = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("make", MEMORY.values(), ids=MEMORY)
 @pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 def test_memory_orders_give_the_values_of_eager(make, masked):

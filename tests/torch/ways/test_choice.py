@@ -319,6 +319,7 @@ torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
 """
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("asked", ["1", "0"])
 def test_the_environment_asks_for_a_log(asked):
     done = subprocess.run(
