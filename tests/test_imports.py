@@ -81,6 +81,7 @@ def test_jax_front_end_imports_flax_for_its_layer_only() -> None:
     assert "flax" in loaded_after("from batchnorm.jax import BatchNorm")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_keras_front_end_imports_its_active_backend_only(backend: str) -> None:
     code = "import batchnorm.keras, sys; print(*sys.modules)"

@@ -143,7 +143,7 @@ def _path(tolerance: float = tolerances.FLOAT32, **options: Any) -> Path:
 
 _ARRAYS = partial(_path, tolerances.PLAIN_FLOAT32, fused=False)
 WAYS = {
-    "keras": Way(_path(), refuse, costly=_COMPILES),
+    "keras": Way(_path(), refuse, costly=_COMPILES, sister="keras-graph"),
     "keras-arrays": Way(_ARRAYS(), refuse, costly=_COMPILES, sister="keras"),
     "keras-graph": Way(_path(compiled="graph"), refuse_graph, costly=True),
     "keras-graph-arrays": Way(

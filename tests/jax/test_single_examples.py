@@ -79,7 +79,7 @@ def test_training_without_an_axis_is_one_row(shape: Any, axis: Any, fused: bool 
     np.testing.assert_array_equal(batched, jnp.broadcast_to(bias, (4, *shape)))
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(9)
 @KINDS
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("renormed", [False, True])

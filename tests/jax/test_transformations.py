@@ -80,7 +80,7 @@ def test_vmap_is_a_loop(fused: bool | None) -> None:
     assert_close(jax.jit(jax.vmap(step))(x, scale, mask), expected)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(6)
 @PATHS
 @pytest.mark.parametrize("batched", [(0, None, None), (None, 0, None), (None, None, 0)])
 def test_gradients_under_vmap_over_any_argument(fused: bool | None, batched: Any) -> None:
