@@ -7,6 +7,8 @@ from itertools import combinations
 import pytest
 
 import paths
+import torch_path
+from batchnorm.kernels import explanation, extension
 from cases import CASES, Case
 from cover import cover
 from random_cases import names, random_case
@@ -39,6 +41,15 @@ def test_random_cases_meet_the_specification(name: str) -> None:
     assert case is not None
     for way in ("naive-unbiased", "torch", "torch-arrays"):
         paths.check(way, case)
+
+
+@pytest.mark.skipif(extension.missing_reason() is not None, reason="no kernels are installed")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_graph_holds_kernels_unless_the_column_has_a_reason(case: Case) -> None:
+    """Otherwise `make test` would leave out cases that no other path runs."""
+    way = torch_path.explain_graph(case).way
+    refused = torch_path.refuse_operators(case) is not None
+    assert way == (explanation.ARRAY_CODE if refused else explanation.KERNELS_IN_GRAPH)
 
 
 def test_a_failure_says_how_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 import tolerances
+from batchnorm import explain
+from batchnorm.kernels.explanation import Explanation
 from batchnorm.torch import BatchNorm
-from cases import Case, Data, Result, State
+from cases import Case, Data, Result, State, make_data
 from comparison import Path
 from paths import Way
 
@@ -35,19 +37,14 @@ def run(
     """Run a case through `BatchNorm`; `compiled` names a torch.compile backend."""
     layer = _layer(case, data, fused, device)
     layer.synchronized = synchronized
-    dtype = getattr(torch, case.dtype)
-    x = torch.tensor(data.x, dtype=dtype, device=device, requires_grad=True)
-    residual = None
-    if data.residual is not None:
-        residual = torch.tensor(data.residual, dtype=dtype, device=device, requires_grad=True)
-    mask = None if data.mask is None else torch.tensor(data.mask, device=device)
+    x, _, residual = arguments = _arguments(case, data, device)
     call: Any = layer
     if compiled:
         torch._dynamo.reset()
         call = torch.compile(layer, fullgraph=True, backend=compiled)
-    y = call(x, mask, residual)
-    assert y.dtype == dtype
-    y.backward(torch.tensor(data.dy, dtype=dtype, device=device))
+    y = call(*arguments)
+    assert y.dtype == x.dtype
+    y.backward(torch.tensor(data.dy, dtype=x.dtype, device=device))
     found = {f: _numpy(getattr(layer, b, None)) for f, b in _BUFFERS.items()}
     return Result(
         _numpy(y),
@@ -57,6 +54,27 @@ def run(
         State(**found, batches=layer.num_batches_tracked.item()),
         _numpy(None if residual is None else residual.grad),
     )
+
+
+def explain_graph(case: Case) -> Explanation:
+    """The way of a case in a compiled graph."""
+    data = make_data(case)
+    layer = _layer(case, data, None, "cpu")
+    x, mask, residual = _arguments(case, data, "cpu")
+    return explain(layer, x, mask=mask, residual=residual, graph=True)
+
+
+def _arguments(
+    case: Case, data: Data, device: str
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """x, mask and residual."""
+    dtype = getattr(torch, case.dtype)
+    x = torch.tensor(data.x, dtype=dtype, device=device, requires_grad=True)
+    residual = None
+    if data.residual is not None:
+        residual = torch.tensor(data.residual, dtype=dtype, device=device, requires_grad=True)
+    mask = None if data.mask is None else torch.tensor(data.mask, device=device)
+    return x, mask, residual
 
 
 def _layer(case: Case, data: Data, fused: bool | None, device: str) -> BatchNorm:
@@ -119,12 +137,16 @@ def _path(tolerance: float = tolerances.FLOAT32, **options: Any) -> Path:
 
 def refuse_operators(case: Case) -> str | None:
     """The reason why compiled graphs hold array code for the case, or None."""
-    if case.renorm is not None and case.mode == "train":
+    if case.mode != "train":
+        return "evaluation is array code in graphs"
+    if case.renorm is not None:
         return "renormalization is array code in graphs"
-    if case.adjusted and case.mode == "train":
+    if case.adjusted:
         return "an adjustment is array code"
-    if case.mask == "channelwise":
+    if case.mask == "channelwise" and case.channels != (1,):
         return "a mask that varies along channels is array code"
+    if case.axes[-1] - case.axes[0] != len(case.axes) - 1:
+        return "channel axes apart are array code in graphs"
     return None
 
 

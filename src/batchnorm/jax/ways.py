@@ -23,7 +23,7 @@ from batchnorm.jax.primitives import run_step
 from batchnorm.jax.running import constant_in, move_statistics, stored_like, with_decay_in
 from batchnorm.kernels import explanation
 from batchnorm.kernels.kept import STATISTICS
-from batchnorm.kernels.select import refuse_fused
+from batchnorm.kernels.select import find_way
 
 
 class Step(NamedTuple):
@@ -65,14 +65,9 @@ def choose(call: Call) -> Way:
     Raises:
         ValueError: fused=True, and no kernel serves the call.
     """
-    refused: list[tuple[str, str]] = []
-    for way in WAYS:
-        reason = refuse(way, call)
-        if reason is None:
-            explanation.report(call.owner, way.name, tuple(refused), way.note)
-            return way
-        refused.append((way.name, reason))
-    raise refuse_fused(refused[0][1])
+    way, refused = find_way(WAYS, lambda way: refuse(way, call))
+    explanation.report(call.owner, way.name, refused, way.note)
+    return way
 
 
 def _refuse_kernels(call: Call) -> str | None:

@@ -9,15 +9,23 @@ groups. In evaluation they would read and write the same bytes as ours.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.kernels import extension
 from batchnorm.kernels.kept import TYPES
 
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Way = TypeVar("_Way", bound=_Named)
 _TRITON = (3, 7)  # 3.7 takes named tuples of arguments, and double-precision numbers
 
 
@@ -88,6 +96,23 @@ def select_kernel(
     if device == "hip" and not demanded:
         return Choice(None, "no test compiles them for AMD's GPUs; use fused=True to run them")
     return Choice(status.kernel)
+
+
+def find_way(
+    ways: Iterable[_Way], refuse: Callable[[_Way], str | None]
+) -> tuple[_Way, tuple[tuple[str, str], ...]]:
+    """The first way that `refuse` has no reason against, and the names and reasons before it.
+
+    Raises:
+        ValueError: fused=True refused array code, and no kernel serves the call.
+    """
+    refused: list[tuple[str, str]] = []
+    for way in ways:
+        reason = refuse(way)
+        if reason is None:
+            return way, tuple(refused)
+        refused.append((way.name, reason))
+    raise refuse_fused(refused[0][1])
 
 
 def refuse_fused(reason: str) -> ArgumentValueError:

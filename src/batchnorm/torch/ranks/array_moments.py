@@ -21,8 +21,8 @@ class RankMerge:
 
     Ranks send 2C + 1 float64 numbers, as kernels do, and the core's `merge_moments` and
     `merge_averages` merge them. The core's `GatherMerge` cannot take its place: it sends 5C
-    numbers; its bits differ (half of all float32 variances by 2e-7, float64 ones by up to 5e-11
-    at |mean|/std = 1e6); and it averages ghost groups only where all ranks have equally many.
+    numbers, rounds variances elsewhere, so that bits would differ from those of the kernels, and
+    averages ghost groups only where all ranks have equally many.
 
     Args:
         part: the call's participation.

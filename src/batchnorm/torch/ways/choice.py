@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchnorm.kernels import explanation
 from batchnorm.kernels.explanation import LISTENING
-from batchnorm.kernels.select import refuse_fused
+from batchnorm.kernels.select import find_way, refuse_fused
 from batchnorm.torch.call import Call
 from batchnorm.torch.ways import array_code, eager_kernels, graph_operators
 
@@ -64,13 +64,8 @@ def run(call: Call) -> Tensor:
 def _explain(call: Call) -> tuple[Way, Way]:
     """The ways of a call, after a report of the one that serves it."""
     ways = find_ways(call.traced or explanation.asks_for_graph())
-    refused: list[tuple[str, str]] = []
-    for way in ways:
-        reason = refuse(way, call)
-        if reason is None:
-            _report(call.owner, way.name, tuple(refused))
-            break
-        refused.append((way.name, reason))
+    way, refused = find_way(ways, lambda way: refuse(way, call))
+    _report(call.owner, way.name, refused)
     return ways
 
 

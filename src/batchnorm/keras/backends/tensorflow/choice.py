@@ -11,7 +11,7 @@ from batchnorm.core.running import Running
 from batchnorm.keras.backends.tensorflow import array_code, kernels, one_operation
 from batchnorm.keras.backends.tensorflow.step import Step
 from batchnorm.kernels import explanation
-from batchnorm.kernels.select import refuse_fused
+from batchnorm.kernels.select import find_way
 
 
 class Way(NamedTuple):
@@ -52,11 +52,6 @@ def run(step: Step, ways: tuple[Way, ...]) -> tuple[tf.Tensor, Running]:
     Raises:
         ValueError: fused=True, and no kernel serves the step.
     """
-    refused: list[tuple[str, str]] = []
-    for way in ways:
-        reason = refuse(way, step)
-        if reason is None:
-            explanation.report(step.call.owner, way.name, tuple(refused))
-            return way.run(step)
-        refused.append((way.name, reason))
-    raise refuse_fused(refused[0][1])
+    way, refused = find_way(ways, lambda way: refuse(way, step))
+    explanation.report(step.call.owner, way.name, refused)
+    return way.run(step)

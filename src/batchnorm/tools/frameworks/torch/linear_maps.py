@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from batchnorm.core.errors import naming
 from batchnorm.core.fold import Folded
 from batchnorm.core.layout import normalize_axis
 from batchnorm.tools.frameworks.affine import Affine, into_next, into_previous
@@ -81,7 +82,8 @@ def refuse_norm(module: Any) -> str | None:
 
 def channel_axis(norm: Any, rank: int) -> int | None:
     """The axis that a batch norm normalizes; None for several."""
-    axes = normalize_axis(getattr(norm, "axis", 1), rank)
+    with naming(type(norm).__name__):
+        axes = normalize_axis(getattr(norm, "axis", 1), rank)
     return axes[0] if len(axes) == 1 else None
 
 
