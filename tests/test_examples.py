@@ -41,11 +41,13 @@ def read_table(output: str) -> dict[str, list[float]]:
     return {row[0]: [float(cell.split(" ± ")[0]) for cell in row[1:]] for row in cells if row[1:]}
 
 
+@pytest.mark.exhaustive
 def test_point_clouds_masked_statistics_are_those_of_the_points(tmp_path: Path) -> None:
     found = read_table(run_quickly("point_clouds", tmp_path))
     assert found["batchnorm"][1] < 0.5 * found["torch.nn"][1]  # error of the mean
 
 
+@pytest.mark.exhaustive
 def test_sequences_with_a_mask_learn_like_keras(tmp_path: Path) -> None:
     # TensorFlow warns when it is imported.
     found = read_table(run_quickly("sequences", tmp_path, warnings=()))

@@ -113,6 +113,8 @@ def _x(case: Case, rng: np.random.Generator) -> np.ndarray:
         x *= 3e17
     if case.data == "tiny":
         x *= 1e-15
+    if case.data == "nan_value":  # at a real row of one channel
+        x[(-1,) + (0,) * (x.ndim - 1)] = np.nan
     return x
 
 
@@ -130,7 +132,8 @@ def _state(case: Case, x: np.ndarray, rng: np.random.Generator) -> State:
     if case.renorm is None:
         return state
     near = _rounded(offset + draw(-0.5, 0.5), "float32")
-    return state._replace(stddev=draw(0.7, 1.4), renorm_mean=near, renorm_stddev=draw(0.7, 1.4))
+    low, high = (0.1, 0.2) if case.data == "low_stddev" else (0.7, 1.4)
+    return state._replace(stddev=draw(low, high), renorm_mean=near, renorm_stddev=draw(low, high))
 
 
 def _mask(case: Case, rng: np.random.Generator) -> tuple[np.ndarray | None, np.ndarray]:
@@ -314,6 +317,16 @@ def _table() -> list[Case]:
     cases += [
         Case(f"{dtype}-residual_relu", dtype=dtype, mask="half", residual=True, activation="relu")
         for dtype in ("float16", "bfloat16")
+    ]
+    cases += [
+        Case(f"nan_value-{option}", data="nan_value", **kw)
+        for option, kw in ({"plain": {}} | _OPTIONS).items()
+        if option in ("plain", "ghost2", "renorm", "renorm_ghost", "cumulative")
+    ]
+    # Deviations below sqrt(eps), which renormalization bounds from below (S11).
+    cases += [
+        Case(f"low_stddev-{m}", data="low_stddev", renorm={}, eps=0.25, mask=m)
+        for m in ("none", "half")
     ]
     cases += [Case("float64-offset", dtype="float64", data="offset1e6", mask="half")]
     cases += [

@@ -2,7 +2,8 @@
 
 Every two settings that occur together in a case of the table also occur together in a case of the
 cover. Tracers see no numbers, so hard data is paired only with the settings that choose the
-formula: the mode, and a mask or none. `make mutants` compares the faults that cover and table find.
+formula or the type of its sums: the mode, a mask or none, float64. `make mutants` compares the
+faults that cover and table find.
 """
 
 from __future__ import annotations
@@ -13,21 +14,29 @@ from typing import Any
 
 from cases import Case
 
-_DATA_MEETS = ("mode", "masked")
+_CHANNELS = 64  # that kernels work on at a time
+# What these settings are paired with, since they choose no formula themselves.
+_MEETS = {
+    "data": {"mode", "masked", "float64"},
+    "many channels": {"mode"},
+    "decay": {"mode", "masked"},
+}
 
 
 def _settings(case: Case) -> dict[str, Any]:
     return {
         "rank and axes": (len(case.shape), case.axes),
         "sizes": (0 in case.shape, 1 in case.shape, max(case.shape) > 1000),
+        "many channels": max(case.channels) > _CHANNELS,
         "mask": case.mask,
         "masked": case.mask != "none",
         "mask_dtype": case.mask_dtype,
         "dtype": case.dtype,
+        "float64": case.dtype == "float64",
         "mode": case.mode,
         "data": case.data,
         "parameters": (case.gamma, case.beta),
-        "cumulative": case.decay is None,
+        "decay": case.decay,
         "ghost": None if case.ghost is None else min(case.ghost, 2),
         "renorm": None if case.renorm is None else tuple(sorted(case.renorm)),
         "adjusted": case.adjusted,
@@ -40,8 +49,12 @@ def _pairs(case: Case) -> set[Any]:
     return {
         (a, b)
         for a, b in combinations(_settings(case).items(), 2)
-        if "data" not in (a[0], b[0]) or {a[0], b[0]} & {*_DATA_MEETS}
+        if _may_matter(a[0], b[0]) and _may_matter(b[0], a[0])
     }
+
+
+def _may_matter(setting: str, other: str) -> bool:
+    return setting not in _MEETS or other in _MEETS[setting]
 
 
 def cover(cases: Sequence[Case]) -> list[Case]:

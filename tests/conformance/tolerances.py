@@ -19,6 +19,7 @@ HALF_ULP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "floa
 
 def naive(x: np.ndarray, eps: float) -> float:
     """The naive path's error, in deviations: it subtracts a mean that is rounded to float64."""
+    x = x[np.isfinite(x)]
     if x.size == 0:
         return NAIVE
     return NAIVE + 4 * HALF_ULP["float64"] * np.abs(x).max() / np.hypot(x.std(), np.sqrt(eps))

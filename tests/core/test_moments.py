@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from batchnorm.core.moments import Moments, centre, merge_moments, unbiased_factor
-from batchnorm.core.normalize import normalized, rstd_of
+from batchnorm.core.normalize import normalized, rstd_of, rstd_of_running
 from batchnorm.reference import XP
 
 
@@ -58,3 +58,30 @@ def test_a_constant_has_no_deviation_whatever_its_size(value: float) -> None:
     # Above 1e6 a part of the anchor's own rounding remains.
     assert np.abs(xhat).max() <= 5e-6 + (1e-3 if value > 1e6 else 0.0)
     assert (centred.var <= 1e-11 * np.square(np.float64(value))).all()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_a_constant_without_eps_is_multiplied_by_0(kind: type, value: float) -> None:
+    centred = centre(np.full((4, 1), value, kind), None, (0,), eps=0.0, xp=XP)
+    assert rstd_of(centred, eps=0.0, correction=0, xp=XP).item() == 0.0
+
+
+@pytest.mark.parametrize("deviation", [2.0**-510, 2.0**-400, 1e-20, 1.0, 1e20])
+def test_deviations_with_a_finite_reciprocal_count(deviation: float) -> None:
+    centred = centre(np.array([[-deviation], [deviation]]), None, (0,), eps=0.0, xp=XP)
+    rstd = rstd_of(centred, eps=0.0, correction=0, xp=XP)
+    assert rstd.item() == pytest.approx(1.0 / deviation, rel=1e-12)
+
+
+def test_smaller_ones_are_constants() -> None:
+    centred = centre(np.array([[-(2.0**-513)], [2.0**-513]]), None, (0,), eps=0.0, xp=XP)
+    assert rstd_of(centred, eps=0.0, correction=0, xp=XP).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("var", "rstd"), [(0.0, 0.0), (2.0**-1022, 0.0), (2.0**-1020, 2.0**510), (0.25, 2.0)]
+)
+def test_reciprocal_of_running_deviations(var: float, rstd: float) -> None:
+    assert rstd_of_running(np.array([var]), eps=0.0, xp=XP).item() == rstd
+    assert np.isnan(rstd_of_running(np.array([np.nan]), eps=0.0, xp=XP)).all()

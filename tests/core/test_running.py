@@ -9,7 +9,13 @@ import pytest
 
 from batchnorm.core.config import Options, Renorm
 from batchnorm.core.moments import centre
-from batchnorm.core.running import Running, average_groups, renorm_correction, update_running
+from batchnorm.core.running import (
+    Running,
+    average_groups,
+    derive_renorm,
+    renorm_correction,
+    update_running,
+)
 from batchnorm.reference import XP
 
 
@@ -101,3 +107,8 @@ def test_renormalization_never_stores_a_negative_variance() -> None:
     running = Running(zeros, zeros, None, zeros, zeros, np.ones((1, 1)))
     new = step([[0.0], [2.0]], running, Options(eps=0.5, decay=1.0, renorm=Renorm()))
     assert (new.stddev.item(), new.var.item()) == (0.0, 0.0)
+
+
+def test_renormalization_starts_from_the_running_statistics() -> None:
+    mean, stddev = derive_renorm(np.array([10.0]), np.array([3.0]), eps=1.0, xp=XP)
+    assert (mean.item(), stddev.item()) == (10.0, 2.0)
