@@ -8,6 +8,7 @@ faults that cover and table find.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -19,6 +20,7 @@ _CHANNELS = 64  # that kernels work on at a time
 _MEETS = {
     "data": {"mode", "masked", "float64"},
     "many channels": {"mode"},
+    "one row": {"mode", "masked"},
     "decay": {"mode", "masked"},
 }
 
@@ -28,6 +30,7 @@ def _settings(case: Case) -> dict[str, Any]:
         "rank and axes": (len(case.shape), case.axes),
         "sizes": (0 in case.shape, 1 in case.shape, max(case.shape) > 1000),
         "many channels": max(case.channels) > _CHANNELS,
+        "one row": _rows(case) == 1,
         "mask": case.mask,
         "masked": case.mask != "none",
         "mask_dtype": case.mask_dtype,
@@ -43,6 +46,12 @@ def _settings(case: Case) -> dict[str, Any]:
         "residual": case.residual,
         "activation": case.activation,
     }
+
+
+def _rows(case: Case) -> int:
+    """Rows of a group, padded ones included."""
+    rows = math.prod(n for a, n in enumerate(case.shape) if a not in case.axes)
+    return rows if case.ghost is None else rows // max(case.shape[0] // case.ghost, 1)
 
 
 def _pairs(case: Case) -> set[Any]:

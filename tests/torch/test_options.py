@@ -34,7 +34,12 @@ def check_colour(given):
 
 
 MADE_UP = LayerOption(
-    "colour", None, check_colour, parts={"shade": 1}, agreed=lambda pair: f"colour={pair[0]}"
+    "colour",
+    None,
+    check_colour,
+    parts={"shade": 1},
+    agreed=lambda pair: f"colour={pair[0]}",
+    split=lambda pair: {"colour": pair[0], "shade": pair[1]},
 )
 
 
@@ -53,7 +58,13 @@ class TestMadeUpOption:
         assert layer.colour is None
         layer.configure(colour="red", shade=2)
         assert layer.colour == ("red", 2)
-        layer.configure()
+        layer.configure(fused=False)
+        assert layer.colour == ("red", 2)
+        layer.configure(colour="blue")
+        assert layer.colour == ("blue", 2)
+        layer.configure(colour=None)
+        assert layer.colour is None
+        layer.configure(shade=3)
         assert layer.colour is None
         with pytest.raises(ValueError, match="BatchNorm: colour must be"):
             layer.configure(colour="green")
@@ -146,7 +157,8 @@ def test_documentation_names_every_option(name):
 
 def test_configure_has_the_signature_of_the_declarations():
     found = inspect.signature(BatchNorm.configure).parameters
-    assert {name: a.default for name, a in found.items() if name != "self"} == ARGUMENTS
+    assert [name for name in found if name != "self"] == [*ARGUMENTS]
+    assert all(repr(a.default) == "unchanged" for name, a in found.items() if name != "self")
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)

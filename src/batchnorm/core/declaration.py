@@ -49,13 +49,18 @@ def list_arguments(options: Iterable[Option]) -> dict[str, Any]:
 def check_arguments(options: Iterable[Option], given: Mapping[str, Any]) -> dict[str, Any]:
     """The values that a layer keeps for these arguments; those left out have their defaults."""
     options = tuple(options)
+    check_known(options, given)
+    every = list_arguments(options) | given
+    return {option.name: option.check(every) for option in options}
+
+
+def check_known(options: Iterable[Option], given: Iterable[str]) -> None:
+    """Raise if `given` holds a name that is no argument of an option."""
     every = list_arguments(options)
-    if unknown := sorted(given.keys() - every.keys()):
+    if unknown := sorted(set(given) - every.keys()):
         raise ArgumentTypeError(
             f"options must be among {', '.join(every)}; got {', '.join(unknown)}."
         )
-    every |= given
-    return {option.name: option.check(every) for option in options}
 
 
 def refuse_options(options: Iterable[Option], given: config.Options) -> str | None:

@@ -30,9 +30,12 @@ class RunningStatistics(_BatchNorm):
                 buffer.fill_(0.0 if name == "renorm_mean" else 1.0)
 
     def _prepare_statistics(self) -> None:
-        """Bring torch's buffers into this library's form."""
+        """Bring torch's buffers into this library's form; those that fit stay as they are."""
         self._widen_statistics()
-        if self.renorm is not None:
+        if self.renorm is None:
+            for name in _RENORM_BUFFERS:
+                self._buffers.pop(name, None)
+        elif any(self._buffers.get(name) is None for name in _RENORM_BUFFERS):
             derived = self._derive(self.running_mean, self.running_var)
             for name, value in zip(_RENORM_BUFFERS, derived, strict=True):
                 self.register_buffer(name, value)

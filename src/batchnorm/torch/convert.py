@@ -145,7 +145,8 @@ def _convert(layer: nn.Module, ours: type[BatchNorm], options: dict[str, Any]) -
     for name in ("eps", "momentum"):
         if name in extra:
             setattr(new, name, extra.pop(name))
-    new.configure(**extra)
+    new.frozen = False
+    new._set_options(extra)
     new.__dict__["_converted_from"] = type(layer)
     return new
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from batchnorm.core import config
-from batchnorm.core.declaration import check_arguments, list_arguments
+from batchnorm.core.declaration import check_arguments, check_known, list_arguments
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.core.layout import check_axis
 from batchnorm.kernels.explanation import LAST_CALL, Explanation, Refusal, ask
@@ -19,7 +19,7 @@ from batchnorm.torch.buffers import RunningStatistics
 from batchnorm.torch.call import make_call
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.fx import trace_call
-from batchnorm.torch.options import OPTIONS, make_signature
+from batchnorm.torch.options import OPTIONS, change_arguments, make_signature
 from batchnorm.torch.ranks.groups import check_group
 from batchnorm.torch.ranks.synchronizer import Synchronizer
 from batchnorm.torch.ways.choice import run
@@ -121,31 +121,39 @@ class BatchNorm(RunningStatistics):
         )
         if not bias:
             self.register_parameter("bias", None)
-        self.configure(**{name: given[name] for name in list_arguments(OPTIONS) if name in given})
+        self.frozen = False
+        self._set_options({name: given[name] for name in list_arguments(OPTIONS) if name in given})
         self.reset_running_stats()
 
     @names_errors()
     def configure(self, **options: Any) -> None:
-        """Set and check every option that torch's layers lack; arguments as the constructor's.
+        """Set and check options that torch's layers lack; arguments as the constructor's.
 
-        Those left out get their defaults.
+        Those left out stay as they are, and so do the running statistics and `freeze`'s effect.
+        Renormalization that is switched on starts from the running statistics (S11).
         """
+        check_known(OPTIONS, options)
+        self._set_options(change_arguments(self, options))
+
+    configure.__signature__ = make_signature()  # type: ignore[attr-defined]
+
+    def _set_options(self, arguments: Mapping[str, Any]) -> None:
         layer_call.check_moving(self)
-        for name, value in check_arguments(OPTIONS, options).items():
-            setattr(self, name, value)
-        self._synchronizer = Synchronizer(options.get("process_group"))
-        if self.synchronized:
-            self._synchronizer.enlist()
-        self.frozen = False
-        self._memory = LastCalls()
-        if self.renorm is not None and self.running_mean is None:
+        values = check_arguments(OPTIONS, arguments)
+        if values["renorm"] is not None and self.running_mean is None:
             raise ArgumentValueError(
                 "renorm=True compares with running statistics and needs "
                 "track_running_stats=True; got False."
             )
+        for name, value in values.items():
+            setattr(self, name, value)
+        if "_synchronizer" not in self.__dict__:
+            self._synchronizer = Synchronizer()
+        self._synchronizer.group = arguments.get("process_group")
+        if self.synchronized:
+            self._synchronizer.enlist()
+        self._memory = LastCalls()
         self._prepare_statistics()
-
-    configure.__signature__ = make_signature()  # type: ignore[attr-defined]
 
     def forward(
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
@@ -271,22 +279,22 @@ class BatchNorm(RunningStatistics):
         """Every rank that has the channel axes will do."""
 
 
-class BatchNorm1d(BatchNorm):
-    """`BatchNorm` for inputs of rank 2 or 3, `(N, C)` or `(N, C, L)`."""
+class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
+    """`BatchNorm` for inputs of rank 2 or 3, `(N, C)` or `(N, C, L)`; a `torch.nn.BatchNorm1d`."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         layer_call.check_rank(input, (2, 3))
 
 
-class BatchNorm2d(BatchNorm):
-    """`BatchNorm` for inputs of rank 4, `(N, C, H, W)`."""
+class BatchNorm2d(BatchNorm, torch.nn.BatchNorm2d):
+    """`BatchNorm` for inputs of rank 4, `(N, C, H, W)`; a `torch.nn.BatchNorm2d`."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         layer_call.check_rank(input, (4,))
 
 
-class BatchNorm3d(BatchNorm):
-    """`BatchNorm` for inputs of rank 5, `(N, C, D, H, W)`."""
+class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
+    """`BatchNorm` for inputs of rank 5, `(N, C, D, H, W)`; a `torch.nn.BatchNorm3d`."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         layer_call.check_rank(input, (5,))

@@ -26,6 +26,11 @@ def _check_renorm(given: Mapping[str, Any]) -> config.Renorm | None:
     return config.check_renorm(given["renorm"], given["renorm_clipping"], 1.0 - momentum)
 
 
+def _split_renorm(kept: config.Renorm) -> dict[str, Any]:
+    limits = {"rmin": kept.rmin, "rmax": kept.rmax, "dmax": kept.dmax}
+    return {"renorm": True, "renorm_clipping": limits, "renorm_momentum": 1.0 - kept.decay}
+
+
 def _check_synchronized(given: Mapping[str, Any]) -> bool:
     synchronized = config.check_flag("synchronized", given["synchronized"])
     check_group(synchronized, given["process_group"])
@@ -45,6 +50,7 @@ class LayerOption(Option):
             compare before they merge; None if they may differ in it.
         shown: in the layer's repr, where it differs from `kept`.
         converts: conversion of whole models takes it.
+        split: function from a value but `kept` to the arguments that make it, if they are several.
         original: torch's own layer may replace this one whatever the value is; if not, only where
             it is `kept`.
     """
@@ -52,6 +58,7 @@ class LayerOption(Option):
     agreed: Callable[[Any], str] | None = None
     shown: bool = True
     converts: bool = True
+    split: Callable[[Any], dict[str, Any]] | None = None
     original: bool = False
 
 
@@ -77,6 +84,7 @@ OPTIONS: list[LayerOption] = [
         parts={"renorm_clipping": None, "renorm_momentum": 0.01},
         core="renorm",
         agreed=lambda r: f"renorm={r.decay}/{r.rmin}/{r.rmax}/{r.dmax}",
+        split=_split_renorm,
     ),
     LayerOption("adjustment", None, _check_adjustment),
     LayerOption(
@@ -112,13 +120,32 @@ def convertible() -> dict[str, Any]:
     return list_arguments(option for option in OPTIONS if option.converts)
 
 
+def change_arguments(layer: Any, told: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of options: the layer's present ones, but those that it is told."""
+    found = list_arguments(OPTIONS)
+    for option in OPTIONS:
+        if option.parts and option.name in told and told[option.name] == option.default:
+            continue  # switched off with its parts
+        value = getattr(layer, option.name)
+        if value != option.kept:
+            found |= {option.name: value} if option.split is None else option.split(value)
+    return found | {"process_group": layer.process_group} | told
+
+
+class _Unchanged:
+    """The default of arguments that change nothing where they are left out."""
+
+    def __repr__(self) -> str:
+        return "unchanged"
+
+
 def make_signature() -> Signature:
-    """The signature of a method that takes every option as a keyword."""
-    options = list_arguments(OPTIONS).items()
+    """The signature of a method that takes every option as a keyword, and changes those only."""
+    kind, default = Parameter.KEYWORD_ONLY, _Unchanged()
     return Signature(
         [
             Parameter("self", Parameter.POSITIONAL_OR_KEYWORD),
-            *(Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in options),
+            *(Parameter(name, kind, default=default) for name in list_arguments(OPTIONS)),
         ]
     )
 

@@ -104,7 +104,8 @@ class Synchronizer:
 
     def enlist(self) -> None:
         """Take the next number for a name: ranks make the same layers in the same order."""
-        self._name = f"#{next(_numbers)}"
+        if self._name is None:
+            self._name = f"#{next(_numbers)}"
 
     def find_peers(self, text: str) -> Peers | None:
         """The other ranks, None if there are none.
