@@ -50,7 +50,7 @@ def check_arguments(options: Iterable[Option], given: Mapping[str, Any]) -> dict
     """The values that a layer keeps for these arguments; those left out have their defaults."""
     options = tuple(options)
     check_known(options, given)
-    every = list_arguments(options) | given
+    every = {**list_arguments(options), **given}
     return {option.name: option.check(every) for option in options}
 
 

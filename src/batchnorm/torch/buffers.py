@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,14 +15,32 @@ from batchnorm.core.config import Renorm
 from batchnorm.core.running import Running, derive_renorm
 from batchnorm.torch.namespace import XP
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _RENORM_BUFFERS = ("running_stddev", "renorm_mean", "renorm_stddev")
 _STATISTICS = ("running_mean", "running_var", *_RENORM_BUFFERS)
+_warned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # of narrowed statistics, once
 
 
 class RunningStatistics(_BatchNorm):
     """torch's own buffers, always float32 or wider (S16), and three of renormalization (S11)."""
 
     renorm: Renorm | None = None
+    frozen: bool
+
+    def freeze(self) -> Self:
+        """Normalize by the running statistics, and leave them alone, in training too (S15).
+
+        Survives `train()` and `eval()`; does not touch `requires_grad`. Returns the layer.
+        """
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> Self:
+        """Undo `freeze`. Returns the layer."""
+        self.frozen = False
+        return self
 
     def reset_running_stats(self) -> None:
         """Set the running statistics to mean 0, variance and deviation 1, and no batches."""
@@ -75,6 +95,26 @@ class RunningStatistics(_BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._widen_statistics()
 
+    def restore_width(self) -> None:
+        """Make float32 again what somebody has narrowed past the layer, as by `.data = ` (S16).
+
+        Tensors stay the same objects, since whoever narrowed them may hold them. Warns once.
+        """
+        statistics = {name: self._buffers.get(name) for name in _STATISTICS}
+        narrow = {name: a for name, a in statistics.items() if a is not None and _is_half(a)}
+        if not narrow:
+            return
+        if self not in _warned:
+            _warned.add(self)
+            warnings.warn(
+                f"{type(self).__name__}: {', '.join(narrow)} had been cast to "
+                f"{next(iter(narrow.values())).dtype}, in which a running average stalls, and are "
+                "float32 again. Leave the buffers of batch norms out of casts.",
+                stacklevel=8,  # the call of the layer
+            )
+        for buffer in narrow.values():
+            buffer.data = buffer.data.float()
+
     def _widen_statistics(self) -> None:
         for name in _STATISTICS:
             buffer = self._buffers.get(name)
@@ -86,6 +126,10 @@ class RunningStatistics(_BatchNorm):
         wide = torch.promote_types(var.dtype, torch.float32)
         mean, stddev = derive_renorm(mean, var.to(wide), eps=self.eps, xp=XP)
         return stddev, mean.clone(), stddev.clone()
+
+
+def _is_half(a: Tensor) -> bool:
+    return a.dtype is torch.bfloat16 or a.dtype is torch.float16
 
 
 def _is_narrow(a: Tensor) -> bool:

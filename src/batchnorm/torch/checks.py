@@ -34,6 +34,11 @@ def check_input(x: Any, name: str = "x") -> Tensor:
             f"{name} must be a torch.Tensor that holds its own values; got a "
             "MaskedTensor. Pass its get_data(), and its get_mask() as mask."
         )
+    if x.is_quantized:
+        raise ArgumentTypeError(
+            f"{name} must hold floating numbers; got a quantized tensor of {x.dtype}. Put torch's "
+            "layers back before the model is quantized: batchnorm.torch.revert_batchnorm."
+        )
     if x.dtype not in FLOATING:
         raise ArgumentTypeError(
             f"{name} must be float16, bfloat16, float32 or float64; got {x.dtype}. "

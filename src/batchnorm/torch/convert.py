@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.torch.fx import keep_first_argument
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.torch.options import OPTIONS, convertible
+from batchnorm.torch.options import OPTIONS, convertible, find_obstacle
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
 
@@ -128,7 +128,7 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
                 f"layer {name!r} is a {type(layer).__name__}, for which torch has no "
                 "counterpart; use BatchNorm1d, BatchNorm2d or BatchNorm3d."
             )
-        if reason := _obstacle(layer):
+        if reason := find_obstacle(layer):
             raise ArgumentValueError(f"layer {name!r} {reason}, which torch's layer cannot do.")
         return _revert(layer, theirs)
 
@@ -162,17 +162,6 @@ def _revert(layer: BatchNorm, theirs: type[nn.Module]) -> nn.Module:
         if buffer is not None and layer.weight is not None and layer.weight.dtype != buffer.dtype:
             new._buffers[name] = buffer.to(layer.weight.dtype)
     return new
-
-
-def _obstacle(layer: BatchNorm) -> str | None:
-    """The property of this layer that torch's lacks, as a phrase; or None."""
-    if layer.frozen:
-        return "is frozen (call unfreeze() first)"
-    for option in OPTIONS:
-        value = getattr(layer, option.name)
-        if not option.original and value != option.kept:
-            return f"has {option.name}={value!r}"
-    return None
 
 
 def _adopt(layer: nn.Module, cls: type[Any]) -> Any:

@@ -39,8 +39,10 @@ def gather_arguments(
             jagged.check_axes(axis, x)
     _check_channels(layer, x, axis)
     check_moving(layer)
-    running = layer._running()
     training = layer.training and not layer.frozen
+    if training and layer.track_running_stats:
+        layer.restore_width()
+    running = layer._running()
     if mask is None and (training or running is None or torch.is_grad_enabled()):
         mask = _find_ambient_mask(layer, x)
     weight, bias = _find_parameter(layer, "weight"), _find_parameter(layer, "bias")

@@ -22,6 +22,7 @@ from batchnorm.torch.fx import trace_call
 from batchnorm.torch.options import OPTIONS, change_arguments, make_signature
 from batchnorm.torch.ranks.groups import check_group
 from batchnorm.torch.ranks.synchronizer import Synchronizer
+from batchnorm.torch.rebuilt import check_reader
 from batchnorm.torch.ways.choice import run
 from batchnorm.torch.ways.last_call import LastCalls
 
@@ -245,6 +246,12 @@ class BatchNorm(RunningStatistics):
             "(batchnorm.torch.revert_batchnorm); or use torch.jit.trace or torch.export."
         )
 
+    def __getattr__(self, name: str) -> Any:
+        """torch's search for parameters and buffers, but with regard to who asks."""
+        if name == "running_var":
+            check_reader(self)
+        return super().__getattr__(name)
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the memory of calls, which a copy begins anew."""
         return {name: value for name, value in self.__dict__.items() if name != "_memory"}
@@ -252,19 +259,6 @@ class BatchNorm(RunningStatistics):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._memory = LastCalls()
-
-    def freeze(self) -> BatchNorm:
-        """Normalize by the running statistics, and leave them alone, in training too (S15).
-
-        Survives `train()` and `eval()`; does not touch `requires_grad`. Returns the layer.
-        """
-        self.frozen = True
-        return self
-
-    def unfreeze(self) -> BatchNorm:
-        """Undo `freeze`. Returns the layer."""
-        self.frozen = False
-        return self
 
     def extra_repr(self) -> str:
         """torch's description, and every option that differs from its default."""

@@ -50,6 +50,7 @@ class LayerOption(Option):
             compare before they merge; None if they may differ in it.
         shown: in the layer's repr, where it differs from `kept`.
         converts: conversion of whole models takes it.
+        training_only: it changes nothing in evaluation.
         split: function from a value but `kept` to the arguments that make it, if they are several.
         original: torch's own layer may replace this one whatever the value is; if not, only where
             it is `kept`.
@@ -58,6 +59,7 @@ class LayerOption(Option):
     agreed: Callable[[Any], str] | None = None
     shown: bool = True
     converts: bool = True
+    training_only: bool = False
     split: Callable[[Any], dict[str, Any]] | None = None
     original: bool = False
 
@@ -76,6 +78,7 @@ OPTIONS: list[LayerOption] = [
         lambda given: config.check_virtual_batch_size(given["virtual_batch_size"]),
         core="virtual_batch_size",
         agreed=lambda size: f"virtual_batch_size={size}",
+        training_only=True,
     ),
     LayerOption(
         "renorm",
@@ -84,9 +87,10 @@ OPTIONS: list[LayerOption] = [
         parts={"renorm_clipping": None, "renorm_momentum": 0.01},
         core="renorm",
         agreed=lambda r: f"renorm={r.decay}/{r.rmin}/{r.rmax}/{r.dmax}",
+        training_only=True,
         split=_split_renorm,
     ),
-    LayerOption("adjustment", None, _check_adjustment),
+    LayerOption("adjustment", None, _check_adjustment, training_only=True),
     LayerOption(
         "activation",
         None,
@@ -129,7 +133,7 @@ def change_arguments(layer: Any, told: Mapping[str, Any]) -> dict[str, Any]:
         value = getattr(layer, option.name)
         if value != option.kept:
             found |= {option.name: value} if option.split is None else option.split(value)
-    return found | {"process_group": layer.process_group} | told
+    return {**found, "process_group": layer.process_group, **told}
 
 
 class _Unchanged:
@@ -148,6 +152,21 @@ def make_signature() -> Signature:
             *(Parameter(name, kind, default=default) for name in list_arguments(OPTIONS)),
         ]
     )
+
+
+def find_obstacle(layer: Any, *, training: bool = True) -> str | None:
+    """The property of a layer that torch's own lacks, as a phrase; or None.
+
+    `training`: torch's would train; if not, it only evaluates.
+    """
+    if training and layer.frozen:
+        return "is frozen (call unfreeze() first)"
+    for option in OPTIONS:
+        value = getattr(layer, option.name)
+        matters = not option.original and (training or not option.training_only)
+        if matters and value != option.kept:
+            return f"has {option.name}={value!r}"
+    return None
 
 
 def make_reader() -> Callable[[Any], tuple[Any, ...]]:

@@ -136,7 +136,7 @@ KERNELS_REFUSE = {
         "it reads memory, where a lazily computed tensor holds other values, or none",
     ),
     "half statistics": (
-        lambda: with_statistics(BatchNorm(3), torch.Tensor.half),
+        lambda: with_statistics(BatchNorm(3).eval(), torch.Tensor.half),
         {},
         "it keeps float32 or float64 statistics, and got torch.float16",
     ),
