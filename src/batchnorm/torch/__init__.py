@@ -8,6 +8,8 @@ except ImportError as error:
         "install it with: pip install 'batchnorm[torch]'"
     ) from error
 
+from batchnorm.core.conversion import Conversion
+from batchnorm.torch.conversions import register_conversion
 from batchnorm.torch.convert import convert_batchnorm, revert_batchnorm
 from batchnorm.torch.functional import RenormStatistics, batch_norm
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -19,11 +21,13 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Conversion",
     "RenormStatistics",
     "SynchronizationError",
     "batch_norm",
     "convert_batchnorm",
     "padding_mask",
+    "register_conversion",
     "revert_batchnorm",
     "sequence_mask",
 ]

@@ -3,47 +3,66 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.core.config import check_flag
+from batchnorm.core.conversion import (
+    Choice,
+    Conversion,
+    check_choice,
+    check_report,
+    describe_left,
+)
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
+from batchnorm.torch.conversions import COUNTERPARTS, Left, convert_layer
+from batchnorm.torch.exchange import adopt, exchange
 from batchnorm.torch.fx import keep_first_argument
-from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.torch.layers import BatchNorm
 from batchnorm.torch.options import OPTIONS, convertible, find_obstacle
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]
 
-_OURS: dict[type[nn.Module], type[BatchNorm]] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-    nn.SyncBatchNorm: BatchNorm,
-}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items() if ours is not BatchNorm}
-_LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _PRIVATE = ("frozen", "_synchronizer", "_converted_from", "_memory")
 
 
 @names_errors("convert_batchnorm")
-def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
+def convert_batchnorm(
+    module: nn.Module,
+    *,
+    only: str | list[str] | None = None,
+    skip: str | list[str] | None = None,
+    frozen_copies: bool = False,
+    report: list[Conversion] | None = None,
+    **options: Any,
+) -> nn.Module:
     """Replace every torch batch norm inside `module` by this library's, in place.
 
     Args:
         module: any model, or a single batch norm.
+        only: pattern of the names of layers to convert, or several, as `"encoder.*"`: `*` stands
+            for any characters, `?` for one, `[ab]` for one of these. None: all layers.
+        skip: pattern of the names of layers to leave alone, or several.
+        frozen_copies: convert FrozenBatchNorm2d, as torchvision, detectron2 and transformers have
+            it, to a BatchNorm2d that is frozen (`freeze`); its weight and bias become parameters
+            without gradients.
+        report: a list, to which one `Conversion(name, before, after, reason)` is appended for each
+            layer that was converted, or left alone (`after` is None, `reason` says why).
         **options: options of `BatchNorm` for all of them: eps, momentum, virtual_batch_size,
             renorm, renorm_clipping, renorm_momentum, adjustment, activation, fused,
             synchronized, process_group.
 
     Parameters and buffers stay the very same objects (half-precision statistics become float32,
-    S16), so optimizers go on working; so do the training flag and all hooks. A layer used in
-    several places stays one layer. Masks reach the layers through `padding_mask`. A SyncBatchNorm
-    stays synchronized over its own process group, unless the options say otherwise. Layers that
-    are this library's already keep their options, except `synchronized` and `process_group`, if
-    given; all get their path in the model as the name by which ranks tell them apart.
+    S16), so optimizers go on working; so do the training flag and all hooks, and the hooks of
+    accelerate, which sit around `forward`. A layer used in several places stays one layer. Masks
+    reach the layers through `padding_mask`. A SyncBatchNorm stays synchronized over its own
+    process group, unless the options say otherwise. timm's BatchNormAct2d keeps its drop and its
+    activation, which is computed together with the norm where it is ReLU. Other classes are
+    converted as `register_conversion` has been told. Layers that are this library's already keep
+    their options, except `synchronized` and `process_group`, if given; all get their path in the
+    model as the name by which ranks tell them apart.
 
     Returns:
         `module`, or its replacement if it is a batch norm itself.
@@ -54,7 +73,8 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
             is unchanged then.
 
     Warns:
-        UserWarning: a subclass with behaviour of its own was left alone.
+        UserWarning: a layer was left alone, since it has behaviour of its own, or a `forward` of
+            its own that cannot be put around this library's.
 
     >>> model = convert_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
     >>> type(model[0]).__module__
@@ -62,37 +82,42 @@ def convert_batchnorm(module: nn.Module, **options: Any) -> nn.Module:
     """
     _check_module(module)
     _check_options(options)
-    left: list[str] = []
+    choice = check_choice(only, skip)
+    check_flag("frozen_copies", frozen_copies)
+    check_report(report)
+    found: list[Conversion] = []
+    told: list[Conversion] = []  # that the user should know without asking
 
     def replace(name: str, layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, _BatchNorm) or isinstance(layer, BatchNorm):
+        before = type(layer).__name__
+        reason = choice.refuse(name)
+        new = convert_layer(name, layer, options, frozen_copies, reason)
+        if isinstance(new, Left):
+            found.append(Conversion(name, before, None, new.reason))
+            told.extend(found[-1:] if new.warns else ())
             return None
-        if isinstance(layer, _LAZY):  # with the first input it becomes another class
-            raise ArgumentValueError(
-                f"layer {name!r} is a {type(layer).__name__} without parameters yet; "
-                "run one batch through the model first."
-            )
-        ours = _OURS.get(type(layer))
-        if ours is None:
-            left.append(name)
-            return None
-        return _convert(layer, ours, options)
+        if new is not None:
+            found.append(Conversion(name, before, type(new).__name__))
+        return new
 
-    module = _exchange(module, replace)
-    if left:
-        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        warnings.warn(
-            f"convert_batchnorm: left alone, because subclasses may compute something else: "
-            f"{shown}. Put a BatchNorm in their place, followed by what they add.",
-            stacklevel=2,
-        )
+    module = exchange(module, replace)
+    if told:
+        warnings.warn(f"convert_batchnorm: left alone: {describe_left(told)}.", stacklevel=3)
+    _set_ranks(module, choice, options)
+    if report is not None:
+        report.extend(found)
+    return module
+
+
+def _set_ranks(module: nn.Module, choice: Choice, options: dict[str, Any]) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, BatchNorm):
-            if "synchronized" in options:
-                layer.synchronized = options["synchronized"]
-                layer.process_group = options.get("process_group")
+            if "synchronized" in options and choice.refuse(name) is None:
+                layer.configure(
+                    synchronized=options["synchronized"],
+                    process_group=options.get("process_group"),
+                )
             layer.name_for_ranks(name)
-    return module
 
 
 @names_errors("revert_batchnorm")
@@ -120,7 +145,7 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
     def replace(name: str, layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, BatchNorm):
             return None
-        theirs = layer.__dict__.get("_converted_from") or _THEIRS.get(type(layer))
+        theirs = layer.__dict__.get("_converted_from") or COUNTERPARTS.get(type(layer))
         if layer.synchronized:
             theirs = nn.SyncBatchNorm
         if theirs is None:
@@ -130,29 +155,15 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
             )
         if reason := find_obstacle(layer):
             raise ArgumentValueError(f"layer {name!r} {reason}, which torch's layer cannot do.")
-        return _revert(layer, theirs)
+        return _revert(name, layer, theirs)
 
-    return _exchange(module, replace, lambda made: keep_first_argument(module, made))
-
-
-def _convert(layer: nn.Module, ours: type[BatchNorm], options: dict[str, Any]) -> BatchNorm:
-    new = _adopt(layer, ours)
-    extra = dict(options)
-    if isinstance(layer, nn.SyncBatchNorm):
-        new.__dict__.pop("process_group", None)
-        if extra.setdefault("synchronized", True):
-            extra.setdefault("process_group", layer.process_group)
-    for name in ("eps", "momentum"):
-        if name in extra:
-            setattr(new, name, extra.pop(name))
-    new.frozen = False
-    new._set_options(extra)
-    new.__dict__["_converted_from"] = type(layer)
-    return new
+    return exchange(module, replace, lambda made: keep_first_argument(module, made))
 
 
-def _revert(layer: BatchNorm, theirs: type[nn.Module]) -> nn.Module:
-    new = _adopt(layer, theirs)
+def _revert(name: str, layer: BatchNorm, theirs: type[nn.Module]) -> nn.Module:
+    new = adopt(layer, theirs)
+    if isinstance(new, str):
+        raise ArgumentValueError(f"layer {name!r}: {new}.")
     for name in (*(option.name for option in OPTIONS), *_PRIVATE):
         new.__dict__.pop(name, None)
     if theirs is nn.SyncBatchNorm:
@@ -162,38 +173,6 @@ def _revert(layer: BatchNorm, theirs: type[nn.Module]) -> nn.Module:
         if buffer is not None and layer.weight is not None and layer.weight.dtype != buffer.dtype:
             new._buffers[name] = buffer.to(layer.weight.dtype)
     return new
-
-
-def _adopt(layer: nn.Module, cls: type[Any]) -> Any:
-    """A `cls` with the state of `layer`: the same parameters, buffers, hooks and flags."""
-    new = object.__new__(cls)
-    new.__dict__.update(layer.__dict__)
-    # All else is shared: handles of hooks still remove them. These two may get new entries.
-    new.__dict__["_parameters"] = dict(layer._parameters)
-    new.__dict__["_buffers"] = dict(layer._buffers)
-    return new
-
-
-def _exchange(
-    module: nn.Module,
-    replace: Callable[[str, nn.Module], nn.Module | None],
-    prepare: Callable[[Collection[nn.Module]], None] = lambda made: None,
-) -> nn.Module:
-    """Replace layers by what `replace` makes of them, once for each, after all have been made.
-
-    `prepare` gets the layers that will be replaced, before any is.
-    """
-    made = {}
-    for name, layer in module.named_modules():
-        new = replace(name or "(the module itself)", layer)
-        if new is not None:
-            made[layer] = new
-    prepare(made)
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if child in made:
-                parent._modules[name] = made[child]
-    return made.get(module, module)
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -77,6 +77,9 @@ class BatchNorm(RunningStatistics):
     torch.Size([8, 3, 5])
     """
 
+    # Options that come from what the layer was converted from, and that goes back with it.
+    derived_options: tuple[str, ...] = ()
+
     axis: int | tuple[int, ...]
     adjustment: config.Adjustment | None
     fused: bool | None

@@ -163,6 +163,8 @@ def find_obstacle(layer: Any, *, training: bool = True) -> str | None:
         return "is frozen (call unfreeze() first)"
     for option in OPTIONS:
         value = getattr(layer, option.name)
+        if option.name in layer.derived_options:
+            continue
         matters = not option.original and (training or not option.training_only)
         if matters and value != option.kept:
             return f"has {option.name}={value!r}"

@@ -1,0 +1,62 @@
+"""timm's batch norm with an activation behind it. Imported only where a model has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers.norm_act import BatchNormAct2d as Original
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from batchnorm.core.config import NEGATIVE_SLOPE
+from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
+from batchnorm.torch.conversions import Left, take_over
+from batchnorm.torch.layers import BatchNorm, BatchNorm2d
+
+
+class BatchNormAct2d(BatchNorm2d, Original):
+    """timm's BatchNormAct2d: norm, drop, activation; with masks, and this library's statistics.
+
+    `convert_batchnorm` makes it of timm's, with the same names of parameters and children. An
+    activation that a kernel computes along with the norm (S18) is not called on its own.
+    """
+
+    derived_options = ("activation",)
+
+    @names_errors()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ArgumentTypeError(
+            "make timm's layer, and convert it by batchnorm.torch.convert_batchnorm."
+        )
+
+    def forward(
+        self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """y, as `BatchNorm.forward` describes it, through drop and activation."""
+        y = super().forward(input, mask, residual)
+        if isinstance(input, Proxy) or self.activation is not None:
+            return y  # a traced call is one of the whole layer
+        found: Tensor = self.act(self.drop(y))
+        return found
+
+
+def convert(layer: nn.Module, **options: Any) -> BatchNorm | Left:
+    """Ours in place of timm's."""
+    if "activation" in options:
+        raise ArgumentValueError(
+            f"activation={options['activation']!r} cannot be set for timm's BatchNormAct2d, which "
+            f"has its own: {layer.act}. Leave such layers out by skip=, or activation= away."
+        )
+    return take_over(layer, BatchNormAct2d, {**options, "activation": _find_activation(layer)})
+
+
+def _find_activation(layer: Any) -> str | None:
+    """The activation that kernels compute; None where the layer must call its own."""
+    if type(layer.drop) is not nn.Identity or layer.act._forward_hooks:
+        return None
+    if layer.act._forward_pre_hooks or layer.act._backward_hooks:
+        return None
+    if type(layer.act) is nn.ReLU:
+        return "relu"
+    slope = getattr(layer.act, "negative_slope", None)
+    return "leaky_relu" if type(layer.act) is nn.LeakyReLU and slope == NEGATIVE_SLOPE else None
