@@ -91,11 +91,15 @@ class WeightedNormalization(keras.layers.BatchNormalization):
     def _make_statistics(self, shape: tuple[int, ...]) -> None:
         """Add the weights that training moves."""
         mean, variance = self.moving_mean_initializer, self.moving_variance_initializer
-        initializers = {"moving_mean": mean, "moving_variance": variance}
+        for name, initializer in (("moving_mean", mean), ("moving_variance", variance)):
+            setattr(self, name, add_statistic(self, name, shape, initializer, self._weight_type))
         if self.renorm:
-            stddev = square_root_of(variance)
-            initializers |= dict(zip(_RENORM_WEIGHTS, (stddev, clone(mean), stddev), strict=True))
-        for name, initializer in initializers.items():
+            self._add_renorm_weights(shape)
+
+    def _add_renorm_weights(self, shape: tuple[int, ...]) -> None:
+        stddev = square_root_of(self.moving_variance_initializer)
+        starts = (stddev, clone(self.moving_mean_initializer), stddev)
+        for name, initializer in zip(_RENORM_WEIGHTS, starts, strict=True):
             setattr(self, name, add_statistic(self, name, shape, initializer, self._weight_type))
 
     def _running(self) -> Running:
