@@ -159,6 +159,7 @@ def _become_ours(layer: Any, attributes: dict[str, Any]) -> None:
         rank = len(layer._reduction_axes) + 1
         layer._channel_axes = normalize_axis(layer._plain_axis(), rank)
         layer._channels = tuple(layer.moving_mean.shape)
+        layer._flat_weights = True
         if layer.renorm and not had_renorm:
             with layer._open_name_scope():
                 _add_renorm(layer)

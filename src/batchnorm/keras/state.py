@@ -23,6 +23,8 @@ class WeightedNormalization(keras.layers.BatchNormalization):
 
     _channel_axes: tuple[int, ...] = ()
     _channels: tuple[int, ...] = ()
+    # A converted layer keeps its weights, of shape (C,), with ghost batches too.
+    _flat_weights = False
 
     @names_errors()
     def build(self, input_shape: Any) -> None:
@@ -45,6 +47,17 @@ class WeightedNormalization(keras.layers.BatchNormalization):
         self._make_statistics(kept)
         named = (self.axis,) if isinstance(self.axis, int) else axes
         self.input_spec = keras.layers.InputSpec(ndim=len(shape), axes={a: shape[a] for a in named})
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """What `build_from_config` needs to make weights of the same shapes."""
+        config = super().get_build_config()
+        return config | {"flat_weights": True} if config and self._flat_weights else config
+
+    def build_from_config(self, config: Mapping[str, Any]) -> None:
+        """Build as the layer was built that gave `config`."""
+        rest = dict(config)
+        self._flat_weights = rest.pop("flat_weights", False)
+        super().build_from_config(rest)
 
     @names_errors()
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
@@ -133,7 +146,7 @@ class WeightedNormalization(keras.layers.BatchNormalization):
         return list(self.axis) if isinstance(self.axis, list) else self.axis
 
     def _weight_shape(self, rank: int) -> tuple[int, ...]:
-        if len(self._channels) == 1 and self.virtual_batch_size is None:
+        if len(self._channels) == 1 and (self._flat_weights or self.virtual_batch_size is None):
             return self._channels
         sizes = dict(zip(self._channel_axes, self._channels, strict=True))
         return tuple(sizes.get(a, 1) for a in range(rank))
