@@ -55,7 +55,7 @@ class WeightedNormalization(keras.layers.BatchNormalization):
 
     def build_from_config(self, config: Mapping[str, Any]) -> None:
         """Build as the layer was built that gave `config`."""
-        rest = dict(config)
+        rest = dict(config or {})
         self._flat_weights = rest.pop("flat_weights", False)
         super().build_from_config(rest)
 
