@@ -33,7 +33,7 @@ def test_pure_statistics_under_jax_checkpoint_are_those_of_one_pass() -> None:
     @jax.checkpoint
     def block(x: Any, running: Any) -> Any:
         y, moments = batch_norm(x)
-        return y, update_running(running, moments, decay=0.5)
+        return y, update_running(running, moments, momentum=0.5)
 
     def loss(x: Any) -> Any:
         y, running = block(x, init_running(4))

@@ -1,4 +1,4 @@
-"""The rows on Keras of the table in docs/transformations.md: what moves the statistics, and how often."""
+"""The rows on Keras of the table in docs/transformations.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def train_once(layer: Any, x: np.ndarray) -> None:
     inputs = keras.Input(x.shape[1:])
     model = keras.Model(inputs, keras.layers.Dense(1)(layer(inputs)))
     model.compile("sgd", "mse")
-    model.fit(x, np.zeros(x.shape[:-1] + (1,), "float32"), batch_size=len(x), verbose=0)
+    model.fit(x, np.zeros((*x.shape[:-1], 1), "float32"), batch_size=len(x), verbose=0)
 
 
 def moving_mean(layer: Any) -> np.ndarray:
