@@ -36,10 +36,15 @@ def test_norms_are_converted_wherever_they_are_held() -> None:
     model, theirs, report = Model(nnx.Rngs(0)), Model(nnx.Rngs(0)), []
     norm, scale, mean = model.norm, model.norm.scale, model.norm.mean
     assert convert_batchnorm(model, report=report) is model
-    assert len(report) == 4 and all(one.after is BatchNorm for one in report)
-    assert model.norm is model.again is norm and norm.scale is scale and norm.mean is mean
-    assert float(norm.momentum[...]) == pytest.approx(0.9) and norm.epsilon == 1e-4
-    assert model.many[0].bias is None and model.named["a"].scale is None
+    assert len(report) == 4
+    assert all(one.after is BatchNorm for one in report)
+    assert model.norm is model.again is norm
+    assert norm.scale is scale
+    assert norm.mean is mean
+    assert float(norm.momentum[...]) == pytest.approx(0.9)
+    assert norm.epsilon == 1e-4
+    assert model.many[0].bias is None
+    assert model.named["a"].scale is None
     np.testing.assert_allclose(model(rows()), theirs(rows()), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(norm.var[...], theirs.norm.var[...], rtol=1e-4)
     model.eval(), theirs.eval()
@@ -77,7 +82,8 @@ def test_stacked_layers_are_converted_and_scanned(options: dict[str, Any]) -> No
     if not options:
         np.testing.assert_allclose(y, run(theirs, rows()), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=1e-4, atol=1e-5)
-    assert ours.momentum[...].shape == (3,) and bool(jnp.isfinite(y).all())
+    assert ours.momentum[...].shape == (3,)
+    assert bool(jnp.isfinite(y).all())
 
 
 def test_evaluation_stays_evaluation() -> None:
@@ -95,7 +101,8 @@ def test_half_statistics_become_float32() -> None:
 def test_names_choose_layers() -> None:
     model, report = Model(nnx.Rngs(0)), []
     convert_batchnorm(model, only=["many.*", "chain.*"], skip="many.0", report=report)
-    assert type(model.chain.layers[1]) is BatchNorm and type(model.many[0]) is nnx.BatchNorm
+    assert type(model.chain.layers[1]) is BatchNorm
+    assert type(model.many[0]) is nnx.BatchNorm
     assert sorted(one.reason for one in report) == ["", *["not chosen by name"] * 3]
 
 

@@ -71,7 +71,8 @@ def test_nested_shared_and_composite_norms_are_converted_in_place() -> None:
         "block/last", "block/norm", "inner/deep", "shared",
     ]  # fmt: skip
     assert all(one[1:] == (Stock, BatchNormalization, "") for one in report)
-    assert model.get_layer("shared") is shared and shared.momentum == 0.5
+    assert model.get_layer("shared") is shared
+    assert shared.momentum == 0.5
     assert all(a is b for a, b in zip(model.weights, weights, strict=True))
     np.testing.assert_allclose(evaluate(model, x), before, rtol=1e-5, atol=1e-5)
 
@@ -96,13 +97,15 @@ def test_a_compiled_model_keeps_its_optimizer_and_takes_new_steps() -> None:
     optimizer = model.optimizer
     convert_batchnorm(model, renorm=True)
     step(model)
-    assert model.optimizer is optimizer and int(optimizer.iterations) == 2
+    assert model.optimizer is optimizer
+    assert int(optimizer.iterations) == 2
 
 
 def test_a_subclassed_model_that_was_not_built_yet() -> None:
     model = convert_batchnorm(Subclassed())
     model(rows())
-    assert type(model.norm) is BatchNormalization and model.norm._channels == (4,)
+    assert type(model.norm) is BatchNormalization
+    assert model.norm._channels == (4,)
     assert type(model.block.more[1]) is BatchNormalization
 
 
@@ -139,7 +142,8 @@ def test_names_choose_layers() -> None:
 def test_trainable_and_names_are_kept() -> None:
     layer = Stock(name="frozen", trainable=False)
     convert_batchnorm(layer)
-    assert layer.name == "frozen" and not layer.trainable
+    assert layer.name == "frozen"
+    assert not layer.trainable
 
 
 def test_what_cannot_be_exchanged_is_listed() -> None:

@@ -59,6 +59,14 @@ class WeightedNormalization(keras.layers.BatchNormalization):
         self._flat_weights = rest.pop("flat_weights", False)
         super().build_from_config(rest)
 
+    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
+        """The call as it is: a step keeps its input alone, which a recomputation needs as well.
+
+        In `keras.RematScope` a recomputed pass would move the statistics again, and with JAX leak
+        them out of the trace.
+        """
+        return layer_call
+
     @names_errors()
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """x's shape."""
