@@ -49,7 +49,7 @@ class WeightedNormalization(keras.layers.BatchNormalization):
         self.input_spec = keras.layers.InputSpec(ndim=len(shape), axes={a: shape[a] for a in named})
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """What `build_from_config` needs to make weights of the same shapes."""
+        """The input shape and weight layout that `build_from_config` reads."""
         config = super().get_build_config()
         return config | {"flat_weights": True} if config and self._flat_weights else config
 
