@@ -1,13 +1,15 @@
 """Batch normalization for JAX: pure functions for any library, and a flax nnx layer.
 
-Importing this module imports jax; `BatchNorm`, `Momentum` and `load_state` import flax when they
-are first used.
+Importing this module imports jax; `BatchNorm`, `Momentum`, `convert_batchnorm` and `load_state`
+import flax when they are first used.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
+from batchnorm.core.conversion import Conversion
 from batchnorm.core.moments import Moments
 
 try:
@@ -29,27 +31,34 @@ from batchnorm.jax.masks import sequence_mask
 
 __all__ = [
     "BatchNorm",
+    "Conversion",
     "Moments",
     "Momentum",
     "RenormStatistics",
     "RunningStatistics",
     "batch_norm",
     "batch_norm_inference",
+    "convert_batchnorm",
     "init_running",
     "load_state",
     "sequence_mask",
     "update_running",
 ]
 
-_LAYERS = ("BatchNorm", "Momentum", "load_state")
+_MODULES = {
+    "BatchNorm": "layers",
+    "Momentum": "layers",
+    "convert_batchnorm": "convert",
+    "load_state": "loading",
+}
 
 
 def __getattr__(name: str) -> Any:
     """The layer's names, for those who have flax."""
-    if name not in _LAYERS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from batchnorm.jax import layers, loading
+        module = importlib.import_module(f"batchnorm.jax.{_MODULES[name]}")
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("flax"):
             raise
@@ -57,4 +66,4 @@ def __getattr__(name: str) -> Any:
             f"batchnorm.jax.{name} is a flax module; install it with "
             "pip install 'batchnorm[jax]'. The functions need jax only."
         ) from error
-    return getattr(loading if name == "load_state" else layers, name)
+    return getattr(module, name)

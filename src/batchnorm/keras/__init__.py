@@ -8,6 +8,8 @@ except ImportError as error:
         "install it with: pip install 'batchnorm[keras]', and one of tensorflow, jax and torch"
     ) from error
 
+from batchnorm.core.conversion import Conversion
+from batchnorm.keras.convert import convert_batchnorm
 from batchnorm.keras.files import load_weights
 from batchnorm.keras.layers import BatchNormalization, SyncBatchNormalization
 from batchnorm.keras.lengths import sequence_mask
@@ -15,8 +17,10 @@ from batchnorm.keras.masked import MaskedBatchNormalization
 
 __all__ = [
     "BatchNormalization",
+    "Conversion",
     "MaskedBatchNormalization",
     "SyncBatchNormalization",
+    "convert_batchnorm",
     "load_weights",
     "sequence_mask",
 ]

@@ -23,6 +23,8 @@ class WeightedNormalization(keras.layers.BatchNormalization):
 
     _channel_axes: tuple[int, ...] = ()
     _channels: tuple[int, ...] = ()
+    # A converted layer keeps its weights, of shape (C,), with ghost batches too.
+    _flat_weights = False
 
     @names_errors()
     def build(self, input_shape: Any) -> None:
@@ -45,6 +47,25 @@ class WeightedNormalization(keras.layers.BatchNormalization):
         self._make_statistics(kept)
         named = (self.axis,) if isinstance(self.axis, int) else axes
         self.input_spec = keras.layers.InputSpec(ndim=len(shape), axes={a: shape[a] for a in named})
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """The input shape and weight layout that `build_from_config` reads."""
+        config = super().get_build_config()
+        return config | {"flat_weights": True} if config and self._flat_weights else config
+
+    def build_from_config(self, config: Mapping[str, Any]) -> None:
+        """Build as the layer was built that gave `config`."""
+        rest = dict(config or {})
+        self._flat_weights = rest.pop("flat_weights", False)
+        super().build_from_config(rest)
+
+    def rematerialized_call(self, layer_call: Any, *args: Any, **kwargs: Any) -> Any:
+        """The call as it is: a step keeps its input alone, which a recomputation needs as well.
+
+        In `keras.RematScope` a recomputed pass would move the statistics again, and with JAX leak
+        them out of the trace.
+        """
+        return layer_call
 
     @names_errors()
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
@@ -91,11 +112,15 @@ class WeightedNormalization(keras.layers.BatchNormalization):
     def _make_statistics(self, shape: tuple[int, ...]) -> None:
         """Add the weights that training moves."""
         mean, variance = self.moving_mean_initializer, self.moving_variance_initializer
-        initializers = {"moving_mean": mean, "moving_variance": variance}
+        for name, initializer in (("moving_mean", mean), ("moving_variance", variance)):
+            setattr(self, name, add_statistic(self, name, shape, initializer, self._weight_type))
         if self.renorm:
-            stddev = square_root_of(variance)
-            initializers |= dict(zip(_RENORM_WEIGHTS, (stddev, clone(mean), stddev), strict=True))
-        for name, initializer in initializers.items():
+            self._add_renorm_weights(shape)
+
+    def _add_renorm_weights(self, shape: tuple[int, ...]) -> None:
+        stddev = square_root_of(self.moving_variance_initializer)
+        starts = (stddev, clone(self.moving_mean_initializer), stddev)
+        for name, initializer in zip(_RENORM_WEIGHTS, starts, strict=True):
             setattr(self, name, add_statistic(self, name, shape, initializer, self._weight_type))
 
     def _running(self) -> Running:
@@ -129,7 +154,7 @@ class WeightedNormalization(keras.layers.BatchNormalization):
         return list(self.axis) if isinstance(self.axis, list) else self.axis
 
     def _weight_shape(self, rank: int) -> tuple[int, ...]:
-        if len(self._channels) == 1 and self.virtual_batch_size is None:
+        if len(self._channels) == 1 and (self._flat_weights or self.virtual_batch_size is None):
             return self._channels
         sizes = dict(zip(self._channel_axes, self._channels, strict=True))
         return tuple(sizes.get(a, 1) for a in range(rank))

@@ -1,0 +1,205 @@
+"""Exchanging the batch norms of a whole model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from batchnorm.core.conversion import Conversion, check_patterns, choose, summarize
+from batchnorm.core.declaration import list_arguments
+from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
+from batchnorm.core.layout import normalize_axis
+from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.options import OPTIONS, check_ghost_axes, make_attributes
+
+__all__ = ["convert_batchnorm"]
+
+_ACCEPTED = (
+    "momentum",
+    "epsilon",
+    "renorm",
+    "renorm_clipping",
+    "renorm_momentum",
+    "virtual_batch_size",
+    "adjustment",
+    "synchronized",
+    "axis_name",
+    "process_group",
+    "fused",
+)
+
+
+@names_errors("convert_batchnorm")
+def convert_batchnorm(
+    model: keras.layers.Layer,
+    *,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] | None = None,
+    report: list[Conversion] | None = None,
+    **options: Any,
+) -> keras.layers.Layer:
+    """Make every Keras batch norm inside `model` one of this library's, in place.
+
+    Args:
+        model: functional, sequential or subclassed, or a layer; built or not.
+        only: pattern for names, as of `fnmatch`, or several: other layers keep their class. A
+            name is the path of layer names below the model, like `block/norm`.
+        skip: patterns for names of layers to leave alone; they win over `only`.
+        report: a list that gets one `Conversion` for each batch norm that is not yet this
+            library's.
+        **options: options of `BatchNormalization` for all of them: momentum, epsilon, renorm,
+            renorm_clipping, renorm_momentum, virtual_batch_size, adjustment, synchronized,
+            axis_name, process_group, fused.
+
+    Layers stay the very same objects, wherever they are held: in functional graphs, nested models
+    and composite layers. So do their weights, names, `trainable` flags, and the model's optimizer;
+    compiled steps are made anew. Renormalization's statistics start from the moving ones (S11).
+    A model or composite layer that builds its layers in its own constructor does so again when it
+    is loaded, with Keras's: convert it after loading.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: not a layer, or an unknown option.
+        ValueError: a bad option. The model is unchanged then.
+
+    Warns:
+        UserWarning: layers that were left alone, with the reasons.
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+    >>> type(convert_batchnorm(model).layers[0]).__module__
+    'batchnorm.keras.layers'
+    """
+    _check_arguments(model, only, skip, options)
+    found: list[tuple[Any, Conversion]] = []
+    for name, layer in _walk(model, "", set()):
+        if not isinstance(layer, keras.layers.BatchNormalization):
+            continue
+        if isinstance(layer, BatchNormalization.__bases__[0]):
+            continue
+        reason = _reason_to_leave(layer) if choose(name, only, skip) else "not chosen by name"
+        after = None if reason else BatchNormalization
+        found.append((layer, Conversion(name, type(layer), after, reason)))
+    chosen = [layer for layer, one in found if not one.reason]
+    made = [_attributes_for(layer, options) for layer in chosen]
+    for layer, attributes in zip(chosen, made, strict=True):
+        _become_ours(layer, attributes)
+    if chosen:
+        _forget_compiled_steps(model)
+    _tell([one for _, one in found], report)
+    return model
+
+
+def _tell(found: list[Conversion], report: list[Conversion] | None) -> None:
+    """Fill the report, and warn of layers that were left though they were chosen."""
+    if report is not None:
+        report.extend(found)
+    left = [one for one in found if one.reason not in ("", "not chosen by name")]
+    if left:
+        warnings.warn(f"convert_batchnorm: left alone: {summarize(left)}.", stacklevel=4)
+
+
+def _walk(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """A layer and those inside, each once, with the path of names below the first."""
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield path, layer
+    # A Sequential model holds its layers, and a functional model of the same ones.
+    for child in getattr(layer, "layers", None) or []:
+        yield from _walk(child, f"{path}/{child.name}" if path else child.name, seen)
+    for child in layer._layers:
+        yield from _walk(child, f"{path}/{child.name}" if path else child.name, seen)
+
+
+def _reason_to_leave(layer: Any) -> str:
+    """The reason why a layer cannot be exchanged, or an empty string."""
+    if type(layer) is not keras.layers.BatchNormalization:
+        return "a subclass may compute something else"
+    if "call" in vars(layer):
+        return "its call is patched; convert first, then patch"
+    types = sorted({str(w.dtype) for w in layer.weights} & {"float16", "bfloat16"})
+    if types:
+        return f"its statistics are {types[0]}, ours are float32; build it with a mixed policy"
+    return ""
+
+
+def _attributes_for(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that make a layer ours, all of them checked."""
+    held = {name: getattr(layer, name) for name in list_arguments(OPTIONS) if hasattr(layer, name)}
+    attributes = make_attributes(held | options)
+    if layer.built:
+        if layer.renorm and not attributes["renorm"]:
+            raise ArgumentValueError(
+                f"renorm must stay True for layer {layer.name!r}, which has renormalization's "
+                "weights; got False. Leave it out."
+            )
+        rank = len(layer._reduction_axes) + 1
+        axes = normalize_axis(attributes["axis"], rank)
+        check_ghost_axes(attributes["virtual_batch_size"], axes, attributes["axis"])
+    return attributes
+
+
+def _become_ours(layer: Any, attributes: dict[str, Any]) -> None:
+    """Change the class of a layer; its graph, holders, weights and optimizer stay valid."""
+    had_renorm = layer.renorm
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    object.__setattr__(layer, "__class__", BatchNormalization)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    layer._read_options()
+    _bind_build(layer)
+    if layer.built:
+        rank = len(layer._reduction_axes) + 1
+        layer._channel_axes = normalize_axis(layer._plain_axis(), rank)
+        layer._channels = tuple(layer.moving_mean.shape)
+        layer._flat_weights = True
+        if layer.renorm and not had_renorm:
+            with layer._open_name_scope():
+                _add_renorm(layer)
+    if locked:
+        layer._tracker.lock()
+
+
+def _bind_build(layer: Any) -> None:
+    """Let Keras's wrapper of `build`, which each instance holds, call our method."""
+    wrapper = vars(layer)["build"]
+    cell = wrapper.__closure__[wrapper.__code__.co_freevars.index("original_build_method")]
+    cell.cell_contents = BatchNormalization.build.__get__(layer)
+
+
+def _add_renorm(layer: Any) -> None:
+    """Add renormalization's weights to a built layer, as its moving statistics say (S11)."""
+    mean, variance = (
+        keras.ops.convert_to_numpy(weight) for weight in (layer.moving_mean, layer.moving_variance)
+    )
+    layer._add_renorm_weights(tuple(layer.moving_mean.shape))
+    parameters = [keras.ops.convert_to_numpy(w) for w in (layer.gamma, layer.beta) if w is not None]
+    layer.set_weights([*parameters, np.asarray(mean), np.asarray(variance)])
+
+
+def _forget_compiled_steps(model: Any) -> None:
+    """Let compiled models trace their steps anew."""
+    for layer in model._flatten_layers(include_self=True, recursive=True):
+        if isinstance(layer, keras.Model):
+            layer.train_function = layer.test_function = layer.predict_function = None
+
+
+def _check_arguments(model: Any, only: Any, skip: Any, options: dict[str, Any]) -> None:
+    if not isinstance(model, keras.layers.Layer):
+        raise ArgumentTypeError(
+            f"model must be a Keras model or layer; got {type(model).__name__}."
+        )
+    check_patterns("only", only)
+    check_patterns("skip", skip)
+    if unknown := sorted(set(options) - set(_ACCEPTED)):
+        raise ArgumentTypeError(
+            f"options must be among {', '.join(_ACCEPTED)}; got {', '.join(unknown)}."
+        )
+    make_attributes(options)
