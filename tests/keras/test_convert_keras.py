@@ -136,7 +136,7 @@ def test_names_choose_layers() -> None:
     convert_batchnorm(model, only=["block/*", "inner/*"], skip="*/last", report=report)
     chosen = {one.name for one in report if one.after is BatchNormalization}
     assert chosen == {"block/norm", "inner/deep"}
-    assert {one.reason for one in report if one.after is None} == {"not chosen by name"}
+    assert {one.reason for one in report if one.after is None} == {"only= does not name it"}
 
 
 def test_trainable_and_names_are_kept() -> None:

@@ -20,8 +20,8 @@ class Conversion(NamedTuple):
     """
 
     name: str
-    before: str
-    after: str | None = None
+    before: type[Any]
+    after: type[Any] | None = None
     reason: str = ""
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from batchnorm.core.conversion import Conversion, check_patterns, choose, summarize
+from batchnorm.core.conversion import Conversion, check_choice, check_report, describe_left
 from batchnorm.core.declaration import check_arguments, list_arguments
 from batchnorm.core.errors import ArgumentTypeError, names_errors
 from batchnorm.core.running import derive_renorm
@@ -34,7 +34,6 @@ _ACCEPTED = (
     "fused",
     "promote_dtype",
 )
-_NOT_CHOSEN = "not chosen by name"
 
 
 @names_errors("convert_batchnorm")
@@ -81,22 +80,27 @@ def convert_batchnorm(
     >>> type(convert_batchnorm(model).layers[0]).__module__
     'batchnorm.jax.layers'
     """
-    _check_call(module, only, skip, options)
+    _check_call(module, options)
+    choice = check_choice(only, skip)
+    report = check_report(report)
+    left: list[Conversion] = []
     found: list[tuple[Any, Conversion]] = []
     for path, layer in nnx.iter_modules(module):
         if not isinstance(layer, nnx.BatchNorm):
             continue
         name = ".".join(map(str, path))
-        reason = _reason_to_leave(layer) if choose(name, only, skip) else _NOT_CHOSEN
+        refused = choice.refuse(name)
+        reason = refused or _reason_to_leave(layer)
         found.append((layer, Conversion(name, type(layer), None if reason else BatchNorm, reason)))
+        if reason and not refused:
+            left.append(found[-1][1])
     chosen = [layer for layer, one in found if not one.reason]
     made = [_attributes_for(layer, options) for layer in chosen]
     for layer, attributes in zip(chosen, made, strict=True):
         _become_ours(layer, attributes)
-    if report is not None:
-        report.extend(one for _, one in found)
-    if left := [one for _, one in found if one.reason not in ("", _NOT_CHOSEN)]:
-        warnings.warn(f"convert_batchnorm: left alone: {summarize(left)}.", stacklevel=3)
+    report.extend(one for _, one in found)
+    if left:
+        warnings.warn(f"convert_batchnorm: left alone: {describe_left(left)}.", stacklevel=3)
     return module
 
 
@@ -149,11 +153,9 @@ def _become_ours(layer: Any, attributes: dict[str, Any]) -> None:
             setattr(layer, name, nnx.BatchStat(jnp.array(value, copy=True)))
 
 
-def _check_call(module: Any, only: Any, skip: Any, options: dict[str, Any]) -> None:
+def _check_call(module: Any, options: dict[str, Any]) -> None:
     if not isinstance(module, nnx.Module):
         raise ArgumentTypeError(f"module must be a flax.nnx.Module; got {type(module).__name__}.")
-    check_patterns("only", only)
-    check_patterns("skip", skip)
     if unknown := sorted(set(options) - set(_ACCEPTED)):
         raise ArgumentTypeError(
             f"options must be among {', '.join(_ACCEPTED)}; got {', '.join(unknown)}."

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from batchnorm.core.conversion import Conversion, check_patterns, choose, summarize
+from batchnorm.core.conversion import Conversion, check_choice, check_report, describe_left
 from batchnorm.core.declaration import list_arguments
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.core.layout import normalize_axis
@@ -75,33 +75,32 @@ def convert_batchnorm(
     >>> type(convert_batchnorm(model).layers[0]).__module__
     'batchnorm.keras.layers'
     """
-    _check_arguments(model, only, skip, options)
+    _check_arguments(model, options)
+    choice = check_choice(only, skip)
+    report = check_report(report)
+    left: list[Conversion] = []
     found: list[tuple[Any, Conversion]] = []
     for name, layer in _walk(model, "", set()):
         if not isinstance(layer, keras.layers.BatchNormalization):
             continue
         if isinstance(layer, BatchNormalization.__bases__[0]):
             continue
-        reason = _reason_to_leave(layer) if choose(name, only, skip) else "not chosen by name"
+        refused = choice.refuse(name)
+        reason = refused or _reason_to_leave(layer)
         after = None if reason else BatchNormalization
         found.append((layer, Conversion(name, type(layer), after, reason)))
+        if reason and not refused:
+            left.append(found[-1][1])
     chosen = [layer for layer, one in found if not one.reason]
     made = [_attributes_for(layer, options) for layer in chosen]
     for layer, attributes in zip(chosen, made, strict=True):
         _become_ours(layer, attributes)
     if chosen:
         _forget_compiled_steps(model)
-    _tell([one for _, one in found], report)
-    return model
-
-
-def _tell(found: list[Conversion], report: list[Conversion] | None) -> None:
-    """Fill the report, and warn of layers that were left though they were chosen."""
-    if report is not None:
-        report.extend(found)
-    left = [one for one in found if one.reason not in ("", "not chosen by name")]
+    report.extend(one for _, one in found)
     if left:
-        warnings.warn(f"convert_batchnorm: left alone: {summarize(left)}.", stacklevel=4)
+        warnings.warn(f"convert_batchnorm: left alone: {describe_left(left)}.", stacklevel=3)
+    return model
 
 
 def _walk(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
@@ -191,13 +190,11 @@ def _forget_compiled_steps(model: Any) -> None:
             layer.train_function = layer.test_function = layer.predict_function = None
 
 
-def _check_arguments(model: Any, only: Any, skip: Any, options: dict[str, Any]) -> None:
+def _check_arguments(model: Any, options: dict[str, Any]) -> None:
     if not isinstance(model, keras.layers.Layer):
         raise ArgumentTypeError(
             f"model must be a Keras model or layer; got {type(model).__name__}."
         )
-    check_patterns("only", only)
-    check_patterns("skip", skip)
     if unknown := sorted(set(options) - set(_ACCEPTED)):
         raise ArgumentTypeError(
             f"options must be among {', '.join(_ACCEPTED)}; got {', '.join(unknown)}."

@@ -84,12 +84,12 @@ def convert_batchnorm(
     _check_options(options)
     choice = check_choice(only, skip)
     check_flag("frozen_copies", frozen_copies)
-    check_report(report)
+    report = check_report(report)
     found: list[Conversion] = []
     told: list[Conversion] = []  # that the user should know without asking
 
     def replace(name: str, layer: nn.Module) -> nn.Module | None:
-        before = type(layer).__name__
+        before = type(layer)
         reason = choice.refuse(name)
         new = convert_layer(name, layer, options, frozen_copies, reason)
         if isinstance(new, Left):
@@ -97,15 +97,14 @@ def convert_batchnorm(
             told.extend(found[-1:] if new.warns else ())
             return None
         if new is not None:
-            found.append(Conversion(name, before, type(new).__name__))
+            found.append(Conversion(name, before, type(new)))
         return new
 
     module = exchange(module, replace)
     if told:
         warnings.warn(f"convert_batchnorm: left alone: {describe_left(told)}.", stacklevel=3)
     _set_ranks(module, choice, options)
-    if report is not None:
-        report.extend(found)
+    report.extend(found)
     return module
 
 
