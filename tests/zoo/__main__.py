@@ -17,6 +17,7 @@ from typing import Any
 
 from checks import CHECKS, Pair
 from models import MODELS
+from torchvision_operators import declare
 
 RESULTS = Path(__file__).parent / "results.json"
 
@@ -56,6 +57,7 @@ def _versions() -> dict[str, str]:
 
 def main() -> int:
     """Examine the models that the command line names, or all."""
+    declare()
     warnings.simplefilter("ignore")  # of packages; those of conversion are recorded
     chosen, rows = sys.argv[1:] or list(MODELS), []
     for name in chosen:

@@ -42,7 +42,11 @@ def first_tensor(out: Any) -> Tensor:
 def _hugging(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         library = import_module("transformers")
-        return getattr(library, model)(getattr(library, config)(**options))
+        settings = getattr(library, config)(**options)
+        if hasattr(library, model):
+            return getattr(library, model)(settings)
+        inner = import_module(type(settings).__module__.replace("configuration", "modeling"))
+        return getattr(inner, model)(settings)
 
     return build
 
