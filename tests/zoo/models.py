@@ -263,7 +263,7 @@ MODELS: dict[str, Entry] = {
         _call("torch_geometric.nn", "GIN", 8, 16, 3, out_channels=4, norm="BatchNorm"),
         _graph,
     ),
-    "PNA-like GCN": Entry(
+    "GCN": Entry(
         "torch_geometric",
         _call("torch_geometric.nn", "GCN", 8, 16, 3, out_channels=4, norm="BatchNorm"),
         _graph,
