@@ -11,7 +11,7 @@ FILES ?= 3000
 CASES ?= 300
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test test-all mutants lint format bench bench-gpu dist docs pictures sanitize clean
+.PHONY: demo test test-all test-zoo mutants lint format bench bench-gpu dist docs pictures sanitize clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -31,6 +31,19 @@ test-all: test $(CMAKE)
 	    $(abspath $(BIN))/python -m conformance $$path random $(CASES) 1 || exit 1; \
 	done
 	$(BIN)/python tests/run.py --rest --workers $(WORKERS)
+
+# Models of other packages, in an environment of its own; writes tests/zoo/results.json.
+test-zoo: .venv-zoo/.installed
+	.venv-zoo/bin/python tests/zoo/guide.py
+	.venv-zoo/bin/python tests/zoo
+
+.venv-zoo/.installed: tests/zoo/requirements.txt constraints.txt pyproject.toml CMakeLists.txt $(NATIVE)
+	test -d .venv-zoo || $(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet --upgrade "pip>=24"
+	PIP_CONSTRAINT=constraints.txt .venv-zoo/bin/python -m pip install --quiet --editable ".[dev]"
+	PIP_CONSTRAINT=constraints.txt .venv-zoo/bin/python -m pip install --quiet \
+	    --requirement tests/zoo/requirements.txt
+	touch $@
 
 # Are the table's cover and the table equally sharp? Half an hour.
 mutants: $(VENV)/.installed $(CMAKE)
@@ -82,7 +95,7 @@ $(BIN)/cmake: $(VENV)/.installed
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet cmake
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.png
+	rm -rf $(VENV) .venv-zoo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.png
 
 # PIP_CONSTRAINT reaches build environments too. Old pips cannot install editable wheels.
 $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parent.parent
 SPEC = "spec.html"
+ZOO = ROOT / "tests/zoo/results.json"
 # Pages link to these by paths that work in the repository, and the site carries them along.
 CARRIED = ("benchmarks/results/*.md", "benchmarks/results/*.png", "examples/*.py")
 _OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|examples)/)")
@@ -31,9 +33,37 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links that leave docs/ lead to the files carried along."""
+    """Let links that leave docs/ lead to the files carried along, and put in the zoo's table."""
+    if page.file.src_uri == "zoo.md":
+        markdown = markdown.replace("<!-- zoo -->", zoo_table())
     up = "../" * page.file.src_uri.count("/")
     return _OUTSIDE.sub(rf"]({up}\1", markdown)
+
+
+def zoo_table() -> str:
+    """The zoo's results as tables, and the versions they are of."""
+    results = json.loads(ZOO.read_text())
+    rows = [row for row in results["rows"] if "missing" not in row]
+    checks = [key for key in rows[0] if key not in ("model", "package", "warnings")]
+    lines = ["| model | package | " + " | ".join(checks) + " |", "|---" * (len(checks) + 2) + "|"]
+    for row in rows:
+        cells = [row["model"], row["package"], *(_zoo_cell(row[check]) for check in checks)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines += [
+        f"- {r['model']} did not run: {r['missing']}" for r in results["rows"] if "missing" in r
+    ]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    return "\n".join([*lines, "", f"Versions: {versions}. Command: `{results['command']}`."])
+
+
+def _zoo_cell(value: Any) -> str:
+    """A cell: reasons without bars, numbers with two digits."""
+    if isinstance(value, bool):
+        return "same" if value else "**different**"
+    if isinstance(value, float):
+        return f"{value:.1e}"
+    return str(value).replace("not applicable: ", "– ").replace("|", "/")
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:

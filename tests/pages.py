@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -73,6 +74,15 @@ def read_blocks(page: Path) -> list[Block]:
 def python_blocks(page: Path, *, keras: bool) -> list[Block]:
     """Blocks that run, with Keras or without."""
     return [b for b in read_blocks(page) if b.language == "python" and b.keras == keras]
+
+
+def missing_package(blocks: Iterable[Block]) -> str | None:
+    """A top-level package that blocks import and that is not installed."""
+    for block in blocks:
+        for name in re.findall(r"^ *(?:import|from) (\w+)", block.code, re.MULTILINE):
+            if name != "page" and find_spec(name) is None:
+                return name
+    return None
 
 
 def run(blocks: Iterable[Block]) -> dict[str, Any]:
