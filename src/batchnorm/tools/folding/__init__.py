@@ -60,8 +60,8 @@ def fold(
     adapter = adapter_for(layers[0].framework)
     if pairs is not None and not adapter.takes_pairs:
         raise ValueError(
-            f"fold: pairs are for flax nnx and torch; a {adapter.name} model tells the order of its "
-            "layers."
+            f"fold: pairs are for flax nnx and torch; a {adapter.name} model tells "
+            "the order of its layers."
         )
     new = adapter.fold(
         model, layers, example, pairs, partial(refuse_difference, tolerance=tolerance)

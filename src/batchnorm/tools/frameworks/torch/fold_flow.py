@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from batchnorm.tools.frameworks.affine import Affine, affine_of
 from batchnorm.tools.frameworks.records import Folded, Kept
 from batchnorm.tools.frameworks.torch import linear_maps as maps
-from batchnorm.tools.frameworks.torch.fold_record import Call, Layout, Recorder
+from batchnorm.tools.frameworks.torch.fold_calls import Call, reaches
+from batchnorm.tools.frameworks.torch.fold_record import Recorder
 from batchnorm.tools.frameworks.torch.fold_rest import refuse_rest, rest_of
 from batchnorm.tools.text import list_names
 
@@ -120,12 +120,12 @@ class FlowFolder:
         return found[0]
 
     def _refuse_pair(self, fold: _Fold) -> str | None:
+        kind, module = fold.map.kind, fold.map.module
+        assert kind is not None
+        groups = _groups(fold.map) or getattr(module, "groups", 1)
+        side = 1 if fold.behind else kind.output
+        size = module.weight.shape[side] * (groups if side == 1 else 1)
         features = fold.norm.module.num_features
-        side = 1 - fold.map.kind.output if fold.behind else fold.map.kind.output
-        size = fold.map.module.weight.shape[side]
-        groups = _groups(fold.map)
-        if fold.map.kind.output == 1 - side or fold.map.kind.output == 1:
-            size *= groups
         if features != size:
             return f"{self._name(fold.map)} has {size} channels there, the batch norm {features}"
         if fold.behind:
@@ -192,6 +192,7 @@ class FlowFolder:
     def _refuse_zeros(self, call: Call, affine: Affine) -> str | None:
         if call.whole:
             return maps.refuse_padding(call.module, affine)
+        assert call.kind is not None
         size = tuple(call.module.weight.shape[2:])
         return maps.refuse_zeros(call.kind, call.given.get("padding", 0), size, affine)
 
@@ -245,43 +246,6 @@ class FlowFolder:
         return reader if isinstance(reader, str) else self._name(reader)
 
 
-def reaches(call: Call, axis: int | None, x: Layout | None, x_axis: int | None) -> bool:
-    """True if axis `x_axis` of a tensor in the memory of a call's output counts its channels.
-
-    Every element of the output is marked with its channel, copies take the marks along, and the
-    tensor must find them in order. So views, transposed and flattened ones too, need no rules.
-    """
-    if call.y is None or x is None or axis is None or x_axis is None:
-        return False
-    if call.y.dtype is not x.dtype or not x.shape or not call.y.shape[axis]:
-        return False
-    marks = {call.y.storage: _write(call.y, _numbers(call.y.shape, axis))}
-    for source, copy in call.copies:
-        marks[copy.storage] = _write(copy, _read(marks[source.storage], source))
-    found = _read(marks[x.storage], x) if x.storage in marks else None
-    return (
-        found is not None
-        and found.shape[x_axis] == call.y.shape[axis]
-        and torch.equal(found, _numbers(x.shape, x_axis))
-    )
-
-
-def _numbers(shape: tuple[int, ...], axis: int) -> Tensor:
-    sizes = [1] * len(shape)
-    sizes[axis] = shape[axis]
-    return torch.arange(shape[axis], dtype=torch.int32).reshape(sizes).expand(shape)
-
-
-def _write(layout: Layout, values: Tensor) -> Tensor:
-    memory = torch.full((layout.size,), -1, dtype=torch.int32)
-    memory.as_strided(layout.shape, layout.stride, layout.offset).copy_(values)
-    return memory
-
-
-def _read(memory: Tensor, layout: Layout) -> Tensor:
-    return memory.as_strided(layout.shape, layout.stride, layout.offset)
-
-
 def _axis(call: Call) -> int | None:
     """The axis of a call's input and output that holds channels."""
     assert call.x is not None
@@ -301,7 +265,7 @@ def _groups(call: Call) -> int | None:
 
 
 def _refuse_own(norm: Call) -> str | None:
-    """What a batch norm itself does to its output."""
+    """The residual or activation of a batch norm itself, or None."""
     activation = getattr(norm.module, "activation", None) if norm.whole else None
     residual = "its own residual" if norm.given.get("residual") is not None else None
     return residual if activation is None else f"its own {activation}"

@@ -6,8 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,61 +16,33 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.tools.frameworks.torch import linear_maps as maps
+from batchnorm.tools.frameworks.torch.fold_calls import Call, Layout, layout_of
 from batchnorm.tools.frameworks.torch.values import tensors_in
 
 _BATCH_NORM = inspect.signature(functional.batch_norm)
+# These ask for shape and type alone.
+_LIKE: tuple[str, ...] = (
+    "ones_like",
+    "zeros_like",
+    "empty_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+)
+_LIKE += ("new_zeros", "new_ones", "new_empty", "new_full")
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 # What a call may tell about a tensor without reading its values.
-_FACTS = (Tensor, bool, int, str, type(None), torch.dtype, torch.device, torch.layout)
+_FACTS: tuple[type, ...] = (
+    Tensor,
+    bool,
+    int,
+    str,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+)
 _FACTS += (torch.Size, torch.memory_format)
-
-
-class Layout(NamedTuple):
-    """The place of a strided tensor's elements in its memory, which has room for `size`."""
-
-    storage: int
-    size: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-def layout_of(tensor: Tensor) -> Layout | None:
-    """The layout of a strided tensor, else None."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return None
-    memory = tensor.untyped_storage()
-    size = memory.nbytes() // tensor.element_size()
-    place = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-    return Layout(memory._cdata, size, tensor.dtype, *place)
-
-
-@dataclass(eq=False)
-class Call:
-    """A call of a linear map or a batch norm.
-
-    Attributes:
-        module: has the parameters.
-        kind: the axes of a linear map; None for a batch norm.
-        given: the arguments by name; of the module, or of the function that it calls.
-        x: layout of the input, None if it has none.
-        source: the call whose output the input is, or the name of what made it.
-        whole: the module does nothing else.
-        y: layout of the output.
-        readers: calls and names of operators that compute with the output.
-        copies: layouts of parts of the output that were copied, and of the copies.
-    """
-
-    module: Any
-    kind: maps.LinearMap | None
-    given: dict[str, Any]
-    x: Layout | None
-    source: Call | str
-    whole: bool
-    y: Layout | None = None
-    readers: list[Call | str] = field(default_factory=list)
-    copies: list[tuple[Layout, Layout]] = field(default_factory=list)
 
 
 class Recorder:
@@ -279,6 +250,8 @@ class Recorder:
             self._makers[place.storage] = name
         if outputs and not new and None not in made and not operator._schema.is_mutable:
             return  # a view reads nothing
+        if name in _LIKE:
+            return
         if operator in _COPIES and self._note_copy(read[0], made[0], outputs[0]):
             return
         for tensor in inputs:

@@ -1,4 +1,4 @@
-"""What stays in the place of a folded batch norm."""
+"""The module in the place of a folded batch norm."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from batchnorm.core.config import NEGATIVE_SLOPE
 from batchnorm.tools.frameworks.torch import linear_maps as maps
+from batchnorm.tools.frameworks.torch.fold_calls import Call
 from batchnorm.tools.frameworks.torch.fold_graph import trace
-from batchnorm.tools.frameworks.torch.fold_record import Call
 
 
 class Passed(nn.Module):
@@ -72,7 +72,7 @@ def _without_norm(module: nn.Module, norm: Call) -> nn.Module | str:
             graph = trace(module, {_first(module): Tensor()})
     except Exception:  # the module's code may raise anything when traced
         return owner
-    found = [n for n in graph.find_nodes(op="call_function", target=functional.batch_norm)]
+    found = list(graph.find_nodes(op="call_function", target=functional.batch_norm))
     if len(found) != 1 or not isinstance(_input_of(found[0]), fx.Node):
         return owner
     found[0].replace_all_uses_with(_input_of(found[0]))

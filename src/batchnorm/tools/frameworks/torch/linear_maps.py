@@ -166,9 +166,9 @@ def fold_previous(
         groups: of such a module.
     """
     where = kind or _MAPS[type(module)]
-    groups = groups or getattr(module, "groups", 1)
+    groups = getattr(module, "groups", 1) if groups is None else groups
     weight, bias = _wide(module)
-    _replace(module, into_previous(weight, bias, affine, axis=where.output, groups=groups))
+    _replace(module, into_previous(weight, bias, affine, axis=where.output, groups=groups or 1))
 
 
 def fold_next(module: Any, affine: Affine, groups: int | None = None) -> None:
@@ -180,8 +180,8 @@ def fold_next(module: Any, affine: Affine, groups: int | None = None) -> None:
         groups: of a module for which `is_map` is false.
     """
     weight, bias = _wide(module)
-    groups = groups or getattr(module, "groups", 1)
-    _replace(module, into_next(weight, bias, affine, axis=1, output_axis=0, groups=groups))
+    groups = getattr(module, "groups", 1) if groups is None else groups
+    _replace(module, into_next(weight, bias, affine, axis=1, output_axis=0, groups=groups or 1))
 
 
 def _wide(module: Any) -> tuple[Any, Any]:
