@@ -234,15 +234,16 @@ class Untraceable(nn.Module):
         return self.alone(self.tail(self.body(x)))
 
 
-def test_model_that_is_not_traced_folds_neighbours() -> None:
+def test_model_that_is_not_traced_is_folded_by_a_forward_pass() -> None:
     model = trained(Untraceable())
     new, into, kept = folded_by(model)
     assert type(new) is Untraceable
     assert into == {"body.2": "body.0", "body.3": "body.4"}
     assert isinstance(new.body[2], nn.ReLU)
     assert list(kept) == ["body.6", "body.8", "alone"]
-    assert kept["body.6"].startswith("neither neighbour takes it; torch.fx cannot trace the model")
-    assert kept["alone"].startswith("it stands in no nn.Sequential; torch.fx cannot")
+    assert kept["body.6"] == "before it: body.5, but it is used 2 times; behind it: relu"
+    assert "a convolution that pads with zeros" in kept["body.8"]
+    assert kept["alone"] == "before it: relu; behind it: the model's output"
 
 
 def test_layers_in_training_mode_and_frozen_ones() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from batchnorm.tools.folding.report import Folding, FoldReport, check_same
+from batchnorm.tools.folding.report import Folding, FoldReport, check_same, refuse_difference
 from batchnorm.tools.frameworks.records import Folded, Kept
 from batchnorm.tools.frameworks.switch import adapter_for
 from batchnorm.tools.models import find_layers
@@ -32,16 +33,17 @@ def fold(
             arguments (Keras: whatever the model is called with). None makes a random batch where
             model and framework say which shape that has. torch models are read on it too:
             arguments that are left out, or are no tensors, become constants of the new model.
-        pairs: nnx only, where a model does not tell the order of its layers: names of a linear
-            map and a batch norm in the order in which they run, like `[("conv", "norm")]`.
-            Neighbours in `nnx.Sequential` need none.
+        pairs: nnx and torch: names of a linear map and a batch norm in the order in which they
+            run, like `[("conv", "norm")]`; nothing else is folded then. nnx models do not tell
+            the order of their layers, but neighbours in `nnx.Sequential` need none.
         tolerance: largest difference of an output, relative to the largest one; None derives it
             from the type and the number of layers.
 
     Returns:
         The new model, and a report: the layers that were folded, and those that stayed, with the
         reasons. A torch model comes back as a `torch.fx.GraphModule` with the same names; one that
-        torch.fx does not trace as a copy in which neighbours in `nn.Sequential` are folded.
+        torch.fx does not trace, or in which it finds less, as a copy that is folded by the data
+        flow of one forward pass on the example; what is wrong then is undone, with the reason.
 
     Raises:
         TypeError: not a model, or a Keras model of a class of its own.
@@ -56,9 +58,12 @@ def fold(
     if not layers:
         raise ValueError(f"fold: model must hold a batch norm; {type(model).__name__} has none.")
     adapter = adapter_for(layers[0].framework)
-    if pairs is not None and adapter.orders_layers:
+    if pairs is not None and not adapter.takes_pairs:
         raise ValueError(
-            f"fold: pairs are for flax nnx; a {adapter.name} model tells the order of its layers."
+            f"fold: pairs are for flax nnx and torch; a {adapter.name} model tells "
+            "the order of its layers."
         )
-    new = adapter.fold(model, layers, example, pairs)
+    new = adapter.fold(
+        model, layers, example, pairs, partial(refuse_difference, tolerance=tolerance)
+    )
     return Folding(new.model, check_same(new, tolerance))

@@ -10,7 +10,7 @@ import numpy as np
 
 from batchnorm.tools.frameworks.records import Folded, FoldedModel, Kept
 
-__all__ = ["FoldReport", "Folding", "check_same"]
+__all__ = ["FoldReport", "Folding", "check_same", "refuse_difference"]
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,10 @@ def check_same(new: FoldedModel, tolerance: float | None) -> FoldReport:
     a sum of n products is a few times sqrt(n) units in the last place of its terms, and layers
     behind carry it on; 32 units a layer leave room for sums of a thousand terms.
     """
-    allowed = 32 * new.precision * max(new.depth, 1) if tolerance is None else tolerance
-    found = 0.0
-    same = len(new.before) == len(new.after)
-    for ours, theirs in zip(new.before, new.after, strict=False):
-        same = same and ours.shape == theirs.shape
-        if same:
-            found = max(found, _relative_difference(ours, theirs))
-    if not same or not found <= allowed:
-        shown = f"{found:.1e} of the largest output" if same else "in number or shape"
+    allowed = _allowed(new.precision, new.depth, tolerance)
+    found = _difference(new.before, new.after)
+    if not found <= allowed:
+        shown = _show(found)
         raise ValueError(
             f"fold: the folded model must agree with the original within {allowed:.1e}; they "
             f"differ by {shown}. The original is unchanged. Where the batch is not what the model "
@@ -81,6 +76,31 @@ def check_same(new: FoldedModel, tolerance: float | None) -> FoldReport:
             "lost by folding (S19), and tolerance= says how many may be."
         )
     return FoldReport(tuple(new.folded), tuple(new.kept), new.method, found, allowed)
+
+
+def refuse_difference(
+    before: list[Any], after: list[Any], precision: float, depth: int, tolerance: float | None
+) -> str | None:
+    """The reason against a folded copy, or None; arguments as in `FoldedModel`."""
+    found, allowed = _difference(before, after), _allowed(precision, depth, tolerance)
+    if found <= allowed:
+        return None
+    return f"the model differs by {_show(found)}, allowed {allowed:.1e}"
+
+
+def _allowed(precision: float, depth: int, tolerance: float | None) -> float:
+    return 32 * precision * max(depth, 1) if tolerance is None else tolerance
+
+
+def _difference(before: list[Any], after: list[Any]) -> float:
+    """The largest relative difference of an output; NaN where number or shapes differ."""
+    if [a.shape for a in before] != [a.shape for a in after]:
+        return math.nan
+    return max(map(_relative_difference, before, after), default=0.0)
+
+
+def _show(found: float) -> str:
+    return "in number or shape" if math.isnan(found) else f"{found:.1e} of the largest output"
 
 
 def _relative_difference(old: Any, new: Any) -> float:

@@ -10,9 +10,12 @@ from typing import Any, Protocol
 from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
 from batchnorm.tools.state import BatchNormState
 
-__all__ = ["Adapter", "ArrayTree", "States"]
+__all__ = ["Adapter", "ArrayTree", "Judge", "States"]
 
 Pairs = Sequence[tuple[str, str]] | None
+
+# The reason against a folded copy, or None: outputs before and after, precision, depth.
+Judge = Callable[[list[Any], list[Any], float, int], str | None]
 
 
 class States(Protocol):
@@ -48,13 +51,12 @@ class Adapter(Protocol):
     Attributes:
         name: of the framework.
         states: what finds, reads and writes its batch norms.
-        orders_layers: a model of it tells the order in which its layers run, so that `fold` needs
-            no `pairs`.
+        takes_pairs: `fold` takes names of layers that run one after the other.
     """
 
     name: Framework
     states: States
-    orders_layers: bool = True
+    takes_pairs: bool = False
 
     def check_shared(self, pairs: Sequence[tuple[Any, BatchNormState]]) -> None:
         """Raise if layers would get different values of an option that they share.
@@ -111,14 +113,17 @@ class Adapter(Protocol):
         return
 
     @abstractmethod
-    def fold(self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs) -> FoldedModel:
+    def fold(
+        self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs, judge: Judge
+    ) -> FoldedModel:
         """A copy whose batch norms are folded into the linear maps beside them (S19).
 
         Args:
             model: a model of this framework; unchanged.
             layers: its batch norms.
             example: input to run both on, or None for a random batch.
-            pairs: names of layers that run one after the other, where `orders_layers` is False.
+            pairs: names of layers that run one after the other, where `takes_pairs` is True.
+            judge: compares outputs, for adapters that undo folds that it refuses.
         """
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from batchnorm.tools.frameworks.adapter import Adapter, Pairs, States
+from batchnorm.tools.frameworks.adapter import Adapter, Judge, Pairs, States
 from batchnorm.tools.frameworks.keras import states
 from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
 
@@ -42,7 +42,9 @@ class _Keras(Adapter):
     def call(self, model: Any, batch: Any) -> None:
         model(batch)  # a mapping is one input
 
-    def fold(self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs) -> FoldedModel:
+    def fold(
+        self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs, judge: Judge
+    ) -> FoldedModel:
         from batchnorm.tools.frameworks.keras.folding import fold_model
 
         assert pairs is None

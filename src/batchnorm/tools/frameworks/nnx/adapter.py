@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from batchnorm.tools.frameworks.adapter import Adapter, Pairs, States
+from batchnorm.tools.frameworks.adapter import Adapter, Judge, Pairs, States
 from batchnorm.tools.frameworks.nnx import rehearsing, stacked, states
 from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
 from batchnorm.tools.state import BatchNormState
@@ -17,7 +17,7 @@ __all__ = ["ADAPTER"]
 class _Nnx(Adapter):
     name: Framework = "nnx"
     states: States = states
-    orders_layers = False
+    takes_pairs = True
 
     def check_shared(self, pairs: Sequence[tuple[Any, BatchNormState]]) -> None:
         stacked.check_shared(pairs)
@@ -42,7 +42,9 @@ class _Nnx(Adapter):
 
         settle()
 
-    def fold(self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs) -> FoldedModel:
+    def fold(
+        self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs, judge: Judge
+    ) -> FoldedModel:
         from batchnorm.tools.frameworks.nnx.folding import fold_model
 
         return fold_model(model, layers, example, pairs)

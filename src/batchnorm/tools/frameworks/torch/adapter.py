@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from batchnorm.tools.frameworks.adapter import Adapter, Pairs, States
+from batchnorm.tools.frameworks.adapter import Adapter, Judge, Pairs, States
 from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
 from batchnorm.tools.frameworks.torch import rehearsing, states
 
@@ -18,6 +18,7 @@ __all__ = ["ADAPTER"]
 class _Torch(Adapter):
     name: Framework = "torch"
     states: States = states
+    takes_pairs = True
 
     def can_average(self, layer: Any) -> bool:
         return hasattr(layer, "momentum")  # the explicit layer has none
@@ -43,11 +44,12 @@ class _Torch(Adapter):
 
         return watch(layers, see)
 
-    def fold(self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs) -> FoldedModel:
+    def fold(
+        self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs, judge: Judge
+    ) -> FoldedModel:
         from batchnorm.tools.frameworks.torch.folding import fold_model
 
-        assert pairs is None
-        return fold_model(model, layers, example)
+        return fold_model(model, layers, example, pairs, judge)
 
 
 ADAPTER = _Torch()

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from batchnorm.tools.frameworks.adapter import Judge, Pairs
 from batchnorm.tools.frameworks.records import Folded, FoldedModel, FoundLayer, Kept
 from batchnorm.tools.frameworks.torch import linear_maps as maps
+from batchnorm.tools.frameworks.torch.fold_flow import FlowFolder
 from batchnorm.tools.frameworks.torch.fold_graph import GraphFolder, Shapes, trace
-from batchnorm.tools.frameworks.torch.fold_neighbours import fold_neighbours
+from batchnorm.tools.frameworks.torch.fold_record import Recorder
+from batchnorm.tools.frameworks.torch.states import find
+from batchnorm.tools.frameworks.torch.values import tensors_in
 
 # Sizes to try on a model that does not tell the shape of its input, by number of axes.
 _SIZES = {0: (1,), 1: (64, 256), 2: (64, 224, 28), 3: (16, 32)}
@@ -31,7 +34,9 @@ class _Example(NamedTuple):
         return inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments
 
 
-def fold_model(model: nn.Module, layers: list[FoundLayer], example: Any) -> FoldedModel:
+def fold_model(
+    model: nn.Module, layers: list[FoundLayer], example: Any, pairs: Pairs, judge: Judge
+) -> FoldedModel:
     """As `Adapter.fold`."""
     if model.training:
         raise ValueError(
@@ -40,19 +45,33 @@ def fold_model(model: nn.Module, layers: list[FoundLayer], example: Any) -> Fold
         )
     given = _make_example(model) if example is None else _as_example(example)
     before = _run(model, given)
-    new, folded, kept, method, depth = _fold_copy(model, given, before)
-    names = {layer.name for layer in folded} | {layer.name for layer in kept}
-    kept += [
+    precision = max((torch.finfo(a.dtype).eps for a in before if a.is_floating_point()), default=0)
+    if not precision:
+        raise ValueError(
+            "fold: model must return floating tensors, by which the folded model is compared; "
+            f"none was found in what {type(model).__name__} returned."
+        )
+
+    def check(new: nn.Module, depth: int) -> str | None:
+        try:
+            after = _run(new, given)
+        except Exception as error:  # the model's code may read what is gone
+            return f"the model raises {type(error).__name__}: {_first_line(error)}"
+        return judge(_arrays(before), _arrays(after), precision, depth)
+
+    new = _fold_copy(model, given, before, pairs, check)
+    names = {layer.name for layer in new.folded} | {layer.name for layer in new.kept}
+    kept = new.kept + [
         Kept(found.name, "its forward pass does not run it, or computes it by itself")
         for found in layers
         if found.name not in names
     ]
-    present = [a for a in before if a.is_floating_point()]
-    precision = max((torch.finfo(a.dtype).eps for a in present), default=0.0)
-    if isinstance(new, fx.GraphModule):  # which takes tensors only
+    if isinstance(new.model, fx.GraphModule):  # which takes tensors only
         given = _Example(tuple(_tensors(given.names(model))), {})
-    after = _arrays(_run(new, given))
-    return FoldedModel(new, folded, kept, method, depth, _arrays(before), after, precision)
+    after = _arrays(_run(new.model, given))
+    return FoldedModel(
+        new.model, new.folded, kept, new.method, new.depth, _arrays(before), after, precision
+    )
 
 
 class _Copy(NamedTuple):
@@ -65,19 +84,52 @@ class _Copy(NamedTuple):
     depth: int
 
 
-def _fold_copy(model: nn.Module, given: _Example, before: list[Tensor]) -> _Copy:
+_Check = Callable[[nn.Module, int], str | None]
+
+
+def _fold_copy(
+    model: nn.Module, given: _Example, before: list[Tensor], pairs: Pairs, check: _Check
+) -> _Copy:
+    if pairs is not None:
+        return _fold_by_flow(model, given, pairs, check, "pairs")
     root = copy.deepcopy(model)
     graph, obstacle = _try_to_trace(root, given, before)
-    if graph is not None:
-        folder = GraphFolder(root, graph)
-        depth = folder.depth()
-        folded, kept = folder.fold()
-        new = fx.GraphModule(root, graph, type(model).__name__)
-        new.eval()  # a graph module starts in training mode
-        return _Copy(new, folded, kept, "torch.fx", depth)
-    folded, kept = fold_neighbours(root, lambda: _run(root, given), obstacle)
-    depth = sum(maps.is_map(m) or maps.is_norm(m) for m in model.modules())
-    return _Copy(root, folded, kept, "nn.Sequential", depth)
+    if graph is None:
+        return _fold_by_flow(model, given, None, check, f"one forward pass, since {obstacle}")
+    folder = GraphFolder(root, graph)
+    depth = folder.depth()
+    folded, kept = folder.fold()
+    new = fx.GraphModule(root, graph, type(model).__name__)
+    new.eval()  # a graph module starts in training mode
+    if kept:
+        other = _fold_by_flow(
+            model, given, None, check, "one forward pass, which tells more than torch.fx"
+        )
+        if len(other.folded) > len(folded):
+            return other
+    return _Copy(new, folded, kept, "torch.fx", depth)
+
+
+def _fold_by_flow(
+    model: nn.Module, given: _Example, pairs: Pairs, check: _Check, method: str
+) -> _Copy:
+    root = copy.deepcopy(model)
+    recorder = Recorder(root)
+    try:
+        with recorder.listen():
+            outputs = _run(root, given)
+        recorder.finish(outputs)
+    except Exception as error:  # the model may refuse to be watched
+        reason = f"a forward pass cannot be recorded ({_first_line(error)}); {method}"
+        kept = [Kept(name, reason) for name, _ in find(model)]
+        return _Copy(copy.deepcopy(model), [], kept, "nothing", 1)
+    folder = FlowFolder(root, recorder)
+    folded, kept = folder.fold(pairs, lambda: check(root, folder.depth()))
+    return _Copy(root, folded, kept, method, folder.depth())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _try_to_trace(
@@ -89,8 +141,10 @@ def _try_to_trace(
         graph = trace(root, names)
         found = _seeded(lambda: Shapes(root, graph=graph).run(*_tensors(names)))
     except Exception as error:  # the model's code may raise anything when traced
-        reason = str(error).strip().partition("\n")[0]
-        return None, f"torch.fx cannot trace the model ({type(error).__name__}: {reason})"
+        return (
+            None,
+            f"torch.fx cannot trace the model ({type(error).__name__}: {_first_line(error)})",
+        )
     same = len(found) == len(before) and all(
         a.shape == b.shape and torch.allclose(a, b, equal_nan=True)
         for a, b in zip(found, before, strict=True)
@@ -111,7 +165,7 @@ def _seeded(compute: Callable[[], Any]) -> list[Tensor]:
     # A model may draw random numbers in evaluation too.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return [a for a in pytree.tree_leaves(compute()) if isinstance(a, Tensor)]
+        return tensors_in(compute())
 
 
 def _arrays(tensors: list[Tensor]) -> list[Any]:

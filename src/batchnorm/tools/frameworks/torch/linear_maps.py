@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from batchnorm.core.errors import naming
 from batchnorm.core.fold import Folded
@@ -37,6 +38,18 @@ _MAPS: dict[type, LinearMap] = {
     nn.ConvTranspose2d: LinearMap(2, 1),
     nn.ConvTranspose3d: LinearMap(3, 1),
 }
+# What modules of other classes call; arguments in the order of their signatures.
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")
+_FUNCTIONS: dict[Any, tuple[LinearMap, tuple[str, ...]]] = {
+    functional.linear: (LinearMap(0, 0), _CONVOLUTION[:3]),
+    functional.conv1d: (LinearMap(1, 0), _CONVOLUTION),
+    functional.conv2d: (LinearMap(2, 0), _CONVOLUTION),
+    functional.conv3d: (LinearMap(3, 0), _CONVOLUTION),
+    functional.conv_transpose1d: (LinearMap(1, 1), _TRANSPOSED),
+    functional.conv_transpose2d: (LinearMap(2, 1), _TRANSPOSED),
+    functional.conv_transpose3d: (LinearMap(3, 1), _TRANSPOSED),
+}
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d),
@@ -47,6 +60,22 @@ _DO_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
 def is_map(module: Any) -> bool:
     """True for a linear map that a batch norm can be folded into."""
     return type(module) in _MAPS
+
+
+def kind_of(module: Any) -> LinearMap:
+    """The axes of a module for which `is_map` is true."""
+    return _MAPS[type(module)]
+
+
+def bind_function(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[LinearMap, dict[str, Any]] | None:
+    """The axes and arguments of a call, if its function is a linear map."""
+    if function not in _FUNCTIONS:
+        return None
+    kind, names = _FUNCTIONS[function]
+    given = dict(zip(names, args, strict=False)) | kwargs  # dilation may lie behind the names
+    return kind, given
 
 
 def is_norm(module: Any) -> bool:
@@ -106,32 +135,53 @@ def refuse_padding(module: Any, affine: Affine) -> str | None:
     """The reason against folding a batch norm into the linear map behind it, or None."""
     if isinstance(module, nn.Linear):
         return None
-    if module.transposed:
+    padding = module.padding if module.padding_mode == "zeros" else 0  # else of x itself
+    return refuse_zeros(_MAPS[type(module)], padding, module.kernel_size, affine)
+
+
+def refuse_zeros(
+    kind: LinearMap, padding: Any, kernel_size: tuple[int, ...], affine: Affine
+) -> str | None:
+    """As `refuse_padding`, for a call of a function."""
+    if kind.output == 1:
         return "a transposed convolution, at whose edges fewer inputs meet"
-    if not affine.moves_zero:
+    if not affine.moves_zero or padding == "valid":
         return None
-    if module.padding_mode != "zeros":  # the padding is made of the batch norm's own output
-        return None
-    padding = module.padding
-    if padding == "valid" or (padding != "same" and not any(padding)):
-        return None
-    if padding == "same" and all(n == 1 for n in module.kernel_size):
+    if padding == "same":
+        padding = [n - 1 for n in kernel_size]
+    if not any(padding if isinstance(padding, (tuple, list)) else [padding]):
         return None
     return "a convolution that pads with zeros, which the batch norm would move"
 
 
-def fold_previous(module: Any, affine: Affine) -> None:
-    """Fold the batch norm behind a linear map into it, in place."""
-    where, groups = _MAPS[type(module)], getattr(module, "groups", 1)
+def fold_previous(
+    module: Any, affine: Affine, kind: LinearMap | None = None, groups: int | None = None
+) -> None:
+    """Fold the batch norm behind a linear map into it, in place.
+
+    Args:
+        module: has `weight` and `bias`, which may be None.
+        affine: the batch norm.
+        kind: of a module for which `is_map` is false.
+        groups: of such a module.
+    """
+    where = kind or _MAPS[type(module)]
+    groups = getattr(module, "groups", 1) if groups is None else groups
     weight, bias = _wide(module)
-    _replace(module, into_previous(weight, bias, affine, axis=where.output, groups=groups))
+    _replace(module, into_previous(weight, bias, affine, axis=where.output, groups=groups or 1))
 
 
-def fold_next(module: Any, affine: Affine) -> None:
-    """Fold the batch norm in front of a linear map into it, if `refuse_padding` gives no reason."""
+def fold_next(module: Any, affine: Affine, groups: int | None = None) -> None:
+    """Fold the batch norm in front of a linear map into it, if `refuse_padding` gives no reason.
+
+    Args:
+        module: as for `fold_previous`.
+        affine: the batch norm.
+        groups: of a module for which `is_map` is false.
+    """
     weight, bias = _wide(module)
-    groups = getattr(module, "groups", 1)
-    _replace(module, into_next(weight, bias, affine, axis=1, output_axis=0, groups=groups))
+    groups = getattr(module, "groups", 1) if groups is None else groups
+    _replace(module, into_next(weight, bias, affine, axis=1, output_axis=0, groups=groups or 1))
 
 
 def _wide(module: Any) -> tuple[Any, Any]:
