@@ -197,7 +197,10 @@ class BatchNorm(RunningStatistics):
         given = layer_call.gather_arguments(self, x, mask, residual)
         if x.layout is torch.jagged:
             return normalize(*given[:2], training=given.training, update=given.update)
+        layer_call.note_pass(self, x, given)
         call = make_call(*given)
+        if layer_call.was_untracked(self, call):
+            call = call._replace(moves_late=True)
         y = run(call)
         if key is not None and call.tensors.mask is None:
             self._memory.learn(self, key, call)

@@ -6,6 +6,7 @@ refusals and the tests of documentation read these declarations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +28,8 @@ def _check_renorm(given: Mapping[str, Any]) -> config.Renorm | None:
 
 
 def _split_renorm(kept: config.Renorm) -> dict[str, Any]:
-    limits = {"rmin": kept.rmin, "rmax": kept.rmax, "dmax": kept.dmax}
+    every = {"rmin": kept.rmin, "rmax": kept.rmax, "dmax": kept.dmax}
+    limits = {name: value for name, value in every.items() if math.isfinite(value)}
     return {"renorm": True, "renorm_clipping": limits, "renorm_momentum": 1.0 - kept.decay}
 
 
