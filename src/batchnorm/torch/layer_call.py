@@ -44,6 +44,12 @@ def gather_arguments(
     if training and layer.track_running_stats:
         layer.restore_width()
     running = layer._running()
+    if running is None and layer.renorm is not None:
+        raise ArgumentValueError(
+            "renorm=True compares with running statistics, which this layer has lost "
+            "(torch.func.replace_all_batch_norm_modules_ removes them). Call "
+            "configure(renorm=False) before that."
+        )
     if mask is None and (training or running is None or torch.is_grad_enabled()):
         mask = _find_ambient_mask(layer, x)
     if training and layer.track_running_stats and torch.compiler.is_exporting():
