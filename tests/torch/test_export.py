@@ -1,6 +1,7 @@
 """Exported, converted and traced models give the numbers of the layer they come from."""
 
 import copy
+import warnings
 
 import numpy as np
 import onnxruntime
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim, export
+from torch.fx.subgraph_rewriter import replace_pattern_with_filters
+from torch.nn import functional
 
-from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask, revert_batchnorm
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 in another order of operations
 VARIANTS = {
@@ -23,6 +26,9 @@ VARIANTS = {
 }
 variants = pytest.mark.parametrize("option", VARIANTS.values(), ids=VARIANTS)
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+
+WARNING = "torch.export traces this layer in training"
+pytestmark = pytest.mark.filterwarnings(f"ignore:.*{WARNING}:UserWarning")
 
 onnx_warnings = [
     # torch.onnx and onnxscript use deprecated parts of torch, Python and each other.
@@ -178,6 +184,100 @@ def test_exported_evaluation_holds_no_custom_operator():
 def test_exporting_inside_padding_mask_raises():
     with padding_mask(torch.ones(8, dtype=torch.bool)), pytest.raises(ValueError, match="mask="):
         export(trained({}), (torch.randn(8, 3),))
+
+
+# Programs of training that are switched to evaluation or quantized
+
+
+class ConvNorm(nn.Module):
+    def __init__(self, **option):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.norm = trained(option, BatchNorm2d)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class NormAlone(nn.Module):
+    """A pattern like torchao's: functional batch norm in one mode."""
+
+    def __init__(self, training):
+        super().__init__()
+        self.mode = training
+
+    def forward(self, x, weight, bias, mean, var):
+        return functional.batch_norm(x, mean, var, weight, bias, training=self.mode)
+
+
+def move_to_eval(program):
+    """The work of torchao's move_exported_model_to_eval, by the same parts of torch."""
+    example = torch.randn(1, 1, 3, 3), *(torch.ones(1) for _ in range(4))
+    patterns = []
+    for training in (True, False):
+        pattern = export(NormAlone(training), example).module()
+        for node in list(pattern.graph.nodes):
+            if node.name == "_guards_fn" or node.target is torch.ops.aten.copy_.default:
+                pattern.graph.erase_node(node)
+        pattern.graph.eliminate_dead_code()
+        patterns.append(pattern)
+    return replace_pattern_with_filters(program, *patterns, match_filters=[], ignore_literals=True)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
+def test_export_in_training_says_what_to_do(strict):
+    with pytest.warns(UserWarning, match=rf"^BatchNorm2d: {WARNING}.*revert_batchnorm\(model\)"):
+        export(ConvNorm(), (torch.randn(4, 2, 5, 5),), strict=strict)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [lambda m: m.eval(), lambda m: m.norm.freeze(), lambda m: revert_batchnorm(m)],
+    ids=["evaluation", "frozen", "reverted"],
+)
+@pytest.mark.parametrize("strict", [False, True], ids=["default", "strict"])
+def test_export_of_what_can_be_switched_says_nothing(prepare, strict):
+    model = ConvNorm()
+    prepare(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated")  # torch's own import
+        export(model, (torch.randn(4, 2, 5, 5),), strict=strict)
+
+
+def test_export_without_running_statistics_says_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export(ConvNorm(track_running_stats=False), (torch.randn(4, 2, 5, 5),))
+
+
+def test_reverted_model_exports_the_training_of_ours():
+    model, x = ConvNorm(), torch.randn(4, 2, 5, 5)
+    program = export(revert_batchnorm(copy.deepcopy(model)), (x,)).module()
+    torch.testing.assert_close(program(x), model(x), **CLOSE)
+    assert_same_state(program, model)
+
+
+def test_reverted_program_moves_to_evaluation():
+    model, x = ConvNorm(), torch.randn(4, 2, 5, 5)
+    program = export(revert_batchnorm(copy.deepcopy(model)), (x,)).module()
+    assert len(move_to_eval(program)) == 1
+    program.recompile()
+    torch.testing.assert_close(program(x), model.eval()(x), **CLOSE)
+
+
+def test_program_of_our_training_has_nothing_to_move():
+    program = export(ConvNorm(), (torch.randn(4, 2, 5, 5),)).module()
+    assert not move_to_eval(program)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_torchao_moves_a_reverted_program_to_evaluation():
+    pt2e = pytest.importorskip("torchao.quantization.pt2e", reason="torchao is not installed")
+    model, x = ConvNorm(), torch.randn(4, 2, 5, 5)
+    program = export(revert_batchnorm(copy.deepcopy(model)), (x,)).module()
+    pt2e.move_exported_model_to_eval(program)
+    torch.testing.assert_close(program(x), model.eval()(x), **CLOSE)
 
 
 # ONNX

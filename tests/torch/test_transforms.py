@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    replace_all_batch_norm_modules_,
+    stack_module_state,
+    vmap,
+)
 
 from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, RenormStatistics, batch_norm
 
@@ -449,3 +459,35 @@ def test_layer_for_any_axes_maps_too():
     layer, x = BatchNorm(4, axis=-1, track_running_stats=False).double(), normal(5, 6, 2, 4)
     expected = torch.stack([layer(batch) for batch in x])
     torch.testing.assert_close(vmap(layer)(x), expected, **TOLERANCE)
+
+
+# Running statistics that cannot move, or are gone
+
+
+def test_function_names_the_remedy_under_func_grad():
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"^batch_norm: running statistics .* made inside"):
+        grad(lambda x: batch_norm(x, mean, var, training=True).sum())(torch.randn(6, 3))
+    assert torch.equal(mean, torch.zeros(3))
+
+
+def test_function_names_the_remedy_under_vmap():
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"^batch_norm: running statistics .* mapped buffers"):
+        vmap(lambda x: batch_norm(x, mean, var, training=True))(torch.randn(4, 6, 3))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_renormalization_that_lost_its_statistics_raises(training):
+    layer = BatchNorm1d(3, renorm=True).train(training)
+    replace_all_batch_norm_modules_(layer)
+    with pytest.raises(ValueError, match=r"renorm=True.*configure\(renorm=False\)"):
+        layer(torch.randn(6, 3))
+
+
+def test_renormalization_switched_off_can_lose_its_statistics():
+    layer = BatchNorm1d(3, renorm=True)
+    layer.configure(renorm=False)
+    replace_all_batch_norm_modules_(layer)
+    x = torch.randn(4, 6, 3)
+    torch.testing.assert_close(vmap(layer)(x).mean(1), torch.zeros(4, 3), atol=1e-6, rtol=0)

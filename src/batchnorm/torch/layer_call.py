@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +44,16 @@ def gather_arguments(
     if training and layer.track_running_stats:
         layer.restore_width()
     running = layer._running()
+    if running is None and layer.renorm is not None:
+        raise ArgumentValueError(
+            "renorm=True compares with running statistics, which this layer has lost "
+            "(torch.func.replace_all_batch_norm_modules_ removes them). Call "
+            "configure(renorm=False) before that."
+        )
     if mask is None and (training or running is None or torch.is_grad_enabled()):
         mask = _find_ambient_mask(layer, x)
+    if training and layer.track_running_stats and torch.compiler.is_exporting():
+        _warn_of_export(type(layer).__name__)
     weight, bias = _find_parameter(layer, "weight"), _find_parameter(layer, "bias")
     settings = Settings(
         type(layer).__name__,
@@ -69,6 +78,21 @@ def check_moving(layer: Any) -> None:
         layer.eps = config.check_number("eps", eps, 0.0)
     if momentum is not None and (type(momentum) is not float or not 0.0 <= momentum <= 1.0):
         layer.momentum = config.check_number("momentum", momentum, 0.0, 1.0)
+
+
+def _warn_of_export(owner: str) -> None:
+    warnings.warn(
+        f"{owner}: torch.export traces this layer in training, as plain arithmetic. Tools that "
+        "look for a batch norm in the program find none: move_exported_model_to_eval would leave "
+        "it in training, and quantization (PT2E, QAT) would not fuse it. For these, call "
+        "batchnorm.torch.revert_batchnorm(model) before torch.export; for a program of "
+        "evaluation, model.eval().",
+        stacklevel=2,  # one place, so that Python shows it once for all layers
+    )
+
+
+# Run while torch.export(strict=True) traces, which drops the calls of `warnings`.
+_warn_of_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_rank(x: Tensor, ranks: tuple[int, ...]) -> None:

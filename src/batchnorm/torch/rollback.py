@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from batchnorm.core.errors import ArgumentRuntimeError
 from batchnorm.core.running import Running
 
 
@@ -35,11 +36,32 @@ def write_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
             before = old.detach().clone()
             old.copy_(new)
             written.append((old, before))
-    except BaseException:
+    except BaseException as error:
         with torch.no_grad():
             for old, before in written:
                 old.copy_(before)
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if transformed and isinstance(error, RuntimeError):
+            raise _transformed_error(mapped="vmap" in str(error)) from error
         raise
+
+
+def _transformed_error(mapped: bool) -> ArgumentRuntimeError:
+    """The error about statistics that a transformation of torch.func keeps from moving.
+
+    `mapped`: torch blames vmap, whatever other transformations are inside it.
+    """
+    if mapped:
+        rule = "moved under torch.func.vmap, where each slice would move the same tensors"
+        remedy = "mapped buffers, as of torch.func.stack_module_state"
+    else:
+        rule = "moved in a function that torch.func transforms, since they come from outside"
+        remedy = "clones of the buffers made inside, or under functionalize with an argument"
+    return ArgumentRuntimeError(
+        f"running statistics cannot be {rule}. Give it others by torch.func.functional_call with "
+        f"{remedy}; or move none: torch.func.replace_all_batch_norm_modules_(model), eval() or "
+        "freeze()."
+    )
 
 
 def store(running: Running, new: Running | None, again: Tensor | Literal[True] | None) -> None:

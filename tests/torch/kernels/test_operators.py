@@ -125,6 +125,7 @@ def test_a_residual_of_another_type_is_array_code():
     assert operators_in(BatchNorm(3), x, None, x.double()) == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.export traces this layer in training:UserWarning")
 def test_exported_programs_hold_no_operator():
     program = torch.export.export(BatchNorm(3), (torch.randn(4, 3, 5),))
     assert "batchnorm" not in program.graph_module.code
