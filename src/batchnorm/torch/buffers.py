@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from batchnorm.core.config import Renorm
 from batchnorm.core.running import Running, derive_renorm
 from batchnorm.torch.namespace import XP
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+_Layer = TypeVar("_Layer", bound="RunningStatistics")
 
 _RENORM_BUFFERS = ("running_stddev", "renorm_mean", "renorm_stddev")
 _STATISTICS = ("running_mean", "running_var", *_RENORM_BUFFERS)
@@ -32,7 +31,7 @@ class RunningStatistics(_BatchNorm):
     # layer alone: this one knows a recomputation by itself (S9).
     disable_patch_batchnorm = True
 
-    def freeze(self) -> Self:
+    def freeze(self: _Layer) -> _Layer:
         """Normalize by the running statistics, and leave them alone, in training too (S15).
 
         Survives `train()` and `eval()`; does not touch `requires_grad`. Returns the layer.
@@ -40,7 +39,7 @@ class RunningStatistics(_BatchNorm):
         self.frozen = True
         return self
 
-    def unfreeze(self) -> Self:
+    def unfreeze(self: _Layer) -> _Layer:
         """Undo `freeze`. Returns the layer."""
         self.frozen = False
         return self

@@ -36,8 +36,8 @@ def check_input(x: Any, name: str = "x") -> Tensor:
         )
     if x.is_quantized:
         raise ArgumentTypeError(
-            f"{name} must hold floating numbers; got a quantized tensor of {x.dtype}. Put torch's "
-            "layers back before the model is quantized: batchnorm.torch.revert_batchnorm."
+            f"{name} must be float16, bfloat16, float32 or float64; got quantized {x.dtype}. Put "
+            "torch's layers back before the model is quantized: batchnorm.torch.revert_batchnorm."
         )
     if x.dtype not in FLOATING:
         raise ArgumentTypeError(
