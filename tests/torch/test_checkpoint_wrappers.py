@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -126,6 +128,68 @@ def test_passes_without_tracking_that_nothing_repeats_leave_no_trace():
     for _ in range(3):
         layer(x)
     assert layer.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("fused", [None, False], ids=["kernels", "arrays"])
+def test_a_late_move_leaves_r_and_d_of_the_first_pass(fused):
+    # Both first passes see the same statistics; the first recomputation moves them.
+    layer = BatchNorm1d(3, renorm=True, fused=fused, dtype=torch.float64)
+    layer.running_mean.normal_(), layer.renorm_mean.normal_()
+    twins = [copy.deepcopy(layer) for _ in range(2)]
+    patch(layer, asks=False)
+    xs = [torch.randn(8, 3).double() * scale + scale for scale in (1, 4)]
+    leaves, others = ([x.clone().requires_grad_() for x in xs] for _ in range(2))
+    ys = [checkpoint(layer, leaf, use_reentrant=True) for leaf in leaves]
+    dy = torch.randn(8, 3).double()
+    for y, leaf, twin, other in zip(ys, leaves, twins, others, strict=True):
+        y.backward(dy)
+        twin(other).backward(dy)
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-12, atol=1e-12)
+    assert layer.num_batches_tracked == 2
+
+
+def test_jagged_statistics_move_once_under_hooks():
+    layer, offsets = BatchNorm(3, axis=-1), torch.tensor([0, 4, 10])
+    patch(layer, asks=False)
+
+    def run(values):
+        return layer(torch.nested.nested_tensor_from_jagged(values, offsets)).values()
+
+    checkpoint(run, torch.randn(10, 3, requires_grad=True), use_reentrant=True).sum().backward()
+    assert layer.num_batches_tracked == 1
+
+
+def test_nested_checkpoints_leave_nothing_to_move():
+    layer, x = BatchNorm1d(3), torch.randn(8, 3, requires_grad=True)
+    patch(layer, asks=False)
+    y = WAYS["nested"](layer, x).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    assert layer.num_batches_tracked == 1
+
+
+def test_a_late_move_draws_nothing_at_random():
+    drawn = []
+    layer = BatchNorm(3, adjustment=lambda shape: (drawn.append(shape), 1.0)[1:] * 2)
+    patch(layer, asks=False)
+    x = torch.randn(8, 3, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=True).sum().backward()
+    assert (len(drawn), int(layer.num_batches_tracked)) == (2, 1)
+
+
+UNREADABLE = {
+    "vmap": lambda layer: torch.func.vmap(layer)(torch.randn(2, 8, 3)),
+    "meta": lambda layer: layer.to("meta")(torch.randn(8, 3, device="meta")),
+    "traced": lambda layer: make_fx(layer)(torch.randn(8, 3)),
+}
+
+
+@pytest.mark.parametrize("run", UNREADABLE.values(), ids=UNREADABLE)
+def test_passes_without_tracking_may_have_values_that_nobody_can_read(run):
+    layer = BatchNorm1d(3)
+    layer.track_running_stats = False
+    with torch.no_grad():
+        run(layer)
 
 
 def test_masks_reach_both_passes():

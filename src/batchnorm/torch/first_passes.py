@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchnorm.core.errors import ArgumentRuntimeError
 from batchnorm.torch import masking
+from batchnorm.torch.kernels.tensors import is_plain
 
-_Fingerprint = tuple[tuple[int, ...], str]
+_Fingerprint = tuple[tuple[int, ...], int]
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class FirstPasses:
@@ -65,8 +66,10 @@ class FirstPasses:
 
     def note_untracked(self, x: Tensor) -> None:
         """Remember a pass without gradients for which tracking was off."""
-        self.untracked.append(_fingerprint(x))
-        self._tracked = 0
+        found = _fingerprint(x)
+        if found is not None:
+            self.untracked.append(found)
+            self._tracked = 0
 
     def note_tracked(self, x: Tensor) -> None:
         """A pass that moves the statistics itself: what repeats it must not."""
@@ -74,15 +77,13 @@ class FirstPasses:
         self._tracked += 1
         if self._tracked > self._UNTRACKED:  # nothing has repeated them for long
             self.untracked.clear()
-        elif found in self.untracked:
+        elif found is not None and found in self.untracked:
             self.untracked.remove(found)
 
     def take_untracked(self, x: Tensor) -> bool:
         """True, once, if the pass that is recomputed was one with tracking off."""
-        if not self.untracked:
-            return False
         found = _fingerprint(x)
-        if found not in self.untracked:
+        if found is None or found not in self.untracked:
             return False
         self.untracked.remove(found)
         return True
@@ -95,7 +96,15 @@ def _only(blocks: Sequence[masking.Block | None]) -> tuple[masking.Block | None]
     return (blocks[0],)
 
 
-def _fingerprint(x: Tensor) -> _Fingerprint:
-    """Tells inputs apart: a recomputed one has the same bits."""
-    values: Any = x.values() if x.layout is torch.jagged else x
-    return tuple(values.shape), values.detach().double().sum().item().hex()
+def _fingerprint(x: Tensor) -> _Fingerprint | None:
+    """Tells inputs apart: a recomputed one has the same bits. None where they cannot be read."""
+    values: Tensor = x.values() if x.layout is torch.jagged else x
+    if not is_plain(values) or values.is_meta or _is_captured(values):
+        return None
+    # Sums of integers are the same in every order, whatever the number of threads.
+    bits = values.detach().view(_INTEGERS[values.element_size()])
+    return tuple(values.shape), int(bits.sum(dtype=torch.int64))
+
+
+def _is_captured(a: Tensor) -> bool:
+    return a.is_cuda and torch.cuda.is_current_stream_capturing()

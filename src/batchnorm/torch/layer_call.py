@@ -13,9 +13,10 @@ from batchnorm.core import config
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
 from batchnorm.core.layout import normalize_axis
 from batchnorm.torch import checks, jagged, masking
-from batchnorm.torch.call import Call, Settings, Tensors
+from batchnorm.torch.call import Settings, Tensors
+from batchnorm.torch.functional import normalize
 from batchnorm.torch.options import CORE, cached_core, make_core
-from batchnorm.torch.recompute import in_backward
+from batchnorm.torch.recompute import as_first_pass, in_backward
 
 
 class Arguments(NamedTuple):
@@ -178,20 +179,29 @@ def _find_ambient_mask(layer: Any, x: Tensor) -> Tensor | None:
     return mask
 
 
-def note_pass(layer: Any, x: Tensor, given: Arguments) -> None:
-    """Remember a pass whose recomputation may have to move the statistics in its stead."""
+def note_pass(layer: Any, x: Tensor, given: Arguments) -> bool:
+    """Remember a pass whose recomputation may have to move the statistics in its stead.
+
+    Returns:
+        True if this is the recomputation of such a pass, and moves them (`move_late`).
+    """
     if not given.training or given.tensors.running is None or torch.compiler.is_compiling():
-        return
-    passes = layer._memory.passes
-    if not given.update and not torch.is_grad_enabled():
-        passes.note_untracked(x)
-    elif given.update and passes.untracked and not in_backward():
-        passes.note_tracked(x)
-
-
-def was_untracked(layer: Any, call: Call) -> bool:
-    """True if the pass that this call recomputes was one with tracking off."""
-    if not call.update or call.traced or not in_backward():
         return False
-    found: bool = layer._memory.passes.take_untracked(call.tensors.x)
-    return found
+    passes, again = layer._memory.passes, in_backward()
+    if not given.update:
+        if not torch.is_grad_enabled() and not again:
+            passes.note_untracked(x)
+        return False
+    if not passes.untracked:
+        return False
+    if again:
+        return bool(passes.take_untracked(x))
+    passes.note_tracked(x)
+    return False
+
+
+def move_late(given: Arguments) -> None:
+    """Move the statistics in a recomputation, whose own y is that of its first pass."""
+    settings = given.settings._replace(adjustment=None)  # moves nothing, and may draw at random
+    with torch.no_grad(), as_first_pass():
+        normalize(given.tensors, settings, training=True, update=True)

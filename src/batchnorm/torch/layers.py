@@ -195,15 +195,16 @@ class BatchNorm(RunningStatistics):
     def _run(self, x: Tensor, mask: Tensor | None, residual: Tensor | None, key: Any) -> Tensor:
         """y of a call that repeats none; `key`: to remember it by, or None."""
         given = layer_call.gather_arguments(self, x, mask, residual)
+        late = layer_call.note_pass(self, x, given)
         if x.layout is torch.jagged:
-            return normalize(*given[:2], training=given.training, update=given.update)
-        layer_call.note_pass(self, x, given)
-        call = make_call(*given)
-        if layer_call.was_untracked(self, call):
-            call = call._replace(moves_late=True)
-        y = run(call)
-        if key is not None and call.tensors.mask is None:
-            self._memory.learn(self, key, call)
+            y = normalize(*given[:2], training=given.training, update=given.update)
+        else:
+            call = make_call(*given)
+            y = run(call)
+            if key is not None and call.tensors.mask is None:
+                self._memory.learn(self, key, call)
+        if late:
+            layer_call.move_late(given)
         return y
 
     def _explain(

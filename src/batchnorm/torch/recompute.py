@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,25 @@ from batchnorm.core.errors import ArgumentRuntimeError
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
 from batchnorm.torch.tracing import uncaptured
+
+_late = threading.local()  # a backward pass may run in any thread
+
+
+@contextmanager
+def as_first_pass() -> Iterator[None]:
+    """Take passes inside the block for first ones, which move statistics, also in a backward pass.
+
+    Nothing recomputes them, so that they are not remembered.
+    """
+    _late.active = True
+    try:
+        yield
+    finally:
+        _late.active = False
+
+
+def _is_late() -> bool:
+    return getattr(_late, "active", False)
 
 
 def recomputation_flag(x: Tensor) -> Tensor | Literal[True] | None:
@@ -26,7 +47,7 @@ def recomputation_flag(x: Tensor) -> Tensor | Literal[True] | None:
     Source: S9; pytorch#96136.
     """
     if not torch.compiler.is_compiling():
-        return True if in_backward() else None
+        return True if in_backward() and not _is_late() else None
     if torch.compiler.is_exporting():
         return None
     return _is_recomputation(x.detach())
@@ -83,6 +104,8 @@ _past: Any = WeakTensorKeyDictionary()
 
 def remember_step(key: Tensor | None, moments: Moments, before: Running) -> None:
     """Remember a step with renormalization of the layer whose statistics include `key`."""
+    if _is_late():
+        return
     kept = Running(*(None if a is None else a.clone() for a in before))
     _past.setdefault(key, PastSteps()).record((a.detach() for a in moments), kept)
 
