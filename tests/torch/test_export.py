@@ -280,6 +280,23 @@ def test_torchao_moves_a_reverted_program_to_evaluation():
     torch.testing.assert_close(program(x), model.eval()(x), **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore")  # torchao's imports and passes
+def test_torchaos_training_aware_quantization_folds_the_norm_of_a_reverted_program():
+    pt2e = pytest.importorskip("torchao.quantization.pt2e", reason="torchao is not installed")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    x = torch.randn(4, 2, 5, 5)
+    program = prepare_qat_pt2e(export(revert_batchnorm(ConvNorm()), (x,)).module(), quantizer)
+    program(x)
+    pt2e.move_exported_model_to_eval(program)
+    targets = [str(node.target) for node in convert_pt2e(program).graph.nodes]
+    assert not [name for name in targets if "batch_norm" in name]
+    assert [name for name in targets if "quantize" in name]
+
+
 # ONNX
 
 

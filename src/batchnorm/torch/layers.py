@@ -185,10 +185,8 @@ class BatchNorm(RunningStatistics):
             return trace_call(self, x, {"mask": mask, "residual": residual})
         alone = mask is None and residual is None and not torch.compiler.is_compiling()
         key = self._memory.find_key(self, x) if alone else None
-        if key is not None:
-            y = self._memory.repeat(self, x, key)
-            if y is not None:
-                return y
+        if key is not None and (y := self._memory.repeat(self, x, key)) is not None:
+            return y
         return self._run(x, mask, residual, key)
 
     @names_errors()

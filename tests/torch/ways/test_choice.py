@@ -251,6 +251,7 @@ def test_graphs_hold_kernels():
     assert explain(compiled(BatchNorm(3)), torch.randn(SHAPE)) == ("BatchNorm", IN_GRAPH, (), "")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.export traces this layer in training:UserWarning")
 def test_exported_programs_and_forward_mode_hold_array_code(monkeypatch):
     layer = compiled(BatchNorm(3))
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
