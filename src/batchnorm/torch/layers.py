@@ -79,6 +79,8 @@ class BatchNorm(RunningStatistics):
 
     # Options that come from what the layer was converted from, and that goes back with it.
     derived_options: tuple[str, ...] = ()
+    # Children that the layer calls on y, in this order; they compute what `activation` names.
+    following: tuple[str, ...] = ()
 
     axis: int | tuple[int, ...]
     adjustment: config.Adjustment | None

@@ -22,6 +22,7 @@ class BatchNormAct2d(BatchNorm2d, Original):
     """
 
     derived_options = ("activation",)
+    following = ("drop", "act")
 
     @names_errors()
     def __init__(self, *args: Any, **kwargs: Any) -> None:
