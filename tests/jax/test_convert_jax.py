@@ -103,7 +103,11 @@ def test_names_choose_layers() -> None:
     convert_batchnorm(model, only=["many.*", "chain.*"], skip="many.0", report=report)
     assert type(model.chain.layers[1]) is BatchNorm
     assert type(model.many[0]) is nnx.BatchNorm
-    assert sorted(one.reason for one in report) == ["", *["only= does not name it"] * 2, "skip= names it"]
+    assert sorted(one.reason for one in report) == [
+        "",
+        *["only= does not name it"] * 2,
+        "skip= names it",
+    ]
 
 
 def test_what_cannot_be_exchanged_is_listed() -> None:

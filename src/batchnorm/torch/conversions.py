@@ -26,7 +26,10 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
 COUNTERPARTS = {ours: theirs for theirs, ours in _OURS.items() if ours is not BatchNorm}
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 # Classes of other packages, and the modules here that convert them and import those packages.
-_GUESTS = {("timm.layers.norm_act", "BatchNormAct2d"): "batchnorm.torch.guests.timm"}
+_GUESTS = {
+    ("timm.layers.norm_act", "BatchNormAct2d"): "batchnorm.torch.guests.timm",
+    ("timm.layers.norm_act", "SyncBatchNormAct"): "batchnorm.torch.guests.timm",
+}
 _FROZEN = ("weight", "bias", "running_mean", "running_var")  # buffers of a frozen copy
 _registered: dict[type[nn.Module], Callable[..., nn.Module | None]] = {}
 

@@ -77,10 +77,11 @@ class BatchNorm(RunningStatistics):
     torch.Size([8, 3, 5])
     """
 
-    # Options that come from what the layer was converted from, and that goes back with it.
+    # Options that come from the layer's original, and go back with it.
     derived_options: tuple[str, ...] = ()
     # Children that the layer calls on y, in this order; they compute what `activation` names.
     following: tuple[str, ...] = ()
+    synchronized_original: type[torch.nn.Module] = torch.nn.SyncBatchNorm
 
     axis: int | tuple[int, ...]
     adjustment: config.Adjustment | None

@@ -13,6 +13,8 @@ from inspect import Parameter, Signature
 from operator import attrgetter
 from typing import Any
 
+from torch import nn
+
 from batchnorm.core import config
 from batchnorm.core.declaration import Option, list_arguments
 from batchnorm.torch.ranks.groups import check_group
@@ -154,16 +156,20 @@ def make_signature() -> Signature:
     )
 
 
-def find_obstacle(layer: Any, *, training: bool = True) -> str | None:
-    """The property of a layer that torch's own lacks, as a phrase; or None.
+def find_obstacle(layer: Any, *, training: bool = True, original: bool = False) -> str | None:
+    """The property of a layer that another lacks, as a phrase; or None.
 
-    `training`: torch's would train; if not, it only evaluates.
+    `training`: the other would train; if not, it only evaluates. `original`: it is of the class
+    that the layer was converted from; if not, torch's own.
     """
     if training and layer.frozen:
         return "is frozen (call unfreeze() first)"
+    for name in () if original else layer.following:
+        if type(child := getattr(layer, name)) is not nn.Identity:
+            return f"calls a {type(child).__name__} on its output"
     for option in OPTIONS:
         value = getattr(layer, option.name)
-        if option.name in layer.derived_options:
+        if original and option.name in layer.derived_options:
             continue
         matters = not option.original and (training or not option.training_only)
         if matters and value != option.kept:
