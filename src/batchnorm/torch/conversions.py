@@ -79,10 +79,10 @@ def convert_layer(
     `refused`: the reason that the user's choice of names gives against it, or None.
     """
     make = _find_conversion(layer, frozen_copies)
+    if make is not None and refused is not None:
+        return Left(refused, warns=False)
     if make is None or isinstance(make, Left):
         return make
-    if refused is not None:
-        return Left(refused, warns=False)
     if isinstance(layer, _LAZY):  # with the first input it becomes another class
         raise ArgumentValueError(
             f"layer {name or '(the module itself)'!r} is a {type(layer).__name__} without "

@@ -6,7 +6,7 @@ import inspect
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ class _Norm(NamedTuple):
     axis: int | None  # None: several
     residual: Any = None
     activation: str | None = None
-    following: tuple[str, ...] = ()  # modules that it calls on its output
+    following: Sequence[str] = ()  # children that it calls on its output
     refusal: str | None = None
 
 
@@ -208,8 +208,8 @@ class GraphFolder:
             if norm.activation is not None:
                 function, options = _ACTIVATIONS[norm.activation]
                 value = self.graph.call_function(function, (value,), dict(options))
-            for target in norm.following:
-                value = self.graph.call_module(target, (value,))
+            for child in norm.following:
+                value = self.graph.call_module(f"{norm.node.target}.{child}", (value,))
         value.meta.setdefault("shape", norm.node.meta["shape"])
         norm.node.replace_all_uses_with(value)
         self.graph.erase_node(norm.node)
@@ -231,7 +231,7 @@ class GraphFolder:
             maps.channel_axis(module, len(x.meta["shape"])),
             given.get("residual"),
             maps.activation_of(module),
-            tuple(f"{node.target}.{name}" for name in maps.following(module)),
+            maps.following(module),
             refusal,
         )
 
