@@ -202,6 +202,37 @@ def test_torchs_fuser_and_converter_do_not_lose_the_activation():
         nn.SyncBatchNorm.convert_sync_batchnorm(model[1])
 
 
+class FrozenBatchNormAct2d(nn.Module):
+    """As timm's freeze_batch_norm_2d makes it, with the layer's children."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("running_var", layer.running_var)
+        self.drop, self.act = layer.drop, layer.act
+
+
+def test_timms_freezer_takes_the_activation_along_and_another_is_told():
+    model = convert_batchnorm(network(nn.SiLU()))
+    layer = model[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_module("1", FrozenBatchNormAct2d(layer))
+    model[1] = layer
+    with pytest.warns(UserWarning, match="calls a SiLU on its output"):
+        model.add_module("1", nn.Identity())
+
+
+def test_a_frozen_norm_with_an_activation_is_left_and_told_where_it_was_asked_for():
+    model, report = nn.Sequential(FrozenBatchNormAct2d(network(nn.SiLU())[1])), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_batchnorm(model, report=report)
+    assert "unfreeze_batch_norm_2d" in report[0].reason
+    with pytest.warns(UserWarning, match="unfreeze_batch_norm_2d"):
+        convert_batchnorm(model, frozen_copies=True)
+    assert type(model[0]) is FrozenBatchNormAct2d
+
+
 def test_it_cannot_be_made_but_by_conversion():
     cls = type(convert_batchnorm(network(nn.ReLU()))[1])
     with pytest.raises(TypeError, match="convert_batchnorm"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from checks import CHECKS, Pair
+from limits import broken
 from models import MODELS
 from torchvision_operators import declare
 
@@ -30,7 +31,7 @@ def examine(name: str) -> dict[str, Any]:
         pair = Pair(entry)
     except Exception as error:  # a package that is missing is a result here
         return row | {"missing": _say(error)}
-    row["warnings"] = pair.said
+    row |= {"warnings": pair.said, "leaks": entry.leaks, "scale": pair.scale()}
     for check, run in CHECKS.items():
         try:
             row[check] = run(pair)
@@ -71,7 +72,10 @@ def main() -> int:
         ordered = [rows[model] for model in MODELS if model in rows]
         document = {"command": "make test-zoo", "versions": _versions(), "rows": ordered}
         RESULTS.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    return int(any(str(v).startswith("fails") for name in chosen for v in rows[name].values()))
+    wrong = {name: broken(rows[name]) for name in chosen if broken(rows[name])}
+    for name, checks in wrong.items():
+        print(f"{name} is outside the limits of tests/zoo/limits.py: {', '.join(checks)}")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -109,6 +109,12 @@ def _find_conversion(
         if frozen_copies:
             return _convert_frozen
         return Left("a frozen copy; frozen_copies=True converts it", warns=False)
+    if cls.__name__ == "FrozenBatchNormAct2d":
+        return Left(
+            "a frozen norm with an activation; timm's unfreeze_batch_norm_2d makes a layer of it "
+            "that can be converted, and frozen by freeze()",
+            warns=frozen_copies,
+        )
     if cls.__name__.startswith("BatchRenorm"):
         return Left(
             "it averages the variance, where renorm=True averages the standard deviation (S11): "
