@@ -90,7 +90,8 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 def test_api_page_lists_every_public_name(name: str) -> None:
     page = PAGES[f"docs/api/{name}.md"].read_text()
     listed = set(re.findall(r"^::: [\w.]+\.(\w+)$", page, re.MULTILINE))
-    assert set(API[name].__all__) - {"__version__", "Moments"} <= listed
+    shared = {"__version__", "Moments", "Conversion"}  # documented once, on another page
+    assert set(API[name].__all__) - shared <= listed
 
 
 @pytest.mark.parametrize("name", API)

@@ -723,12 +723,97 @@ class TestCheckpointing:
             (dx,) = torch.autograd.grad(y, x, dy)
         assert torch.equal(dx, expected)
 
-    def test_backward_outside_the_block_raises_with_the_remedy(self):
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_backward_outside_the_block_takes_the_mask_of_the_forward_pass(self, reentrant):
+        layer, dy = BatchNorm1d(C), torch.randn(N, C, L)
         x = torch.randn(N, C, L, requires_grad=True)
+        (expected,) = torch.autograd.grad(layer(x, mask=self.MASK), x, dy)
+        for _ in range(3):  # each step has a block of its own
+            with padding_mask(self.MASK):
+                y = checkpoint(layer, x, use_reentrant=reentrant)
+            y.backward(dy)
+            assert torch.equal(x.grad, expected)
+            x.grad = None
+
+    def test_backward_in_another_block_takes_the_mask_of_the_forward_pass(self):
+        layer, dy = BatchNorm1d(C), torch.randn(N, C, L)
+        x = torch.randn(N, C, L, requires_grad=True)
+        (expected,) = torch.autograd.grad(layer(x, mask=self.MASK), x, dy)
         with padding_mask(self.MASK):
-            y = checkpoint(BatchNorm1d(C), x, use_reentrant=False)
+            y = checkpoint(layer, x, use_reentrant=False)
+        with padding_mask(lengths(1, 2, 3, 4)):
+            assert torch.equal(torch.autograd.grad(y, x, dy)[0], expected)
+
+    def test_backward_after_passes_with_several_masks_raises_with_the_remedy(self):
+        layer, x = BatchNorm1d(C), torch.randn(N, C, L, requires_grad=True)
+        ys = []
+        for mask in (self.MASK, lengths(1, 2, 3, 4)):
+            with padding_mask(mask):
+                ys.append(checkpoint(layer, x, use_reentrant=False))
         with pytest.raises(RuntimeError, match="Call backward inside the with block"):
-            y.backward(torch.randn(N, C, L))
+            ys[0].backward(torch.randn(N, C, L))
+
+    def test_equal_masks_are_one_answer(self):
+        layer, x = BatchNorm1d(C), torch.randn(N, C, L, requires_grad=True)
+        ys = []
+        for _ in range(2):
+            with padding_mask(self.MASK.clone()):
+                ys.append(checkpoint(layer, x, use_reentrant=False))
+        (ys[0] + ys[1]).sum().backward()
+
+    def test_a_pass_without_a_mask_is_recomputed_without(self):
+        layer, dy = BatchNorm1d(C), torch.randn(N, C, L)
+        x = torch.randn(N, C, L, requires_grad=True)
+        (expected,) = torch.autograd.grad(layer(x), x, dy)
+        with padding_mask(self.MASK):
+            layer(x)
+        y = checkpoint(layer, x, use_reentrant=False)
+        with padding_mask(self.MASK), pytest.raises(RuntimeError, match="several masks"):
+            y.backward(dy)  # of the two passes either may be meant
+        y = checkpoint(layer, x, use_reentrant=False)
+        y.backward(dy)
+        assert torch.equal(x.grad, expected)
+
+    @pytest.mark.parametrize("outside", [False, True])
+    def test_deep_nesting_moves_to_other_threads_and_keeps_the_mask(self, outside):
+        # From 60 nested reentrant backward passes on, torch's engine goes on in other threads.
+        layer, threads = BatchNorm1d(C, momentum=0.5), set()
+        x, dy = torch.randn(N, C, L), torch.randn(N, C, L)
+        leaf = x.clone().requires_grad_()
+        layer(leaf, mask=self.MASK).backward(dy)
+        expected, layer = leaf.grad, BatchNorm1d(C, momentum=0.5)
+
+        def nest(a, depth):
+            threads.add(threading.get_ident())
+            if depth == 0:
+                return layer(a)
+            return checkpoint(nest, a, depth - 1, use_reentrant=True)
+
+        leaf = x.clone().requires_grad_()
+        with padding_mask(self.MASK):
+            y = nest(leaf, 70)
+            if not outside:
+                y.backward(dy)
+        if outside:
+            y.backward(dy)
+        assert len(threads) > 1
+        assert torch.equal(leaf.grad, expected)
+        assert layer.num_batches_tracked == 1
+
+    def test_a_compiled_layer_in_another_thread_keeps_the_mask(self):
+        layer = torch.compile(BatchNorm1d(C), backend="aot_eager")
+        x, dy = torch.randn(N, C, L), torch.randn(N, C, L)
+        leaf = x.clone().requires_grad_()
+        BatchNorm1d(C)(leaf, mask=self.MASK).backward(dy)
+        expected = leaf.grad
+
+        def nest(a, depth):
+            return layer(a) if depth == 0 else checkpoint(nest, a, depth - 1, use_reentrant=True)
+
+        leaf = x.clone().requires_grad_()
+        with padding_mask(self.MASK):
+            nest(leaf, 70).backward(dy)
+        close(leaf.grad, expected)
 
     def test_plain_backward_outside_the_block_is_fine(self):
         layer, dy = BatchNorm1d(C), torch.randn(N, C, L)

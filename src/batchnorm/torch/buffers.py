@@ -28,6 +28,9 @@ class RunningStatistics(_BatchNorm):
 
     renorm: Renorm | None = None
     frozen: bool
+    # fairscale's hooks, which switch tracking off in the first pass of a checkpoint, then leave a
+    # layer alone: this one knows a recomputation by itself (S9).
+    disable_patch_batchnorm = True
 
     def freeze(self) -> Self:
         """Normalize by the running statistics, and leave them alone, in training too (S15).

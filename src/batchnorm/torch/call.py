@@ -70,6 +70,7 @@ class Call(NamedTuple):
         layout: of x, with the ghost batches that apply.
         decision: about kernels in eager code; None where they cannot read x, or fused=False.
         part: its participation in synchronization, or None (S14).
+        moves_late: a recomputation of a pass that was kept from moving the statistics.
     """
 
     tensors: Tensors
@@ -80,6 +81,7 @@ class Call(NamedTuple):
     layout: Layout
     decision: Decision | None
     part: Participation | None
+    moves_late: bool = False
 
     @property
     def owner(self) -> str:
@@ -110,7 +112,7 @@ class Call(NamedTuple):
     @property
     def again(self) -> Tensor | Literal[True] | None:
         """The `recomputation_flag` of this forward pass (S9)."""
-        return recomputation_flag(self.tensors.x)
+        return None if self.moves_late else recomputation_flag(self.tensors.x)
 
     @property
     def working_type(self) -> torch.dtype:

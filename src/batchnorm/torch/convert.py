@@ -146,7 +146,7 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
             return None
         theirs = layer.__dict__.get("_converted_from") or COUNTERPARTS.get(type(layer))
         if layer.synchronized:
-            theirs = layer.synchronized_original
+            theirs = layer.origin.synchronized
         if theirs is None:
             raise ArgumentValueError(
                 f"layer {name!r} is a {type(layer).__name__}, for which torch has no "

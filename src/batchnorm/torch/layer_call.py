@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from batchnorm.core import config
-from batchnorm.core.errors import ArgumentRuntimeError, ArgumentTypeError, ArgumentValueError
+from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
 from batchnorm.core.layout import normalize_axis
 from batchnorm.torch import checks, jagged, masking
-from batchnorm.torch.call import Settings, Tensors
+from batchnorm.torch.call import Call, Settings, Tensors
 from batchnorm.torch.options import CORE, cached_core, make_core
-from batchnorm.torch.recompute import recomputation_flag
+from batchnorm.torch.recompute import in_backward
 
 
 class Arguments(NamedTuple):
@@ -137,18 +137,37 @@ def _find_options(layer: Any) -> config.Options:
 
 
 def _find_ambient_mask(layer: Any, x: Tensor) -> Tensor | None:
-    """The mask of `padding_mask`, or None; raises if a recomputed step had one and now has none."""
+    """The mask of `padding_mask`, or None; a recomputed step takes the one that it had."""
     memory = layer._memory
     if not masking.in_use() and (torch.compiler.is_compiling() or not memory.masked):
         return None
-    mask = masking.ambient_mask(x, normalize_axis(layer.axis, x.dim()))
+    axes = normalize_axis(layer.axis, x.dim())
     if torch.compiler.is_compiling():
-        return mask
-    if recomputation_flag(x.values() if x.layout is torch.jagged else x) is None:
-        memory.masked = mask is not None
-    elif memory.masked and mask is None:
-        raise ArgumentRuntimeError(
-            "a forward pass that ran inside padding_mask is recomputed outside of "
-            "it (activation checkpointing). Call backward inside the with block too."
-        )
+        return masking.traced_mask(x, axes)
+    block = masking.find_block()
+    if in_backward():
+        block = memory.passes.find_block(block)
+        return masking.mask_in(block, x, axes)
+    memory.passes.note_block(block)
+    mask = masking.mask_in(block, x, axes)
+    memory.masked = mask is not None
     return mask
+
+
+def note_pass(layer: Any, x: Tensor, given: Arguments) -> None:
+    """Remember a pass whose recomputation may have to move the statistics in its stead."""
+    if not given.training or given.tensors.running is None or torch.compiler.is_compiling():
+        return
+    passes = layer._memory.passes
+    if not given.update and not torch.is_grad_enabled():
+        passes.note_untracked(x)
+    elif given.update and passes.untracked and not in_backward():
+        passes.note_tracked(x)
+
+
+def was_untracked(layer: Any, call: Call) -> bool:
+    """True if the pass that this call recomputes was one with tracking off."""
+    if not call.update or call.traced or not in_backward():
+        return False
+    found: bool = layer._memory.passes.take_untracked(call.tensors.x)
+    return found

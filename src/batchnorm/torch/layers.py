@@ -19,7 +19,7 @@ from batchnorm.torch.buffers import RunningStatistics
 from batchnorm.torch.call import make_call
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.fx import trace_call
-from batchnorm.torch.options import OPTIONS, change_arguments, make_signature
+from batchnorm.torch.options import OPTIONS, Origin, change_arguments, make_signature
 from batchnorm.torch.ranks.groups import check_group
 from batchnorm.torch.ranks.synchronizer import Synchronizer
 from batchnorm.torch.rebuilt import check_reader
@@ -77,11 +77,7 @@ class BatchNorm(RunningStatistics):
     torch.Size([8, 3, 5])
     """
 
-    # Options that come from the layer's original, and go back with it.
-    derived_options: tuple[str, ...] = ()
-    # Children that the layer calls on y, in this order; they compute what `activation` names.
-    following: tuple[str, ...] = ()
-    synchronized_original: type[torch.nn.Module] = torch.nn.SyncBatchNorm
+    origin = Origin()
 
     axis: int | tuple[int, ...]
     adjustment: config.Adjustment | None
@@ -200,7 +196,10 @@ class BatchNorm(RunningStatistics):
         given = layer_call.gather_arguments(self, x, mask, residual)
         if x.layout is torch.jagged:
             return normalize(*given[:2], training=given.training, update=given.update)
+        layer_call.note_pass(self, x, given)
         call = make_call(*given)
+        if layer_call.was_untracked(self, call):
+            call = call._replace(moves_late=True)
         y = run(call)
         if key is not None and call.tensors.mask is None:
             self._memory.learn(self, key, call)

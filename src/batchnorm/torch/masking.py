@@ -12,8 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.core.errors import ArgumentValueError, names_errors, naming
+from batchnorm.core.errors import (
+    ArgumentRuntimeError,
+    ArgumentValueError,
+    names_errors,
+    naming,
+)
 from batchnorm.torch import checks
+from batchnorm.torch.recompute import in_backward
+from batchnorm.torch.tracing import uncaptured
 
 __all__ = ["padding_mask", "sequence_mask"]
 
@@ -22,7 +29,7 @@ _RULES = (None, "any", "all")
 
 
 @dataclass(eq=False)
-class _Ambient:
+class Block:
     """One `with` block; a task that outlives the block finds it inactive."""
 
     mask: Tensor
@@ -30,7 +37,15 @@ class _Ambient:
     active: bool = True
 
 
-_current: ContextVar[_Ambient | None] = ContextVar("batchnorm_padding_mask", default=None)
+def is_alike(a: Block | None, b: Block | None) -> bool:
+    """True if two blocks give layers the same masks."""
+    if a is None or b is None or a is b:
+        return a is b
+    same = a.rescale == b.rescale and a.mask.shape == b.mask.shape
+    return same and a.mask.device == b.mask.device and torch.equal(a.mask, b.mask)
+
+
+_current: ContextVar[Block | None] = ContextVar("batchnorm_padding_mask", default=None)
 
 
 class _Usage:
@@ -38,13 +53,23 @@ class _Usage:
 
     def __init__(self) -> None:
         self.in_use = False
-        self._count = 0
+        self._blocks: list[Block | None] = []
         self._lock = threading.Lock()
 
-    def add(self, change: int) -> None:
+    def enter(self, block: Block | None) -> None:
         with self._lock:
-            self._count += change
-            self.in_use = self._count > 0
+            self._blocks.append(block)
+            self.in_use = True
+
+    def leave(self, block: Block | None) -> None:
+        with self._lock:
+            at = next(i for i, other in enumerate(self._blocks) if other is block)
+            del self._blocks[at]
+            self.in_use = bool(self._blocks)
+
+    def open_blocks(self) -> list[Block]:
+        with self._lock:
+            return [block for block in self._blocks if block is not None]
 
 
 _usage = _Usage()
@@ -68,13 +93,14 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
 
     The setting belongs to the thread (or asyncio task) that made it, ends with the block even on
     an exception, nests, and works around compiled models without recompiling when values change.
-    With activation checkpointing, run the backward pass inside the block too, since it repeats
-    the forward pass.
+    A forward pass that activation checkpointing repeats takes the mask that it had at first. Where
+    a layer has run in several blocks since its last backward pass, run that inside its block.
 
     Raises:
         TypeError: a mask that is neither boolean nor integer.
         ValueError: a scalar mask, one of other integers, or an unknown rule; from a layer: sizes
             that do not fit, or a block of real and padded positions without a rule for it.
+        RuntimeError: from a layer that is recomputed, and may have had one of several masks.
 
     Source: S1, S5.
 
@@ -87,13 +113,13 @@ def padding_mask(mask: Tensor | None, *, rescale: str | None = None) -> Iterator
     """
     ambient = _make_ambient(mask, rescale)
     token = _current.set(ambient)
-    _usage.add(1)
+    _usage.enter(ambient)
     try:
         yield
     finally:
         if ambient is not None:
             ambient.active = False
-        _usage.add(-1)
+        _usage.leave(ambient)
         _current.reset(token)
 
 
@@ -129,30 +155,48 @@ def in_use() -> bool:
     return _usage.in_use
 
 
-def ambient_mask(x: Tensor, channel_axes: Sequence[int]) -> Tensor | None:
-    """The mask that `padding_mask` gives a layer with input x, or None."""
+def find_block() -> Block | None:
+    """The `with` block that this thread runs in, or None."""
+    ambient = _current.get()
+    return ambient if ambient is not None and ambient.active else None
+
+
+def mask_in(block: Block | None, x: Tensor, channel_axes: Sequence[int]) -> Tensor | None:
+    """The mask that a block gives a layer with input x, in eager code; or None."""
+    if block is None:
+        return None
+    if x.layout is torch.jagged:  # has no padding: whole samples are all that it can use
+        return block.mask if block.mask.dim() == 1 else None
+    return _at_resolution(block, _rows(x, channel_axes), x.device)
+
+
+def traced_mask(x: Tensor, channel_axes: Sequence[int]) -> Tensor | None:
+    """The mask that `padding_mask` will give a layer when the traced graph runs, or None."""
     if not _usage.in_use:
         return None
     if x.layout is torch.jagged:
-        return _of_samples()
-    rows = [n for a, n in enumerate(x.shape) if a not in channel_axes]
-    if not torch.compiler.is_compiling():
-        ambient = _active()
-        return None if ambient is None else _at_resolution(ambient, rows, x.device)
+        raise ArgumentValueError(
+            "padding_mask does not reach a jagged input in compiled code; pass mask= to "
+            "the layer, or compile outside of padding_mask."
+        )
     if torch.compiler.is_exporting():
         raise ArgumentValueError(
             "padding_mask cannot be exported; pass mask= explicitly, as an input."
         )
-    return _runtime_mask(x.detach(), rows)
+    return _runtime_mask(x.detach(), _rows(x, channel_axes))
 
 
-@torch.library.custom_op("batchnorm::ambient_mask", mutates_args=())
+def _rows(x: Tensor, channel_axes: Sequence[int]) -> list[int]:
+    return [n for a, n in enumerate(x.shape) if a not in channel_axes]
+
+
+@uncaptured("batchnorm::ambient_mask")
 def _runtime_mask(x: Tensor, rows: Sequence[int]) -> Tensor:
     # Read when the graph runs, in the thread that runs it. Without a mask there all is real.
-    ambient = _active()
-    if ambient is None:
-        return torch.ones(rows, dtype=torch.bool, device=x.device)
     with naming("BatchNorm"):
+        ambient = _find_block_at_runtime()
+        if ambient is None:
+            return torch.ones(rows, dtype=torch.bool, device=x.device)
         mask = _at_resolution(ambient, rows, x.device)
     sizes = [*mask.shape, *(1,) * (len(rows) - mask.dim())]
     return mask.reshape(sizes).expand(rows).contiguous()
@@ -163,24 +207,24 @@ def _(x: Tensor, rows: Sequence[int]) -> Tensor:
     return x.new_empty(rows, dtype=torch.bool)
 
 
-def _active() -> _Ambient | None:
-    ambient = _current.get()
-    return ambient if ambient is not None and ambient.active else None
-
-
-def _of_samples() -> Tensor | None:
-    """The part of the mask that a jagged x, which has no padding, can use: whole samples."""
-    if torch.compiler.is_compiling():
-        raise ArgumentValueError(
-            "padding_mask does not reach a jagged input in compiled code; pass mask= to "
-            "the layer, or compile outside of padding_mask."
-        )
-    ambient = _active()
-    return ambient.mask if ambient is not None and ambient.mask.dim() == 1 else None
+def _find_block_at_runtime() -> Block | None:
+    """The block of this thread; in a backward pass in another thread, the one that is open."""
+    block = find_block()
+    if block is not None or not in_backward():
+        return block
+    open_blocks = _usage.open_blocks()
+    if not open_blocks:
+        return None
+    if all(is_alike(open_blocks[0], other) for other in open_blocks[1:]):
+        return open_blocks[0]
+    raise ArgumentRuntimeError(
+        "compiled code is recomputed in another thread (activation checkpointing) while blocks of "
+        "padding_mask with different masks are open. Run one of them at a time."
+    )
 
 
 @names_errors("padding_mask")
-def _make_ambient(mask: Any, rescale: Any) -> _Ambient | None:
+def _make_ambient(mask: Any, rescale: Any) -> Block | None:
     """The checked arguments of `padding_mask`; None without a mask."""
     if rescale not in _RULES:
         raise ArgumentValueError(f'rescale must be None, "any" or "all"; got {rescale!r}.')
@@ -192,10 +236,10 @@ def _make_ambient(mask: Any, rescale: Any) -> _Ambient | None:
     assert checked is not None
     if checked.dim() == 0:
         raise ArgumentValueError("mask must have at least the batch axis; got a scalar.")
-    return _Ambient(checked, rescale)
+    return Block(checked, rescale)
 
 
-def _at_resolution(ambient: _Ambient, rows: Sequence[int], device: torch.device) -> Tensor:
+def _at_resolution(ambient: Block, rows: Sequence[int], device: torch.device) -> Tensor:
     """The ambient mask with the layer's row sizes, or a prefix of them."""
     mask = checks.to_boolean(checks.check_mask(ambient.mask, device))
     assert mask is not None

@@ -6,12 +6,13 @@ refusals and the tests of documentation read these declarations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import Parameter, Signature
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -29,7 +30,8 @@ def _check_renorm(given: Mapping[str, Any]) -> config.Renorm | None:
 
 
 def _split_renorm(kept: config.Renorm) -> dict[str, Any]:
-    limits = {"rmin": kept.rmin, "rmax": kept.rmax, "dmax": kept.dmax}
+    every = {"rmin": kept.rmin, "rmax": kept.rmax, "dmax": kept.dmax}
+    limits = {name: value for name, value in every.items() if math.isfinite(value)}
     return {"renorm": True, "renorm_clipping": limits, "renorm_momentum": 1.0 - kept.decay}
 
 
@@ -64,6 +66,20 @@ class LayerOption(Option):
     training_only: bool = False
     split: Callable[[Any], dict[str, Any]] | None = None
     original: bool = False
+
+
+class Origin(NamedTuple):
+    """Properties of the class that layers of a class are converted from, and go back to.
+
+    Attributes:
+        options: names of those that come from the original's children.
+        children: names of the modules that the layer calls on y, in this order.
+        synchronized: the class of the original over all ranks.
+    """
+
+    options: tuple[str, ...] = ()
+    children: tuple[str, ...] = ()
+    synchronized: type[nn.Module] = nn.SyncBatchNorm
 
 
 OPTIONS: list[LayerOption] = [
@@ -164,12 +180,12 @@ def find_obstacle(layer: Any, *, training: bool = True, original: bool = False) 
     """
     if training and layer.frozen:
         return "is frozen (call unfreeze() first)"
-    for name in () if original else layer.following:
+    for name in () if original else layer.origin.children:
         if type(child := getattr(layer, name)) is not nn.Identity:
             return f"calls a {type(child).__name__} on its output"
     for option in OPTIONS:
         value = getattr(layer, option.name)
-        if original and option.name in layer.derived_options:
+        if original and option.name in layer.origin.options:
             continue
         matters = not option.original and (training or not option.training_only)
         if matters and value != option.kept:

@@ -90,7 +90,7 @@ def _shares(old: RunningStatistics, new: nn.Module) -> bool:
 
 def _has_children(old: Any, new: Any) -> bool:
     """True if a layer's original put the children that it calls on its output in the new module."""
-    names: tuple[str, ...] = old.following
+    names: tuple[str, ...] = old.origin.children
     return bool(names) and all(getattr(new, n, None) is getattr(old, n) for n in names)
 
 

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from batchnorm.core.errors import ArgumentRuntimeError
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
+from batchnorm.torch.tracing import uncaptured
 
 
 def recomputation_flag(x: Tensor) -> Tensor | Literal[True] | None:
@@ -98,7 +99,7 @@ def recall_step(key: Tensor | None, moments: Moments) -> Running:
     return before
 
 
-@torch.library.custom_op("batchnorm::snapshot", mutates_args=())
+@uncaptured("batchnorm::snapshot")
 def _snapshot(statistics: list[Tensor], repeatable: bool) -> list[Tensor]:
     if not repeatable and in_backward():
         raise RuntimeError(
@@ -114,7 +115,7 @@ def _(statistics: list[Tensor], repeatable: bool) -> list[Tensor]:
     return [torch.empty_like(a) for a in statistics]
 
 
-@torch.library.custom_op("batchnorm::is_recomputation", mutates_args=())
+@uncaptured("batchnorm::is_recomputation")
 def _is_recomputation(x: Tensor) -> Tensor:
     return torch.full((), in_backward(), dtype=torch.bool, device=x.device)
 

@@ -1,10 +1,11 @@
-"""Functions that `torch.compile` must not look into."""
+"""Functions that `torch.compile` must not look into, and operators that run each time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch._C._dynamo import eval_frame
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -24,3 +25,14 @@ def untraced(function: _Function) -> _Function:
     strategy = eval_frame._FrameExecStrategy(skip, skip)
     eval_frame.set_code_exec_strategy(function.__code__, strategy)
     return function
+
+
+def uncaptured(name: str) -> Callable[..., Any]:
+    """A decorator: an operator that reads the state of Python, which a captured graph would not.
+
+    A graph of CUDA that is replayed runs kernels alone, with what the recording saw. The tag keeps
+    the operator out of it, in versions of torch that know the tag.
+    """
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    tags: dict[str, Any] = {} if tag is None else {"tags": (tag,)}
+    return torch.library.custom_op(name, mutates_args=(), **tags)

@@ -13,6 +13,7 @@ from batchnorm.core.config import NEGATIVE_SLOPE
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.torch.conversions import Left, take_over
 from batchnorm.torch.layers import BatchNorm, BatchNorm2d
+from batchnorm.torch.options import Origin
 
 
 class BatchNormAct2d(BatchNorm2d, Original):
@@ -23,9 +24,7 @@ class BatchNormAct2d(BatchNorm2d, Original):
     it has hooks.
     """
 
-    derived_options = ("activation",)
-    following = ("drop", "act")
-    synchronized_original = SyncBatchNormAct
+    origin = Origin(("activation",), ("drop", "act"), SyncBatchNormAct)
 
     @names_errors()
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from batchnorm.core.moments import Centred, Moments
 from batchnorm.core.running import BatchAverage, average_groups, unbiased_variance
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.ranks.synchronizer import Participation, find_by_key, pack, unpack
+from batchnorm.torch.tracing import uncaptured
 
 __all__ = ["RankMerge"]
 
@@ -133,7 +134,7 @@ def _merge(local: Tensor, part: Participation, pooled: bool) -> Tensor:
 # Operators are opaque to compilers, which would move, repeat or drop calls they can look into.
 
 
-@torch.library.custom_op("batchnorm::merge_ranks", mutates_args=())
+@uncaptured("batchnorm::merge_ranks")
 def _merge_ranks(local: Tensor, key: int, text: str, channels: int, pooled: bool) -> Tensor:
     return find_by_key(key).merge(local.clone(), text, channels, pooled).clone()
 
@@ -143,7 +144,7 @@ def _(local: Tensor, key: int, text: str, channels: int, pooled: bool) -> Tensor
     return torch.empty_like(local)
 
 
-@torch.library.custom_op("batchnorm::total_over_ranks", mutates_args=())
+@uncaptured("batchnorm::total_over_ranks")
 def _total_over_ranks(sums: Tensor, key: int, text: str) -> Tensor:
     return find_by_key(key).total(sums.contiguous(), text)
 
@@ -153,7 +154,7 @@ def _(sums: Tensor, key: int, text: str) -> Tensor:
     return torch.empty_like(sums)
 
 
-@torch.library.custom_op("batchnorm::attach", mutates_args=())
+@uncaptured("batchnorm::attach")
 def _attach(local: Tensor, merged: Tensor, key: int, text: str, channels: int) -> Tensor:
     return merged.clone()
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from batchnorm.core.running import Running
 from batchnorm.torch import masking
 from batchnorm.torch.call import Call
+from batchnorm.torch.first_passes import FirstPasses
 from batchnorm.torch.kernels import on_cpu
 from batchnorm.torch.kernels.autograd import run
 from batchnorm.torch.kernels.records import KernelStep
@@ -47,13 +49,14 @@ class LastCalls:
     _INPUTS = 8  # kinds of input that are remembered: all are forgotten when there are more
     _MOST = 64  # calls of one kind that are waited for at most
 
-    __slots__ = ("_known", "_patience", "masked")
+    __slots__ = ("_known", "_patience", "masked", "passes")
 
     def __init__(self) -> None:
         # True after a call, also in evaluation, that took the mask of `padding_mask`. `PastSteps`
         # cannot tell: it finds a step by the moments of its real rows, and a recomputed step that
         # has lost its mask has other moments.
         self.masked = False
+        self.passes = FirstPasses()
         self._known: dict[Any, LastCall | int] = {}  # or the calls to wait for
         self._patience = 1
 
@@ -66,6 +69,10 @@ class LastCalls:
         """The kind of input that x is; None where calls are not repeated or remembered."""
         if not is_plain(x) or masking.in_use() or self.masked or in_backward():
             return None
+        if layer.training and (
+            self.passes.untracked or (not layer.track_running_stats and not torch.is_grad_enabled())
+        ):
+            return None  # `passes` must see it
         return x.shape, x.stride(), x.dtype, layer.training, x.is_cpu
 
     def refuse(self, layer: nn.Module, x: Tensor, alone: bool) -> str | None:
