@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from checks import CHECKS, Pair
 from limits import broken
 from models import MODELS
@@ -59,6 +60,7 @@ def _versions() -> dict[str, str]:
 def main() -> int:
     """Examine the models that the command line names, or all."""
     declare()
+    torch.set_num_threads(1)  # the same sums on every machine
     warnings.simplefilter("ignore")  # of packages; those of conversion are recorded
     chosen = sys.argv[1:] or list(MODELS)
     old = json.loads(RESULTS.read_text())["rows"] if sys.argv[1:] and RESULTS.exists() else []

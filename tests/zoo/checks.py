@@ -193,13 +193,22 @@ def _train(
         signs = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).sign()
         return (x.double() * (1 + noise * signs.double())).to(dtype)
 
-    model.to(dtype).train()
+    _cast(model, dtype).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(3):
         optimizer.zero_grad()
         pair.call(model, change).square().mean().backward()
         optimizer.step()
     return model.state_dict()
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in another type, with tensors that its modules keep outside of buffers."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                vars(module)[name] = value.to(dtype)
+    return model.to(dtype)
 
 
 def _states_apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
