@@ -44,7 +44,8 @@ def zoo_table() -> str:
     """The zoo's results as tables, and the versions they are of."""
     results = json.loads(ZOO.read_text())
     rows = [row for row in results["rows"] if "missing" not in row]
-    checks = [key for key in rows[0] if key not in ("model", "package", "warnings")]
+    about = ("model", "package", "warnings", "leaks", "scale")
+    checks = [key for key in rows[0] if key not in about]
     lines = ["| model | package | " + " | ".join(checks) + " |", "|---" * (len(checks) + 2) + "|"]
     for row in rows:
         cells = [row["model"], row["package"], *(_zoo_cell(row[check]) for check in checks)]
@@ -53,6 +54,7 @@ def zoo_table() -> str:
     lines += [
         f"- {r['model']} did not run: {r['missing']}" for r in results["rows"] if "missing" in r
     ]
+    lines += [f"- {r['model']}: {r['leaks']}, in evaluation too." for r in rows if r["leaks"]]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return "\n".join([*lines, "", f"Versions: {versions}. Command: `{results['command']}`."])
 

@@ -15,7 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from checks import CHECKS, Pair
+from limits import broken
 from models import MODELS
 from torchvision_operators import declare
 
@@ -30,7 +32,7 @@ def examine(name: str) -> dict[str, Any]:
         pair = Pair(entry)
     except Exception as error:  # a package that is missing is a result here
         return row | {"missing": _say(error)}
-    row["warnings"] = pair.said
+    row |= {"warnings": pair.said, "leaks": entry.leaks, "scale": pair.scale()}
     for check, run in CHECKS.items():
         try:
             row[check] = run(pair)
@@ -58,6 +60,7 @@ def _versions() -> dict[str, str]:
 def main() -> int:
     """Examine the models that the command line names, or all."""
     declare()
+    torch.set_num_threads(1)  # the same sums on every machine
     warnings.simplefilter("ignore")  # of packages; those of conversion are recorded
     chosen = sys.argv[1:] or list(MODELS)
     old = json.loads(RESULTS.read_text())["rows"] if sys.argv[1:] and RESULTS.exists() else []
@@ -71,7 +74,10 @@ def main() -> int:
         ordered = [rows[model] for model in MODELS if model in rows]
         document = {"command": "make test-zoo", "versions": _versions(), "rows": ordered}
         RESULTS.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    return int(any(str(v).startswith("fails") for name in chosen for v in rows[name].values()))
+    wrong = {name: broken(rows[name]) for name in chosen if broken(rows[name])}
+    for name, checks in wrong.items():
+        print(f"{name} is outside the limits of tests/zoo/limits.py: {', '.join(checks)}")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

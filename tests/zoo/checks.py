@@ -12,6 +12,7 @@ import torch
 from models import Entry, first_tensor
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 import batchnorm.torch
 from batchnorm.tools import fold
@@ -38,12 +39,21 @@ class Pair:
         self.said = [str(w.message) for w in said]
         self.args, self.kwargs = entry.feed()
 
+    def scale(self) -> float:
+        """The largest output of the original."""
+        with torch.no_grad():
+            return float(self.call(copy.deepcopy(self.stock).eval()).abs().max())
+
     def copies(self) -> tuple[nn.Module, nn.Module]:
         return copy.deepcopy(self.stock), copy.deepcopy(self.ours)
 
-    def call(self, model: nn.Module) -> Tensor:
+    def call(self, model: nn.Module, change: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """The model's output for the input, whose floating tensors `change` gets first."""
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda x: change(x) if x.is_floating_point() else x, (self.args, self.kwargs)
+        )
         torch.manual_seed(1)  # dropout, where a config cannot switch it off
-        return first_tensor(model(*self.args, **self.kwargs))
+        return first_tensor(model(*args, **kwargs))
 
 
 def count(pair: Pair) -> Result:
@@ -76,18 +86,23 @@ def groups(pair: Pair) -> Result:
 
 
 def steps(pair: Pair) -> Result:
-    """Largest difference of parameters and statistics after three steps of SGD."""
-    states = []
-    for model in pair.copies():
-        model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        for _ in range(3):
-            optimizer.zero_grad()
-            pair.call(model).square().mean().backward()
-            optimizer.step()
-        states.append(model.state_dict())
-    shared = states[0].keys() & states[1].keys()
-    return max(_apart(states[0][k], states[1][k]) for k in shared)
+    """Largest difference of parameters and statistics after three steps of SGD in float64."""
+    return _states_apart(*(_train(pair, model, torch.float64) for model in pair.copies()))
+
+
+def steps_moved(pair: Pair) -> Result:
+    """The same between torch's norms and torch's norms, whose input moved by one rounding."""
+    return _moved(pair, torch.float64)
+
+
+def steps_float32(pair: Pair) -> Result:
+    """As `steps`, in float32."""
+    return _states_apart(*(_train(pair, model, torch.float32) for model in pair.copies()))
+
+
+def steps_float32_moved(pair: Pair) -> Result:
+    """As `steps_moved`, in float32."""
+    return _moved(pair, torch.float32)
 
 
 def checkpointing(pair: Pair) -> Result:
@@ -151,6 +166,9 @@ CHECKS: dict[str, Callable[[Pair], Result]] = {
     "keys": keys,
     "groups": groups,
     "steps": steps,
+    "steps, stock moved": steps_moved,
+    "steps, float32": steps_float32,
+    "steps, float32, stock moved": steps_float32_moved,
     "checkpointing": checkpointing,
     "saving": saving,
     "fold": folding,
@@ -158,6 +176,43 @@ CHECKS: dict[str, Callable[[Pair], Result]] = {
     "padding, training": padding_training,
     "padding, evaluation": padding_evaluation,
 }
+
+
+def _moved(pair: Pair, dtype: torch.dtype) -> Result:
+    noise = torch.finfo(dtype).eps / 2
+    states = [_train(pair, copy.deepcopy(pair.stock), dtype, noise=e) for e in (0.0, noise)]
+    return _states_apart(*states)
+
+
+def _train(
+    pair: Pair, model: nn.Module, dtype: torch.dtype, *, noise: float = 0.0
+) -> dict[str, Tensor]:
+    """The state after three steps with an input that is off by a part `noise`, up or down."""
+
+    def change(x: Tensor) -> Tensor:
+        signs = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).sign()
+        return (x.double() * (1 + noise * signs.double())).to(dtype)
+
+    _cast(model, dtype).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        pair.call(model, change).square().mean().backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in another type, with tensors that its modules keep outside of buffers."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                vars(module)[name] = value.to(dtype)
+    return model.to(dtype)
+
+
+def _states_apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(_apart(a[key], b[key]) for key in a.keys() & b.keys())
 
 
 def _padded(pair: Pair, model: nn.Module, *, training: bool) -> Result:

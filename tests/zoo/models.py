@@ -15,13 +15,14 @@ class Entry(NamedTuple):
 
     build: makes the model; feed: makes positional and keyword arguments of a call; mask: for
     models that take padded input, the mask at the layers' resolution from the model and the
-    input's mask.
+    input's mask; leaks: the part of such a model, other than norms, that reads padding.
     """
 
     package: str
     build: Callable[[], nn.Module]
     feed: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     mask: Callable[[Any, Tensor], Tensor] | None = None
+    leaks: str = ""
 
 
 def first_tensor(out: Any) -> Tensor:
@@ -178,6 +179,7 @@ MODELS: dict[str, Entry] = {
         ),
         _waves,
         _feature_vectors,
+        "its depthwise convolutions read padded frames",
     ),
     "ResNet": Entry(
         "transformers",

@@ -26,7 +26,10 @@ _OURS: dict[type[nn.Module], type[BatchNorm]] = {
 COUNTERPARTS = {ours: theirs for theirs, ours in _OURS.items() if ours is not BatchNorm}
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 # Classes of other packages, and the modules here that convert them and import those packages.
-_GUESTS = {("timm.layers.norm_act", "BatchNormAct2d"): "batchnorm.torch.guests.timm"}
+_GUESTS = {
+    ("timm.layers.norm_act", "BatchNormAct2d"): "batchnorm.torch.guests.timm",
+    ("timm.layers.norm_act", "SyncBatchNormAct"): "batchnorm.torch.guests.timm",
+}
 _FROZEN = ("weight", "bias", "running_mean", "running_var")  # buffers of a frozen copy
 _registered: dict[type[nn.Module], Callable[..., nn.Module | None]] = {}
 
@@ -76,10 +79,10 @@ def convert_layer(
     `refused`: the reason that the user's choice of names gives against it, or None.
     """
     make = _find_conversion(layer, frozen_copies)
+    if make is not None and refused is not None:
+        return Left(refused, warns=False)
     if make is None or isinstance(make, Left):
         return make
-    if refused is not None:
-        return Left(refused, warns=False)
     if isinstance(layer, _LAZY):  # with the first input it becomes another class
         raise ArgumentValueError(
             f"layer {name or '(the module itself)'!r} is a {type(layer).__name__} without "
@@ -106,6 +109,12 @@ def _find_conversion(
         if frozen_copies:
             return _convert_frozen
         return Left("a frozen copy; frozen_copies=True converts it", warns=False)
+    if cls.__name__ == "FrozenBatchNormAct2d":
+        return Left(
+            "a frozen norm with an activation; timm's unfreeze_batch_norm_2d makes a layer of it "
+            "that can be converted, and frozen by freeze()",
+            warns=frozen_copies,
+        )
     if cls.__name__.startswith("BatchRenorm"):
         return Left(
             "it averages the variance, where renorm=True averages the standard deviation (S11): "

@@ -146,13 +146,13 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
             return None
         theirs = layer.__dict__.get("_converted_from") or COUNTERPARTS.get(type(layer))
         if layer.synchronized:
-            theirs = nn.SyncBatchNorm
+            theirs = layer.origin.synchronized
         if theirs is None:
             raise ArgumentValueError(
                 f"layer {name!r} is a {type(layer).__name__}, for which torch has no "
                 "counterpart; use BatchNorm1d, BatchNorm2d or BatchNorm3d."
             )
-        if reason := find_obstacle(layer):
+        if reason := find_obstacle(layer, original=True):
             raise ArgumentValueError(f"layer {name!r} {reason}, which torch's layer cannot do.")
         return _revert(name, layer, theirs)
 
@@ -165,7 +165,7 @@ def _revert(name: str, layer: BatchNorm, theirs: type[nn.Module]) -> nn.Module:
         raise ArgumentValueError(f"layer {name!r}: {new}.")
     for name in (*(option.name for option in OPTIONS), *_PRIVATE):
         new.__dict__.pop(name, None)
-    if theirs is nn.SyncBatchNorm:
+    if issubclass(theirs, nn.SyncBatchNorm):
         new.process_group = layer.process_group
     for name in ("running_mean", "running_var"):
         buffer = new._buffers.get(name)

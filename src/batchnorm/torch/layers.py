@@ -19,7 +19,7 @@ from batchnorm.torch.buffers import RunningStatistics
 from batchnorm.torch.call import make_call
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.fx import trace_call
-from batchnorm.torch.options import OPTIONS, change_arguments, make_signature
+from batchnorm.torch.options import OPTIONS, Origin, change_arguments, make_signature
 from batchnorm.torch.ranks.groups import check_group
 from batchnorm.torch.ranks.synchronizer import Synchronizer
 from batchnorm.torch.rebuilt import check_reader
@@ -77,8 +77,7 @@ class BatchNorm(RunningStatistics):
     torch.Size([8, 3, 5])
     """
 
-    # Options that come from what the layer was converted from, and that goes back with it.
-    derived_options: tuple[str, ...] = ()
+    origin = Origin()
 
     axis: int | tuple[int, ...]
     adjustment: config.Adjustment | None

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from inspect import Parameter, Signature
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from batchnorm.core import config
 from batchnorm.core.declaration import Option, list_arguments
@@ -64,6 +66,20 @@ class LayerOption(Option):
     training_only: bool = False
     split: Callable[[Any], dict[str, Any]] | None = None
     original: bool = False
+
+
+class Origin(NamedTuple):
+    """Properties of the class that layers of a class are converted from, and go back to.
+
+    Attributes:
+        options: names of those that come from the original's children.
+        children: names of the modules that the layer calls on y, in this order.
+        synchronized: the class of the original over all ranks.
+    """
+
+    options: tuple[str, ...] = ()
+    children: tuple[str, ...] = ()
+    synchronized: type[nn.Module] = nn.SyncBatchNorm
 
 
 OPTIONS: list[LayerOption] = [
@@ -156,16 +172,20 @@ def make_signature() -> Signature:
     )
 
 
-def find_obstacle(layer: Any, *, training: bool = True) -> str | None:
-    """The property of a layer that torch's own lacks, as a phrase; or None.
+def find_obstacle(layer: Any, *, training: bool = True, original: bool = False) -> str | None:
+    """The property of a layer that another lacks, as a phrase; or None.
 
-    `training`: torch's would train; if not, it only evaluates.
+    `training`: the other would train; if not, it only evaluates. `original`: it is of the class
+    that the layer was converted from; if not, torch's own.
     """
     if training and layer.frozen:
         return "is frozen (call unfreeze() first)"
+    for name in () if original else layer.origin.children:
+        if type(child := getattr(layer, name)) is not nn.Identity:
+            return f"calls a {type(child).__name__} on its output"
     for option in OPTIONS:
         value = getattr(layer, option.name)
-        if option.name in layer.derived_options:
+        if original and option.name in layer.origin.options:
             continue
         matters = not option.original and (training or not option.training_only)
         if matters and value != option.kept:

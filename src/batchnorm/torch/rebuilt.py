@@ -74,7 +74,7 @@ def keep_layer(parent: nn.Module, name: str, new: Any) -> nn.Module | None:
         return None
     if isinstance(new, nn.SyncBatchNorm) and _shares(old, new):
         return _synchronize(old, new.process_group)
-    reason = find_obstacle(old, training=False)
+    reason = find_obstacle(old, training=False, original=_has_children(old, new))
     if reason and (isinstance(new, nn.Identity) or hasattr(new, "running_var")):
         warnings.warn(
             f"a {type(old).__name__} that {reason} has been replaced by {type(new).__name__}, "
@@ -86,6 +86,12 @@ def keep_layer(parent: nn.Module, name: str, new: Any) -> nn.Module | None:
 
 def _shares(old: RunningStatistics, new: nn.Module) -> bool:
     return all(getattr(old, name) is getattr(new, name) for name in _SHARED)
+
+
+def _has_children(old: Any, new: Any) -> bool:
+    """True if a layer's original put the children that it calls on its output in the new module."""
+    names: tuple[str, ...] = old.origin.children
+    return bool(names) and all(getattr(new, n, None) is getattr(old, n) for n in names)
 
 
 def _synchronize(layer: Any, group: Any) -> Any:

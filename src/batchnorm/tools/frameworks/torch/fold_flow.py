@@ -266,9 +266,12 @@ def _groups(call: Call) -> int | None:
 
 def _refuse_own(norm: Call) -> str | None:
     """The residual or activation of a batch norm itself, or None."""
-    activation = getattr(norm.module, "activation", None) if norm.whole else None
-    residual = "its own residual" if norm.given.get("residual") is not None else None
-    return residual if activation is None else f"its own {activation}"
+    if norm.given.get("residual") is not None:
+        return "its own residual"
+    if not norm.whole:
+        return None
+    own = maps.activation_of(norm.module) or ", ".join(maps.following(norm.module))
+    return f"its own {own}" if own else None
 
 
 def _refuse_patch(module: nn.Module) -> str | None:

@@ -6,7 +6,7 @@ import inspect
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ class _Norm(NamedTuple):
     axis: int | None  # None: several
     residual: Any = None
     activation: str | None = None
+    following: Sequence[str] = ()  # children that it calls on its output
     refusal: str | None = None
 
 
@@ -169,8 +170,10 @@ class GraphFolder:
     def _behind(self, norm: _Norm, affine: Affine) -> fx.Node | str:
         """As `_before`, for the map that follows."""
         node = norm.node
-        if norm.residual is not None or norm.activation is not None:
-            return f"its own {'residual' if norm.activation is None else norm.activation}"
+        if norm.activation is not None or norm.following:
+            return f"its own {norm.activation or ', '.join(norm.following)}"
+        if norm.residual is not None:
+            return "its own residual"
         while True:
             uses = _uses(node)
             if len(uses) != 1:
@@ -197,7 +200,7 @@ class GraphFolder:
         return None if reason is None else f"it {reason}"
 
     def _remove(self, norm: _Norm) -> None:
-        """Replace a batch norm by its residual and activation, if it has any."""
+        """Replace a batch norm by its residual, its activation and its children, if it has any."""
         value: fx.Node = norm.x
         with self.graph.inserting_before(norm.node):
             if norm.residual is not None:
@@ -205,6 +208,8 @@ class GraphFolder:
             if norm.activation is not None:
                 function, options = _ACTIVATIONS[norm.activation]
                 value = self.graph.call_function(function, (value,), dict(options))
+            for child in norm.following:
+                value = self.graph.call_module(f"{norm.node.target}.{child}", (value,))
         value.meta.setdefault("shape", norm.node.meta["shape"])
         norm.node.replace_all_uses_with(value)
         self.graph.erase_node(norm.node)
@@ -225,7 +230,8 @@ class GraphFolder:
             None if refusal else maps.state_of(module),
             maps.channel_axis(module, len(x.meta["shape"])),
             given.get("residual"),
-            getattr(module, "activation", None),
+            maps.activation_of(module),
+            maps.following(module),
             refusal,
         )
 

@@ -47,8 +47,11 @@ def rest_of(norm: Call) -> nn.Module:
         rest = _without_norm(module, norm)
         assert isinstance(rest, nn.Module)
         return rest
-    activation = getattr(module, "activation", None)
-    if any(norm.given.get(name) is not None for name in ("mask", "residual")):
+    children = [module.get_submodule(name) for name in maps.following(module)]
+    if children:
+        return children[0] if len(children) == 1 else nn.Sequential(*children)
+    activation = maps.activation_of(module)
+    if _has_more(norm):
         return Passed(activation)
     if activation == "relu":
         return nn.ReLU()
@@ -58,9 +61,15 @@ def rest_of(norm: Call) -> nn.Module:
 def refuse_rest(norm: Call) -> str | None:
     """The reason why a batch norm cannot be taken out of its module, or None."""
     if maps.is_norm(norm.module):
-        return None
+        more = _has_more(norm) and maps.following(norm.module)
+        return "it gets a mask or a residual, which its children do not take" if more else None
     rest = _without_norm(norm.module, norm)
     return rest if isinstance(rest, str) else None
+
+
+def _has_more(norm: Call) -> bool:
+    """True for a call with more arguments than x."""
+    return any(norm.given.get(name) is not None for name in ("mask", "residual"))
 
 
 def _without_norm(module: nn.Module, norm: Call) -> nn.Module | str:

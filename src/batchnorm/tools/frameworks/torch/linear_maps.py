@@ -81,7 +81,22 @@ def bind_function(
 def is_norm(module: Any) -> bool:
     """True for a class that computes a batch norm and no more than `BatchNorm` does."""
     fixed = type(module).__name__.endswith("FrozenBatchNorm2d")  # torchvision's and its copies
-    return type(module) in _NORMS or (fixed and is_batch_norm(module))
+    known = type(module) in _NORMS or bool(_children(module))
+    return known or (fixed and is_batch_norm(module))
+
+
+def activation_of(norm: Any) -> str | None:
+    """The activation that a batch norm computes itself, without a child that does it."""
+    return None if following(norm) else getattr(norm, "activation", None)
+
+
+def following(norm: Any) -> list[str]:
+    """Names of the children that a batch norm calls on its output, if they do something."""
+    return [name for name in _children(norm) if not does_nothing(norm.get_submodule(name))]
+
+
+def _children(norm: Any) -> tuple[str, ...]:
+    return norm.origin.children if isinstance(norm, BatchNorm) else ()
 
 
 def does_nothing(module: Any) -> bool:
