@@ -47,10 +47,12 @@ def zoo_table() -> str:
     about = ("model", "package", "warnings", "leaks", "scale")
     checks = [key for key in rows[0] if key not in about]
     lines = ["| model | package | " + " | ".join(checks) + " |", "|---" * (len(checks) + 2) + "|"]
+    notes: list[str] = []
     for row in rows:
-        cells = [row["model"], row["package"], *(_zoo_cell(row[check]) for check in checks)]
+        cells = [row["model"], row["package"], *(_zoo_cell(row[c], notes) for c in checks)]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
+    lines += [f"- ({number}) {note}" for number, note in enumerate(notes, start=1)]
     lines += [
         f"- {r['model']} did not run: {r['missing']}" for r in results["rows"] if "missing" in r
     ]
@@ -59,13 +61,19 @@ def zoo_table() -> str:
     return "\n".join([*lines, "", f"Versions: {versions}. Command: `{results['command']}`."])
 
 
-def _zoo_cell(value: Any) -> str:
-    """A cell: reasons without bars, numbers with two digits."""
+def _zoo_cell(value: Any, notes: list[str]) -> str:
+    """A cell: numbers with two digits, reasons by the number of a note."""
     if isinstance(value, bool):
         return "same" if value else "**different**"
     if isinstance(value, float):
         return f"{value:.1e}"
-    return str(value).replace("not applicable: ", "– ").replace("|", "/")
+    text = str(value).replace("|", "/")
+    if not text.startswith("not applicable: "):
+        return text
+    note = re.sub(r"^\w+ does not", "the model does not", text.removeprefix("not applicable: "))
+    if note not in notes:
+        notes.append(note)
+    return f"– ({notes.index(note) + 1})"
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
