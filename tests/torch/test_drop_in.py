@@ -412,7 +412,12 @@ BAD_CALLS = {
         lambda: torch.randn(8, 3),
         {"residual": torch.randn(8, 1)},
     ),
-    "single-value": (ValueError, r"more than 1 value.*\(1, 3\)", lambda: torch.randn(1, 3), {}),
+    "single-value": (
+        ValueError,
+        r"Expected more than 1 value per channel when training.*\(1, 3\)",
+        lambda: torch.randn(1, 3),
+        {},
+    ),
 }
 bad_calls = pytest.mark.parametrize(
     ("error", "message", "make", "rest"), BAD_CALLS.values(), ids=BAD_CALLS

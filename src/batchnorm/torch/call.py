@@ -205,7 +205,7 @@ def _check_count(call: Call) -> None:
         return
     if count_values(layout) == 1:
         raise ArgumentValueError(
-            f"training needs more than 1 value per channel; got an input of shape "
+            f"Expected more than 1 value per channel when training; got an input of shape "
             f"{layout.shape} with channel axes {layout.channel_axes}. Use a larger batch, "
             "evaluation mode, or a mask."
         )
