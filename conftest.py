@@ -34,6 +34,8 @@ if find_spec("triton") is None:  # there are wheels for Linux only
         "src/batchnorm/torch/kernels/on_gpu.py",
     ]
     collect_ignore_glob += ["tests/kernels/ptx/*"]
+if find_spec("timm") is None:
+    collect_ignore_glob.append("src/batchnorm/torch/guests/timm.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
