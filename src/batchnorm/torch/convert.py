@@ -136,6 +136,7 @@ def revert_batchnorm(module: nn.Module) -> nn.Module:
             that is not synchronized, or one that a graph of torch.fx calls with a mask or a
             residual. The model is unchanged then.
 
+    >>> from batchnorm.torch import BatchNorm1d
     >>> type(revert_batchnorm(BatchNorm1d(3)))
     <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
     """
