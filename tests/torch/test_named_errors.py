@@ -20,10 +20,11 @@ MASK = torch.ones(8, dtype=torch.bool)
 JAGGED = torch.nested.nested_tensor([X[:2], X[2:5]], layout=torch.jagged)
 
 
-def recompute_outside_of_padding_mask() -> Any:
+def recompute_after_two_padding_masks() -> Any:
     layer = bt.BatchNorm(3)
-    with bt.padding_mask(MASK):
-        y = checkpoint(layer, X.clone().requires_grad_(), use_reentrant=False)
+    for mask in (MASK, ~MASK):
+        with bt.padding_mask(mask):
+            y = checkpoint(layer, X.clone().requires_grad_(), use_reentrant=False)
     return y.sum().backward()
 
 
@@ -112,7 +113,7 @@ CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
         "BatchNorm",
         lambda: in_a_padding_mask(MASK[1:], lambda: compiled(bt.BatchNorm(3), X)),
     ),
-    "recomputed, masked": ("BatchNorm", recompute_outside_of_padding_mask),
+    "recomputed, masked": ("BatchNorm", recompute_after_two_padding_masks),
     "recomputed, renormalized": ("BatchNorm", recompute_after_too_many_steps),
     "jagged, axis": ("BatchNorm", lambda: bt.BatchNorm(3)(JAGGED)),
     "jagged, ghost": ("BatchNorm", lambda: bt.BatchNorm(3, axis=-1, virtual_batch_size=2)(JAGGED)),
