@@ -27,6 +27,7 @@ class Option:
         kept: the value that the layer keeps by default.
         core: the field of the core's Options that takes the value; None for no field.
         kernels: kernels compute it; if not, any value but `kept` goes to array code.
+        converts: conversion of whole models takes it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Option:
     kept: Any = None
     core: str | None = None
     kernels: bool = True
+    converts: bool = True
 
 
 def list_arguments(options: Iterable[Option]) -> dict[str, Any]:

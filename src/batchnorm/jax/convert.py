@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from batchnorm.core.conversion import Conversion, check_choice, check_report, describe_left
-from batchnorm.core.declaration import check_arguments, list_arguments
+from batchnorm.core.declaration import check_arguments, check_known, list_arguments
 from batchnorm.core.errors import ArgumentTypeError, names_errors
 from batchnorm.core.running import derive_renorm
 from batchnorm.jax.layers import BatchNorm, Momentum
@@ -20,20 +20,6 @@ from batchnorm.jax.options import OPTIONS
 from batchnorm.jax.state import RENORM
 
 __all__ = ["convert_batchnorm"]
-
-_ACCEPTED = (
-    "momentum",
-    "epsilon",
-    "dtype",
-    "axis_name",
-    "axis_index_groups",
-    "virtual_batch_size",
-    "renorm",
-    "renorm_clipping",
-    "renorm_momentum",
-    "fused",
-    "promote_dtype",
-)
 
 
 @names_errors("convert_batchnorm")
@@ -156,8 +142,5 @@ def _become_ours(layer: Any, attributes: dict[str, Any]) -> None:
 def _check_call(module: Any, options: dict[str, Any]) -> None:
     if not isinstance(module, nnx.Module):
         raise ArgumentTypeError(f"module must be a flax.nnx.Module; got {type(module).__name__}.")
-    if unknown := sorted(set(options) - set(_ACCEPTED)):
-        raise ArgumentTypeError(
-            f"options must be among {', '.join(_ACCEPTED)}; got {', '.join(unknown)}."
-        )
+    check_known((option for option in OPTIONS if option.converts), options)
     check_arguments(OPTIONS, options)

@@ -112,8 +112,8 @@ def freeze_metadata(metadata: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 # The layer keeps all values but momentum's as static attributes, which must be hashable.
 OPTIONS: list[LayerOption] = [
-    _option("axis", -1, _check_axis),
-    LayerOption("num_features", None, _check_features, parts={"features_in": None}),
+    _option("axis", -1, _check_axis, converts=False),
+    LayerOption("num_features", None, _check_features, parts={"features_in": None}, converts=False),
     _option(
         "momentum",
         0.99,
@@ -133,13 +133,14 @@ OPTIONS: list[LayerOption] = [
         jnp.float32,
         lambda value: check_dtype("param_dtype", value),
         kept=jnp.dtype("float32"),
+        converts=False,
     ),
-    _option("use_bias", True, lambda value: config.check_flag("use_bias", value)),
-    _option("use_scale", True, lambda value: config.check_flag("use_scale", value)),
-    _option("bias_init", jax.nn.initializers.zeros, _as_given),
-    _option("scale_init", jax.nn.initializers.ones, _as_given),
-    _option("bias_metadata", _NOTHING, freeze_metadata, kept=()),
-    _option("scale_metadata", _NOTHING, freeze_metadata, kept=()),
+    _option("use_bias", True, lambda value: config.check_flag("use_bias", value), converts=False),
+    _option("use_scale", True, lambda value: config.check_flag("use_scale", value), converts=False),
+    _option("bias_init", jax.nn.initializers.zeros, _as_given, converts=False),
+    _option("scale_init", jax.nn.initializers.ones, _as_given, converts=False),
+    _option("bias_metadata", _NOTHING, freeze_metadata, kept=(), converts=False),
+    _option("scale_metadata", _NOTHING, freeze_metadata, kept=(), converts=False),
     _option("axis_name", None, _as_given, training=True),
     _option("axis_index_groups", None, freeze_groups, training=True),
     _option(

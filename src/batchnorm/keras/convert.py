@@ -10,27 +10,13 @@ import keras
 import numpy as np
 
 from batchnorm.core.conversion import Conversion, check_choice, check_report, describe_left
-from batchnorm.core.declaration import list_arguments
+from batchnorm.core.declaration import check_known, list_arguments
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.core.layout import normalize_axis
 from batchnorm.keras.layers import BatchNormalization
 from batchnorm.keras.options import OPTIONS, check_ghost_axes, make_attributes
 
 __all__ = ["convert_batchnorm"]
-
-_ACCEPTED = (
-    "momentum",
-    "epsilon",
-    "renorm",
-    "renorm_clipping",
-    "renorm_momentum",
-    "virtual_batch_size",
-    "adjustment",
-    "synchronized",
-    "axis_name",
-    "process_group",
-    "fused",
-)
 
 
 @names_errors("convert_batchnorm")
@@ -195,8 +181,5 @@ def _check_arguments(model: Any, options: dict[str, Any]) -> None:
         raise ArgumentTypeError(
             f"model must be a Keras model or layer; got {type(model).__name__}."
         )
-    if unknown := sorted(set(options) - set(_ACCEPTED)):
-        raise ArgumentTypeError(
-            f"options must be among {', '.join(_ACCEPTED)}; got {', '.join(unknown)}."
-        )
+    check_known((option for option in OPTIONS if option.converts), options)
     make_attributes(options)

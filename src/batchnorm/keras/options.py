@@ -116,7 +116,9 @@ def _declare_number(name: str, default: float, core: str, high: float) -> LayerO
 
 def _declare_parameter(name: str) -> LayerOption:
     """A parameter to learn, or not."""
-    return LayerOption(name, True, lambda given: given[name], kept=True, saved=Saved.ALWAYS)
+    return LayerOption(
+        name, True, lambda given: given[name], kept=True, saved=Saved.ALWAYS, converts=False
+    )
 
 
 def _declare_object(name: str, default: Any, module: Any) -> LayerOption:
@@ -125,7 +127,9 @@ def _declare_object(name: str, default: Any, module: Any) -> LayerOption:
     def check(given: Mapping[str, Any]) -> Any:
         return module.get(given[name])
 
-    return LayerOption(name, default, check, saved=Saved.ALWAYS, serialize=module.serialize)
+    return LayerOption(
+        name, default, check, saved=Saved.ALWAYS, serialize=module.serialize, converts=False
+    )
 
 
 def _declare_participants(name: str, backend: str) -> LayerOption:
@@ -147,6 +151,7 @@ OPTIONS: list[LayerOption] = [
         kept=(-1,),
         as_given=True,
         saved=Saved.ALWAYS,
+        converts=False,
     ),
     _declare_object("beta_initializer", "zeros", keras.initializers),
     _declare_object("gamma_initializer", "ones", keras.initializers),

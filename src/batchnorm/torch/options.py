@@ -53,7 +53,6 @@ class LayerOption(Option):
         agreed: function from the value, a field of the core's Options, to the text that ranks
             compare before they merge; None if they may differ in it.
         shown: in the layer's repr, where it differs from `kept`.
-        converts: conversion of whole models takes it.
         training_only: it changes nothing in evaluation.
         split: function from a value but `kept` to the arguments that make it, if they are several.
         original: torch's own layer may replace this one whatever the value is; if not, only where
@@ -62,7 +61,6 @@ class LayerOption(Option):
 
     agreed: Callable[[Any], str] | None = None
     shown: bool = True
-    converts: bool = True
     training_only: bool = False
     split: Callable[[Any], dict[str, Any]] | None = None
     original: bool = False
