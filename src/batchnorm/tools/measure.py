@@ -14,7 +14,7 @@ from batchnorm.kernels import extension
 from batchnorm.kernels.geometry import find_geometry, view_mask
 from batchnorm.kernels.kept import STATISTICS, TYPES
 from batchnorm.kernels.select import select_kernel
-from batchnorm.reference import XP
+from batchnorm.numpy_namespace import XP
 
 _BLOCK = 2**22  # elements that are held in float64 at a time
 

@@ -51,7 +51,9 @@ def gather_arguments(
             "(torch.func.replace_all_batch_norm_modules_ removes them). Call "
             "configure(renorm=False) before that."
         )
-    if mask is None and (training or running is None or torch.is_grad_enabled()):
+    options = _find_options(layer)
+    by_batch = training or running is None
+    if mask is None and (by_batch or options.zero_padding or torch.is_grad_enabled()):
         mask = _find_ambient_mask(layer, x)
     if training and layer.track_running_stats and torch.compiler.is_exporting():
         _warn_of_export(type(layer).__name__)
@@ -59,7 +61,7 @@ def gather_arguments(
     settings = Settings(
         type(layer).__name__,
         axis,
-        _find_options(layer),
+        options,
         layer.adjustment,
         layer.fused,
         layer._synchronizer if layer.synchronized else None,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batchnorm.core import fold as core
-from batchnorm.reference import XP
+from batchnorm.numpy_namespace import XP
 from batchnorm.tools.state import BatchNormState
 
 
