@@ -97,17 +97,7 @@ def forward_batch(
         if options.renorm is not None:
             r, d = renorm_correction(average, expanded, options.renorm, eps=options.eps, xp=xp)
             affine = affine._replace(r=r, d=d)
-    y = normalize_batch(
-        x,
-        centred,
-        mask,
-        affine,
-        fallback,
-        eps=options.eps,
-        correction=options.correction,
-        zero_padding=options.zero_padding,
-        xp=xp,
-    )
+    y = normalize_batch(x, centred, mask, affine, fallback, options, xp=xp)
     if expanded is not None and update:
         running = _moved(expanded, average, layout, options, xp)
     y = activate(
@@ -151,8 +141,7 @@ def forward_running(
         expanded.var,
         layout.mask(inputs.mask, xp),
         channel_affine(inputs, layout, xp),
-        eps=options.eps,
-        zero_padding=options.zero_padding,
+        options,
         xp=xp,
     )
     return activate(y, _residual(inputs, layout, options, xp), options.activation, xp)

@@ -71,16 +71,7 @@ def _replay(passes: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tenso
     affine = Affine(gamma=layout.expand(None if weight is None else weight.to(x.dtype), XP))
     if not step.batch:
         var = 1.0 / row("rstd") ** 2 - options.eps
-        return normalize_running(
-            x,
-            row("mean"),
-            var,
-            mask,
-            affine,
-            eps=options.eps,
-            zero_padding=options.zero_padding,
-            xp=XP,
-        )
+        return normalize_running(x, row("mean"), var, mask, affine, options, xp=XP)
     if ctx.renorm:
         affine = affine._replace(r=row("r"), d=row("d"))
     split, real = layout.split(x, XP), layout.split(mask, XP)
@@ -90,15 +81,5 @@ def _replay(passes: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tenso
         centred = recentre(split, real, merge.moments(centred), XP)
     # An empty group has padded rows only, and no gradient depends on their values.
     fallback = (torch.zeros_like(centred.power), torch.ones_like(centred.power))
-    z = normalize_batch(
-        split,
-        centred,
-        real,
-        affine,
-        fallback,
-        eps=options.eps,
-        correction=options.correction,
-        zero_padding=options.zero_padding,
-        xp=XP,
-    )
+    z = normalize_batch(split, centred, real, affine, fallback, options, xp=XP)
     return layout.merge(z, XP)
