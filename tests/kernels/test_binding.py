@@ -639,7 +639,7 @@ class TestHalves:
 
     def test_residual_gradient_needs_an_activation(self, arrays):
         kept = arrays.forward()
-        with pytest.raises(ValueError, match="dresidual needs .*, or padding that is zeroed"):
+        with pytest.raises(ValueError, match=r"dresidual needs .*, or padding that is zeroed"):
             arrays.reduce(kept, **arrays.at("dresidual"))
-        with pytest.raises(ValueError, match="dresidual needs .*, or padding that is zeroed"):
+        with pytest.raises(ValueError, match=r"dresidual needs .*, or padding that is zeroed"):
             arrays.apply(kept, np.zeros(2 * CHANNELS), **arrays.at("dresidual"))

@@ -23,6 +23,16 @@ class Affine(NamedTuple):
         return bool(np.any(self.offset != 0.0))
 
 
+def refuse_zeroing(norm: Any) -> str | None:
+    """The reason against folding a layer that zeroes padded rows (S4), or None."""
+    if getattr(norm, "padded_output", "normalize") == "normalize":
+        return None
+    return (
+        "zeroes padded rows (padded_output='zero'), which no linear map does; set it to "
+        "'normalize' if the folded model gets no padding"
+    )
+
+
 def affine_of(state: BatchNormState) -> Affine:
     """The batch norm of a state with running statistics, in float64."""
     assert state.eps is not None
