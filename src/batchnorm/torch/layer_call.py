@@ -174,9 +174,9 @@ def _find_ambient_mask(layer: Any, x: Tensor) -> Tensor | None:
     block = masking.find_block()
     if in_backward():
         block = memory.passes.find_block(block)
-        return masking.mask_in(block, x, axes)
+        return masking.mask_in(block, x, axes, layer)
     memory.passes.note_block(block)
-    mask = masking.mask_in(block, x, axes)
+    mask = masking.mask_in(block, x, axes, layer)
     memory.masked = mask is not None
     return mask
 
