@@ -210,3 +210,57 @@ def test_folding_keeps_the_layer():
 def test_kernels_compute_it():
     layer, x = BatchNorm(3, **ZERO), torch.randn(4, 3, 5)
     assert "array code" not in str(explain(layer, x, mask=torch.ones(4, 5, dtype=torch.bool)))
+
+
+class TestPaddingMask:
+    """`padding_mask(..., padded_output=)`, for all layers inside."""
+
+    X = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    MASK = sequence_mask(torch.tensor([2, 5]), 5)
+
+    def is_zero(self, layer: nn.Module, *mask: Tensor) -> bool:
+        return torch.equal(layer(self.X, *mask)[0, :, 2:], torch.zeros(3, 3))
+
+    @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+    @pytest.mark.parametrize("backend", [None, "aot_eager"])
+    def test_block_decides_and_ends(self, backend, training):
+        layer = randomize(BatchNorm1d(3)).train(training)
+        if backend:
+            layer = torch.compile(layer, fullgraph=True, backend=backend)
+        assert not self.is_zero(layer, self.MASK)
+        for _ in range(2):
+            with padding_mask(self.MASK, padded_output="zero"):
+                assert self.is_zero(layer)
+                assert self.is_zero(layer, self.MASK)
+                with padding_mask(self.MASK, padded_output="normalize"):
+                    assert not self.is_zero(layer)
+                with padding_mask(self.MASK):  # says nothing, so that the outer block does
+                    assert self.is_zero(layer)
+            assert not self.is_zero(layer, self.MASK)
+
+    def test_normalize_wins_over_the_layers_own(self):
+        layer = randomize(BatchNorm1d(3, **ZERO))
+        with padding_mask(self.MASK, padded_output="normalize"):
+            assert not self.is_zero(layer)
+        assert self.is_zero(layer, self.MASK)
+
+    @pytest.mark.parametrize("explicit", [True, False], ids=["mask", "block's mask"])
+    def test_recomputation_after_the_block_zeroes_too(self, explicit):
+        layer, masks = randomize(BatchNorm1d(3)), (self.MASK,) if explicit else ()
+        following = nn.Conv1d(3, 3, 3, padding=1)
+        x = self.X.clone().requires_grad_()
+        run = lambda x: following(layer(x, *masks)).square().sum()  # noqa: E731
+        with padding_mask(None if explicit else self.MASK, padded_output="zero"):
+            expected = torch.autograd.grad(run(x), x)[0]
+            y = checkpoint(run, x, use_reentrant=False)
+        assert torch.equal(torch.autograd.grad(y, x)[0], expected)
+
+    def test_compiled_gradients_are_those_of_the_layers_own(self):
+        layer, own = randomize(BatchNorm1d(3)), BatchNorm1d(3, **ZERO)
+        own.load_state_dict(layer.state_dict())
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        inputs = [self.X.clone().requires_grad_() for _ in range(2)]
+        with padding_mask(self.MASK, padded_output="zero"):
+            compiled(inputs[0]).square().sum().backward()
+        own(inputs[1], self.MASK).square().sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-6)

@@ -198,12 +198,12 @@ class BatchNorm(RunningStatistics):
         if x.layout is torch.jagged:
             y = normalize(*given[:2], training=given.training, update=given.update)
         else:
-            call = make_call(*given)
+            call = make_call(*given[:4])
             y = run(call)
             if key is not None and call.tensors.mask is None:
                 self._memory.learn(self, key, call)
-        if late:
-            layer_call.move_late(given)
+        if late or given.zeroing is not None:
+            y = layer_call.finish(y, given, late)
         return y
 
     def _explain(
