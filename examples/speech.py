@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -68,8 +68,8 @@ class Conformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.subsample = nn.Sequential(
-            *(nn.Conv1d(FEATURES, WIDTH, 3, 2, 1), nn.BatchNorm1d(WIDTH), nn.SiLU()),
-            *(nn.Conv1d(WIDTH, WIDTH, 3, 2, 1), nn.BatchNorm1d(WIDTH), nn.SiLU()),
+            *(nn.Conv1d(FEATURES, WIDTH, 5, 2, 2), nn.BatchNorm1d(WIDTH), nn.SiLU()),
+            *(nn.Conv1d(WIDTH, WIDTH, 5, 2, 2), nn.BatchNorm1d(WIDTH), nn.SiLU()),
         )
         self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
         self.classifier = nn.Linear(WIDTH, SPEAKERS)
@@ -134,19 +134,18 @@ def features(model: Conformer, samples: list[Sample], more: int, training: bool)
 
 
 def compare(model: Conformer, samples: list[Sample]) -> dict[str, np.ndarray]:
-    """The largest differences of an utterance's features, at each of its frames."""
-    short, long = (pick(samples, key=lambda s: len(s.frames)) for pick in (min, max))
-    alone = features(model, [short], 0, False)
-    batch = [short, long, *samples[:14]]
-    cases = {
-        "beside a longer one": (features(model, [short, long], 0, False), alone),
-        f"with {MORE} more frames": (features(model, [short], MORE, False), alone),
-        f"with {MORE} more frames, training": (
-            features(model, batch, MORE, True),
-            features(model, batch, 0, True),
-        ),
+    """The largest change of an utterance's features at each of its frames, by what is changed."""
+    by_length = sorted(samples, key=lambda sample: len(sample.frames))
+    own, longest = by_length[len(samples) // 2], by_length[-1]
+    alone = features(model, [own], 0, False)
+    batch = [own, *samples[:15]]
+    found = {
+        "beside a longer one": features(model, [own, longest], 0, False) - alone,
+        f"{MORE} more frames": features(model, [own], MORE, False) - alone,
+        f"{MORE} more, in training": features(model, batch, MORE, True)
+        - features(model, batch, 0, True),
     }
-    return {name: (a - b).abs().amax(1).numpy() for name, (a, b) in cases.items()}
+    return {name: change.abs().amax(1).numpy() for name, change in found.items()}
 
 
 def main() -> None:
@@ -157,8 +156,10 @@ def main() -> None:
     samples, tests = (join(load(part), rng) for part in ("TRAIN", "TEST"))
     epochs = 2 if options.quick else EPOCHS
     share = np.mean([1 - batch.mask.mean() for batch in batches(samples, rng)])
-    print(f"{len(samples)} samples of {min(len(s.frames) for s in samples)} to "
-          f"{max(len(s.frames) for s in samples)} frames; {share:.0%} of a batch is padding")
+    print(
+        f"{len(samples)} samples of {min(len(s.frames) for s in samples)} to "
+        f"{max(len(s.frames) for s in samples)} frames; {share:.0%} of a batch is padding"
+    )
     accuracy: dict[str, list[list[float]]] = {name: [] for name in COLOURS}
     moved: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in COLOURS}
     for seed in range(options.seeds):
@@ -180,3 +181,26 @@ def main() -> None:
     ]
     print_table(["", *cases, "accuracy"], rows)
     draw(accuracy, moved, options.out)
+
+
+def draw(accuracy: dict, moved: dict, path: object) -> None:
+    """The changes over an utterance's frames, of the first seed, and the accuracy."""
+    cases = list(moved["batchnorm"][0])[1:]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    for name, colour in COLOURS.items():
+        for axis, case in zip(axes, cases, strict=False):
+            change = np.maximum(moved[name][0][case], 1e-8)  # 0 is not on the scale
+            axis.semilogy(4 * np.arange(len(change)), change, "o-", color=colour, label=name)
+        draw_runs(axes[2], accuracy[name], colour, name)
+    for axis, title in zip(axes, ("evaluation", "training"), strict=False):
+        axis.axhline(1e-5, color="black", linewidth=0.8, linestyle=":")
+        axis.set(title=f"{MORE} more frames of padding, {title}", xlabel="frame of the utterance")
+        axis.set(ylabel="largest change of its features", ylim=(5e-9, 20))
+    axes[2].set(title="Test accuracy", xlabel="epoch", ylabel="%")
+    for axis in axes:
+        axis.legend(frameon=False)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    main()
