@@ -1,7 +1,8 @@
-"""Masks out of lengths."""
+"""Masks out of lengths, and out of masks at a finer resolution."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,11 +10,15 @@ import numpy as np
 from jax import Array, export
 
 from batchnorm.core import config
-from batchnorm.core.errors import ArgumentTypeError, names_errors
+from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.core.layout import check_length_values
-from batchnorm.jax.checks import read_values
+from batchnorm.core.resolution import Anchors, check_per_axis, find_anchors, is_int
+from batchnorm.jax.checks import check_mask, read_values
 
-__all__ = ["sequence_mask"]
+__all__ = ["downsample_mask", "sequence_mask"]
+
+# Of flax, lax and Equinox. "CIRCULAR" and "REFLECT" would read the padding as if it were data.
+_NAMED_PADDINGS = {"VALID": (0, 0), "SAME": None, "SAME_LOWER": None, "CAUSAL": None}
 
 
 @names_errors("sequence_mask")
@@ -54,3 +59,101 @@ def sequence_mask(lengths: Any, size: int) -> Array:
         array = jnp.minimum(array, jnp.asarray(jnp.iinfo(jnp.int32).max, array.dtype))
     positions = jnp.arange(size, dtype=jnp.int32)
     return positions < jnp.expand_dims(array.astype(jnp.int32), -1)
+
+
+@names_errors("downsample_mask")
+def downsample_mask(
+    mask: Any,
+    window: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = "VALID",
+    *,
+    dilation: int | Sequence[int] = 1,
+) -> Array:
+    """The mask of what a convolution or pooling makes of a masked input.
+
+    An output position is real if the input is real at the output's anchor: the last position of
+    its window less the padding behind; the first one where that lies before the input. With
+    padding that is named "SAME", "SAME_LOWER" or "CAUSAL" the anchor of output o is `o * stride`.
+
+    For samples that are padded at their end that means: a sample has as many real outputs in a
+    batch as it has outputs alone. With `reach = dilation * (window - 1)`, length n gives
+
+    - "VALID": `(n - reach - 1) // stride + 1`,
+    - "SAME", "SAME_LOWER", "CAUSAL": `ceil(n / stride)`,
+    - `(low, high)`: `(n + low + high - reach - 1) // stride + 1`.
+
+    An empty sample has no real output, whatever the padding. A convolution's real outputs are
+    those of the sample alone if padded positions hold 0 when it reads them and, with a stride, if
+    padding is not "SAME": that is split by the size of the batch, so that a shorter sample may
+    meet its windows elsewhere than alone.
+
+    Args:
+        mask: boolean or integer of shape `(N, *spatial)`, at least one spatial axis.
+        window: size of the kernel or of the pool; an int for all spatial axes, or one for each.
+        stride: likewise.
+        padding: "VALID", "SAME", "SAME_LOWER", "CAUSAL"; or an int for both sides of every axis,
+            or for each axis an int or a pair `(low, high)`.
+        dilation: of the kernel (`rhs_dilation`, `kernel_dilation`), like `window`.
+
+    Returns:
+        bool of shape `(N, *outputs)`, with the layer's own numbers of outputs.
+
+    Raises:
+        TypeError: a mask that is neither boolean nor integer; sizes that are no ints.
+        ValueError: a mask without spatial axes, or with integers other than 0 and 1, where values
+            can be read at once (S1); windows, strides or dilations below 1; a number of sizes
+            other than that of spatial axes; an unknown padding.
+
+    Source: S5.
+
+    >>> mask = sequence_mask(jnp.array([7, 4]), 7)
+    >>> downsample_mask(mask, window=3, stride=2, padding=1).astype(int).tolist()
+    [[1, 1, 1, 1], [1, 1, 0, 0]]
+    """
+    if mask is None:
+        raise ArgumentTypeError("mask must be an array; got None. Without a mask there is none.")
+    real = check_mask(mask)
+    assert real is not None
+    rank = real.ndim - 1
+    if rank < 1:
+        raise ArgumentValueError(
+            f"mask must have shape (N, *spatial) with at least one spatial axis; got "
+            f"{real.shape}. A mask (N,) of whole samples is the same at every resolution."
+        )
+    sizes = (check_per_axis("window", window, rank), check_per_axis("stride", stride, rank))
+    dilations = check_per_axis("dilation", dilation, rank)
+    real = real.astype(bool)
+    for axis, args in enumerate(zip(*sizes, _pad(padding, rank), dilations, strict=True), 1):
+        real = _select(real, find_anchors(*args), axis)
+    return real
+
+
+def _select(real: Array, anchors: Anchors, axis: int) -> Array:
+    """The values at the anchors along an axis, whose size may be symbolic."""
+    positions = jnp.moveaxis(real, axis, 0)
+    # `any`, since there may be outputs, of padding alone, and no position.
+    first = jnp.repeat(positions[:1].any(axis=0, keepdims=True), anchors.clipped, axis=0)
+    rest = positions[anchors.start :: anchors.stride]  # none where that is past the end
+    return jnp.moveaxis(jnp.concatenate([first, rest]), 0, axis)
+
+
+def _pad(padding: Any, rank: int) -> list[tuple[int, int] | None]:
+    """The padding of each axis, as `find_anchors` takes it."""
+    if isinstance(padding, str):
+        if padding.upper() not in _NAMED_PADDINGS:
+            names = ", ".join(map(repr, _NAMED_PADDINGS))
+            raise ArgumentValueError(f"padding must be {names}, ints or pairs; got {padding!r}.")
+        return [_NAMED_PADDINGS[padding.upper()]] * rank
+    each = tuple(padding) if isinstance(padding, Sequence) else (padding,) * rank
+    pairs = [tuple(p) if isinstance(p, Sequence) else (p, p) for p in each]
+    if not all(len(p) == 2 and all(map(is_int, p)) for p in pairs):
+        raise ArgumentTypeError(
+            f"padding must be a name, an int, or for each axis an int or a pair; got {padding!r}."
+        )
+    if len(pairs) != rank:
+        raise ArgumentValueError(
+            f"padding must be a name, an int, or one int or pair for each of the {rank} axes of "
+            f"the mask behind the first; got {padding!r}."
+        )
+    return [(int(low), int(high)) for low, high in pairs]
