@@ -84,9 +84,9 @@ def downsample_mask(
     - `(low, high)`: `(n + low + high - reach - 1) // stride + 1`.
 
     An empty sample has no real output, whatever the padding. A convolution's real outputs are
-    those of the sample alone if padded positions hold 0 when it reads them and, with a stride, if
-    padding is not "SAME": that is split by the size of the batch, so that a shorter sample may
-    meet its windows elsewhere than alone.
+    those of the sample alone if padded positions hold 0 when it reads them (as behind a layer with
+    `padded_output="zero"`) and, with a stride, if padding is not "SAME": that is split by the size
+    of the batch, so that a shorter sample may meet its windows elsewhere than alone.
 
     Args:
         mask: boolean or integer of shape `(N, *spatial)`, at least one spatial axis.
