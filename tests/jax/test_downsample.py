@@ -73,15 +73,17 @@ def test_an_image_has_the_real_outputs_that_it_has_alone(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_pattern_is_read_at_the_anchors(seed: int) -> None:
+def test_any_pattern_is_read_between_the_anchors(seed: int) -> None:
     rng = np.random.default_rng(seed)
     window, stride, dilation = (int(n) for n in rng.integers(1, 4, 3))
     low, high = (int(n) for n in rng.integers(0, 4, 2))
-    mask = rng.random((3, SIZE)) < 0.5
+    mask = rng.random((3, SIZE)) < 0.6
     found = np.asarray(downsample_mask(mask, window, stride, [(low, high)], dilation=dilation))
     for o in range(found.shape[1]):
-        last = o * stride - low + dilation * (window - 1)
-        np.testing.assert_array_equal(found[:, o], mask[:, max(last - high, 0)])
+        first, last = o * stride, o * stride + dilation * (window - 1) - low - high
+        decide = np.all if first <= last else np.any
+        between = mask[:, max(min(first, last), 0) : max(first, last) + 1]
+        np.testing.assert_array_equal(found[:, o], decide(between, axis=1))
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "CAUSAL", 1, [2], [(1, 2)]], ids=str)
@@ -114,19 +116,22 @@ def test_sizes_are_those_of_poolings(padding: Any) -> None:
     assert downsample_mask(jnp.ones((1, SIZE), bool), 3, 2, padding).shape == y.shape[:2]
 
 
+@pytest.mark.parametrize("padding", [(0, 0), (1, 2), (2, 0)], ids=str)
+@pytest.mark.parametrize("at_the_start", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolution_of_real_positions_gives_the_real_outputs_of_the_sample_alone(
-    stride: int,
+def test_real_outputs_of_a_convolution_are_those_of_the_sample_alone(
+    stride: int, at_the_start: bool, padding: tuple[int, int]
 ) -> None:
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(3, SIZE, 2)).astype(np.float32))
-    lengths = [17, 8, 3]
-    mask = sequence_mask(lengths, SIZE)
-    conv = nnx.Conv(2, 4, (4,), stride, padding=[(1, 2)], rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 18, 2)).astype(np.float32))
+    lengths = [18, 8, 4]
+    mask = sequence_mask(lengths, 18)
+    if at_the_start:
+        mask = mask[:, ::-1]  # by a multiple of the stride
+    conv = nnx.Conv(2, 4, (4,), stride, padding=[padding], rngs=nnx.Rngs(0))
     y = conv(jnp.where(mask[..., None], x, 0))
-    real = downsample_mask(mask, 4, stride, [(1, 2)])
-    for i, n in enumerate(lengths):
-        alone = conv(x[i : i + 1, :n])[0]
+    real = downsample_mask(mask, 4, stride, [padding])
+    for i in range(len(lengths)):
+        alone = conv(x[i][mask[i]][None])[0]
         np.testing.assert_allclose(y[i][real[i]], alone, rtol=1e-5, atol=1e-6)
 
 

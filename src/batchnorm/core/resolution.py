@@ -1,15 +1,18 @@
-"""Masks behind strided windows: the input position that decides about each output position (S5).
+"""Masks behind strided windows: the input positions that decide about each output position (S5).
 
 A convolution or pooling gives a sample of length n, alone, `count(n)` outputs. In a padded batch
 that many of its outputs are real, and no more. Along an axis with padding (low, high) output o
 exists as soon as its window, from `o·stride - low` on and `reach = dilation·(window - 1)` further,
-ends within the sample and its high padding: `n > o·stride + reach - low - high`. So the position
-on the right decides. It is the window's last one less the high padding, the output's *anchor*. An
-output is real where the input at its anchor is; for samples that are padded at their end that is
-the arithmetic of their lengths, and it needs no lengths: a mask of any pattern has anchors.
+ends within the sample and its high padding: `n > o·stride + reach - low - high`. So for a sample
+that is padded at its end the position on the right decides, the output's *last* anchor: the last
+position of its window, after as many were taken off as the padding adds. For one that is padded at
+its start it is the *first* anchor, `o·stride` by the same reasoning from the other end (that sample
+has its own number of outputs if its padding is a multiple of the stride).
 
-Anchors before the first position, of outputs that exist even for shorter samples, are clipped to
-it. So a sample without real positions has no real outputs, whatever the padding.
+An output is real if all positions from its first anchor to its last are, whatever pattern a mask
+has. Where padding takes more than the window has, the last comes before the first, and one real
+position between them is enough: the window exists even for shorter samples. Positions outside of
+the input are not real, so that a sample of padding alone has no real outputs.
 """
 
 from __future__ import annotations
@@ -24,28 +27,19 @@ from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
 
 @dataclass(frozen=True)
 class Anchors:
-    """The anchors of the outputs along one axis: `stride·o + offset`, clipped at 0."""
+    """The anchors of the outputs along one axis: `stride·o` and `stride·o + span`."""
 
     stride: int
-    offset: int
+    span: int
 
-    def anchor(self, output: int) -> int:
-        """The input position that decides about an output position."""
-        return max(output * self.stride + self.offset, 0)
-
-    @property
-    def clipped(self) -> int:
-        """The number of outputs at the start whose anchors are clipped."""
-        return max(-(self.offset // self.stride), 0)
-
-    @property
-    def start(self) -> int:
-        """The anchor of the first output that is not clipped; `start::stride` are theirs."""
-        return self.offset + self.clipped * self.stride
+    def positions(self, output: int) -> tuple[int, int]:
+        """The first and the last anchor of an output position."""
+        first = output * self.stride
+        return first, first + self.span
 
     def count(self, size: int) -> int:
         """The number of outputs of `size` positions, as the framework's own layers give."""
-        return max((size - 1 - self.offset) // self.stride + 1, 0)
+        return max((size - 1 - self.span) // self.stride + 1, 0)
 
 
 def find_anchors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, export
@@ -72,18 +73,20 @@ def downsample_mask(
 ) -> Array:
     """The mask of what a convolution or pooling makes of a masked input.
 
-    An output position is real if the input is real at the output's anchor: the last position of
-    its window less the padding behind; the first one where that lies before the input. With
-    padding that is named "SAME", "SAME_LOWER" or "CAUSAL" the anchor of output o is `o * stride`.
-
-    For samples that are padded at their end that means: a sample has as many real outputs in a
-    batch as it has outputs alone. With `reach = dilation * (window - 1)`, length n gives
+    A sample that is padded at its end has as many real outputs in a batch as it has outputs alone.
+    With `reach = dilation * (window - 1)`, length n gives
 
     - "VALID": `(n - reach - 1) // stride + 1`,
     - "SAME", "SAME_LOWER", "CAUSAL": `ceil(n / stride)`,
     - `(low, high)`: `(n + low + high - reach - 1) // stride + 1`.
 
-    An empty sample has no real output, whatever the padding. A convolution's real outputs are
+    For masks of any pattern: output o is real if the input is from position `o * stride` to
+    `o * stride + reach - low - high`; if that comes first, if it is at one position between them.
+    With "SAME", "SAME_LOWER" and "CAUSAL" position `o * stride` alone decides. So an empty sample
+    has no real output, whatever the padding; and a sample that is padded at its start, by a
+    multiple of the stride, has its own number of them.
+
+    A convolution's real outputs are
     those of the sample alone if padded positions hold 0 when it reads them (as behind a layer with
     `padded_output="zero"`) and, with a stride, if padding is not "SAME": that is split by the size
     of the batch, so that a shorter sample may meet its windows elsewhere than alone.
@@ -123,19 +126,21 @@ def downsample_mask(
         )
     sizes = (check_per_axis("window", window, rank), check_per_axis("stride", stride, rank))
     dilations = check_per_axis("dilation", dilation, rank)
-    real = real.astype(bool)
-    for axis, args in enumerate(zip(*sizes, _pad(padding, rank), dilations, strict=True), 1):
-        real = _select(real, find_anchors(*args), axis)
+    args = zip(*sizes, _pad(padding, rank), dilations, strict=True)
+    return _walk(real.astype(bool), [find_anchors(*a) for a in args])
+
+
+def _walk(real: Array, anchors: list[Anchors]) -> Array:
+    """The mask of the outputs; sizes may be symbolic."""
+    for axis, one in enumerate(anchors, 1):
+        # All positions from first to last anchor, or one of those from last to first.
+        decide = jax.lax.min if one.span >= 0 else jax.lax.max
+        outside = max(-one.span, 0)
+        windows, strides, sides = [1] * real.ndim, [1] * real.ndim, [(0, 0)] * real.ndim
+        windows[axis], strides[axis] = abs(one.span) + 1, one.stride
+        sides[axis] = (outside, outside)
+        real = jax.lax.reduce_window(real, one.span >= 0, decide, windows, strides, sides)
     return real
-
-
-def _select(real: Array, anchors: Anchors, axis: int) -> Array:
-    """The values at the anchors along an axis, whose size may be symbolic."""
-    positions = jnp.moveaxis(real, axis, 0)
-    # `any`, since there may be outputs, of padding alone, and no position.
-    first = jnp.repeat(positions[:1].any(axis=0, keepdims=True), anchors.clipped, axis=0)
-    rest = positions[anchors.start :: anchors.stride]  # none where that is past the end
-    return jnp.moveaxis(jnp.concatenate([first, rest]), 0, axis)
 
 
 def _pad(padding: Any, rank: int) -> list[tuple[int, int] | None]:
