@@ -71,7 +71,7 @@ def _by_kernel(x: Any, mask: Any, layout: Layout) -> Moments | None:
         view = view_mask(geometry, layout.shape, mask.shape, _strides(mask))
         if view is None:
             return None
-    plan = extension.make_plan(layout, geometry, x.dtype.name, None, view, 1, 0)
+    plan = extension.make_plan(layout, geometry, x.dtype.name, None, False, view, 1, 0)
     address = 0 if mask is None else mask.ctypes.data
     kept = plan.moments(x=x.ctypes.data, mask=address, threads=os.cpu_count() or 1)
     rows = (np.array(kept.row(STATISTICS[name])) for name in ("mean", "var"))
