@@ -201,6 +201,33 @@ def test_convolution_that_pads_by_itself_has_as_many_outputs_as_strides(size):
     assert torch.equal(real, sequence_mask((sizes + 1) // 2, real.shape[1]))
 
 
+def test_convolution_with_a_padding_of_its_own_is_not_guessed():
+    class Odd(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[..., :-1]
+
+    net = nn.Sequential(Odd(1, 1, 3, 2), Probe())
+    block = padding_mask(lengths(7, 9, total=9), follow=net)
+    with block, pytest.raises(ValueError, match=r"rows \(2, 3\): follow= has seen no"):
+        net(torch.ones(2, 1, 9, requires_grad=True))
+
+
+def test_name_of_a_subclass_does_not_count():
+    class Pointwise1d(nn.Conv2d):
+        pass
+
+    real = seen_behind(Pointwise1d(1, 1, 1, 2), mask=torch.ones(1, 4, 6, dtype=torch.bool))
+    assert real.shape == (1, 2, 3)
+
+
+def test_scripted_convolution_is_not_seen():
+    net = nn.Sequential(torch.jit.trace(nn.Conv1d(1, 1, 2, 2), torch.ones(1, 1, 8)), Probe())
+    block = padding_mask(lengths(7, 8), follow=net)
+    with block, pytest.raises(ValueError, match=r"rows \(2, 4\): follow= has seen no"):
+        net(torch.ones(2, 1, 8, requires_grad=True))
+    assert is_clean(net)
+
+
 def test_causal_convolution_keeps_the_mask():
     class Causal(nn.Module):
         def __init__(self):
@@ -240,6 +267,7 @@ def random_stack(rng: random.Random) -> tuple[list[nn.Module], int]:
         elif kind == "transposed":
             conv = nn.ConvTranspose1d(1, 1, kernel, stride, bias=False)
         elif kind == "max":
+            padding = padding if dilation == 1 else 0  # no window of padding alone
             conv = nn.MaxPool1d(kernel, stride, padding, dilation)
         elif kind == "average":
             conv = nn.AvgPool1d(kernel, stride, padding)
