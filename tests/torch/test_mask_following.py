@@ -583,11 +583,14 @@ def test_layer_without_a_name_raises():
         net(x, x)
 
 
-def test_layer_with_two_names_raises():
+@pytest.mark.parametrize(
+    ("shared", "said"), [(0, "padding_mask: a Conv1d"), (1, "BatchNorm: a BatchNorm")]
+)
+def test_module_with_two_names_raises(shared, said):
     net = Speech()
-    net.decoder[1] = net.encoder[1]
+    net.decoder[shared] = net.encoder[shared]
     masks = {"encoder": lengths(5, 2), "decoder": lengths(5, 2), "head": None}
-    x, said = torch.ones(2, 1, 8, requires_grad=True), "BatchNorm is part of several of the subm"
+    x, said = torch.ones(2, 1, 8, requires_grad=True), f"^{said} is part of several of the submodul"
     with padding_mask(masks, follow=net), pytest.raises(ValueError, match=said):
         net(x, x)
 
@@ -610,6 +613,18 @@ def test_refused_arguments(given, error, said):
     with pytest.raises(error, match=f"padding_mask: .*{said}"):
         padding_mask(**given).__enter__()
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_jagged_input_takes_the_mask_of_its_submodule():
+    net = nn.ModuleDict({name: BatchNorm(3, axis=-1, momentum=1.0) for name in "abc"})
+    rows = [torch.randn(n, 3) for n in (2, 3)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    masks = {"a": torch.tensor([True, False]), "b": torch.tensor([False, True]), "c": None}
+    with padding_mask(masks, follow=net):
+        for layer in net.values():
+            layer(x)
+    for layer, expected in zip(net.values(), (*rows, torch.cat(rows)), strict=True):
+        close(layer.running_mean, expected.mean(0))
 
 
 # Sizes that no module makes
