@@ -186,6 +186,21 @@ def test_pooling_that_returns_indices():
     assert net.probe.real.sum(1).tolist() == [2, 4]
 
 
+def test_transposed_convolution_whose_output_size_was_asked_for():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.probe = nn.ConvTranspose1d(1, 1, 3, 2), Probe()
+
+        def forward(self, x):
+            return self.probe(self.conv(x, output_size=[18]))
+
+    net = Net()
+    with padding_mask(lengths(8, 5, 0), follow=net):
+        net(torch.ones(3, 1, 8, requires_grad=True))
+    assert net.probe.real.sum(1).tolist() == [18, 12, 0]
+
+
 class Same(nn.Conv1d):
     """Pads by itself, as TensorFlow does."""
 

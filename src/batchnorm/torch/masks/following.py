@@ -126,8 +126,8 @@ class Following:
         scope = self._find_scope(module)
         if scope is None:
             return
-        fits = self._find_fits(scope, x, rows)
-        found = [scope.walk(fit.mask, module, rows[1:], goals) for fit in fits]
+        fits = [fit.mask for fit in self._find_fits(scope, x, rows) if not fit.turned]
+        found = [scope.walk(mask, module, rows[1:], goals) for mask in fits]
         known = [mask for mask in found if mask is not None]
         if known:
             self._tags[y] = keep_distinct(known)
