@@ -186,6 +186,21 @@ def test_pooling_that_returns_indices():
     assert net.probe.real.sum(1).tolist() == [2, 4]
 
 
+def test_transposed_convolution_whose_output_size_was_asked_for():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.probe = nn.ConvTranspose1d(1, 1, 3, 2), Probe()
+
+        def forward(self, x):
+            return self.probe(self.conv(x, output_size=[18]))
+
+    net = Net()
+    with padding_mask(lengths(8, 5, 0), follow=net):
+        net(torch.ones(3, 1, 8, requires_grad=True))
+    assert net.probe.real.sum(1).tolist() == [18, 12, 0]
+
+
 class Same(nn.Conv1d):
     """Pads by itself, as TensorFlow does."""
 
@@ -199,6 +214,33 @@ def test_convolution_that_pads_by_itself_has_as_many_outputs_as_strides(size):
     sizes = torch.tensor([size, 5, 4, 0])
     real = seen_behind(Same(1, 1, 3, stride=2), mask=sequence_mask(sizes, size))
     assert torch.equal(real, sequence_mask((sizes + 1) // 2, real.shape[1]))
+
+
+def test_convolution_with_a_padding_of_its_own_is_not_guessed():
+    class Odd(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[..., :-1]
+
+    net = nn.Sequential(Odd(1, 1, 3, 2), Probe())
+    block = padding_mask(lengths(7, 9, total=9), follow=net)
+    with block, pytest.raises(ValueError, match=r"rows \(2, 3\): follow= has seen no"):
+        net(torch.ones(2, 1, 9, requires_grad=True))
+
+
+def test_name_of_a_subclass_does_not_count():
+    class Pointwise1d(nn.Conv2d):
+        pass
+
+    real = seen_behind(Pointwise1d(1, 1, 1, 2), mask=torch.ones(1, 4, 6, dtype=torch.bool))
+    assert real.shape == (1, 2, 3)
+
+
+def test_scripted_convolution_is_not_seen():
+    net = nn.Sequential(torch.jit.trace(nn.Conv1d(1, 1, 2, 2), torch.ones(1, 1, 8)), Probe())
+    block = padding_mask(lengths(7, 8), follow=net)
+    with block, pytest.raises(ValueError, match=r"rows \(2, 4\): follow= has seen no"):
+        net(torch.ones(2, 1, 8, requires_grad=True))
+    assert is_clean(net)
 
 
 def test_causal_convolution_keeps_the_mask():
@@ -240,6 +282,7 @@ def random_stack(rng: random.Random) -> tuple[list[nn.Module], int]:
         elif kind == "transposed":
             conv = nn.ConvTranspose1d(1, 1, kernel, stride, bias=False)
         elif kind == "max":
+            padding = padding if dilation == 1 else 0  # no window of padding alone
             conv = nn.MaxPool1d(kernel, stride, padding, dilation)
         elif kind == "average":
             conv = nn.AvgPool1d(kernel, stride, padding)
@@ -555,11 +598,14 @@ def test_layer_without_a_name_raises():
         net(x, x)
 
 
-def test_layer_with_two_names_raises():
+@pytest.mark.parametrize(
+    ("shared", "said"), [(0, "padding_mask: a Conv1d"), (1, "BatchNorm: a BatchNorm")]
+)
+def test_module_with_two_names_raises(shared, said):
     net = Speech()
-    net.decoder[1] = net.encoder[1]
+    net.decoder[shared] = net.encoder[shared]
     masks = {"encoder": lengths(5, 2), "decoder": lengths(5, 2), "head": None}
-    x, said = torch.ones(2, 1, 8, requires_grad=True), "BatchNorm is part of several of the subm"
+    x, said = torch.ones(2, 1, 8, requires_grad=True), f"^{said} is part of several of the submodul"
     with padding_mask(masks, follow=net), pytest.raises(ValueError, match=said):
         net(x, x)
 
@@ -582,6 +628,18 @@ def test_refused_arguments(given, error, said):
     with pytest.raises(error, match=f"padding_mask: .*{said}"):
         padding_mask(**given).__enter__()
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_jagged_input_takes_the_mask_of_its_submodule():
+    net = nn.ModuleDict({name: BatchNorm(3, axis=-1, momentum=1.0) for name in "abc"})
+    rows = [torch.randn(n, 3) for n in (2, 3)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    masks = {"a": torch.tensor([True, False]), "b": torch.tensor([False, True]), "c": None}
+    with padding_mask(masks, follow=net):
+        for layer in net.values():
+            layer(x)
+    for layer, expected in zip(net.values(), (*rows, torch.cat(rows)), strict=True):
+        close(layer.running_mean, expected.mean(0))
 
 
 # Sizes that no module makes

@@ -282,14 +282,29 @@ class TestSeveralMasks:
         assert real.sum(1).tolist() == [6, 3]
 
     def test_coarser_layer_that_could_have_either_raises(self):
-        given = padding_mask([self.TEXT, self.MEL], rescale="any")
-        said = r"shapes \(2, 4\), \(2, 12\).*rows \(2, 2\): several could be meant"
+        given = padding_mask([self.TEXT, self.MEL], rescale="all")
+        said = r"shapes \(2, 4\), \(2, 12\).*rows \(2, 2\): several could be meant, and they differ"
         with given, pytest.raises(ValueError, match=said):
             BatchNorm1d(C)(torch.randn(2, C, 2))
 
+    def test_coarser_layer_that_could_have_either_needs_them_to_agree(self):
+        sizes = torch.tensor([401, 250, 7])
+        masks = [sequence_mask(sizes, 401), sequence_mask((sizes + 1) // 2, 201)]
+        real = seen_by((3, C, 101), masks)
+        assert torch.equal(real, sequence_mask((sizes + 3) // 4, 101))
+
+    def test_jagged_input_takes_the_mask_of_its_samples(self):
+        rows = [torch.randn(n, C) for n in (2, 3, 1)]
+        x = torch.nested.nested_tensor(rows, layout=torch.jagged)
+        other, mask = torch.tensor([True, True]), torch.tensor([True, False, True])
+        layer = BatchNorm(C, axis=-1, momentum=1.0)
+        with padding_mask([other, mask, self.MEL]):
+            layer(x)
+        close(layer.running_mean, torch.cat([rows[0], rows[2]]).mean(0))
+
     def test_layer_that_none_fits_raises(self):
         given = padding_mask([self.TEXT, self.MEL])
-        said = r"shapes \(2, 4\), \(2, 12\).*rows \(2, 20\): each is finer"
+        said = r"shapes \(2, 4\), \(2, 12\).*rows \(2, 20\): none of them is finer"
         with given, pytest.raises(ValueError, match=said):
             BatchNorm1d(C)(torch.randn(2, C, 20))
 

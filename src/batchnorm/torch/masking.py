@@ -75,7 +75,8 @@ def padding_mask(
     The setting belongs to the thread (or asyncio task) that made it, ends with the block even on
     an exception, nests, and works around compiled models without recompiling when values change.
     A forward pass that activation checkpointing repeats takes the mask that it had at first. Where
-    a layer has run in several blocks since its last backward pass, run that inside its block.
+    a layer is compiled, or has run in several blocks since its last backward pass, run that inside
+    its block.
 
     Raises:
         TypeError: a mask that is neither boolean nor integer; a `follow` that is no module.
@@ -147,7 +148,10 @@ def mask_in(
     if block is None or not block.masks:
         return None
     if x.layout is torch.jagged:  # has no padding: whole samples are all that it can use
-        return next((mask for mask in block.masks if mask.dim() == 1), None)
+        given = block.masks if block.follower is None else block.follower.list_given(layer)
+        whole = [mask for mask in given if mask.dim() == 1]
+        fitting = [mask for mask in whole if mask.shape[0] == x.shape[0]]
+        return next(iter(fitting or whole), None)
     return _find_mask(block, x, _rows(x, channel_axes), layer)
 
 

@@ -20,6 +20,9 @@ class Follower(Protocol):
     def find_mask(self, layer: nn.Module | None, x: Tensor, rows: tuple[int, ...]) -> Tensor | None:
         """The mask of a layer with this input; None for a layer that is named to have none."""
 
+    def list_given(self, layer: nn.Module | None) -> Sequence[Tensor]:
+        """The masks that were given for a layer."""
+
     def close(self) -> None:
         """Stop following; masks stay for recomputations."""
 

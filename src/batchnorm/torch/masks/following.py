@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from batchnorm.core.errors import ArgumentRuntimeError, ArgumentValueError
+from batchnorm.core.errors import ArgumentRuntimeError, ArgumentValueError, naming
 from batchnorm.torch.masks import modules
 from batchnorm.torch.masks.blocks import are_equal, find_block, keep_distinct
 from batchnorm.torch.masks.resolutions import Fit, carry, check_turned, find_fits, misfit
@@ -113,7 +113,8 @@ class Following:
         if x is None or y is None:
             return
         if modules.is_known(module):
-            self._walk(module, x, y)
+            with naming("padding_mask"):
+                self._walk(module, x, y)
         elif y.shape == x.shape and x in self._tags:
             self._tags[y] = self._tags[x]
 
@@ -125,8 +126,8 @@ class Following:
         scope = self._find_scope(module)
         if scope is None:
             return
-        fits = self._find_fits(scope, x, rows)
-        found = [scope.walk(fit.mask, module, rows[1:], goals) for fit in fits]
+        fits = [fit.mask for fit in self._find_fits(scope, x, rows) if not fit.turned]
+        found = [scope.walk(mask, module, rows[1:], goals) for mask in fits]
         known = [mask for mask in found if mask is not None]
         if known:
             self._tags[y] = keep_distinct(known)
@@ -137,10 +138,19 @@ class Following:
         homes = self._homes.get(module, []) if module is not None else []
         if len(homes) > 1:
             raise ArgumentValueError(
-                f"in padding_mask, a {type(module).__name__} is part of several of the submodules "
-                f"{self._names()}. Name a submodule that has it alone."
+                f"a {type(module).__name__} is part of several of the submodules {self._names()} "
+                "that padding_mask names. Name one that has it alone."
             )
         return homes[0] if homes else None
+
+    def _require_scope(self, layer: nn.Module | None) -> _Scope:
+        scope = self._find_scope(layer)
+        if scope is None:
+            raise ArgumentValueError(
+                f"in padding_mask, this layer is in none of the submodules {self._names()}. "
+                "Name the one that it is in too, with its mask or None."
+            )
+        return scope
 
     def _names(self) -> list[str]:
         return sorted(name for name in self._scopes if name is not None)
@@ -150,16 +160,15 @@ class Following:
         tagged = self._tags.get(x)
         return (find_fits(tagged, rows) if tagged else []) or find_fits(scope.masks, rows)
 
+    def list_given(self, layer: nn.Module | None) -> Sequence[Tensor]:
+        """The masks that were given for a layer."""
+        return self._require_scope(layer).given
+
     def find_mask(self, layer: nn.Module | None, x: Tensor, rows: _Rows) -> Tensor | None:
         """The mask of a layer with this input; None for a layer that is named to have none."""
         if in_backward() and (taken := self._find_taken(layer, rows)) is not None:
             return taken
-        scope = self._find_scope(layer)
-        if scope is None:
-            raise ArgumentValueError(
-                f"in padding_mask, this layer is in none of the submodules {self._names()}. "
-                "Name the one that it is in too, with its mask or None."
-            )
+        scope = self._require_scope(layer)
         if not scope.given:
             return None
         fits = self._find_fits(scope, x, rows)

@@ -41,8 +41,8 @@ def count_axes(module: nn.Module, rank: int) -> int:
         return rank - 2
     if isinstance(module, (nn.PixelShuffle, nn.PixelUnshuffle)):
         return 2
-    names = (kind.__name__ for kind in type(module).__mro__ if isinstance(module, _KNOWN))
-    return next(int(name[-2]) for name in names if name[-2:] in ("1d", "2d", "3d"))
+    kind = next(kind for kind in type(module).__mro__ if kind in _KNOWN)
+    return int(kind.__name__[-2])  # of "Conv2d"
 
 
 def find_walks(

@@ -86,16 +86,18 @@ def carry(masks: Sequence[Tensor], rows: tuple[int, ...], rescale: str | None) -
     """The one of these masks that coarser rows can come from, at those rows.
 
     Raises:
-        ArgumentValueError: none can, or several; or, without a rule, a block is partly padding.
+        ArgumentValueError: none can, or several that differ there; or, without a rule, a block is
+            partly padding.
     """
     reasons = [_find_reason(tuple(mask.shape), rows) for mask in masks]
     able = [mask for mask, reason in zip(masks, reasons, strict=True) if reason is None]
     if not able:
-        reason = reasons[0] if len(masks) == 1 else "each is finer, or of another batch, in no mask"
+        reason = reasons[0] if len(masks) == 1 else "none of them is finer and of its batch"
         raise misfit(masks, rows, str(reason))
-    if len(able) > 1:
-        raise misfit(masks, rows, "several could be meant")
-    return _coarsen(able[0], rows, rescale)
+    found = keep_distinct([_coarsen(mask, rows, rescale) for mask in able])
+    if len(found) > 1:
+        raise misfit(able, rows, "several could be meant, and they differ there")
+    return found[0]
 
 
 def _find_reason(sizes: tuple[int, ...], rows: tuple[int, ...]) -> str | None:
