@@ -85,7 +85,7 @@ class Conformer(nn.Module):
 
 
 def masked(model: nn.Module, mask: Tensor) -> AbstractContextManager[None]:
-    """What a training loop writes around the model's calls; torch's layers do not notice."""
+    """The block for a training loop to put around the model's calls; torch's layers ignore it."""
     return padding_mask(mask, follow=model, padded_output="zero")
 
 
