@@ -797,6 +797,16 @@ def test_tasks_each_have_their_masks():
     assert is_clean(net)
 
 
+def test_mask_that_is_written_to_inside_the_block_counts_anew():
+    net, mask = nn.Sequential(nn.Conv1d(1, 1, 2, 2), Probe()), lengths(8, 2)
+    x = torch.ones(2, 1, 8, requires_grad=True)
+    with padding_mask(mask, follow=net):
+        net(x)
+        mask.copy_(lengths(4, 6))
+        net(x)
+        assert net[1].real.sum(1).tolist() == [2, 3]
+
+
 def test_works_as_a_decorator():
     net = nn.Sequential(nn.Conv1d(1, 1, 2, 2), Probe())
     run = padding_mask(lengths(8, 2), follow=net)(net)

@@ -29,6 +29,18 @@ class _Scope:
         self.given = tuple(given)
         self.masks = list(given)
         self._made: dict[Any, tuple[Tensor, Tensor]] = {}  # keeps the source, whose id is the key
+        self._versions = self._read_versions()
+
+    def _read_versions(self) -> list[int]:
+        return [0 if mask.is_inference() else mask._version for mask in self.given]
+
+    def refresh(self) -> None:
+        """Forget masks that were made of given ones which have been written to since."""
+        versions = self._read_versions()
+        if versions != self._versions:
+            self._versions = versions
+            self.masks = list(self.given)
+            self._made.clear()
 
     def walk(self, source: Tensor, module: nn.Module, sizes: _Rows, goals: _Rows) -> Tensor | None:
         """The mask of a module's output, or None where the sizes are not explained."""
@@ -157,6 +169,7 @@ class Following:
 
     def _find_fits(self, scope: _Scope, x: Tensor, rows: _Rows) -> list[Fit]:
         """By data flow where x comes straight from a module, else by sizes."""
+        scope.refresh()
         tagged = self._tags.get(x)
         return (find_fits(tagged, rows) if tagged else []) or find_fits(scope.masks, rows)
 
