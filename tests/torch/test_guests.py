@@ -377,3 +377,23 @@ def test_a_hooked_model_is_reverted_with_its_hooks():
         warnings.simplefilter("error")
         model(torch.randn(6, 3))
     assert hook.seen == [model[1]]
+
+
+@activations
+def test_padding_is_zero_behind_the_activation_too(act, fused):
+    model = convert_batchnorm(network(act()), padded_output="zero")
+    mask = torch.tensor([True, True, False])
+    y = model[1](torch.randn(3, 4, 2, 2), mask)
+    assert torch.equal(y[2], torch.zeros(4, 2, 2))
+    assert (y[:2] != 0).any()
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("own", ["zero", "normalize"])
+def test_an_activation_that_moves_zero_is_an_error(own, backend):
+    model = convert_batchnorm(network(nn.Sigmoid()), padded_output=own)
+    layer = torch.compile(model[1], fullgraph=True, backend=backend) if backend else model[1]
+    x, mask = torch.randn(3, 4, 2, 2), torch.tensor([True, True, False])
+    block = padding_mask(mask, padded_output=None if own == "zero" else "zero")
+    with block, pytest.raises(Exception, match="does not reach behind the layer"):
+        layer(x)

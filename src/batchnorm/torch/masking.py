@@ -176,6 +176,13 @@ def padded_output_in(block: Block | None) -> str | None:
     return None if block is None else block.padded_output
 
 
+def may_zero(own: str) -> bool:
+    """True if padded rows of a layer may be zeroed (S4); `own`: its `padded_output`."""
+    if torch.compiler.is_compiling():
+        return own == "zero" or usage.sets_output
+    return (padded_output_in(find_block()) or own) == "zero"
+
+
 def traced_zeroing(x: Tensor, own: str) -> Tensor | bool:
     """True where padded rows of y are zero, in traced code; `own`: the layer's `padded_output`.
 

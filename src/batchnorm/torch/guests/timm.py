@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers.norm_act import BatchNormAct2d as Original
 from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.fx import Proxy
 
 from batchnorm.core.config import NEGATIVE_SLOPE
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
+from batchnorm.torch import masking
 from batchnorm.torch.conversions import Left, take_over
 from batchnorm.torch.layers import BatchNorm, BatchNorm2d
 from batchnorm.torch.options import Origin
@@ -32,6 +34,7 @@ class BatchNormAct2d(BatchNorm2d, Original):
             "make timm's layer, and convert it by batchnorm.torch.convert_batchnorm."
         )
 
+    @names_errors()
     def forward(
         self, input: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
@@ -44,6 +47,12 @@ class BatchNormAct2d(BatchNorm2d, Original):
         y = super().forward(input, mask, residual)
         if own is not None:
             return y
+        if masking.may_zero(self.padded_output) and _moves_zero(self.act):
+            raise ArgumentValueError(
+                f'padded_output="zero" does not reach behind the layer\'s own activation '
+                f"{self.act}, which makes something else of 0 (S4). Exchange it, or leave such "
+                'layers at padded_output="normalize" and mask what the layers behind them read.'
+            )
         found: Tensor = self.act(self.drop(y))
         return found
 
@@ -68,6 +77,17 @@ def _find_activation(layer: Any) -> str | None:
         return "relu"
     slope = getattr(layer.act, "negative_slope", None)
     return "leaky_relu" if type(layer.act) is nn.LeakyReLU and slope == NEGATIVE_SLOPE else None
+
+
+def _moves_zero(act: nn.Module) -> bool:
+    """True for an activation that does not map 0 to 0."""
+    with torch.no_grad():
+        like = next(act.parameters(), torch.empty(0))
+        return bool((act(torch.zeros(1, device=like.device, dtype=like.dtype)) != 0).any())
+
+
+# torch.compiler.assume_constant_result, without importing the compiler: that takes seconds.
+_moves_zero._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _has_hooks(module: nn.Module) -> bool:
