@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+from keras.src.backend import get_keras_mask
 
 from batchnorm.core.config import Adjustment
 from batchnorm.core.errors import ArgumentValueError, names_errors, naming
 from batchnorm.keras.call import Call
+from batchnorm.keras.dropped import warn_dropped
 from batchnorm.keras.functional import BACKEND
+from batchnorm.keras.masking import find_mask
 from batchnorm.keras.masks import propagate_mask, split_pair, to_boolean
 from batchnorm.keras.options import (
     list_call_options,
@@ -68,7 +71,8 @@ class BatchNormalization(WeightedNormalization):
         inputs: x, or a pair (x, mask).
         training: bool, int, 0-d tensor, or None for the call context's value, else False.
         mask: non-zero marks real rows: x's shape without its channel axes, a prefix of that, or
-            x's rank with sizes of x or 1 (S1). One that Keras propagates is used too.
+            x's rank with sizes of x or 1 (S1). One that Keras propagates is used too, and without
+            any the one of `padding_mask`.
 
     Raises:
         TypeError: an option of the wrong type.
@@ -142,6 +146,8 @@ class BatchNormalization(WeightedNormalization):
                 "inputs must have a known rank; got a tensor of unknown "
                 "rank. Give it one, for instance with tf.ensure_shape."
             )
+        if mask is None:
+            warn_dropped(self, x)
         # Keras would cast the mask to the layer's type, in which a small number may be 0.
         return super().__call__(x, *args, mask=to_boolean(mask), **kwargs)
 
@@ -150,8 +156,8 @@ class BatchNormalization(WeightedNormalization):
         """Normalize inputs; arguments as the class says."""
         x, mask = split_pair(inputs, mask)
         if mask is None:  # Keras hands it over only where x is the only tensor
-            mask = getattr(x, "_keras_mask", None)
-        mask = to_boolean(mask)
+            mask = get_keras_mask(x)
+        mask = find_mask(self, x, self._channel_axes) if mask is None else to_boolean(mask)
         gamma, beta = (None if a is None else self._per_channel(a) for a in (self.gamma, self.beta))
         call = self._make_call(self._resolve_training(training))
         y, moved = BACKEND.normalize(self._cast_input(x), mask, gamma, beta, self._running(), call)
