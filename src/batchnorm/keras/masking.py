@@ -94,6 +94,9 @@ def padding_mask(mask: Any, *, rescale: str | None = None) -> Iterator[None]:
     it, ends with the block even on an exception, and nests. Where a layer is recomputed in the
     backward pass (`keras.RematScope`), open the block inside the recomputed layer.
 
+    TensorFlow cannot tell a block of functions that were compiled before it was opened. The block
+    raises at its end if no layer has run in it; where others have, their masks are lost unseen.
+
     Raises:
         TypeError: a symbolic mask.
         ValueError: a scalar mask, or an unknown rule; from a layer: sizes that do not fit, or a
@@ -127,8 +130,6 @@ def find_mask(layer: Any, x: Any, axes: tuple[int, ...]) -> Any:
     """The mask that a block gives a layer which has none, or None."""
     if not _usage.in_use and not _usage.taken and BACKEND.RETRACES:
         return None
-    if in_symbolic_scope():  # Keras asks for shapes only
-        return None
     block = _current.get()
     if block is None or not block.active:
         _note_absence(layer)
@@ -136,7 +137,7 @@ def find_mask(layer: Any, x: Any, axes: tuple[int, ...]) -> Any:
     outer: Block | None = block
     while outer is not None:
         outer.asked, outer = True, outer.outer
-    if block.mask is None:
+    if block.mask is None or in_symbolic_scope():  # where Keras asks for shapes only
         return None
     if not BACKEND.follows(block.trace):
         raise ArgumentRuntimeError(
@@ -150,6 +151,8 @@ def find_mask(layer: Any, x: Any, axes: tuple[int, ...]) -> Any:
 
 def _note_absence(layer: Any) -> None:
     """Remember a layer that runs outside of blocks; raise if its first pass was inside of one."""
+    if in_symbolic_scope():
+        return
     if BACKEND.repeats(_usage.taken.get(layer, False)):
         raise ArgumentRuntimeError(
             "this layer took the mask of a padding_mask block that has ended, and runs again "
@@ -157,6 +160,7 @@ def _note_absence(layer: Any) -> None:
             "padding_mask inside the layer that is recomputed, or pass mask=; if no mask is "
             "meant, say padding_mask(None)."
         )
+    _usage.taken.pop(layer, None)
     if not BACKEND.RETRACES and (_usage.in_use or BACKEND.find_trace() is not None):
         _usage.compiled = True
 
@@ -183,7 +187,7 @@ def _make_block(mask: Any, rescale: Any) -> Block:
 
 def _check_use(block: Block) -> None:
     """Raise if a block may have stood around functions that were compiled without it."""
-    if block.asked or block.mask is None or block.trace is not None or not _usage.compiled:
+    if block.asked or block.mask is None or not _usage.compiled:
         return
     with naming(_OWNER):
         raise ArgumentRuntimeError(

@@ -150,15 +150,16 @@ class Remask(keras.layers.Layer):
         axes = len(mask.shape) - 1
         sizes = [_spread(a, axes) for a in (self.kernel_size, self.strides, self.dilation_rate)]
         valid = self.padding == "valid"
-        anchors = [
+        anchors = tuple(
             slice(dilation * (kernel - 1) if valid else 0, None, stride)
             for kernel, stride, dilation in zip(*sizes, strict=True)
-        ]
+        )
         if all(a == slice(0, None, 1) for a in anchors):
             return mask
         if not isinstance(mask, keras.KerasTensor):
             mask = keras.ops.convert_to_tensor(mask)
-        return mask[(slice(None), *anchors)]
+        places = (slice(None), *anchors)
+        return mask[places]
 
 
 def _check_sizes(name: str, sizes: Any) -> int | tuple[int, ...]:

@@ -23,9 +23,9 @@ def at_resolution(mask: Any, rule: str | None, x: Any, axes: tuple[int, ...]) ->
     """
     rows = [a for a in range(len(x.shape)) if a not in axes]
     sizes, wanted = tuple(mask.shape), tuple(x.shape[a] for a in rows)
-    whole = rule is None or len(sizes) < len(wanted)  # no axis may merge
+    merges = rule is not None and len(sizes) == len(wanted)
     if len(sizes) <= len(wanted) and all(
-        size == goal or (None in (size, goal) and (whole or axis == 0))
+        not (merges and axis > 0) if None in (size, goal) else size == goal
         for axis, (size, goal) in enumerate(zip(sizes, wanted, strict=False))
     ):
         return mask
@@ -35,7 +35,7 @@ def at_resolution(mask: Any, rule: str | None, x: Any, axes: tuple[int, ...]) ->
     target = (*wanted, *(1,) * (len(sizes) - len(wanted)))
     for axis in range(1, len(sizes)):
         size, goal = sizes[axis], target[axis]
-        if size == goal or size is None or goal is None:
+        if size is None or goal is None or size == goal:
             continue
         if size == 0 or goal == 0 or (size % goal != 0 and goal % size != 0):
             raise _misfit(sizes, wanted, f"{size} and {goal} on axis {axis} do not divide")

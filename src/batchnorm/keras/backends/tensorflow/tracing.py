@@ -9,6 +9,7 @@ from weakref import ref
 import tensorflow as tf
 
 RETRACES = False
+_PARTS = ("CondBranchFuncGraph", "WhileBodyFuncGraph", "WhileCondFuncGraph")
 
 
 def find_trace() -> Any:
@@ -17,13 +18,17 @@ def find_trace() -> Any:
 
 
 def follows(trace: Any) -> bool:
-    """As `batchnorm.keras.functional.Backend` says."""
+    """As `batchnorm.keras.functional.Backend` says.
+
+    A `tf.function` inside keeps the first tensors that it takes from outside; a branch and a loop
+    are traced for each use.
+    """
     if trace is None or tf.executing_eagerly():
         return trace is None and tf.executing_eagerly()
     graph, wanted = tf.compat.v1.get_default_graph(), trace()
-    while graph is not None and graph is not wanted:
-        graph = getattr(graph, "outer_graph", None)
-    return graph is not None
+    while graph is not wanted and type(graph).__name__ in _PARTS:
+        graph = graph.outer_graph
+    return graph is wanted
 
 
 def repeats(trace: Any) -> bool:
