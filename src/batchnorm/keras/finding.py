@@ -95,7 +95,7 @@ def find_dropped_masks(model: keras.layers.Layer, inputs: Any = None) -> list[Dr
 
 
 class _Parts(NamedTuple):
-    """What was found while composite layers were looked into.
+    """Findings while composite layers were looked into.
 
     Attributes:
         origins: for tensors that a composite layer gave, by id, those that it computed.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import keras
 from keras.src.backend import in_symbolic_scope
@@ -58,7 +58,8 @@ class _Usage:
 
     def __init__(self) -> None:
         self.in_use = False
-        self.compiled = False  # a layer may run outside of blocks without Python
+        # Layers of compiled functions, or of threads, that no block reached.
+        self.missed: WeakSet[Any] = WeakSet()
         self.taken: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # layers, and their traces
         self._open = 0
         self._lock = threading.Lock()
@@ -162,7 +163,7 @@ def _note_absence(layer: Any) -> None:
         )
     _usage.taken.pop(layer, None)
     if not BACKEND.RETRACES and (_usage.in_use or BACKEND.find_trace() is not None):
-        _usage.compiled = True
+        _usage.missed.add(layer)
 
 
 @names_errors(_OWNER)
@@ -187,11 +188,13 @@ def _make_block(mask: Any, rescale: Any) -> Block:
 
 def _check_use(block: Block) -> None:
     """Raise if a block may have stood around functions that were compiled without it."""
-    if block.asked or block.mask is None or not _usage.compiled:
+    missed = next(iter(_usage.missed), None)
+    if block.asked or block.mask is None or missed is None:
         return
     with naming(_OWNER):
         raise ArgumentRuntimeError(
-            "no layer took the mask. A function that was compiled before the block was opened "
-            "(fit, evaluate, predict, tf.function), and threads of others, do not see it. Give "
-            "the model the mask as an input, and open padding_mask inside, in its call."
+            "no layer took the mask. Functions that were compiled before the block was opened "
+            "(fit, evaluate, predict, tf.function), and other threads, do not see it; one of them "
+            f"has run layer {missed.name!r}. Give the model the mask as an input, and open "
+            "padding_mask inside, in its call."
         )
