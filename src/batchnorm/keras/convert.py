@@ -40,8 +40,8 @@ def convert_batchnorm(
         report: a list that gets one `Conversion` for each batch norm that is not yet this
             library's.
         **options: options of `BatchNormalization` for all of them: momentum, epsilon, renorm,
-            renorm_clipping, renorm_momentum, virtual_batch_size, adjustment, synchronized,
-            axis_name, process_group, fused.
+            renorm_clipping, renorm_momentum, virtual_batch_size, adjustment, padded_output,
+            synchronized, axis_name, process_group, fused.
 
     Layers stay the very same objects, wherever they are held: in functional graphs, nested models
     and composite layers. So do their weights, names, `trainable` flags, and the model's optimizer;

@@ -65,6 +65,8 @@ class BatchNormalization(WeightedNormalization):
         axis_name: JAX: the named axis to synchronize over. Not saved.
         process_group: torch: the ranks to synchronize with. Not saved.
         name: of the layer.
+        padded_output: "normalize" padded rows of the output like real ones, or "zero" them, in
+            evaluation and frozen too (S4).
         **kwargs: `dtype` and what else `keras.layers.Layer` takes.
 
     Call arguments:
@@ -116,6 +118,7 @@ class BatchNormalization(WeightedNormalization):
         synchronized: bool = False,
         name: str | None = None,
         *,
+        padded_output: str = "normalize",
         axis_name: Any = None,
         process_group: Any = None,
         **kwargs: Any,
