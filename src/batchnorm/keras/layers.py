@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -160,10 +161,15 @@ class BatchNormalization(WeightedNormalization):
         x, mask = split_pair(inputs, mask)
         if mask is None:  # Keras hands it over only where x is the only tensor
             mask = get_keras_mask(x)
-        mask = find_mask(self, x, self._channel_axes) if mask is None else to_boolean(mask)
+        found = find_mask(self, x, self._channel_axes, to_boolean(mask))
         gamma, beta = (None if a is None else self._per_channel(a) for a in (self.gamma, self.beta))
         call = self._make_call(self._resolve_training(training))
-        y, moved = BACKEND.normalize(self._cast_input(x), mask, gamma, beta, self._running(), call)
+        if found.padded_output is not None:
+            options = replace(call.options, padded_output=found.padded_output)
+            call = replace(call, options=options)
+        y, moved = BACKEND.normalize(
+            self._cast_input(x), found.mask, gamma, beta, self._running(), call
+        )
         if moved is not None:
             self._store(moved)
         return y

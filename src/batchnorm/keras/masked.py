@@ -39,8 +39,8 @@ class MaskedBatchNormalization(BatchNormalization):
         beta_constraint: of beta.
         gamma_constraint: of gamma.
         **kwargs: `fused`, `adjustment`, `padded_output`, `synchronized`, `axis_name` and
-            `process_group`, as for `BatchNormalization`; `name`, `trainable`, `dtype` and what else `keras.layers.Layer`
-            takes.
+            `process_group`, as for `BatchNormalization`; `name`, `trainable`, `dtype` and what
+            else `keras.layers.Layer` takes.
 
     Calls are those of `BatchNormalization`; `(x, None)` and x alone mean no mask.
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import keras
 from keras.src.backend import in_symbolic_scope
 
+from batchnorm.core.config import PADDED_OUTPUTS
 from batchnorm.core.errors import (
     ArgumentRuntimeError,
     ArgumentTypeError,
@@ -36,6 +37,7 @@ class Block:
     Attributes:
         mask: boolean, or None, which switches outer blocks off.
         rescale: the rule for layers of coarser resolution.
+        padded_output: of all layers inside; None for each layer's own.
         trace: the backend's trace that the block was opened in; None for eager code.
         outer: the block around it, or None.
         active: False from its end on, for tasks that outlive it.
@@ -44,10 +46,18 @@ class Block:
 
     mask: Any
     rescale: str | None
+    padded_output: str | None
     trace: Any
     outer: Block | None
     active: bool = True
     asked: bool = False
+
+
+class Found(NamedTuple):
+    """A layer's mask, and the value of padded rows that a block says, or None."""
+
+    mask: Any
+    padded_output: str | None = None
 
 
 _current: ContextVar[Block | None] = ContextVar("batchnorm_keras_padding_mask", default=None)
@@ -58,9 +68,12 @@ class _Usage:
 
     def __init__(self) -> None:
         self.in_use = False
-        # Layers of compiled functions, or of threads, that no block reached.
+        # Layers of compiled functions, or of threads, that no block reached: without a mask, and
+        # with one of their own.
         self.missed: WeakSet[Any] = WeakSet()
-        self.taken: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # layers, and their traces
+        self.masked: WeakSet[Any] = WeakSet()
+        # Layers that took something, with the traces; True beside it for the value of padded rows.
+        self.taken: WeakKeyDictionary[Any, tuple[Any, bool]] = WeakKeyDictionary()
         self._open = 0
         self._lock = threading.Lock()
 
@@ -74,7 +87,9 @@ _usage = _Usage()
 
 
 @contextmanager
-def padding_mask(mask: Any, *, rescale: str | None = None) -> Iterator[None]:
+def padding_mask(
+    mask: Any, *, rescale: str | None = None, padded_output: str | None = None
+) -> Iterator[None]:
     """Give `mask` to every layer of this library that runs inside the `with` block without one.
 
     Args:
@@ -83,11 +98,13 @@ def padding_mask(mask: Any, *, rescale: str | None = None) -> Iterator[None]:
         rescale: the rule, at a layer of coarser resolution, for a block of positions that is
             partly padding: "any" (real if one is), "all" (real if all are), or None, which raises;
             in compiled code None takes no layer of another resolution.
+        padded_output: "normalize" or "zero": the value of padded rows (S4) for all layers inside,
+            whichever mask they have; None leaves it to the block around, or else to each layer.
 
-    A mask that a layer is given, as an argument or by the layer before it, wins. At a layer whose
-    rows differ from the mask's, each size must divide, or be divided by, the mask's: blocks then
-    merge or repeat. After pooling or flattening the spatial axes away, whatever is left of a
-    sample is one block. Everything else raises. `Remask` follows the windows of a convolution.
+    A mask that a layer is given, as an argument or by the layer before it, wins. At a coarser
+    layer each size must divide the mask's, whose positions then merge in blocks. After pooling or
+    flattening the spatial axes away, whatever is left of a sample is one block. Everything else
+    raises. `Remask` follows the windows of convolutions.
 
     A compiled function (`fit`, `evaluate`, `predict`, `tf.function`, `jax.jit`) takes the mask as
     an input: open the block inside it, in the `call` of a model that gets the mask. A block that
@@ -100,12 +117,12 @@ def padding_mask(mask: Any, *, rescale: str | None = None) -> Iterator[None]:
 
     Raises:
         TypeError: a symbolic mask.
-        ValueError: a scalar mask, or an unknown rule; from a layer: sizes that do not fit, or a
-            block of real and padded positions without a rule for it.
+        ValueError: a scalar mask, or an unknown rule or value; from a layer: sizes that do not
+            fit, or a block of real and padded positions without a rule for it.
         RuntimeError: from a layer that is compiled in a block opened outside, or recomputed after
             its block; at the end of a block around code that was compiled earlier.
 
-    Source: S1, S5.
+    Source: S1, S4, S5.
 
     >>> from batchnorm.keras import BatchNormalization
     >>> layer = BatchNormalization(momentum=0.0)
@@ -114,7 +131,7 @@ def padding_mask(mask: Any, *, rescale: str | None = None) -> Iterator[None]:
     >>> float(keras.ops.convert_to_numpy(layer.moving_mean)[0])
     2.0
     """
-    block = _make_block(mask, rescale)
+    block = _make_block(mask, rescale, padded_output)
     token = _current.set(block)
     _usage.count(1)
     try:
@@ -127,50 +144,59 @@ def padding_mask(mask: Any, *, rescale: str | None = None) -> Iterator[None]:
     _check_use(block)
 
 
-def find_mask(layer: Any, x: Any, axes: tuple[int, ...]) -> Any:
-    """The mask that a block gives a layer which has none, or None."""
+def find_mask(layer: Any, x: Any, axes: tuple[int, ...], mask: Any) -> Found:
+    """A layer's own mask, or the one of a block for a layer that has none."""
     if not _usage.in_use and not _usage.taken and BACKEND.RETRACES:
-        return None
+        return Found(mask)
     block = _current.get()
     if block is None or not block.active:
-        _note_absence(layer)
-        return None
+        _note_absence(layer, mask is not None)
+        return Found(mask)
     outer: Block | None = block
     while outer is not None:
         outer.asked, outer = True, outer.outer
-    if block.mask is None or in_symbolic_scope():  # where Keras asks for shapes only
-        return None
+    wanted = block.mask is not None and mask is None
+    if in_symbolic_scope() or not (wanted or block.padded_output):  # Keras asks for shapes only
+        return Found(mask)
     if not BACKEND.follows(block.trace):
         raise ArgumentRuntimeError(
             "padding_mask was opened outside of the compiled function that runs this layer, "
             "which would keep the mask for all later calls. Give the model the mask as an input, "
             "and open padding_mask inside, in its call."
         )
-    _usage.taken[layer] = BACKEND.find_trace()
-    return at_resolution(block.mask, block.rescale, x, axes)
+    _usage.taken[layer] = (BACKEND.find_trace(), block.padded_output is not None)
+    if wanted:
+        mask = at_resolution(block.mask, block.rescale, x, axes)
+    return Found(mask, block.padded_output)
 
 
-def _note_absence(layer: Any) -> None:
+def _note_absence(layer: Any, masked: bool) -> None:
     """Remember a layer that runs outside of blocks; raise if its first pass was inside of one."""
     if in_symbolic_scope():
         return
-    if BACKEND.repeats(_usage.taken.get(layer, False)):
+    trace, by_output = _usage.taken.get(layer, (False, False))
+    if (by_output or not masked) and BACKEND.repeats(trace):
         raise ArgumentRuntimeError(
-            "this layer took the mask of a padding_mask block that has ended, and runs again "
-            "without one, perhaps recomputed in the backward pass (keras.RematScope). Open "
-            "padding_mask inside the layer that is recomputed, or pass mask=; if no mask is "
-            "meant, say padding_mask(None)."
+            "this layer took the mask or padded_output of a padding_mask block that has ended, "
+            "and runs again without one, perhaps recomputed in the backward pass "
+            "(keras.RematScope). Open padding_mask inside the layer that is recomputed, or leave "
+            "it out and pass mask=. If the second call is meant, open padding_mask(None) for it, "
+            "with the padded_output that it should have."
         )
     _usage.taken.pop(layer, None)
     if not BACKEND.RETRACES and (_usage.in_use or BACKEND.find_trace() is not None):
-        _usage.missed.add(layer)
+        (_usage.masked if masked else _usage.missed).add(layer)
 
 
 @names_errors(_OWNER)
-def _make_block(mask: Any, rescale: Any) -> Block:
+def _make_block(mask: Any, rescale: Any, padded_output: Any) -> Block:
     """The checked arguments of `padding_mask`."""
     if rescale not in RULES:
         raise ArgumentValueError(f'rescale must be None, "any" or "all"; got {rescale!r}.')
+    if padded_output is not None and padded_output not in PADDED_OUTPUTS:
+        raise ArgumentValueError(
+            f'padded_output must be None, "normalize" or "zero"; got {padded_output!r}.'
+        )
     if isinstance(mask, keras.KerasTensor):
         raise ArgumentTypeError(
             "mask must have values; got an input of a functional model. There pass mask= to the "
@@ -183,18 +209,23 @@ def _make_block(mask: Any, rescale: Any) -> Block:
     outer = _current.get()
     if outer is not None and not outer.active:
         outer = None
-    return Block(mask, rescale, BACKEND.find_trace(), outer)
+    if padded_output is None and outer is not None:
+        padded_output = outer.padded_output
+    return Block(mask, rescale, padded_output, BACKEND.find_trace(), outer)
 
 
 def _check_use(block: Block) -> None:
     """Raise if a block may have stood around functions that were compiled without it."""
-    missed = next(iter(_usage.missed), None)
-    if block.asked or block.mask is None or missed is None:
+    if block.asked:
         return
-    with naming(_OWNER):
-        raise ArgumentRuntimeError(
-            "no layer took the mask. Functions that were compiled before the block was opened "
-            "(fit, evaluate, predict, tf.function), and other threads, do not see it; one of them "
-            f"has run layer {missed.name!r}. Give the model the mask as an input, and open "
-            "padding_mask inside, in its call."
-        )
+    missed = [] if block.mask is None else list(_usage.missed)
+    if block.padded_output is not None:
+        missed += [*_usage.missed, *_usage.masked]
+    if missed:
+        with naming(_OWNER):
+            raise ArgumentRuntimeError(
+                "no layer has run in the block. Functions that were compiled before it was opened "
+                "(fit, evaluate, predict, tf.function), and other threads, do not see it; one of "
+                f"them has run layer {missed[0].name!r}. Give the model the mask as an input, and "
+                "open padding_mask inside, in its call."
+            )

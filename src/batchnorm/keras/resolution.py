@@ -37,10 +37,10 @@ def at_resolution(mask: Any, rule: str | None, x: Any, axes: tuple[int, ...]) ->
         size, goal = sizes[axis], target[axis]
         if size is None or goal is None or size == goal:
             continue
-        if size == 0 or goal == 0 or (size % goal != 0 and goal % size != 0):
-            raise _misfit(sizes, wanted, f"{size} and {goal} on axis {axis} do not divide")
         if goal > size:
-            mask = keras.ops.repeat(mask, goal // size, axis=axis)
+            raise _misfit(sizes, wanted, f"{goal} is finer than {size} on axis {axis}")
+        if goal == 0 or size % goal != 0:
+            raise _misfit(sizes, wanted, f"{goal} does not divide {size} on axis {axis}")
     now = keras.ops.shape(x)
     goals = [now[a] for a in rows] + [1] * (len(sizes) - len(wanted))
     merged = _merge_blocks(mask, goals, rule)
@@ -80,6 +80,6 @@ def _merge_blocks(mask: Any, goals: list[Any], rule: str | None) -> Any:
 def _misfit(sizes: Any, wanted: Any, reason: str) -> ArgumentValueError:
     return ArgumentValueError(
         f"in padding_mask, a mask of shape {sizes} does not fit a layer with rows "
-        f"{wanted}: {reason}. Pad so that sizes divide, pass mask= to this layer, put a Remask "
-        "before it, or wrap it in padding_mask(None)."
+        f"{wanted}: {reason}. Put a Remask before this layer, pass mask= to it, or wrap it in "
+        "padding_mask(None)."
     )
