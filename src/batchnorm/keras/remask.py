@@ -8,12 +8,8 @@ from typing import Any
 import keras
 from keras.src.backend import set_keras_mask
 
-from batchnorm.core.errors import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    names_errors,
-    naming,
-)
+from batchnorm.core.errors import ArgumentValueError, names_errors, naming
+from batchnorm.core.resolution import Anchors, check_per_axis, find_anchors
 from batchnorm.keras.masks import to_boolean
 
 __all__ = ["Remask"]
@@ -27,11 +23,11 @@ class Remask(keras.layers.Layer):
 
     Keras hands masks from layer to layer, but convolutions, pooling and operations outside of
     layers drop them. The options are those of the layer in between, whose windows the mask
-    follows: an output position is real if the window's anchor is. The anchor is the last position
-    of the window with "valid", the position `output · stride` with "same" and "causal". So samples
-    of length L that are padded at their end get the length that the layer gives a sequence of L
-    positions alone: with window k, stride s and dilation d, `floor((L - d·(k - 1) - 1) / s) + 1`
-    ("valid", at least 0) or `ceil(L / s)` ("same", "causal").
+    follows: an output position is real if its whole window is with "valid", if the position
+    `output · stride` is with "same" and "causal". So samples of length L that are padded at their
+    end get the length that the layer gives a sequence of L positions alone: with window k, stride
+    s and dilation d, `floor((L - d·(k - 1) - 1) / s) + 1` ("valid", at least 0) or `ceil(L / s)`
+    ("same", "causal").
 
     Args:
         kernel_size: of the window, `pool_size` of a pooling layer; an int, or one for each
@@ -141,49 +137,50 @@ class Remask(keras.layers.Layer):
                 )
         if mask is None:
             raise ArgumentValueError("there is no mask; pass a pair (x, mask), or mask=.")
-        found = self._follow(to_boolean(mask))
+        found = self._map(to_boolean(mask))
         _check_fit(found, x)
         return x, found
 
-    def _follow(self, mask: Any) -> Any:
-        """The mask at the anchors of the windows."""
-        axes = len(mask.shape) - 1
-        sizes = [_spread(a, axes) for a in (self.kernel_size, self.strides, self.dilation_rate)]
-        valid = self.padding == "valid"
-        anchors = tuple(
-            slice(dilation * (kernel - 1) if valid else 0, None, stride)
-            for kernel, stride, dilation in zip(*sizes, strict=True)
+    def _map(self, mask: Any) -> Any:
+        """The mask behind the windows."""
+        rank = len(mask.shape) - 1
+        kernels, strides, dilations = (
+            check_per_axis(name, getattr(self, name), rank)
+            for name in ("kernel_size", "strides", "dilation_rate")
         )
-        if all(a == slice(0, None, 1) for a in anchors):
-            return mask
+        padding = (0, 0) if self.padding == "valid" else None
         if not isinstance(mask, keras.KerasTensor):
             mask = keras.ops.convert_to_tensor(mask)
-        places = (slice(None), *anchors)
-        return mask[places]
+        for axis in range(rank):
+            anchors = find_anchors(kernels[axis], strides[axis], padding, dilations[axis])
+            mask = _follow(mask, axis + 1, anchors)
+        return mask
 
 
 def _check_sizes(name: str, sizes: Any) -> int | tuple[int, ...]:
     """An int, or a tuple of them, each at least 1."""
-    several = isinstance(sizes, (list, tuple))
-    for n in sizes if several else [sizes]:
-        if isinstance(n, bool) or not isinstance(n, int):
-            raise ArgumentTypeError(f"{name} must be an int or a tuple of ints; got {sizes!r}.")
-        if n < 1:
-            raise ArgumentValueError(f"{name} must be at least 1; got {sizes!r}.")
-    if not several:
-        return int(sizes)
-    return tuple(sizes)
+    several = isinstance(sizes, Sequence) and not isinstance(sizes, str)
+    checked = check_per_axis(name, sizes, len(sizes) if several else 1)
+    return checked if several else checked[0]
 
 
-def _spread(sizes: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """One size for each spatial axis."""
-    if isinstance(sizes, int):
-        return (sizes,) * axes
-    if len(sizes) != axes:
-        raise ArgumentValueError(
-            f"sizes must be one for each spatial axis of the mask, which has {axes}; got {sizes}."
-        )
-    return sizes
+def _follow(mask: Any, axis: int, anchors: Anchors) -> Any:
+    """The mask behind windows along one axis: real where all positions between the anchors are."""
+    if anchors.span == 0:
+        return _cut(mask, axis, slice(0, None, anchors.stride))
+    wide = anchors.span + 1
+    sides = [[int(a == axis), 0] for a in range(len(mask.shape))]
+    counted = keras.ops.cumsum(keras.ops.pad(keras.ops.cast(mask, "int32"), sides), axis=axis)
+    last = _cut(counted, axis, slice(wide, None, anchors.stride))
+    first = _cut(counted, axis, slice(0, -wide, anchors.stride))
+    return keras.ops.equal(keras.ops.subtract(last, first), wide)
+
+
+def _cut(a: Any, axis: int, places: slice) -> Any:
+    if places == slice(0, None, 1):
+        return a
+    every = (*(slice(None),) * axis, places)
+    return a[every]
 
 
 def _check_fit(mask: Any, x: Any) -> None:
