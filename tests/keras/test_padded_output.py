@@ -134,9 +134,8 @@ def test_a_saved_model_keeps_it(tmp_path: Path) -> None:
         import tensorflow as tf
 
         model.export(tmp_path / "exported", verbose=False)
-        served = tf.saved_model.load(str(tmp_path / "exported")).serve(
-            (ops.convert_to_tensor(data()), ops.convert_to_tensor(MASK))
-        )
+        loaded = tf.saved_model.load(str(tmp_path / "exported"))
+        served = loaded.serve((ops.convert_to_tensor(data()), ops.convert_to_tensor(MASK)))
         np.testing.assert_allclose(array(served), y, rtol=1e-5, atol=1e-6)
 
 
