@@ -139,7 +139,10 @@ def _made_by(tensor: Any) -> tuple[Any, list[Any]]:
     history = getattr(tensor, "_keras_history", None)
     if history is None or history.operation is None:
         return None, []
-    node = history.operation._inbound_nodes[history.node_index]
+    nodes = history.operation._inbound_nodes
+    if history.node_index >= len(nodes):  # of a call that is forgotten
+        return None, []
+    node = nodes[history.node_index]
     return history.operation, [a for a in node.input_tensors if not _is_mask(a)]
 
 

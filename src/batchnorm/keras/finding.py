@@ -87,7 +87,7 @@ def find_dropped_masks(model: keras.layers.Layer, inputs: Any = None) -> list[Dr
     failures = {names[key]: text for key, text in parts.failures.items() if key in names}
     for name in unseen:
         if not any(name.startswith(f"{part}/") for part in failures):
-            failures[name] = "the model did not call it"
+            failures[name] = "it was not called on a symbolic tensor"
     if failures:
         listed = "; ".join(f"{name!r} ({text})" for name, text in failures.items())
         warnings.warn(f"find_dropped_masks: could not look into {listed}.", stacklevel=3)

@@ -77,6 +77,18 @@ class _Usage:
         self._open = 0
         self._lock = threading.Lock()
 
+    def miss(self, layer: Any, masked: bool) -> None:
+        with self._lock:
+            (self.masked if masked else self.missed).add(layer)
+
+    def find_missed(self, block: Block) -> Any:
+        """A layer that would have taken something from a block, but ran without it; or None."""
+        with self._lock:
+            unmasked, masked = list(self.missed), list(self.masked)
+        every = unmasked if block.mask is not None or block.padded_output is not None else []
+        every += masked if block.padded_output is not None else []
+        return next(iter(every), None)
+
     def count(self, change: int) -> None:
         with self._lock:
             self._open += change
@@ -185,7 +197,7 @@ def _note_absence(layer: Any, masked: bool) -> None:
         )
     _usage.taken.pop(layer, None)
     if not BACKEND.RETRACES and (_usage.in_use or BACKEND.find_trace() is not None):
-        (_usage.masked if masked else _usage.missed).add(layer)
+        _usage.miss(layer, masked)
 
 
 @names_errors(_OWNER)
@@ -216,16 +228,12 @@ def _make_block(mask: Any, rescale: Any, padded_output: Any) -> Block:
 
 def _check_use(block: Block) -> None:
     """Raise if a block may have stood around functions that were compiled without it."""
-    if block.asked:
-        return
-    missed = [] if block.mask is None else list(_usage.missed)
-    if block.padded_output is not None:
-        missed += [*_usage.missed, *_usage.masked]
-    if missed:
+    missed = None if block.asked else _usage.find_missed(block)
+    if missed is not None:
         with naming(_OWNER):
             raise ArgumentRuntimeError(
                 "no layer has run in the block. Functions that were compiled before it was opened "
                 "(fit, evaluate, predict, tf.function), and other threads, do not see it; one of "
-                f"them has run layer {missed[0].name!r}. Give the model the mask as an input, and "
+                f"them has run layer {missed.name!r}. Give the model the mask as an input, and "
                 "open padding_mask inside, in its call."
             )
