@@ -336,6 +336,27 @@ def test_a_block_outside_serves_predict_on_torch() -> None:
     check(array(model.norm.moving_mean))
 
 
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch.compile itself
+def test_steps_of_jit_compile_take_masks_inside_and_refuse_them_outside() -> None:
+    model, x = Model(), data()
+    model((x, MASK))
+    model.compile("sgd", "mse", jit_compile=True)
+    model.optimizer.learning_rate = 0.0
+    for mask in (MASK, np.roll(MASK, 1, axis=0)):
+        x = data(mask)
+        model.train_on_batch((x, mask), np.zeros_like(x))
+        np.testing.assert_allclose(array(model.norm.moving_mean), x[mask].mean(0), rtol=1e-4)
+    alone = model.backbone
+    alone.compile("sgd", "mse", jit_compile=True)
+    alone.optimizer.learning_rate = 0.0
+    alone.train_on_batch(x, np.zeros_like(x))
+    with pytest.raises(RuntimeError, match="padding_mask"), padding_mask(MASK):
+        alone.train_on_batch(x, np.zeros_like(x))
+    alone.train_on_batch(x, np.zeros_like(x))
+    np.testing.assert_allclose(array(alone.norm.moving_mean), x.mean((0, 1)), rtol=1e-4)
+
+
 @pytest.mark.skipif(TORCH, reason="torch runs Python every time")
 def test_inner_compiled_code_takes_each_mask_of_outer_compiled_code() -> None:
     layer, x = layer_of(data()), ops.convert_to_tensor(data())
