@@ -100,6 +100,7 @@ def _layer(case: Case, data: Data, fused: bool | None, synchronized: bool) -> Ba
         fused=fused,
         virtual_batch_size=case.ghost,
         adjustment=adjustment,
+        padded_output=case.padded_output,
         synchronized=synchronized,
         dtype={"float16": "mixed_float16", "bfloat16": "mixed_bfloat16"}.get(
             case.dtype, case.dtype
@@ -132,6 +133,10 @@ _XLA = (
     "offset1e6-renorm",
     "train-huge-none",
     "nan_padding-plain-train",
+    "nan_padding-zeroed-train",
+    "nan_padding-zeroed-eval",
+    "zeroed-2d_last-half-eval",
+    "zeroed-bfloat16-frozen",
     "frozen-half",
 )
 _COMPILES = keras_backend.NAME == "jax"  # operations one by one, in eager code too

@@ -11,16 +11,23 @@ except ImportError as error:
 from batchnorm.core.conversion import Conversion
 from batchnorm.keras.convert import convert_batchnorm
 from batchnorm.keras.files import load_weights
+from batchnorm.keras.finding import DroppedMask, find_dropped_masks
 from batchnorm.keras.layers import BatchNormalization, SyncBatchNormalization
 from batchnorm.keras.lengths import sequence_mask
 from batchnorm.keras.masked import MaskedBatchNormalization
+from batchnorm.keras.masking import padding_mask
+from batchnorm.keras.remask import Remask
 
 __all__ = [
     "BatchNormalization",
     "Conversion",
+    "DroppedMask",
     "MaskedBatchNormalization",
+    "Remask",
     "SyncBatchNormalization",
     "convert_batchnorm",
+    "find_dropped_masks",
     "load_weights",
+    "padding_mask",
     "sequence_mask",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -13,8 +13,10 @@ from batchnorm.core.conversion import Conversion, check_choice, check_report, de
 from batchnorm.core.declaration import check_known, list_arguments
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.core.layout import normalize_axis
+from batchnorm.keras.dropped import warn_converted
 from batchnorm.keras.layers import BatchNormalization
 from batchnorm.keras.options import OPTIONS, check_ghost_axes, make_attributes
+from batchnorm.keras.walking import walk_layers
 
 __all__ = ["convert_batchnorm"]
 
@@ -38,8 +40,8 @@ def convert_batchnorm(
         report: a list that gets one `Conversion` for each batch norm that is not yet this
             library's.
         **options: options of `BatchNormalization` for all of them: momentum, epsilon, renorm,
-            renorm_clipping, renorm_momentum, virtual_batch_size, adjustment, synchronized,
-            axis_name, process_group, fused.
+            renorm_clipping, renorm_momentum, virtual_batch_size, adjustment, padded_output,
+            synchronized, axis_name, process_group, fused.
 
     Layers stay the very same objects, wherever they are held: in functional graphs, nested models
     and composite layers. So do their weights, names, `trainable` flags, and the model's optimizer;
@@ -55,7 +57,8 @@ def convert_batchnorm(
         ValueError: a bad option. The model is unchanged then.
 
     Warns:
-        UserWarning: layers that were left alone, with the reasons.
+        UserWarning: layers that were left alone, with the reasons; layers of a functional model
+            that get no mask because a layer before them drops it.
 
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
     >>> type(convert_batchnorm(model).layers[0]).__module__
@@ -66,7 +69,7 @@ def convert_batchnorm(
     report = check_report(report)
     left: list[Conversion] = []
     found: list[tuple[Any, Conversion]] = []
-    for name, layer in _walk(model, "", set()):
+    for name, layer in walk_layers(model):
         if not isinstance(layer, keras.layers.BatchNormalization):
             continue
         if isinstance(layer, BatchNormalization.__bases__[0]):
@@ -83,23 +86,11 @@ def convert_batchnorm(
         _become_ours(layer, attributes)
     if chosen:
         _forget_compiled_steps(model)
+        warn_converted((one.name, layer) for layer, one in found if not one.reason)
     report.extend(one for _, one in found)
     if left:
         warnings.warn(f"convert_batchnorm: left alone: {describe_left(left)}.", stacklevel=3)
     return model
-
-
-def _walk(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """A layer and those inside, each once, with the path of names below the first."""
-    if id(layer) in seen:
-        return
-    seen.add(id(layer))
-    yield path, layer
-    # A Sequential model holds its layers, and a functional model of the same ones.
-    for child in getattr(layer, "layers", None) or []:
-        yield from _walk(child, f"{path}/{child.name}" if path else child.name, seen)
-    for child in layer._layers:
-        yield from _walk(child, f"{path}/{child.name}" if path else child.name, seen)
 
 
 def _reason_to_leave(layer: Any) -> str:

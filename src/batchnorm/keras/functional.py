@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -15,7 +16,13 @@ from batchnorm.keras.options import BACKENDS
 
 
 class Backend(Protocol):
-    """The functions of each module of `batchnorm.keras.backends`."""
+    """The functions of each module of `batchnorm.keras.backends`.
+
+    Attributes:
+        RETRACES: compiled functions run Python again inside a block that they were not compiled in.
+    """
+
+    RETRACES: bool
 
     def normalize(
         self,
@@ -46,6 +53,22 @@ class Backend(Protocol):
 
         They are those of options and, where the rank is known, of axes.
         """
+        ...
+
+    def find_trace(self) -> Any:
+        """The compiler's trace that this code runs in, or None in eager code."""
+        ...
+
+    def follows(self, trace: Any) -> bool:
+        """True where this code may use tensors of a trace, or of eager code for None."""
+        ...
+
+    def repeats(self, trace: Any) -> bool:
+        """True where this code may be the recomputation of a pass in a trace; of none for False."""
+        ...
+
+    def mark_block(self, trace: Any) -> AbstractContextManager[Any]:
+        """A block opened in a trace, inside of which compiled functions of outside do not serve."""
         ...
 
 

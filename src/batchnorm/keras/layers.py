@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
+from keras.src.backend import get_keras_mask
 
 from batchnorm.core.config import Adjustment
 from batchnorm.core.errors import ArgumentValueError, names_errors, naming
 from batchnorm.keras.call import Call
+from batchnorm.keras.dropped import warn_dropped
 from batchnorm.keras.functional import BACKEND
+from batchnorm.keras.masking import find_mask
 from batchnorm.keras.masks import propagate_mask, split_pair, to_boolean
 from batchnorm.keras.options import (
     list_call_options,
@@ -62,13 +66,16 @@ class BatchNormalization(WeightedNormalization):
         axis_name: JAX: the named axis to synchronize over. Not saved.
         process_group: torch: the ranks to synchronize with. Not saved.
         name: of the layer.
+        padded_output: "normalize" padded rows of the output like real ones, or "zero" them, in
+            evaluation and frozen too (S4).
         **kwargs: `dtype` and what else `keras.layers.Layer` takes.
 
     Call arguments:
         inputs: x, or a pair (x, mask).
         training: bool, int, 0-d tensor, or None for the call context's value, else False.
         mask: non-zero marks real rows: x's shape without its channel axes, a prefix of that, or
-            x's rank with sizes of x or 1 (S1). One that Keras propagates is used too.
+            x's rank with sizes of x or 1 (S1). One that Keras propagates is used too, and without
+            any the one of `padding_mask`.
 
     Raises:
         TypeError: an option of the wrong type.
@@ -112,6 +119,7 @@ class BatchNormalization(WeightedNormalization):
         synchronized: bool = False,
         name: str | None = None,
         *,
+        padded_output: str = "normalize",
         axis_name: Any = None,
         process_group: Any = None,
         **kwargs: Any,
@@ -142,6 +150,8 @@ class BatchNormalization(WeightedNormalization):
                 "inputs must have a known rank; got a tensor of unknown "
                 "rank. Give it one, for instance with tf.ensure_shape."
             )
+        if mask is None:
+            warn_dropped(self, x)
         # Keras would cast the mask to the layer's type, in which a small number may be 0.
         return super().__call__(x, *args, mask=to_boolean(mask), **kwargs)
 
@@ -150,11 +160,16 @@ class BatchNormalization(WeightedNormalization):
         """Normalize inputs; arguments as the class says."""
         x, mask = split_pair(inputs, mask)
         if mask is None:  # Keras hands it over only where x is the only tensor
-            mask = getattr(x, "_keras_mask", None)
-        mask = to_boolean(mask)
+            mask = get_keras_mask(x)
+        found = find_mask(self, x, self._channel_axes, to_boolean(mask))
         gamma, beta = (None if a is None else self._per_channel(a) for a in (self.gamma, self.beta))
         call = self._make_call(self._resolve_training(training))
-        y, moved = BACKEND.normalize(self._cast_input(x), mask, gamma, beta, self._running(), call)
+        if found.padded_output is not None:
+            options = replace(call.options, padded_output=found.padded_output)
+            call = replace(call, options=options)
+        y, moved = BACKEND.normalize(
+            self._cast_input(x), found.mask, gamma, beta, self._running(), call
+        )
         if moved is not None:
             self._store(moved)
         return y

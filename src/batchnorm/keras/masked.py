@@ -38,9 +38,9 @@ class MaskedBatchNormalization(BatchNormalization):
         gamma_regularizer: of gamma.
         beta_constraint: of beta.
         gamma_constraint: of gamma.
-        **kwargs: `fused`, `adjustment`, `synchronized`, `axis_name` and `process_group`, as for
-            `BatchNormalization`; `name`, `trainable`, `dtype` and what else `keras.layers.Layer`
-            takes.
+        **kwargs: `fused`, `adjustment`, `padded_output`, `synchronized`, `axis_name` and
+            `process_group`, as for `BatchNormalization`; `name`, `trainable`, `dtype` and what
+            else `keras.layers.Layer` takes.
 
     Calls are those of `BatchNormalization`; `(x, None)` and x alone mean no mask.
 

@@ -189,6 +189,13 @@ OPTIONS: list[LayerOption] = [
         packed=False,
     ),
     LayerOption("virtual_batch_size", None, _check_size, core="virtual_batch_size", packed=False),
+    LayerOption(
+        "padded_output",
+        "normalize",
+        lambda given: config.check_padded_output(given["padded_output"]),
+        kept="normalize",
+        core="padded_output",
+    ),
     LayerOption("fused", None, _check_fused, in_call=True, saved=Saved.NEVER),
     _declare_participants("axis_name", "jax"),
     _declare_participants("process_group", "torch"),

@@ -6,8 +6,21 @@ import keras
 import numpy as np
 import pytest
 
-from batchnorm.keras import BatchNormalization
-from batchnorm.tools import inspect
+from batchnorm.keras import BatchNormalization, padding_mask
+from batchnorm.tools import inspect, recalibrate
+
+
+def test_the_mask_of_a_block_is_seen() -> None:
+    model = keras.Sequential([keras.Input((10, 3)), BatchNormalization(name="bn")])
+    x = np.random.default_rng(0).normal(2.0, 1.5, (16, 10, 3)).astype("float32")
+    real = np.arange(10) < 6
+    with padding_mask(np.tile(real, (16, 1))):
+        (found,) = inspect(model, [x]).layers
+        recalibrate(model, [x])
+    assert found.observed is not None
+    assert found.observed.padded == pytest.approx(0.4)
+    mean = np.asarray(model.get_layer("bn").moving_mean)
+    np.testing.assert_allclose(mean, x[:, real].mean((0, 1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [keras.layers.BatchNormalization, BatchNormalization])

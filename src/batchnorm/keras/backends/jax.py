@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -19,7 +20,20 @@ from batchnorm.keras.backends.shared import refuse_apart, refuse_calls
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 
-__all__ = ["normalize", "read_values", "refuse_kernel", "resolve_training"]
+__all__ = [
+    "RETRACES",
+    "find_trace",
+    "follows",
+    "mark_block",
+    "normalize",
+    "read_values",
+    "refuse_kernel",
+    "repeats",
+    "resolve_training",
+]
+
+RETRACES = True
+_block = jax.make_user_context(None)  # part of the key of each compiled function
 
 
 def resolve_training(training: Any) -> Any:
@@ -30,6 +44,31 @@ def resolve_training(training: Any) -> Any:
 def refuse_kernel(call: Call, rank: int | None) -> str | None:
     """As `batchnorm.keras.functional.Backend` says."""
     return refuse_calls(call) or refuse_apart(call.axes, rank)
+
+
+def find_trace() -> Any:
+    """As `batchnorm.keras.functional.Backend` says; traces are not told apart."""
+    return True if isinstance(jnp.logical_not(False), jax.core.Tracer) else None
+
+
+def follows(trace: Any) -> bool:
+    """As `batchnorm.keras.functional.Backend` says."""
+    return trace is not None or find_trace() is None
+
+
+def repeats(trace: Any) -> bool:
+    """False: what JAX repeats are traced programs, not Python."""
+    return False
+
+
+def mark_block(trace: Any) -> AbstractContextManager[Any]:
+    """As `batchnorm.keras.functional.Backend` says.
+
+    Functions inside a trace's block are its own, since they may hold its mask. All eager blocks
+    share theirs: nothing that is compiled takes an eager block's mask.
+    """
+    marked: AbstractContextManager[Any] = _block("eager" if trace is None else object())
+    return marked
 
 
 def normalize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from batchnorm.torch.call import Settings, Tensors
 from batchnorm.torch.checks import can_read
 from batchnorm.torch.functional import normalize as normalize_tensors
 from batchnorm.torch.ranks.synchronizer import find_synchronizer
+from batchnorm.torch.recompute import in_backward
+
+RETRACES = True  # by the guards of compiled functions
 
 
 def resolve_training(training: Any) -> bool:
@@ -33,6 +37,26 @@ def read_values(a: Tensor) -> np.ndarray | None:
 def refuse_kernel(call: Call, rank: int | None) -> str | None:
     """As `batchnorm.keras.functional.Backend` says."""
     return refuse_calls(call)
+
+
+def find_trace() -> Any:
+    """As `batchnorm.keras.functional.Backend` says; traces are not told apart."""
+    return True if torch.compiler.is_compiling() else None
+
+
+def follows(trace: Any) -> bool:
+    """As `batchnorm.keras.functional.Backend` says."""
+    return trace is not None or find_trace() is None
+
+
+def repeats(trace: Any) -> bool:
+    """As `batchnorm.keras.functional.Backend` says."""
+    return trace is not False and in_backward()
+
+
+def mark_block(trace: Any) -> AbstractContextManager[Any]:
+    """As `batchnorm.keras.functional.Backend` says: nothing to mark."""
+    return nullcontext()
 
 
 def normalize(

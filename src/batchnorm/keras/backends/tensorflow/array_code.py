@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from batchnorm.core import config
 from batchnorm.core.forward import Inputs, forward_batch, forward_running
+from batchnorm.core.namespace import select
 from batchnorm.core.running import Running
 from batchnorm.keras.adjustment import missing_axes
 from batchnorm.keras.backends.tensorflow.arrays import (
@@ -88,13 +89,22 @@ def evaluate_with_gradient(step: Step, evaluate: Callable[[Any, Any, Any], tf.Te
         def gradient(dy: tf.Tensor) -> Any:
             with tf.GradientTape() as tape:
                 tape.watch(given)
-                # The mask matters to gradients only (S8).
+                # The mask matters to gradients, and to padded rows that are 0 (S4, S8).
                 y = _normalize_by_running(step, *step.place(given), step.mask)
             return tape.gradient(y, given, dy)
 
-        return evaluate(*step.place(given)), gradient
+        return _zero_padding(step, evaluate(*step.place(given))), gradient
 
     return forward(*given)
+
+
+def _zero_padding(step: Step, y: tf.Tensor) -> tf.Tensor:
+    """y of a step that was evaluated without its mask, with 0 at padded rows if they are zeroed."""
+    if not step.call.options.zero_padding:
+        return y
+    found = select(step.mask, y, 0.0, XP)
+    found.set_shape(y.shape)
+    return found
 
 
 def _normalize_by_running(step: Step, x: Any, gamma: Any, beta: Any, mask: Any = None) -> tf.Tensor:

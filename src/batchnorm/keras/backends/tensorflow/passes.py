@@ -104,7 +104,11 @@ def _prepare(
     passes: Passes, x: np.ndarray, mask: np.ndarray | None
 ) -> tuple[_Prepared, np.ndarray | None]:
     """The passes for these arrays, and the mask in memory that they can walk."""
-    settings = (passes.axes, passes.options.virtual_batch_size, x.shape, str(x.dtype))
+    options = passes.options
+    settings = (
+        *(passes.axes, options.virtual_batch_size, options.zero_padding),
+        *(x.shape, str(x.dtype)),
+    )
     with naming(passes.owner):  # nothing else names the errors of a graph that runs
         if mask is None:
             found = _plan(*settings, None, 1)
@@ -122,6 +126,7 @@ def _prepare(
 def _plan(
     axes: tuple[int, ...],
     virtual_batch_size: int | None,
+    zero_padding: bool,
     shape: tuple[int, ...],
     dtype: str,
     mask_shape: tuple[int, ...] | None,
@@ -137,7 +142,7 @@ def _plan(
         view = view_mask(geometry, shape, mask_shape, row_major_strides(mask_shape))
         if view is None:
             return None
-    plan = extension.make_plan(layout, geometry, dtype, None, view, mask_width, 0)
+    plan = extension.make_plan(layout, geometry, dtype, None, zero_padding, view, mask_width, 0)
     return _Prepared(plan, geometry.dense)
 
 

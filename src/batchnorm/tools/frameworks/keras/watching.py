@@ -10,11 +10,13 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src.backend import get_keras_mask
 
 from batchnorm.core.errors import naming
 from batchnorm.core.layout import make_layout, normalize_axis
 from batchnorm.core.moments import Moments
 from batchnorm.keras.layers import BatchNormalization
+from batchnorm.keras.masking import find_mask
 from batchnorm.keras.masks import find_axes, split_pair
 from batchnorm.tools.frameworks.records import FoundLayer, Observation
 from batchnorm.tools.measure import measure
@@ -64,11 +66,12 @@ def _observation(found: FoundLayer, given: dict[str, Any]) -> Observation:
             f"observe: layer {found.name!r} must run eagerly to be watched; it ran in a compiled "
             "function. Call the model itself, not predict(), evaluate() or a tf.function."
         )
-    if mask is None and isinstance(found.layer, BatchNormalization):
-        mask = getattr(x, "_keras_mask", None)
     axis = found.layer.axis
     with naming(type(found.layer).__name__):
         axes = normalize_axis(axis if isinstance(axis, int) else tuple(axis), len(x.shape))
+        if isinstance(found.layer, BatchNormalization):
+            mask = get_keras_mask(x) if mask is None else mask
+            mask = find_mask(found.layer, x, axes, mask).mask
         along = () if mask is None else find_axes(tuple(mask.shape), make_layout(x.shape, axes))
     if mask is not None:
         sizes = [1] * len(x.shape)

@@ -1,0 +1,23 @@
+"""The layers inside a model, with their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def walk_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """A model and the layers inside, each once, with the path of names below the model."""
+    return _walk(model, "", set())
+
+
+def _walk(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield path, layer
+    # A Sequential model holds its layers, and a functional model of the same ones.
+    for child in getattr(layer, "layers", None) or []:
+        yield from _walk(child, f"{path}/{child.name}" if path else child.name, seen)
+    for child in layer._layers:
+        yield from _walk(child, f"{path}/{child.name}" if path else child.name, seen)
