@@ -10,6 +10,7 @@ import torch
 from seen_masks import close, lengths, seen_at, seen_by
 from torch.utils.checkpoint import checkpoint
 
+from batchnorm.core.resolution import find_anchors, guess_anchors
 from batchnorm.torch import (
     BatchNorm,
     BatchNorm1d,
@@ -18,7 +19,7 @@ from batchnorm.torch import (
     padding_mask,
     sequence_mask,
 )
-from batchnorm.torch.masks.walks import guess, walk_axis, window
+from batchnorm.torch.masks.walks import walk_axis
 
 N, C, L, H, W = 4, 3, 8, 4, 6
 
@@ -193,12 +194,12 @@ class TestOddSizes:
         for stride, kernel, dilation in itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 5), (1, 2)):
             reach = dilation * (kernel - 1) + 1
             for padding, size in itertools.product(range(reach // 2 + 1), range(2, 30)):
-                walk = window(kernel, stride, dilation, (padding, padding))
+                walk = find_anchors(kernel, stride, (padding, padding), dilation)
                 goal = walk.count(size)
                 wide = reach - 2 * padding > 2 * stride
                 if not 0 < goal < size or size % goal == 0 or wide:
                     continue
-                known = guess(size, goal)
+                known = guess_anchors(size, goal)
                 seen += 1
                 prefixes = sequence_mask(torch.arange(size + 1), size)
                 found = walk_axis(prefixes, 1, goal, known).sum(1)

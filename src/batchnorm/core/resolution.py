@@ -7,7 +7,8 @@ ends within the sample and its high padding: `n > o·stride + reach - low - high
 that is padded at its end the position on the right decides, the output's *last* anchor: the last
 position of its window, after as many were taken off as the padding adds. For one that is padded at
 its start it is the *first* anchor, `o·stride` by the same reasoning from the other end (that sample
-has its own number of outputs if its padding is a multiple of the stride).
+has its own number of outputs if its padding is a multiple of the stride). Transposed convolutions
+and resamplings have anchors of the same form, with a step that is a fraction.
 
 An output is real if all positions from its first anchor to its last are, whatever pattern a mask
 has. Where padding takes more than the window has, the last comes before the first, and one real
@@ -19,40 +20,91 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
 
 
-@dataclass(frozen=True)
-class Anchors:
-    """The anchors of the outputs along one axis: `stride·o` and `stride·o + span`."""
+class Anchors(NamedTuple):
+    """The anchors of output o: `floor(o·step/fine)` and `ceil((o·step + span)/fine)`.
 
-    stride: int
+    For windows `step` is the stride, and `fine` 1.
+    """
+
+    step: int
     span: int
+    fine: int = 1
+    every: bool = True  # all positions between them are real; False: at least one
 
-    def positions(self, output: int) -> tuple[int, int]:
-        """The first and the last anchor of an output position."""
-        first = output * self.stride
-        return first, first + self.span
+    def positions(self, output: Any) -> tuple[Any, Any]:
+        """The first and the last anchor of an output position, an int or an array of them."""
+        place = output * self.step
+        return place // self.fine, -(-(place + self.span) // self.fine)
 
     def count(self, size: int) -> int:
         """The number of outputs of `size` positions, as the framework's own layers give."""
-        return max((size - 1 - self.span) // self.stride + 1, 0)
+        return max(((size - 1) * self.fine - self.span) // self.step + 1, 0)
+
+    def keeps(self, size: int, goal: int) -> bool:
+        """True if each output is real where its own position is."""
+        return size == goal and self.step == self.fine and self.span == 0
 
 
 def find_anchors(
-    window: int, stride: int = 1, padding: tuple[int, int] | None = (0, 0), dilation: int = 1
+    window: int,
+    stride: int = 1,
+    padding: tuple[int, int] | None = (0, 0),
+    dilation: int = 1,
+    *,
+    ceil: bool = False,
 ) -> Anchors:
     """The anchors along an axis of a window of `window` positions, `dilation` apart.
 
     `padding` is that in front and behind. None stands for all paddings that give `ceil(n / stride)`
-    outputs: "same" of all frameworks, however it is split, and "causal".
+    outputs: "same" of all frameworks, however it is split, and "causal". `ceil`: the last window
+    may reach over the end, but must begin before it.
     """
     if padding is None:
         return Anchors(stride, 0)
-    return Anchors(stride, dilation * (window - 1) - sum(padding))
+    span = dilation * (window - 1) - sum(padding)
+    if ceil:
+        span = max(span - stride + 1, -padding[0])
+    return Anchors(stride, span)
+
+
+def find_transposed(size: int, goal: int, stride: int) -> Anchors:
+    """The anchors of a transposed convolution, whose outputs count from both ends."""
+    return Anchors(1, (size - 1) * stride + 1 - goal, stride)
+
+
+def find_scaled(factor: Fraction, *, every: bool = True) -> Anchors:
+    """The anchors of a resampling to `factor` times the size."""
+    up, down = factor.numerator, factor.denominator
+    return Anchors(down, down - up, up, every)
+
+
+def find_resized(size: int, goal: int, *, every: bool = True) -> Anchors:
+    """The anchors of a resampling from one size to another."""
+    return find_scaled(Fraction(goal, size), every=every)
+
+
+def guess_anchors(size: int, goal: int) -> Anchors:
+    """The anchors of windows of which only the sizes of their input and output are known.
+
+    An output o is at least o strides behind the first position, and goal - 1 - o strides before
+    the last. So it can be called real only if all positions from `o·stride` to
+    `size - 1 - (goal - 1 - o)·stride` are real; whatever the kernel, dilation and padding were, a
+    padded output is then not called real. The stride is `size / goal` where that comes out even.
+    Elsewhere it is the least with which windows of at most two strides beside their padding, and a
+    padding of at most half a window, give these sizes: the least calls the fewest outputs real.
+    Strides one after another multiply, and the rule holds for their product.
+    """
+    if size % goal == 0:
+        stride = size // goal
+    else:
+        stride = max(1, min(size // (goal + 2) + 1, size // (goal - 1)))
+    return Anchors(stride, size - 1 - (goal - 1) * stride)
 
 
 def check_per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:

@@ -137,7 +137,7 @@ def _walk(real: Array, anchors: list[Anchors]) -> Array:
         decide = jax.lax.min if one.span >= 0 else jax.lax.max
         outside = max(-one.span, 0)
         windows, strides, sides = [1] * real.ndim, [1] * real.ndim, [(0, 0)] * real.ndim
-        windows[axis], strides[axis] = abs(one.span) + 1, one.stride
+        windows[axis], strides[axis] = abs(one.span) + 1, one.step
         sides[axis] = (outside, outside)
         real = jax.lax.reduce_window(real, one.span >= 0, decide, windows, strides, sides)
     return real

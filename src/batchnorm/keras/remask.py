@@ -167,12 +167,12 @@ def _check_sizes(name: str, sizes: Any) -> int | tuple[int, ...]:
 def _follow(mask: Any, axis: int, anchors: Anchors) -> Any:
     """The mask behind windows along one axis: real where all positions between the anchors are."""
     if anchors.span == 0:
-        return _cut(mask, axis, slice(0, None, anchors.stride))
+        return _cut(mask, axis, slice(0, None, anchors.step))
     wide = anchors.span + 1
     sides = [[int(a == axis), 0] for a in range(len(mask.shape))]
     counted = keras.ops.cumsum(keras.ops.pad(keras.ops.cast(mask, "int32"), sides), axis=axis)
-    last = _cut(counted, axis, slice(wide, None, anchors.stride))
-    first = _cut(counted, axis, slice(0, -wide, anchors.stride))
+    last = _cut(counted, axis, slice(wide, None, anchors.step))
+    first = _cut(counted, axis, slice(0, -wide, anchors.step))
     return keras.ops.equal(keras.ops.subtract(last, first), wide)
 
 

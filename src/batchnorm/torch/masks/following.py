@@ -44,15 +44,15 @@ class _Scope:
 
     def walk(self, source: Tensor, module: nn.Module, sizes: _Rows, goals: _Rows) -> Tensor | None:
         """The mask of a module's output, or None where the sizes are not explained."""
-        walks = modules.find_walks(module, sizes, goals)[: source.dim() - 1]
-        if any(walk is None for walk in walks):
+        anchors = modules.find_module_anchors(module, sizes, goals)[: source.dim() - 1]
+        if any(one is None for one in anchors):
             return None
-        key = (id(source), tuple(walks), goals)
+        key = (id(source), tuple(anchors), goals)
         if key not in self._made:
             found = source
-            for axis, walk in enumerate(walks):
-                assert walk is not None
-                found = walk_axis(found, axis + 1, goals[axis], walk)
+            for axis, one in enumerate(anchors):
+                assert one is not None
+                found = walk_axis(found, axis + 1, goals[axis], one)
             self._made[key] = (source, self._add(found))
         return self._made[key][1]
 

@@ -1,4 +1,4 @@
-"""torch's modules that change the number of positions, as walks along each axis."""
+"""torch's modules that change the number of positions, as anchors along each axis."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm.torch.masks.walks import Walk, proportion, scale, spread, window
+from batchnorm.core.resolution import (
+    Anchors,
+    find_anchors,
+    find_resized,
+    find_scaled,
+    find_transposed,
+)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -31,7 +37,7 @@ _MOST = 1 << 16  # denominator of a scale
 
 
 def is_known(module: nn.Module) -> bool:
-    """True for a module whose walks are known."""
+    """True for a module whose anchors are known."""
     return isinstance(module, _KNOWN)
 
 
@@ -45,35 +51,35 @@ def count_axes(module: nn.Module, rank: int) -> int:
     return int(kind.__name__[-2])  # of "Conv2d"
 
 
-def find_walks(
+def find_module_anchors(
     module: nn.Module, sizes: tuple[int, ...], goals: tuple[int, ...]
-) -> list[Walk | None]:
-    """The walk along each spatial axis; None where a subclass has another output size."""
+) -> list[Anchors | None]:
+    """The anchors along each spatial axis; None where a subclass has another output size."""
     axes = len(sizes)
     pairs = list(zip(sizes, goals, strict=True))
     if isinstance(module, _ADAPTIVE):
         # A sample alone has all the outputs, however short it is.
-        return [proportion(n, m, every=False) for n, m in pairs]
+        return [find_resized(n, m, every=False) for n, m in pairs]
     if isinstance(module, _TRANSPOSED):
         strides = _spread(module.stride, axes)
-        return [spread(n, m, s) for (n, m), s in zip(pairs, strides, strict=True)]
+        return [find_transposed(n, m, s) for (n, m), s in zip(pairs, strides, strict=True)]
     if isinstance(module, _RESIZES):
         return [_resize(module, axis, n, m) for axis, (n, m) in enumerate(pairs)]
     made = [_window(module, axis, axes) for axis in range(axes)]
-    return [_agree(walk, n, m) for walk, (n, m) in zip(made, pairs, strict=True)]
+    return [_agree(each, n, m) for each, (n, m) in zip(made, pairs, strict=True)]
 
 
-def _agree(walk: Walk, size: int, goal: int) -> Walk | None:
-    if walk.count(size) == goal:
-        return walk
+def _agree(anchors: Anchors, size: int, goal: int) -> Anchors | None:
+    if anchors.count(size) == goal:
+        return anchors
     # A layer that pads by itself: as many outputs as strides begin.
-    return walk._replace(span=0) if goal == -(-size // walk.step) else None
+    return anchors._replace(span=0) if goal == -(-size // anchors.step) else None
 
 
-def _window(module: Any, axis: int, axes: int) -> Walk:
+def _window(module: Any, axis: int, axes: int) -> Anchors:
     if isinstance(module, _PADS):
         before, after = module.padding[2 * (axes - 1 - axis) : 2 * (axes - axis)]  # last axis first
-        return window(1, 1, 1, (before, after))
+        return find_anchors(1, 1, (before, after))
     kernel = _spread(module.kernel_size, axes)[axis]
     given = module.stride
     stride = kernel if given is None else _spread(given, axes)[axis]
@@ -85,21 +91,21 @@ def _window(module: Any, axis: int, axes: int) -> Walk:
         both = (dilation * (kernel - 1), 0)
     else:
         both = (_spread(padding, axes)[axis],) * 2
-    return window(kernel, stride, dilation, both, ceil=getattr(module, "ceil_mode", False))
+    return find_anchors(kernel, stride, both, dilation, ceil=getattr(module, "ceil_mode", False))
 
 
-def _resize(module: Any, axis: int, size: int, goal: int) -> Walk:
+def _resize(module: Any, axis: int, size: int, goal: int) -> Anchors:
     if isinstance(module, nn.PixelShuffle):
-        return scale(Fraction(module.upscale_factor))
+        return find_scaled(Fraction(module.upscale_factor))
     if isinstance(module, nn.PixelUnshuffle):
-        return scale(Fraction(1, module.downscale_factor))
+        return find_scaled(Fraction(1, module.downscale_factor))
     factors = module.scale_factor
     if factors is not None:
         factor = factors[axis] if isinstance(factors, tuple) else factors
-        walk = scale(Fraction(factor).limit_denominator(_MOST))
-        if walk.count(size) == goal:
-            return walk
-    return proportion(size, goal)
+        anchors = find_scaled(Fraction(factor).limit_denominator(_MOST))
+        if anchors.count(size) == goal:
+            return anchors
+    return find_resized(size, goal)
 
 
 def _spread(value: Any, axes: int) -> tuple[int, ...]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.core.errors import ArgumentValueError
+from batchnorm.core.resolution import guess_anchors
 from batchnorm.torch.masks.blocks import keep_distinct
-from batchnorm.torch.masks.walks import guess, walk_axis
+from batchnorm.torch.masks.walks import walk_axis
 
 RULES = (None, "any", "all")
 
@@ -126,10 +127,10 @@ def _coarsen(mask: Tensor, rows: tuple[int, ...], rescale: str | None) -> Tensor
             continue
         if size == 0:
             raise misfit([mask], rows, f"axis {axis} has no positions")
-        walk = guess(size, goal)
+        anchors = guess_anchors(size, goal)
         whole = rescale == "all" or (rescale is None and size % goal != 0)
-        found = walk_axis(found, axis, goal, walk._replace(every=whole))
-        every = walk_axis(every, axis, goal, walk) if rescale is None else found
+        found = walk_axis(found, axis, goal, anchors._replace(every=whole))
+        every = walk_axis(every, axis, goal, anchors) if rescale is None else found
     if rescale is None and not torch.equal(found, every):
         raise ArgumentValueError(
             f"in padding_mask, a mask of shape {sizes} does not carry over to a layer "
