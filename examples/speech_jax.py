@@ -108,6 +108,8 @@ def features(model: Network, batch: Batch, training: bool) -> np.ndarray:
 def main() -> None:
     """Train a network with each norm from the same weights, print and draw."""
     options = parse_options(__doc__, seeds=3)
+    # A quick run compiles for longer than it computes.
+    jax.config.update("jax_disable_most_optimizations", options.quick)
     samples, tests = load()
     epochs = 2 if options.quick else EPOCHS
     results: dict[str, list[Result]] = {name: [] for name in NORMS}
