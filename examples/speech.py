@@ -17,20 +17,19 @@ padding. With torch's norms they differ, also in evaluation; with these they do 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from _common import BLUE, RED, draw_runs, parse_options, plt, print_table, save, spread
-from _speech import FEATURES, SPEAKERS, Batch, Sample, join, load, pad
+from _common import BLUE, RED, parse_options
+from _speech import FEATURES, SPEAKERS, Batch, Result, Sample, batches, compare, load, pad, report
 from batchnorm.torch import convert_batchnorm, padding_mask
 
-WIDTH, HEADS, BLOCKS, KERNEL = 48, 4, 2, 7
-BATCH, EPOCHS, MORE = 32, 15, 400
+WIDTH, HEADS, BLOCKS, KERNEL, EPOCHS = 48, 4, 2, 7, 15
 COLOURS = {"torch.nn": RED, "batchnorm": BLUE}
 
 
@@ -95,13 +94,6 @@ def tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return frames, mask, speakers
 
 
-def batches(samples: list[Sample], rng: np.random.Generator) -> Iterator[Batch]:
-    """All samples in random order."""
-    order = rng.permutation(len(samples))
-    for first in range(0, len(order) - BATCH + 1, BATCH):
-        yield pad([samples[i] for i in order[first : first + BATCH]])
-
-
 def train(
     model: Conformer, samples: list[Sample], tests: list[Sample], seed: int, epochs: int
 ) -> list[float]:
@@ -124,82 +116,29 @@ def train(
     return accuracy
 
 
-def features(model: Conformer, samples: list[Sample], more: int, training: bool) -> Tensor:
-    """Features of the first sample's real frames, in a batch with `more` frames of padding."""
-    frames, mask, _ = tensors(pad(samples, more))
+def features(model: Conformer, batch: Batch, training: bool) -> np.ndarray:
+    """The features (N, L / 4, C) of a batch."""
+    frames, mask, _ = tensors(batch)
     model = copy.deepcopy(model).train(training)  # training moves the running statistics
     with torch.no_grad(), masked(model, mask):
-        found = model(frames, mask)[1][0]
-    return found[: -(-len(samples[0].frames) // 4)]
-
-
-def compare(model: Conformer, samples: list[Sample]) -> dict[str, np.ndarray]:
-    """The largest change of an utterance's features at each of its frames, by what is changed."""
-    by_length = sorted(samples, key=lambda sample: len(sample.frames))
-    own, longest = by_length[len(samples) // 2], by_length[-1]
-    alone = features(model, [own], 0, False)
-    batch = [own, *samples[:15]]
-    found = {
-        "beside a longer one": features(model, [own, longest], 0, False) - alone,
-        f"{MORE} more frames": features(model, [own], MORE, False) - alone,
-        f"{MORE} more, in training": features(model, batch, MORE, True)
-        - features(model, batch, 0, True),
-    }
-    return {name: change.abs().amax(1).numpy() for name, change in found.items()}
+        return model(frames, mask)[1].numpy()
 
 
 def main() -> None:
     """Train pairs of networks from the same weights, print and draw."""
     options = parse_options(__doc__, seeds=3)
     torch.set_num_threads(1)  # small layers gain nothing from more, and digits depend on it
-    rng = np.random.default_rng(0)
-    samples, tests = (join(load(part), rng) for part in ("TRAIN", "TEST"))
+    samples, tests = load()
     epochs = 2 if options.quick else EPOCHS
-    share = np.mean([1 - batch.mask.mean() for batch in batches(samples, rng)])
-    print(
-        f"{len(samples)} samples of {min(len(s.frames) for s in samples)} to "
-        f"{max(len(s.frames) for s in samples)} frames; {share:.0%} of a batch is padding"
-    )
-    accuracy: dict[str, list[list[float]]] = {name: [] for name in COLOURS}
-    moved: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in COLOURS}
+    results: dict[str, list[Result]] = {name: [] for name in COLOURS}
     for seed in range(options.seeds):
         torch.manual_seed(seed)
         theirs = Conformer()
         ours = convert_batchnorm(copy.deepcopy(theirs))
         for name, model in zip(COLOURS, (theirs, ours), strict=True):
-            accuracy[name].append(train(model, samples, tests, seed, epochs))
-            moved[name].append(compare(model, tests))
-    cases = list(moved["batchnorm"][0])
-    print("largest change of an utterance's features, and test accuracy in %")
-    rows = [
-        [
-            name,
-            *(f"{max(found[case].max() for found in moved[name]):.1e}" for case in cases),
-            spread(np.array(accuracy[name])[:, -1]),
-        ]
-        for name in COLOURS
-    ]
-    print_table(["", *cases, "accuracy"], rows)
-    draw(accuracy, moved, options.out)
-
-
-def draw(accuracy: dict, moved: dict, path: object) -> None:
-    """The changes over an utterance's frames, of the first seed, and the accuracy."""
-    cases = list(moved["batchnorm"][0])[1:]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for name, colour in COLOURS.items():
-        for axis, case in zip(axes, cases, strict=False):
-            change = np.maximum(moved[name][0][case], 1e-8)  # 0 is not on the scale
-            axis.semilogy(4 * np.arange(len(change)), change, "o-", color=colour, label=name)
-        draw_runs(axes[2], accuracy[name], colour, name)
-    for axis, title in zip(axes, ("evaluation", "training"), strict=False):
-        axis.axhline(1e-5, color="black", linewidth=0.8, linestyle=":")
-        axis.set(title=f"{MORE} more frames of padding, {title}", xlabel="frame of the utterance")
-        axis.set(ylabel="largest change of its features", ylim=(5e-9, 20))
-    axes[2].set(title="Test accuracy", xlabel="epoch", ylabel="%")
-    for axis in axes:
-        axis.legend(frameon=False)
-    save(figure, path)
+            accuracy = train(model, samples, tests, seed, epochs)
+            results[name].append(Result(accuracy, compare(partial(features, model), tests)))
+    report(samples, results, COLOURS, options.out)
 
 
 if __name__ == "__main__":

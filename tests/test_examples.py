@@ -47,6 +47,25 @@ def test_point_clouds_masked_statistics_are_those_of_the_points(tmp_path: Path) 
     assert found["batchnorm"][1] < 0.5 * found["torch.nn"][1]  # error of the mean
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("speech", "torch.nn"),
+        pytest.param("speech_jax", "flax.nnx", marks=pytest.mark.exhaustive),
+        pytest.param("speech_keras", "keras.layers", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_speech_features_do_not_depend_on_padding(name: str, theirs: str, tmp_path: Path) -> None:
+    # TensorFlow warns when it is imported.
+    warnings = () if name == "speech_keras" else ERRORS
+    found = read_table(run_quickly(name, tmp_path, warnings=warnings))
+    *changes, accuracy = found["batchnorm"]
+    assert len(changes) == 3
+    assert max(changes) < 1e-5
+    assert min(found[theirs][:-1]) > 1e-2
+    assert accuracy > 30.0  # % of nine speakers: features that say nothing would not change either
+
+
 @pytest.mark.exhaustive
 def test_sequences_with_a_mask_learn_like_keras(tmp_path: Path) -> None:
     # TensorFlow warns when it is imported.
