@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
-from batchnorm.tools.frameworks.adapter import Adapter
-from batchnorm.tools.frameworks.records import FoundLayer
 from batchnorm.tools.frameworks.switch import adapter_of
-from batchnorm.tools.inspection.leaks.comparing import tolerance_of
-from batchnorm.tools.inspection.leaks.following import (
-    Call,
-    Found,
-    Judging,
-    Measuring,
-    Recording,
-)
-from batchnorm.tools.inspection.leaks.padding import Padded, pad_batch
-from batchnorm.tools.inspection.leaks.positions import Sizes
-from batchnorm.tools.inspection.leaks.records import Leak, Mode, Movement
-from batchnorm.tools.inspection.leaks.remedies import explain
+from batchnorm.tools.inspection.leaks.padding import pad_batch
+from batchnorm.tools.inspection.leaks.records import Leak, Movement
 from batchnorm.tools.inspection.leaks.report import Leaks
+from batchnorm.tools.inspection.leaks.searching import Search
 from batchnorm.tools.models import find_layers
 
 __all__ = ["Leak", "Leaks", "Movement", "find_leaks"]
@@ -105,7 +92,7 @@ def find_leaks(
     _check_number("more", more)
     _check_number("multiple", multiple)
     padded = pad_batch(adapter, batch, mask, more, axes, multiple, fill)
-    search = _Search(adapter, model, padded, run or adapter.run, tolerance)
+    search = Search(adapter, model, padded, run or adapter.run, tolerance)
     search.run("evaluation", ())
     layers = find_layers(model) if training else []
     layers = [found for found in layers if adapter.refuse_update(found.layer) is None]
@@ -117,160 +104,3 @@ def find_leaks(
 def _check_number(name: str, value: Any) -> None:
     if value is not None and not (isinstance(value, int) and value > 0):
         raise ArgumentValueError(f"{name} must be a positive integer; got {value!r}.")
-
-
-@dataclass(eq=False)
-class _Mode:
-    """The runs in one mode."""
-
-    first: Recording
-    measured: Measuring
-    found: list[Found]
-    sensitive: list[Found]
-
-
-class _Search:
-    """All runs of a model."""
-
-    def __init__(
-        self,
-        adapter: Adapter,
-        model: Any,
-        padded: Padded,
-        run: Callable[[Any, Any, Any], Any],
-        tolerance: float | None,
-    ) -> None:
-        self._adapter, self._model, self._padded = adapter, model, padded
-        self._run, self._given = run, tolerance
-        self._modes: dict[Mode, _Mode] = {}
-        self._tolerance = 0.0
-
-    def run(self, mode: Mode, layers: Sequence[FoundLayer]) -> None:
-        """Run the model in one mode.
-
-        Args:
-            mode: its name.
-            layers: the batch norms that run as in training.
-        """
-        sizes = self._padded.sizes
-        first = Recording(self._adapter)
-        self._follow(layers, first, sizes.before, False, 0)
-        if not first.calls:
-            raise ArgumentValueError(
-                "model must run its layers eagerly to be followed; no call of a layer was seen. "
-                "Call the model itself, not a compiled function of it."
-            )
-        self._tolerance = self._given or tolerance_of(first.dtypes)
-        self._check_steady(layers, first)
-        measured = Measuring(self._adapter, first, sizes, self._tolerance)
-        self._follow(layers, measured, sizes.after, False, 0)
-        found = self._judge(layers, first, False)
-        keys = {_key(leak) for leak in found}
-        sensitive = [leak for leak in self._judge(layers, first, True) if _key(leak) not in keys]
-        self._modes[mode] = _Mode(first, measured, found, sensitive)
-
-    def _judge(self, layers: Sequence[FoundLayer], first: Recording, other: bool) -> list[Found]:
-        judging = Judging(self._adapter, first, self._padded.sizes, self._tolerance, other)
-        self._follow(layers, judging, self._padded.sizes.after, other, 0)
-        return judging.found
-
-    def _check_steady(self, layers: Sequence[FoundLayer], first: Recording) -> None:
-        """Raise if the same batch gives other outputs with other random numbers."""
-        sizes = self._padded.sizes
-        alone = Sizes(sizes.real, sizes.before, sizes.before)
-        again = Measuring(self._adapter, first, alone, self._tolerance)
-        self._follow(layers, again, sizes.before, False, 1)
-        for (name, _), difference in again.found.items():
-            if difference.relative > self._tolerance:
-                raise ArgumentValueError(
-                    f"model must give the same outputs for the same batch; those of layer {name!r} "
-                    f"differ by {difference.amount:.2g}. Switch its random numbers off, such as a "
-                    "dropout that ignores the mode, or call the model with them off in run."
-                )
-
-    def _follow(
-        self,
-        layers: Sequence[FoundLayer],
-        follower: Recording | Measuring | Judging,
-        sizes: tuple[int, ...],
-        other: bool,
-        seed: int,
-    ) -> None:
-        batch, mask = self._padded.make(sizes, other)
-        with ExitStack() as stack:
-            actor, _ = stack.enter_context(self._adapter.rehearse(self._model, layers))
-            following: AbstractContextManager[None] = self._adapter.follow(actor, follower, seed)
-            stack.enter_context(following)
-            self._run(actor, batch, mask)
-
-    def result(self) -> Leaks:
-        """The leaks of all modes together."""
-        leaks = _merge({mode: runs.found for mode, runs in self._modes.items()})
-        known = {(leak.name, leak.between) for leak in leaks}
-        others = _merge({mode: runs.sensitive for mode, runs in self._modes.items()})
-        sensitive = tuple(leak for leak in others if (leak.name, leak.between) not in known)
-        runs = self._modes["evaluation"]
-        shown = self._modes.get("training", runs) if not runs.found else runs
-        names = {leak.name for leak in leaks}
-        layers = tuple(
-            _movement(call, shown.measured, names) for call in shown.first.calls.values()
-        )
-        sizes = self._padded.sizes
-        return Leaks(
-            source=type(self._model).__name__,
-            leaks=leaks,
-            sensitive=sensitive,
-            layers=layers,
-            moved=layers[-1].amount or 0.0,
-            before=sizes.before,
-            after=sizes.after,
-            modes=tuple(self._modes),
-            tolerance=self._tolerance,
-        )
-
-
-def _key(found: Found) -> tuple[str, tuple[str, str] | None]:
-    return found.about.layer.name, found.about.between
-
-
-def _movement(call: Call, measured: Measuring, leaking: set[str]) -> Movement:
-    difference = measured.found.get(call.key)
-    return Movement(
-        name=call.layer.name,
-        kind=call.layer.kind,
-        call=call.number,
-        inner=call.inner,
-        leaks=call.layer.name in leaking,
-        amount=None if difference is None else difference.amount,
-        relative=None if difference is None else difference.relative,
-        profile=() if difference is None else difference.profile,
-    )
-
-
-def _merge(found: dict[Mode, list[Found]]) -> tuple[Leak, ...]:
-    """One leak for each layer, with the modes in which it was found, in order."""
-    merged: dict[tuple[str, tuple[str, str] | None], tuple[list[Mode], list[Found]]] = {}
-    for mode, leaks in found.items():
-        for leak in leaks:
-            modes, all_of_it = merged.setdefault(_key(leak), ([], []))
-            modes += [mode] if mode not in modes else []
-            all_of_it.append(leak)
-    result = []
-    for modes, all_of_it in merged.values():
-        worst = max(all_of_it, key=lambda leak: leak.difference.relative)
-        about = all_of_it[0].about
-        cause, remedy = explain(about)
-        result.append(
-            Leak(
-                name=about.layer.name,
-                kind=about.layer.kind,
-                modes=tuple(modes),
-                amount=worst.difference.amount,
-                relative=worst.difference.relative,
-                between=about.between,
-                norm=about.norm,
-                cause=cause,
-                remedy=remedy,
-            )
-        )
-    return tuple(result)

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from batchnorm.tools.inspection.leaks.positions import Place, Sizes, locate
+from batchnorm.tools.inspection.leaks.positions import Place, locate
+from batchnorm.tools.inspection.leaks.resolution import Sizes
 
-__all__ = ["Difference", "compare", "give_back", "tolerance_of"]
+__all__ = ["Difference", "clear", "compare", "give_back", "tolerance_of"]
 
 # Sums of up to a hundred thousand terms, added in another order, differ by some sqrt(1e5)·eps of
 # the terms' size. A half-precision array is rounded from such a sum, and a layer may round a few
@@ -45,7 +46,9 @@ def tolerance_of(dtypes: set[str]) -> float:
     return max((_EPS.get(dtype, _EPS["float32"]) for dtype in dtypes), default=_EPS["float32"])
 
 
-def compare(a: Any, b: Any, sizes: Sizes, tolerance: float) -> Difference | None:
+def compare(
+    a: Any, b: Any, sizes: Sizes, tolerance: float, *, profile: bool = False
+) -> Difference | None:
     """The difference of two runs' arrays of one layer, or None if positions cannot be told.
 
     Args:
@@ -53,12 +56,15 @@ def compare(a: Any, b: Any, sizes: Sizes, tolerance: float) -> Difference | None
         b: those of the run with more.
         sizes: of the two runs.
         tolerance: relative differences up to this one are rounding.
+        profile: find the profile too.
     """
     place = locate(a.shape, b.shape, sizes)
     if place is None:
         return None
     a, b = a.reshape(place.before), b.reshape(place.after)
     real = np.broadcast_to(place.real, a.shape)
+    if not profile and np.array_equal(a, _common(b, place)):
+        return Difference(0.0, 0.0)
     moved = _measure(a, _common(b, place), real)
     relative = float(np.max(moved, initial=0.0, where=real))
     if relative > tolerance and any(
@@ -68,7 +74,7 @@ def compare(a: Any, b: Any, sizes: Sizes, tolerance: float) -> Difference | None
     with np.errstate(invalid="ignore", over="ignore"):
         apart = np.abs(a - _common(b, place))
     amount = float(np.max(np.nan_to_num(apart, nan=np.inf), initial=0.0, where=real & (moved > 0)))
-    return Difference(amount, relative, _profile(moved, real, place))
+    return Difference(amount, relative, _profile(moved, real, place) if profile else np.zeros(0))
 
 
 def give_back(a: Any, b: Any, sizes: Sizes) -> Any:
@@ -88,6 +94,17 @@ def give_back(a: Any, b: Any, sizes: Sizes) -> Any:
     common = _common(b, place)
     np.copyto(common, a, where=same)
     return b.reshape(shape)
+
+
+def clear(a: Any, b: Any, sizes: Sizes) -> Any:
+    """A copy of `b` with zeros wherever `give_back` gives nothing; None without positions."""
+    place = locate(a.shape, b.shape, sizes)
+    if place is None or place.before == place.after:
+        return None
+    cleared = np.zeros(place.after, b.dtype)
+    common = _common(b.reshape(place.after), place)
+    np.copyto(_common(cleared, place), common, where=np.broadcast_to(place.same, place.before))
+    return cleared.reshape(b.shape)
 
 
 def _common(b: Any, place: Place) -> Any:
@@ -141,4 +158,15 @@ def _profile(moved: Any, real: Any, place: Place) -> Any:
     ends = np.broadcast_to(place.ends, most.shape)[seen].astype(np.int64)
     profile = np.full(int(ends.max(initial=0)) + 1, -1.0)
     np.maximum.at(profile, ends, most[seen])
-    return np.where(profile < 0, np.nan, profile)
+    return _fill(np.where(profile < 0, np.nan, profile))
+
+
+def _fill(profile: Any) -> Any:
+    """Positions of the input that a coarser layer has together get their common value."""
+    known = np.flatnonzero(~np.isnan(profile))
+    if len(known) < 2:
+        return profile
+    stride = np.median(np.diff(known))
+    at = np.searchsorted(known, np.arange(len(profile)))  # never beyond: the last one is known
+    near = known[at] - np.arange(len(profile)) < stride
+    return np.where(near, profile[known[at]], profile)

@@ -14,9 +14,10 @@ import numpy as np
 
 from batchnorm.tools.frameworks.adapter import Adapter
 from batchnorm.tools.frameworks.records import Called
-from batchnorm.tools.inspection.leaks.comparing import Difference, compare, give_back
-from batchnorm.tools.inspection.leaks.positions import Sizes, locate
+from batchnorm.tools.inspection.leaks.comparing import Difference, clear, compare, give_back
+from batchnorm.tools.inspection.leaks.positions import locate
 from batchnorm.tools.inspection.leaks.remedies import Circumstances
+from batchnorm.tools.inspection.leaks.resolution import Sizes
 
 __all__ = ["Call", "Found", "Judging", "Measuring", "Recording"]
 
@@ -126,7 +127,7 @@ class Measuring(_Following):
         before = self._first.calls.get(call.key)
         if before is not None:
             pairs = _pair(before.outputs, self._floats(arrays))
-            found = [compare(a, b, self._sizes, self._tolerance) for a, b in pairs]
+            found = [compare(a, b, self._sizes, self._tolerance, profile=True) for a, b in pairs]
             known = [difference for difference in found if difference is not None]
             if known:
                 self.found[call.key] = max(known, key=lambda difference: difference.relative)
@@ -142,14 +143,30 @@ class Found:
 
 
 class Judging(_Following):
-    """A run that finds the layers that leak by themselves."""
+    """A run that finds the layers that leak by themselves.
+
+    Args:
+        adapter: of the model's framework.
+        first: the run with little padding.
+        sizes: of both runs.
+        tolerance: largest relative difference that is rounding.
+        other: the batch's padding holds other values.
+        clears: give batch norms outputs of 0 at padding, to see which leaks that mends.
+    """
 
     def __init__(
-        self, adapter: Adapter, first: Recording, sizes: Sizes, tolerance: float, other: bool
+        self,
+        adapter: Adapter,
+        first: Recording,
+        sizes: Sizes,
+        tolerance: float,
+        *,
+        other: bool = False,
+        clears: bool = False,
     ) -> None:
         super().__init__(adapter)
         self._first, self._sizes, self._tolerance = first, sizes, tolerance
-        self._other = other
+        self.other, self._clears = other, clears
         self._norm = ""
         self.found: list[Found] = []
 
@@ -180,11 +197,21 @@ class Judging(_Following):
             beyond = [_beyond(a, b, self._sizes) for a, b in _pair(before.outputs, now)]
             if any(most for most in beyond):
                 self._norm = call.layer.name or call.layer.kind
+            if self._clears:
+                new = self._clear(before.outputs, new)
+        return new
+
+    def _clear(self, before: list[Any], arrays: list[Any]) -> list[Any]:
+        """The outputs of a batch norm with zeros at padding."""
+        new = list(arrays)
+        for i, (a, b) in enumerate(zip(before, self._floats(arrays), strict=False)):
+            cleared = None if a is None or b is None else clear(a, b, self._sizes)
+            new[i] = new[i] if cleared is None else self._adapter.write(cleared, arrays[i])
         return new
 
     def _note(self, call: Call, between: tuple[str, str] | None, moved: Difference) -> None:
         norm = self._norm if call.padding else ""
-        about = Circumstances(call.layer, between, call.padding, norm, self._other)
+        about = Circumstances(call.layer, between, call.padding, norm, self.other)
         self.found.append(Found(about, moved))
 
     def _restore(

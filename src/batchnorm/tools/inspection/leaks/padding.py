@@ -12,7 +12,7 @@ import numpy as np
 
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
 from batchnorm.tools.frameworks.adapter import Adapter
-from batchnorm.tools.inspection.leaks.positions import Sizes
+from batchnorm.tools.inspection.leaks.resolution import Sizes
 
 __all__ = ["Padded", "pad_batch"]
 
@@ -182,7 +182,7 @@ class _Arrays:
         return [] if seen is None or self._is_mask(seen.values) else [(batch, seen)]
 
     def _is_mask(self, values: Any) -> bool:
-        return values.shape == self._mask.shape and np.array_equal(values != 0, self._mask != 0)
+        return values.shape == self._mask.shape and np.array_equal(values, self._mask != 0)
 
     def _find_in_mask(self) -> tuple[int, ...]:
         if self._flat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +47,11 @@ class Leak:
         """The name for people, with the class."""
         return f"{self.name} ({self.kind})" if self.name else self.kind
 
+    @property
+    def movement(self) -> str:
+        """By how much, and when, for people."""
+        return f"moves by {format_number(self.amount, 2)} in {' and '.join(self.modes)}"
+
 
 @dataclass(frozen=True, eq=False)
 class Movement:
@@ -58,7 +64,7 @@ class Movement:
         kind: the name of its class.
         call: number of the call, from 0, for layers that run several times.
         inner: it called other layers.
-        leaks: it is one of the leaks.
+        leaks: the modes in which the layer leaks by itself; most often none.
         amount: largest absolute difference; None where positions could not be told.
         relative: the same, relative to the size of the outputs.
         profile: float64, the largest relative difference for each distance to the end of the
@@ -69,7 +75,7 @@ class Movement:
     kind: str
     call: int
     inner: bool
-    leaks: bool
+    leaks: tuple[Mode, ...]
     amount: float | None
     relative: float | None
     profile: Any
@@ -100,6 +106,19 @@ class LeakFindings:
         return self.leaks[0] if self.leaks else None
 
     @property
+    def shown(self) -> Mode:
+        """The mode of `layers` and `moved`: evaluation, unless leaks show in training only."""
+        return self.leaks[0].modes[0] if self.leaks else "evaluation"
+
+    def groups(self) -> list[tuple[bool, list[Leak]]]:
+        """Neighbouring leaks with the same remedy; True for those that count, then the others."""
+        return [
+            (counts, list(group))
+            for counts, leaks in ((True, self.leaks), (False, self.sensitive))
+            for _, group in groupby(leaks, key=lambda leak: leak.remedy)
+        ]
+
+    @property
     def compared(self) -> int:
         """Number of calls whose real outputs were compared."""
         return sum(layer.relative is not None for layer in self.layers)
@@ -113,6 +132,7 @@ class LeakFindings:
             "after": list(self.after),
             "modes": list(self.modes),
             "tolerance": self.tolerance,
+            "shown": self.shown,
             "moved": _number(self.moved),
             "leaks": [_plain(asdict(leak)) for leak in self.leaks],
             "sensitive": [_plain(asdict(leak)) for leak in self.sensitive],
@@ -121,7 +141,7 @@ class LeakFindings:
                     "name": layer.name,
                     "kind": layer.kind,
                     "call": layer.call,
-                    "leaks": layer.leaks,
+                    "leaks": list(layer.leaks),
                     "amount": _number(layer.amount),
                     "relative": _number(layer.relative),
                     "profile": [_number(value) for value in np.asarray(layer.profile).tolist()],
@@ -142,12 +162,11 @@ class LeakFindings:
 
     def __str__(self) -> str:
         lines = [self.summarize()]
-        for level, leaks in (("leak", self.leaks), ("note", self.sensitive)):
-            for leak in leaks:
-                modes = " and ".join(leak.modes)
-                moved = f"real outputs move by {format_number(leak.amount, 2)} in {modes}"
-                lines.append(f"  {level}  {printable(leak.title)}: {moved}. {leak.cause}")
-                lines.append(f"        {leak.remedy}")
+        for counts, group in self.groups():
+            for leak in group:
+                line = f"{printable(leak.title)} {leak.movement}. {leak.cause}"
+                lines.append(f"  {'leak' if counts else 'note'}  {line}")
+            lines.append(f"        {group[0].remedy}")
         lost = [layer.name for layer in self.layers if layer.relative is None and not layer.inner]
         if lost:
             lines.append(

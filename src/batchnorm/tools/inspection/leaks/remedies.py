@@ -17,7 +17,8 @@ class Circumstances(NamedTuple):
         layer: the one that leaks.
         between: as in `Leak`.
         padding: largest absolute value of its inputs at padding; None where it is not known.
-        norm: the last batch norm before it that puts out other values than 0 at padding; or "".
+        norm: the last batch norm before it, if zeros at the padding of batch norms' outputs mend
+            the leak; or "".
         other: the leak shows with other values in the batch's padding only.
     """
 
@@ -41,7 +42,7 @@ _KINDS = (
 def explain(found: Circumstances) -> tuple[str, str]:
     """The cause of a leak, and the remedy."""
     kind = _kind(found.layer)
-    if found.between is not None:
+    if found.between is not None and kind != "attention":
         return (
             f"Its own code {_place(found.between)} mixes positions.",
             "Keep padding out of what that code reads: a mask for a softmax or a mean over "
@@ -90,8 +91,9 @@ def _reads(found: Circumstances, kind: str) -> tuple[str, str]:
         name = printable(found.norm)
         return (
             f"It reads padding that is not zero{most} behind the batch norm {name}.",
-            f'Give {name} padded_output="zero" (all of this library\'s layers: padding_mask(mask, '
-            'padded_output="zero")), or multiply the input of this layer by the mask.',
+            'Let that batch norm put out zeros there: padded_output="zero" on this library\'s '
+            'layer, or padding_mask(mask, padded_output="zero"). Or multiply the input of the '
+            "layer that reads it by the mask.",
         )
     if kind == "convolution" or found.padding:
         return (

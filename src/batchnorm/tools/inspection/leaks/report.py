@@ -21,7 +21,8 @@ class Leaks(LeakFindings):
             in training only; in the order of execution.
         sensitive: layers that leak only if the padding of the batch holds other values than the
             filling.
-        layers: every call in the order in which calls end, and by how much its outputs move.
+        layers: every call in the order in which calls end, and by how much its outputs move, in
+            the mode `shown`: evaluation, unless leaks show in training only.
         moved: by how much the model's own real outputs move in the end, absolutely.
         before: sizes of the padded axes in the run with little padding.
         after: those in the run with more.
