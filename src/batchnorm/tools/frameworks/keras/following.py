@@ -89,6 +89,10 @@ def write(values: Any, like: Any) -> Any:
 
 
 def run(model: Any, batch: Any, mask: Any) -> None:
-    """As `Adapter.run`; a mapping is one input."""
+    """As `Adapter.run`; a mapping is one input.
+
+    Functional and sequential models make and propagate their masks themselves.
+    """
     takes = "mask" in inspect.signature(model.call).parameters
+    takes = takes and not type(model).call.__module__.startswith("keras.")
     model(batch, **({"mask": mask} if takes else {}))

@@ -40,8 +40,8 @@ def find_leaks(
     back behind each layer, so each is judged by itself, and later leaks are found too.
 
     Three kinds of runs: in evaluation; with the batch norms as in training, by the statistics of
-    the batch, and all else (dropout) as in evaluation; and each of them once with other values
-    than `fill` in all of the padding. The model is unchanged afterwards, also after an error.
+    the batch, and all else (dropout) as in evaluation; and each of them once with random numbers
+    in the padding of floating arrays. The model is unchanged afterwards, also after an error.
 
     Args:
         model: a `torch.nn.Module`, `flax.nnx.Module` or Keras model. Its layers must run eagerly;
@@ -53,7 +53,8 @@ def find_leaks(
             0, at real positions (S1). Padding is added behind the end, whatever the mask.
         run: function of model, batch and mask that calls the model. The default passes the mask as
             `mask=` if the model's call has such an argument; torch models run inside
-            `padding_mask(mask, rescale="any")` as well.
+            `padding_mask(mask, rescale="any")` as well. Keras's functional and sequential models
+            get none: they make their masks themselves.
         more: positions that are added along each padded axis; None for half as much again, in
             steps of 32.
         axes: the padded axes of the batch's arrays, where their sizes leave it open.

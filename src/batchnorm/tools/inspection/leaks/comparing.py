@@ -47,7 +47,13 @@ def tolerance_of(dtypes: set[str]) -> float:
 
 
 def compare(
-    a: Any, b: Any, sizes: Sizes, tolerance: float, *, profile: bool = False
+    a: Any,
+    b: Any,
+    sizes: Sizes,
+    tolerance: float,
+    *,
+    profile: bool = False,
+    edges: bool = False,
 ) -> Difference | None:
     """The difference of two runs' arrays of one layer, or None if positions cannot be told.
 
@@ -57,12 +63,13 @@ def compare(
         sizes: of the two runs.
         tolerance: relative differences up to this one are rounding.
         profile: find the profile too.
+        edges: compare the positions of which it is open if they are real, instead.
     """
     place = locate(a.shape, b.shape, sizes)
     if place is None:
         return None
     a, b = a.reshape(place.before), b.reshape(place.after)
-    real = np.broadcast_to(place.real, a.shape)
+    real = np.broadcast_to(place.same & ~place.real if edges else place.real, a.shape)
     if not profile and np.array_equal(a, _common(b, place)):
         return Difference(0.0, 0.0)
     moved = _measure(a, _common(b, place), real)
@@ -77,17 +84,18 @@ def compare(
     return Difference(amount, relative, _profile(moved, real, place) if profile else np.zeros(0))
 
 
-def give_back(a: Any, b: Any, sizes: Sizes) -> Any:
+def give_back(a: Any, b: Any, sizes: Sizes, *, edges: bool) -> Any:
     """A copy of `b`, the array of the run with more padding, with the real values of `a`.
 
-    None where positions cannot be told, or nothing differs.
+    With `edges`, the positions of which it is open if they are real get them too. None where
+    positions cannot be told, or nothing differs.
     """
     place = locate(a.shape, b.shape, sizes)
     if place is None:
         return None
     shape = b.shape
     a, b = a.reshape(place.before), b.reshape(place.after)
-    same = np.broadcast_to(place.same, a.shape)
+    same = np.broadcast_to(place.same if edges else place.real, a.shape)
     if np.array_equal(np.where(same, a, 0), np.where(same, _common(b, place), 0), equal_nan=True):
         return None
     b = b.copy()

@@ -136,10 +136,17 @@ class Measuring(_Following):
 
 @dataclass(frozen=True)
 class Found:
-    """A leak as a run found it."""
+    """A leak as a run found it.
+
+    Args:
+        about: its circumstances.
+        difference: the largest one.
+        edge: it shows only at positions of which it is open if they are real.
+    """
 
     about: Circumstances
     difference: Difference
+    edge: bool = False
 
 
 class Judging(_Following):
@@ -151,6 +158,7 @@ class Judging(_Following):
         sizes: of both runs.
         tolerance: largest relative difference that is rounding.
         other: the batch's padding holds other values.
+        edges: positions of which it is open if they are real are given back too.
         clears: give batch norms outputs of 0 at padding, to see which leaks that mends.
     """
 
@@ -162,11 +170,12 @@ class Judging(_Following):
         tolerance: float,
         *,
         other: bool = False,
+        edges: bool = False,
         clears: bool = False,
     ) -> None:
         super().__init__(adapter)
         self._first, self._sizes, self._tolerance = first, sizes, tolerance
-        self.other, self._clears = other, clears
+        self.other, self._edges, self._clears = other, edges, clears
         self._norm = ""
         self.found: list[Found] = []
 
@@ -191,8 +200,15 @@ class Judging(_Following):
             return arrays
         now = self._floats(arrays)
         new, moved = self._restore(before.outputs, now, arrays)
+        between = (call.last, "") if call.inner else None
         if moved is not None:
-            self._note(call, (call.last, "") if call.inner else None, moved)
+            self._note(call, between, moved)
+        elif self._edges:
+            pairs = _pair(before.outputs, now)
+            found = [compare(a, b, self._sizes, self._tolerance, edges=True) for a, b in pairs]
+            at_edge = self._worst(found)
+            if at_edge is not None:
+                self._note(call, between, at_edge, edge=True)
         if call.layer.norm:
             beyond = [_beyond(a, b, self._sizes) for a, b in _pair(before.outputs, now)]
             if any(most for most in beyond):
@@ -209,10 +225,16 @@ class Judging(_Following):
             new[i] = new[i] if cleared is None else self._adapter.write(cleared, arrays[i])
         return new
 
-    def _note(self, call: Call, between: tuple[str, str] | None, moved: Difference) -> None:
+    def _note(
+        self,
+        call: Call,
+        between: tuple[str, str] | None,
+        moved: Difference,
+        edge: bool = False,
+    ) -> None:
         norm = self._norm if call.padding else ""
         about = Circumstances(call.layer, between, call.padding, norm, self.other)
-        self.found.append(Found(about, moved))
+        self.found.append(Found(about, moved, edge))
 
     def _restore(
         self, before: list[Any], now: list[Any], arrays: list[Any]
@@ -220,21 +242,20 @@ class Judging(_Following):
         """The arrays with the real values of the first run, and their largest movement if any."""
         if len(before) != len(now):
             return arrays, None
-        new, worst = list(arrays), None
+        new, found = list(arrays), []
         for i, (a, b) in enumerate(zip(before, now, strict=True)):
             if a is None or b is None:
                 continue
-            difference = compare(a, b, self._sizes, self._tolerance)
-            if difference is None or not difference.relative:
-                continue
-            restored = give_back(a, b, self._sizes)
+            found.append(compare(a, b, self._sizes, self._tolerance))
+            restored = give_back(a, b, self._sizes, edges=self._edges)
             if restored is not None:
                 new[i] = self._adapter.write(restored, arrays[i])
-            if difference.relative > self._tolerance and (
-                worst is None or difference.relative > worst.relative
-            ):
-                worst = difference
-        return new, worst
+        return new, self._worst(found)
+
+    def _worst(self, found: list[Difference | None]) -> Difference | None:
+        """The largest difference that is more than rounding, or None."""
+        known = [d for d in found if d is not None and d.relative > self._tolerance]
+        return max(known, key=lambda difference: difference.relative, default=None)
 
 
 def _pair(before: list[Any], now: list[Any]) -> list[tuple[Any, Any]]:

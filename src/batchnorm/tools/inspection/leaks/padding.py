@@ -231,15 +231,14 @@ def _fill(values: Any, axes: Sequence[int], sizes: Sequence[int], fill: float) -
 
 
 def _scatter(values: Any, padding: Any) -> Any:
-    """Other values at padding: for integers real ones of other places, else random numbers."""
-    real, random = values[~padding], np.random.default_rng(0)
-    if not real.size or values.dtype.kind not in "iuf":
+    """Random numbers at padding.
+
+    Integers stay: models read from them, token numbers most often, where the padding is.
+    """
+    real = values[~padding]
+    if not real.size or values.dtype.kind != "f":
         return values
-    if values.dtype.kind == "f":
-        finite = real[np.isfinite(real)].astype(np.float64)
-        drawn = random.normal(finite.mean(), _SPREAD * finite.std() + 1.0, padding.sum())
-    else:
-        drawn = random.choice(real, int(padding.sum()))
+    finite, random = real[np.isfinite(real)].astype(np.float64), np.random.default_rng(0)
     values = values.copy()
-    values[padding] = drawn
+    values[padding] = random.normal(finite.mean(), _SPREAD * finite.std() + 1.0, padding.sum())
     return values

@@ -26,7 +26,8 @@ class Place(NamedTuple):
         before: shape for the array of the first run; axes of flattened rows are apart in it.
         after: the same for the second run.
         real: bool, of that rank with sizes of `before` or 1; True at real positions.
-        same: the positions where the second run may be given the values of the first.
+        same: `real`, and the last positions of samples without padding, which may lie partly
+            beyond the input.
         ends: distance of each position to the end of its sample, in positions of the input;
             shape like `real`; None where no axis runs along positions.
     """

@@ -51,7 +51,8 @@ def explain(found: Circumstances) -> tuple[str, str]:
     if found.layer.norm:
         return (
             "It counts the padding in the batch's statistics.",
-            "Give it the mask: a layer of this library with mask=, or torch's padding_mask(mask).",
+            "Give it the mask: mask= on this library's layer, or padding_mask(mask) around the "
+            "call.",
         )
     if found.other:
         return (

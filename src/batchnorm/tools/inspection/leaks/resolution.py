@@ -9,8 +9,6 @@ import numpy as np
 
 __all__ = ["Axis", "Sizes", "find_axis", "project"]
 
-_MARGIN = 2  # positions at the edge of a coarser layer that are given back, but not judged
-
 
 @dataclass(frozen=True, eq=False)
 class Sizes:
@@ -79,7 +77,7 @@ def project(sizes: Sizes, chosen: dict[int, Axis]) -> tuple[Any, Any, Any]:
         ) * max(axis.stride, 1e-9)
         ends = np.maximum(ends, 0.0)
         far = ends if far is None else np.minimum(far, ends)
-        real, given = _scale(real, e + 1, axis, 0), _scale(given, e + 1, axis, _MARGIN)
+        real, given = _scale(real, e + 1, axis), _scale(given, e + 1, axis, margin=True)
     gone = tuple(e + 1 for e in range(len(sizes.before)) if e not in chosen)
     return real.squeeze(gone), given.squeeze(gone), np.broadcast_to(far, real.shape).squeeze(gone)
 
@@ -94,8 +92,15 @@ def _last(real: Any, along: int) -> Any:
     return np.where(line, place, -1).max(along, keepdims=True)
 
 
-def _scale(real: Any, along: int, axis: Axis, margin: int) -> Any:
-    """A mask's axis at the resolution of a layer."""
+def _scale(real: Any, along: int, axis: Axis, margin: bool = False) -> Any:
+    """A mask's axis at the resolution of a layer.
+
+    Args:
+        real: the mask.
+        along: its axis.
+        axis: of the layer.
+        margin: count the last position of a sample without padding as real, if in doubt.
+    """
     size, long = axis.size, real.shape[along]
     if axis.exact and size == long:
         return real
@@ -109,7 +114,7 @@ def _scale(real: Any, along: int, axis: Axis, margin: int) -> Any:
     lengths = np.cumprod(moved, -1).sum(-1)  # up to the first hole
     counts = _count(lengths, long, axis)
     if margin:
-        counts = np.where(lengths == long, size, np.where(lengths > 0, counts + margin, 0))
+        counts = np.where(lengths == long, size, counts)
     counts = np.clip(counts, 0, size)[..., None]
     return np.moveaxis(np.arange(size) < counts, -1, along)
 

@@ -66,15 +66,36 @@ class Search:
         self._check_steady(layers, first)
         measured = Measuring(self._adapter, first, sizes, self._tolerance)
         self._follow(layers, measured, sizes.after, False, 0)
-        found = self._judge(layers, Judging(self._adapter, first, sizes, self._tolerance))
+        found = self._judge(layers, first, other=False)
         if any(leak.about.norm for leak in found):
             found = self._blame_norms(layers, first, found)
         keys = {_key(leak) for leak in found}
-        others = Judging(self._adapter, first, sizes, self._tolerance, other=True)
-        sensitive = [leak for leak in self._judge(layers, others) if _key(leak) not in keys]
+        others = self._judge(layers, first, other=True)
+        sensitive = [leak for leak in others if _key(leak) not in keys]
         self._modes[mode] = _Mode(first, measured, found, sensitive)
 
-    def _judge(self, layers: Sequence[FoundLayer], judging: Judging) -> list[Found]:
+    def _judge(self, layers: Sequence[FoundLayer], first: Recording, *, other: bool) -> list[Found]:
+        """The leaks in the order of execution.
+
+        The last position of a coarser layer may be real or padding, as the model sees it. If it
+        moves and the model takes it for real, a layer behind it seems to leak, and no longer does
+        once that position is given back too. Then the layer that moved it is the leak.
+        """
+        sizes, tolerance = self._padded.sizes, self._tolerance
+        plain = self._run_judging(
+            layers, Judging(self._adapter, first, sizes, tolerance, other=other)
+        )
+        if not plain:
+            return []
+        found = self._run_judging(
+            layers, Judging(self._adapter, first, sizes, tolerance, other=other, edges=True)
+        )
+        certain = {_key(leak) for leak in found if not leak.edge}
+        if {_key(leak) for leak in plain} <= certain:
+            found = [leak for leak in found if not leak.edge]
+        return found
+
+    def _run_judging(self, layers: Sequence[FoundLayer], judging: Judging) -> list[Found]:
         self._follow(layers, judging, self._padded.sizes.after, judging.other, 0)
         return judging.found
 
@@ -88,8 +109,10 @@ class Search:
         unpadded = self._padded.sizes.unpadded()
         left = {_key(leak) for leak in found}
         if unpadded is not None:
-            judging = Judging(self._adapter, first, unpadded, self._tolerance, clears=True)
-            left = {_key(leak) for leak in self._judge(layers, judging)}
+            judging = Judging(
+                self._adapter, first, unpadded, self._tolerance, edges=True, clears=True
+            )
+            left = {_key(leak) for leak in self._run_judging(layers, judging)}
         return [
             replace(leak, about=leak.about._replace(norm="")) if _key(leak) in left else leak
             for leak in found
