@@ -6,11 +6,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from torch import Tensor, nn
 
+import batchnorm.jax
 from batchnorm.tools import find_leaks, inspect
 from batchnorm.tools.inspection.leaks import Leaks
 from batchnorm.torch import BatchNorm1d, BatchNorm2d
@@ -438,3 +442,64 @@ def test_inspect_shows_leaks_in_its_report() -> None:
     )
     assert sealed.leaks is not None
     assert sealed.leaks.ok
+
+
+class Jax(nnx.Module):
+    """As `Sealed`, on nnx: channels last, an attribute for each layer.
+
+    Args:
+        norm: the batch norm's class.
+        mend: put zeros at padding; without, the second convolution leaks.
+        compiled: the head runs under `nnx.jit`.
+    """
+
+    def __init__(self, norm: Any, mend: bool, compiled: bool = False) -> None:
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Conv(8, 8, (5,), rngs=rngs)
+        self.norm = norm(8, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.second = nnx.Conv(8, 8, (3,), strides=2, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+        self.mend, self.compiled = mend, compiled
+        self.norm.bias[...] = jax.random.normal(jax.random.key(1), (8,))
+
+    def __call__(self, x: Any, mask: Any) -> Any:
+        real = mask[..., None]
+        x = self.drop(nnx.silu(self.norm(self.first(jnp.where(real, x, 0)), mask=real)))
+        x = self.second(jnp.where(real, x, 0) if self.mend else x)
+        real = real[:, ::2]
+        x = jnp.where(real, x, 0).sum(1) / real.sum(1)
+        return nnx.jit(lambda head, x: head(x))(self.head, x) if self.compiled else self.head(x)
+
+
+def make_jax_batch() -> tuple[Any, Any]:
+    return jnp.asarray(make_batch().transpose(1, 2).numpy()), jnp.asarray(MASK.numpy())
+
+
+@pytest.mark.parametrize("norm", [nnx.BatchNorm, batchnorm.jax.BatchNorm])
+@pytest.mark.parametrize("mend", [True, False])
+def test_nnx_models(norm: Any, mend: bool) -> None:
+    model = Jax(norm, mend)
+    before, original = nnx.to_pure_dict(nnx.state(model)), norm.__call__
+    leaks = find_leaks(model, *make_jax_batch())
+    assert [leak.name for leak in leaks.leaks] == ([] if mend else ["second"])
+    assert all(leak.norm == "norm" for leak in leaks.leaks)
+    assert leaks.sensitive == ()
+    assert [layer.name for layer in leaks.layers if not layer.inner] == [
+        "first", "norm", "drop", "second", "head"
+    ]  # fmt: skip
+    after = nnx.to_pure_dict(nnx.state(model))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, before, after))
+    assert norm.__call__ is original
+
+
+def test_what_jax_compiles_is_part_of_the_layer_around_it() -> None:
+    leaks = find_leaks(Jax(nnx.BatchNorm, True, compiled=True), *make_jax_batch())
+    assert leaks.ok
+    assert "head" not in {layer.name for layer in leaks.layers}
+    with pytest.raises(ValueError, match="find_leaks: model must run its layers eagerly"):
+        find_leaks(
+            Jax(nnx.BatchNorm, True),
+            *make_jax_batch(),
+            run=lambda model, x, mask: nnx.jit(lambda m, x, k: m(x, k))(model, x, mask),
+        )
