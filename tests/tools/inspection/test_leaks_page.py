@@ -21,7 +21,7 @@ HOSTILE = "<script>alert(1)</script>\"'&\x1b[31m\u202e[red]\ud800"
 
 
 def make_leak(name: str, **fields: object) -> Leak:
-    leak = Leak(name, "Conv1d", ("evaluation",), 0.5, 0.2, None, "", "It reads.", "Mask it.")
+    leak = Leak(name, "Conv1d", ("evaluation",), (0.5,), 0.2, None, "", "It reads.", "Mask it.")
     return replace(leak, **fields)  # type: ignore[arg-type]
 
 
@@ -45,7 +45,7 @@ LEAKS = {
         layers=(Movement("a", "Lambda", 0, False, (), None, None, np.zeros(0)),)
     ),
     "not finite": make_leaks(
-        make_leak("b", amount=float("inf"), relative=float("inf")),
+        make_leak("b", amounts=(float("inf"),), relative=float("inf")),
         layers=(
             replace(make_layer("b", True), relative=np.inf, profile=np.array([np.inf, np.nan])),
         ),

@@ -16,7 +16,7 @@ from batchnorm.tools.inspection.findings import Finding, Level
 from batchnorm.tools.inspection.leaks.records import LeakFindings
 from batchnorm.tools.inspection.quantities import Observed
 from batchnorm.tools.observe import Tally
-from batchnorm.tools.text import format_number, printable
+from batchnorm.tools.text import printable
 
 __all__ = ["Mask", "Watch", "note_leaks"]
 
@@ -80,11 +80,10 @@ class Watch:
 def note_leaks(watch: Watch, leaks: LeakFindings) -> None:
     """Keep a remark on each batch norm through which padding reaches real positions."""
     for leak in leaks.leaks:
-        moved = f"real outputs move by {format_number(leak.amount, 2)}"
         if leak.norm:
-            message = f"{printable(leak.title)} reads its padding: {moved}"
+            message = f"{printable(leak.title)} reads its padding, and {leak.movement}"
             watch.note(leak.norm, "padding-read", message, "error")
-        watch.note(leak.name, "padding-in-batch", f"{moved} in training", "warning")
+        watch.note(leak.name, "padding-in-batch", f"it {leak.movement}", "warning")
 
 
 class _Seen:

@@ -23,8 +23,8 @@ class Leak:
         name: its path in the model; empty for the model itself.
         kind: the name of its class.
         modes: "evaluation", or "training", where batch norms use the batch's statistics, or both.
-        amount: largest absolute difference of its real outputs.
-        relative: the same, relative to the size of the outputs.
+        amounts: largest absolute difference of its real outputs, in each of the modes.
+        relative: the first of them, relative to the size of the outputs.
         between: for code of the layer that is in no layer of its own: the layers called before
             and after it, either empty at the edge; else None.
         norm: the batch norm whose output at padding the layer reads; empty if it is another cause.
@@ -35,7 +35,7 @@ class Leak:
     name: str
     kind: str
     modes: tuple[Mode, ...]
-    amount: float
+    amounts: tuple[float, ...]
     relative: float
     between: tuple[str, str] | None
     norm: str
@@ -50,7 +50,13 @@ class Leak:
     @property
     def movement(self) -> str:
         """By how much, and when, for people."""
-        return f"moves by {format_number(self.amount, 2)} in {' and '.join(self.modes)}"
+        pairs = zip(self.amounts, self.modes, strict=True)
+        return "moves by " + ", ".join(f"{format_number(a, 2)} in {mode}" for a, mode in pairs)
+
+    @property
+    def amount(self) -> float:
+        """The difference in the first of the modes."""
+        return self.amounts[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +186,8 @@ def _sizes(sizes: tuple[int, ...]) -> str:
 
 
 def _plain(leak: dict[str, Any]) -> dict[str, Any]:
-    leak["amount"], leak["relative"] = _number(leak["amount"]), _number(leak["relative"])
+    leak["relative"] = _number(leak["relative"])
+    leak["amounts"] = [_number(amount) for amount in leak["amounts"]]
     return {key: list(value) if isinstance(value, tuple) else value for key, value in leak.items()}
 
 

@@ -192,24 +192,22 @@ def _movement(call: Call, measured: Measuring, leaks: tuple[Mode, ...]) -> Movem
 
 def _merge(found: dict[Mode, list[Found]]) -> tuple[Leak, ...]:
     """One leak for each layer, with the modes in which it was found, in order."""
-    merged: dict[tuple[str, tuple[str, str] | None], tuple[list[Mode], list[Found]]] = {}
+    merged: dict[tuple[str, tuple[str, str] | None], dict[Mode, list[Found]]] = {}
     for mode, leaks in found.items():
         for leak in leaks:
-            modes, all_of_it = merged.setdefault(_key(leak), ([], []))
-            modes += [mode] if mode not in modes else []
-            all_of_it.append(leak)
+            merged.setdefault(_key(leak), {}).setdefault(mode, []).append(leak)
     result = []
-    for modes, all_of_it in merged.values():
-        worst = max(all_of_it, key=lambda leak: leak.difference.relative)
-        about = all_of_it[0].about
+    for by_mode in merged.values():
+        worst = [max(leaks, key=lambda leak: leak.difference.amount) for leaks in by_mode.values()]
+        about = next(iter(by_mode.values()))[0].about
         cause, remedy = explain(about)
         result.append(
             Leak(
                 name=about.layer.name,
                 kind=about.layer.kind,
-                modes=tuple(modes),
-                amount=worst.difference.amount,
-                relative=worst.difference.relative,
+                modes=tuple(by_mode),
+                amounts=tuple(leak.difference.amount for leak in worst),
+                relative=worst[0].difference.relative,
                 between=about.between,
                 norm=about.norm,
                 cause=cause,
