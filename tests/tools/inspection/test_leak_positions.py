@@ -118,6 +118,7 @@ def test_images_rows_heads_and_tables() -> None:
     assert not table.real.any()
     assert locate((3, 5), (3, 37), line) is None  # neither samples nor heads
     assert locate((2, 5), (2, 37, 1), line) is None
+    assert locate((2, 5), (2, 4), line) is None  # fewer positions with more padding
 
 
 def test_differences_are_relative_to_the_layer_and_the_value() -> None:

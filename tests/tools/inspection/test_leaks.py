@@ -158,17 +158,22 @@ class Rows(nn.Module):
 
 
 class Relative(nn.Module):
-    """A table of relative positions `(1, 2·L - 1, C)`, which grows at both ends."""
+    """A table of relative positions `(1, 2·L - 1, C)`, which grows at both ends.
 
-    def __init__(self) -> None:
+    Args:
+        samples: of this table; several make it `(N, 2·L - 1, C)`.
+    """
+
+    def __init__(self, samples: int = 1) -> None:
         super().__init__()
-        self.table = nn.Identity()
+        self.table, self.use, self.samples = nn.Identity(), nn.Linear(8, 8), samples
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[-1]
         places = torch.arange(1 - length, length, dtype=torch.float32)
-        self.table(torch.sin(places)[None, :, None].expand(1, -1, 8))
-        return x
+        table = self.table(torch.sin(places)[None, :, None].expand(self.samples, -1, 8))
+        # A position's relation to itself, in the middle of the table.
+        return self.use(x.transpose(1, 2) + table[:, length - 1 : length])
 
 
 class Causal(nn.Module):
@@ -213,6 +218,7 @@ HARMLESS: dict[str, Any] = {
     ),
     "relative positions": lambda: find_leaks(Relative(), make_batch()[:1], MASK[:1]),
     "relative positions of several": lambda: find_leaks(Relative(), make_batch(), MASK),
+    "relative positions for each": lambda: find_leaks(Relative(4), make_batch(), MASK),
     "causal and finer": lambda: find_leaks(Causal(), make_batch(), MASK),
     "backward": lambda: find_leaks(Backward(), make_batch(), MASK),
     "time first": lambda: find_leaks(
@@ -234,6 +240,26 @@ def test_positions_are_found_in_any_form(name: str) -> None:
     leaks = HARMLESS[name]()
     assert leaks.ok, str(leaks)
     assert leaks.compared == len(leaks.layers), str(leaks)
+
+
+class Subsampled(nn.Module):
+    """A strided convolution, a batch norm without mask, attention with one of `ceil(length / 2)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.norm = nn.Conv1d(8, 8, 3, 2, 1), nn.BatchNorm1d(8)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(self.down(x)).transpose(1, 2)
+        return self.attend(x, x, x, key_padding_mask=~mask[:, ::2], need_weights=False)[0]
+
+
+def test_positions_that_are_not_surely_real_accuse_no_layer_behind() -> None:
+    leaks = find_leaks(randomize(Subsampled()), make_batch(), MASK)
+    assert [(leak.name, leak.modes) for leak in leaks.leaks] == [("norm", ("training",))]
+    assert leaks.shown == "training"
 
 
 class Mixing(nn.Module):

@@ -34,11 +34,13 @@ class Difference(NamedTuple):
             first run plus the size of the value itself; what a tolerance is compared with.
         profile: largest relative difference for each distance to the end of the sample, in
             positions of the input; NaN where there is none. Empty for arrays without positions.
+        shifted: the arrays agree at their ends or middles, not where they begin.
     """
 
     amount: float
     relative: float
     profile: Any = np.zeros(0)
+    shifted: bool = False
 
 
 def tolerance_of(dtypes: set[str]) -> float:
@@ -69,7 +71,7 @@ def compare(
     if place is None:
         return None
     a, b = a.reshape(place.before), b.reshape(place.after)
-    real = np.broadcast_to(place.same & ~place.real if edges else place.real, a.shape)
+    real = np.broadcast_to(place.perhaps & ~place.real if edges else place.real, a.shape)
     if not profile and np.array_equal(a, _common(b, place)):
         return Difference(0.0, 0.0)
     moved = _measure(a, _common(b, place), real)
@@ -77,7 +79,7 @@ def compare(
     if relative > tolerance and any(
         _agree(a, other, place, tolerance) for other in _aligned(b, place, sizes)
     ):
-        return Difference(0.0, 0.0)
+        return Difference(0.0, 0.0, shifted=True)
     with np.errstate(invalid="ignore", over="ignore"):
         apart = np.abs(a - _common(b, place))
     amount = float(np.max(np.nan_to_num(apart, nan=np.inf), initial=0.0, where=real & (moved > 0)))
@@ -87,31 +89,34 @@ def compare(
 def give_back(a: Any, b: Any, sizes: Sizes, *, edges: bool) -> Any:
     """A copy of `b`, the array of the run with more padding, with the real values of `a`.
 
-    With `edges`, the positions of which it is open if they are real get them too. None where
-    positions cannot be told, or nothing differs.
+    With `edges`, a coarser layer gets all values of `a`: those at positions of which it is open if
+    they are real, and those at the padding that both runs have. None where positions cannot be
+    told, or nothing differs.
     """
     place = locate(a.shape, b.shape, sizes)
     if place is None:
         return None
     shape = b.shape
     a, b = a.reshape(place.before), b.reshape(place.after)
-    same = np.broadcast_to(place.same if edges else place.real, a.shape)
-    if np.array_equal(np.where(same, a, 0), np.where(same, _common(b, place), 0), equal_nan=True):
+    chosen = np.broadcast_to(place.real, a.shape)
+    if edges and not place.exact:
+        chosen = np.ones(a.shape, bool)
+    common = _common(b, place)
+    if np.array_equal(np.where(chosen, a, 0), np.where(chosen, common, 0), equal_nan=True):
         return None
     b = b.copy()
-    common = _common(b, place)
-    np.copyto(common, a, where=same)
+    np.copyto(_common(b, place), a, where=chosen)
     return b.reshape(shape)
 
 
 def clear(a: Any, b: Any, sizes: Sizes) -> Any:
-    """A copy of `b` with zeros wherever `give_back` gives nothing; None without positions."""
+    """A copy of `b` with zeros wherever it is padding; None without positions."""
     place = locate(a.shape, b.shape, sizes)
     if place is None or place.before == place.after:
         return None
     cleared = np.zeros(place.after, b.dtype)
     common = _common(b.reshape(place.after), place)
-    np.copyto(_common(cleared, place), common, where=np.broadcast_to(place.same, place.before))
+    np.copyto(_common(cleared, place), common, where=np.broadcast_to(place.perhaps, place.before))
     return cleared.reshape(b.shape)
 
 
@@ -149,7 +154,7 @@ def _aligned(b: Any, place: Place, sizes: Sizes) -> Iterator[Any]:
 def _agree(a: Any, b: Any, place: Place, tolerance: float) -> bool:
     """True if samples without padding are the same; there must be one."""
     others = tuple(range(1, a.ndim))
-    full = np.broadcast_to(place.same, a.shape).all(others, keepdims=True)
+    full = np.broadcast_to(place.perhaps, a.shape).all(others, keepdims=True)
     if not full.any():
         return False
     full = np.broadcast_to(full, a.shape)

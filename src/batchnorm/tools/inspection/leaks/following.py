@@ -158,7 +158,7 @@ class Judging(_Following):
         sizes: of both runs.
         tolerance: largest relative difference that is rounding.
         other: the batch's padding holds other values.
-        edges: positions of which it is open if they are real are given back too.
+        edges: coarser layers get all values of the first run, not only those that are surely real.
         clears: give batch norms outputs of 0 at padding, to see which leaks that mends.
     """
 
@@ -246,7 +246,10 @@ class Judging(_Following):
         for i, (a, b) in enumerate(zip(before, now, strict=True)):
             if a is None or b is None:
                 continue
-            found.append(compare(a, b, self._sizes, self._tolerance))
+            difference = compare(a, b, self._sizes, self._tolerance)
+            found.append(difference)
+            if difference is None or difference.shifted:
+                continue
             restored = give_back(a, b, self._sizes, edges=self._edges)
             if restored is not None:
                 new[i] = self._adapter.write(restored, arrays[i])

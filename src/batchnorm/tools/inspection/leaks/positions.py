@@ -26,8 +26,9 @@ class Place(NamedTuple):
         before: shape for the array of the first run; axes of flattened rows are apart in it.
         after: the same for the second run.
         real: bool, of that rank with sizes of `before` or 1; True at real positions.
-        same: `real`, and the last positions of samples without padding, which may lie partly
+        perhaps: `real`, and the last positions of samples without padding, which may lie partly
             beyond the input.
+        exact: `real` misses no position.
         ends: distance of each position to the end of its sample, in positions of the input;
             shape like `real`; None where no axis runs along positions.
     """
@@ -35,7 +36,8 @@ class Place(NamedTuple):
     before: tuple[int, ...]
     after: tuple[int, ...]
     real: Any
-    same: Any
+    perhaps: Any
+    exact: bool
     ends: Any = None
 
 
@@ -51,7 +53,7 @@ def locate(a: Sequence[int], b: Sequence[int], sizes: Sizes) -> Place | None:
     position. Of several heads in axis 0 each has the real positions of its sample.
     """
     a, b = tuple(a), tuple(b)
-    if len(a) != len(b):
+    if len(a) != len(b) or any(n > m for n, m in zip(a, b, strict=True)):
         return None
     if a == b:
         return _whole(a, sizes)
@@ -64,7 +66,7 @@ def _whole(shape: tuple[int, ...], sizes: Sizes) -> Place:
     real = np.ones((1,) * len(shape), bool)
     if shape and shape[0] == sizes.samples:
         real = sizes.real.reshape(sizes.samples, -1).any(1).reshape(-1, *(1,) * (len(shape) - 1))
-    return Place(shape, shape, real, real)
+    return Place(shape, shape, real, real, True)
 
 
 def _unfold(a: tuple[int, ...], b: tuple[int, ...], sizes: Sizes) -> Place | None:
@@ -90,7 +92,7 @@ def _by_sample(a: tuple[int, ...], b: tuple[int, ...], sizes: Sizes) -> Place | 
     """Samples, or several heads of each, on axis 0, and positions on others."""
     if a[0] == 1 < sizes.samples:  # a table of positions is no sample's
         nothing = np.zeros((1,) * len(a), bool)
-        return Place(a, b, nothing, nothing)
+        return Place(a, b, nothing, nothing, True)
     if a[0] % sizes.samples:
         return None
     moving = [i for i in range(1, len(a)) if a[i] != b[i]]
@@ -159,18 +161,20 @@ def _place(
     repeats = len({axis.number for _, axis in known}) < len(known)
     groups = [[pair] for pair in known] if repeats else [known]
     real = np.ones((1,) * rank, bool)
-    same, ends = real, None
+    perhaps, ends = real, None
     for group in groups:
         chosen = {axis.number: axis for _, axis in group}
         judged, given, far = project(sizes, chosen)
         order = [samples, *(i for i, _ in sorted(group, key=lambda pair: pair[1].number))]
         real = real & _spread(judged, order, rank)
-        same = same & _spread(given, order, rank)
+        perhaps = perhaps & _spread(given, order, rank)
         ends = _spread(far, order, rank) if ends is None else ends
     heads = before[samples] // sizes.samples
     if heads > 1:
-        real, same, ends = (_per_head(x, samples, heads) for x in (real, same, ends))
-    return Place(before, after, real, same, ends)
+        real, perhaps, ends = (_per_head(x, samples, heads) for x in (real, perhaps, ends))
+    # A coarser position of a shorter sample may be real in part.
+    exact = all(axis.exact and axis.stride <= 1 for _, axis in known)
+    return Place(before, after, real, perhaps, exact, ends)
 
 
 def _spread(mask: Any, order: Sequence[int], rank: int) -> Any:

@@ -96,14 +96,14 @@ def _reads(found: Circumstances, kind: str) -> tuple[str, str]:
             'layer, or padding_mask(mask, padded_output="zero"). Or multiply the input of the '
             "layer that reads it by the mask.",
         )
-    if kind == "convolution" or found.padding:
+    if kind == "convolution":
         return (
             "It reads padding that is not zero.",
             "Set its input to 0 at padding, for instance x * mask.",
         )
     return (
         "Its outputs at real positions depend on padding.",
-        "Give it the mask, or set its input to 0 at padding: x * mask.",
+        "Give it the mask, or keep padding out of what it reads.",
     )
 
 

@@ -77,9 +77,9 @@ class Search:
     def _judge(self, layers: Sequence[FoundLayer], first: Recording, *, other: bool) -> list[Found]:
         """The leaks in the order of execution.
 
-        The last position of a coarser layer may be real or padding, as the model sees it. If it
-        moves and the model takes it for real, a layer behind it seems to leak, and no longer does
-        once that position is given back too. Then the layer that moved it is the leak.
+        At a coarser layer some positions are not surely real. If one moves and a layer behind
+        takes it for real, that layer seems to leak, but no longer where all positions are given
+        back. Then the layer that moved the last position of a sample is the leak, if one did.
         """
         sizes, tolerance = self._padded.sizes, self._tolerance
         plain = self._run_judging(
@@ -92,8 +92,8 @@ class Search:
         )
         certain = {_key(leak) for leak in found if not leak.edge}
         if {_key(leak) for leak in plain} <= certain:
-            found = [leak for leak in found if not leak.edge]
-        return found
+            return [leak for leak in found if not leak.edge]
+        return found or plain
 
     def _run_judging(self, layers: Sequence[FoundLayer], judging: Judging) -> list[Found]:
         self._follow(layers, judging, self._padded.sizes.after, judging.other, 0)
