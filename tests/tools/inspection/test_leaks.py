@@ -108,8 +108,13 @@ def test_amount_is_the_difference_of_the_outputs() -> None:
     assert np.flatnonzero(moved).tolist() == [0]  # a kernel of 3 reads one position beyond
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("stride", "dtype"),
+    [
+        (1, torch.float32), (2, torch.float32), (3, torch.float32),
+        (1, torch.bfloat16), (2, torch.float16), (2, torch.float64),
+    ],
+)  # fmt: skip
 def test_sealed_model_raises_no_alarm(stride: int, dtype: torch.dtype) -> None:
     leaks = find_leaks(Sealed(stride).to(dtype), make_batch().to(dtype), MASK)
     assert str(leaks).endswith("no leak")
@@ -117,6 +122,38 @@ def test_sealed_model_raises_no_alarm(stride: int, dtype: torch.dtype) -> None:
     assert leaks.sensitive == ()
     assert leaks.modes == ("evaluation", "training")
     assert leaks.compared == 7
+
+
+class Deep(nn.Module):
+    """Many residual blocks, in which roundings add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv1d(8, 8, 3, padding=1) for _ in range(10))
+        self.norms = nn.ModuleList(BatchNorm1d(8) for _ in range(10))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        real = mask[:, None]
+        x = x.where(real, 0)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = x + norm(conv(x), mask).relu() * real
+        return x
+
+
+def test_roundings_of_half_types_do_not_add_up() -> None:
+    x = make_batch()
+    half = find_leaks(Deep().bfloat16(), x.bfloat16(), MASK)
+    assert half.ok
+    assert half.sensitive == ()
+
+    def run(model: nn.Module, x: Tensor, mask: Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x, mask)
+
+    mixed = find_leaks(Deep(), x, MASK, run=run)
+    assert mixed.ok
+    assert mixed.tolerance == half.tolerance
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -327,6 +364,25 @@ def test_own_code_of_a_model_is_named_with_the_layers_around_it() -> None:
     [leak] = leaks.leaks
     assert (leak.name, leak.between) == ("", ("before", "after"))
     assert "between before and after" in leak.cause
+
+
+class Functional(nn.Module):
+    """A convolution in the model's own code, behind a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.after = BatchNorm1d(8), nn.ReLU()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(nn.functional.conv1d(self.norm(x), self.weight, padding=1))
+
+
+def test_own_code_behind_a_batch_norm_is_named_with_it() -> None:
+    [leak] = find_leaks(randomize(Functional()), make_batch(), MASK).leaks
+    assert (leak.between, leak.norm) == (("norm", "after"), "norm")
+    assert leak.cause.startswith("Its own code between norm and after reads padding")
 
 
 def test_zeros_behind_another_norm_do_not_blame_the_batch_norm() -> None:

@@ -86,9 +86,7 @@ def write(values: Any, like: Any) -> Any:
 def run(model: nn.Module, batch: Any, mask: Any) -> None:
     """As `Adapter.run`; this library's layers get the mask by `padding_mask`."""
     given = {"mask": mask} if "mask" in inspect.signature(model.forward).parameters else {}
-    if isinstance(mask, np.ndarray):
-        mask = torch.from_numpy(mask)
-    with padding_mask(mask, rescale="any"):
+    with padding_mask(torch.as_tensor(mask) != 0, rescale="any"):
         if isinstance(batch, dict):
             model(**{**given, **batch})
         else:

@@ -232,8 +232,11 @@ class Judging(_Following):
         moved: Difference,
         edge: bool = False,
     ) -> None:
-        norm = self._norm if call.padding else ""
-        about = Circumstances(call.layer, between, call.padding, norm, self.other)
+        # What code between layers reads at padding is not seen; the norm is only a suspect yet.
+        padding = call.padding if between is None else None
+        suspected = (padding or between is not None) and not self.other
+        norm = self._norm if suspected else ""
+        about = Circumstances(call.layer, between, padding, norm, self.other)
         self.found.append(Found(about, moved, edge))
 
     def _restore(

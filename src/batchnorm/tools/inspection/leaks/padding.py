@@ -142,7 +142,8 @@ class _Arrays:
         if isinstance(batch, Mapping):
             return {key: self.resize(value, sizes, other) for key, value in batch.items()}
         if isinstance(batch, (tuple, list)):
-            return type(batch)([self.resize(value, sizes, other) for value in batch])
+            values = [self.resize(value, sizes, other) for value in batch]
+            return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
         seen = self._adapter.read(batch)
         if seen is None:
             return batch

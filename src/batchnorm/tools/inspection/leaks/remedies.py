@@ -41,36 +41,51 @@ _KINDS = (
 
 def explain(found: Circumstances) -> tuple[str, str]:
     """The cause of a leak, and the remedy."""
-    kind = _kind(found.layer)
-    if found.between is not None and kind != "attention":
-        return (
-            f"Its own code {_place(found.between)} mixes positions.",
-            "Keep padding out of what that code reads: a mask for a softmax or a mean over "
-            "positions, zeros at padding before a convolution.",
-        )
-    if found.layer.norm:
-        return (
-            "It counts the padding in the batch's statistics.",
-            "Give it the mask: mask= on this library's layer, or padding_mask(mask) around the "
-            "call.",
-        )
+    if found.layer.norm and found.between is None:
+        return _STATISTICS
     if found.other:
-        return (
-            "It reads the padding of the batch, which is harmless only while it holds the filling.",
-            "Fill padding with the same value always, or set the layer's input to 0 there: "
-            "x * mask.",
-        )
-    if kind == "attention":
-        return (
-            "It attends to padding.",
-            "Pass it the attention mask (or key padding mask), with padded keys left out.",
-        )
-    if kind in ("pooling", "normalization", "recurrence"):
-        return _REDUCTIONS[kind]
-    return _reads(found, kind)
+        return _FILLING
+    subject = "It" if found.between is None else f"Its own code {_place(found.between)}"
+    if found.norm:
+        return _explain_norm(subject, found)
+    kind = _kind(found.layer)
+    if kind == "attention" or found.between is None:
+        return _BY_KIND[kind]
+    return (
+        f"{subject} mixes positions.",
+        "Keep padding out of what that code reads: a mask for a softmax or a mean over positions, "
+        "zeros at padding before a convolution.",
+    )
 
 
-_REDUCTIONS = {
+def _explain_norm(subject: str, found: Circumstances) -> tuple[str, str]:
+    most = f", up to {format_number(found.padding, 2)}," if found.padding else ""
+    return (
+        f"{subject} reads padding that is not zero{most} behind the batch norm "
+        f"{printable(found.norm)}.",
+        'Let that batch norm put out zeros there: padded_output="zero" on this library\'s layer, '
+        'or padding_mask(mask, padded_output="zero"). Or multiply the input of the layer that '
+        "reads it by the mask.",
+    )
+
+
+_STATISTICS = (
+    "It counts the padding in the batch's statistics.",
+    "Give it the mask: mask= on this library's layer, or padding_mask(mask) around the call.",
+)
+_FILLING = (
+    "It reads the padding of the batch, which is harmless only while it holds the filling.",
+    "Fill padding with the same value always, or set the layer's input to 0 there: x * mask.",
+)
+_BY_KIND = {
+    "attention": (
+        "It attends to padding.",
+        "Pass it the attention mask (or key padding mask), with padded keys left out.",
+    ),
+    "convolution": (
+        "It reads padding that is not zero.",
+        "Set its input to 0 at padding, for instance x * mask.",
+    ),
     "pooling": (
         "It reduces over padding.",
         "Reduce over real positions only: sum x * mask and divide by the mask's sum.",
@@ -83,28 +98,11 @@ _REDUCTIONS = {
         "Its state runs through the padding.",
         "Give it the mask, or torch's pack_padded_sequence.",
     ),
-}
-
-
-def _reads(found: Circumstances, kind: str) -> tuple[str, str]:
-    if found.norm:
-        most = "" if found.padding is None else f", up to {format_number(found.padding, 2)},"
-        name = printable(found.norm)
-        return (
-            f"It reads padding that is not zero{most} behind the batch norm {name}.",
-            'Let that batch norm put out zeros there: padded_output="zero" on this library\'s '
-            'layer, or padding_mask(mask, padded_output="zero"). Or multiply the input of the '
-            "layer that reads it by the mask.",
-        )
-    if kind == "convolution":
-        return (
-            "It reads padding that is not zero.",
-            "Set its input to 0 at padding, for instance x * mask.",
-        )
-    return (
+    "": (
         "Its outputs at real positions depend on padding.",
         "Give it the mask, or keep padding out of what it reads.",
-    )
+    ),
+}
 
 
 def _kind(layer: Called) -> str:
