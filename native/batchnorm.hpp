@@ -77,6 +77,7 @@ struct Options {
     bool update = false;
     bool unbiased = false;
     Activation activation = Activation::none;
+    bool zero_padding = false;  // padded rows of y and dresidual are 0 (S4)
     bool renorm = false;
     double renorm_decay = 0.99;
     double rmin = 0.0, rmax = 0.0, dmax = 0.0;
@@ -117,7 +118,8 @@ void moments(const Step& step);
 // Scale and offset from moments or running statistics; running update (S9-S11); y (S4, S18).
 void normalize(const Step& step);
 // Sums of g and of g (x - mean) over real rows, with g = act'(y) dy: `sums` holds
-// 2 * layout.statistics() doubles. Fills dgamma and dbeta, and dresidual at real rows.
+// 2 * layout.statistics() doubles. Fills dgamma and dbeta, and dresidual at real rows; at padded
+// ones it may hold anything until `apply`.
 void reduce(const Step& step, double* sums);
 // dx, and dresidual at padded rows (S8).
 void apply(const Step& step, const double* sums);

@@ -27,7 +27,7 @@ ALLOWED = {
     # Each backend's module imports that backend's functional, and only when Keras runs on it.
     "keras": {"core", "kernels", "jax", "torch", "keras", "h5py", "tensorflow", "numpy"},
     # One front end and its framework, when a tool needs them.
-    "tools": {"core", "kernels", "reference", "environment", "torch", "jax", "keras"}
+    "tools": {"core", "kernels", "numpy_namespace", "environment", "torch", "jax", "keras"}
     | {"numpy", "flax", "equinox", "haiku", "h5py", "tensorstore", "tensorflow", "rich"}
     | {"safetensors", "msgpack", "ml_dtypes"},
     "benchmark": {"core", "kernels", "environment", "reference", "torch", "jax", "keras"}

@@ -7,7 +7,8 @@ namespace nb = nanobind;
 
 namespace batchnorm::bind {
 
-Plan::Plan(Type type, const Layout& layout, Index row, int activation) : row_(row) {
+Plan::Plan(Type type, const Layout& layout, Index row, int activation, bool zero_padding)
+    : row_(row) {
     check(layout.outer >= 0, "outer", "at least 0", layout.outer);
     check(layout.channels >= 0, "channels", "at least 0", layout.channels);
     check(layout.inner >= 0, "inner", "at least 0", layout.inner);
@@ -23,6 +24,7 @@ Plan::Plan(Type type, const Layout& layout, Index row, int activation) : row_(ro
     checked_row(layout, "row", row);
     step_.type = type, step_.layout = layout;
     step_.options.activation = static_cast<Activation>(activation);
+    step_.options.zero_padding = zero_padding;
 }
 
 void Plan::set_mask(int width, Index repeat, Index outer, Index inner) {
@@ -157,8 +159,10 @@ void Plan::check_running(const Step& step) const {
 
 void Plan::check_gate(const Step& step, bool has_dx) const {
     const bool gated = step_.options.activation != Activation::none;
-    if (step.dresidual && !(step.y && has_dx && gated))
-        refuse("kernels: dresidual needs an activation, y, whose sign it follows, and dx.");
+    if (!step.dresidual) return;
+    const bool zeroes = step.mask && step_.options.zero_padding;
+    if (!has_dx || !(gated ? static_cast<bool>(step.y) : zeroes))
+        refuse("kernels: dresidual needs dx, and an activation and y, or padding that is zeroed.");
 }
 
 // Null for an absent array; an empty one may be null too.

@@ -50,7 +50,7 @@ struct Gradients {
 
 class Plan {
   public:
-    Plan(Type type, const Layout& layout, Index row, int activation);
+    Plan(Type type, const Layout& layout, Index row, int activation, bool zero_padding);
 
     void set_mask(int width, Index repeat, Index outer, Index inner);
     void set_team(Address team) { team_ = reinterpret_cast<Team>(team); }

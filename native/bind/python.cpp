@@ -146,11 +146,12 @@ void add_plan(nb::module_& m) {
     plan.def(
         "__init__",
         [](Plan* self, int type, Index outer, Index channels, Index inner, Index groups, Index run,
-           Index row, int activation) {
-            new (self) Plan(type_of(type), {outer, channels, inner, groups, run}, row, activation);
+           Index row, int activation, bool zero_padding) {
+            new (self) Plan(type_of(type), {outer, channels, inner, groups, run}, row, activation,
+                            zero_padding);
         },
         nb::kw_only(), "type"_a, "outer"_a, "channels"_a, "inner"_a, "groups"_a, "run"_a, "row"_a,
-        "activation"_a);
+        "activation"_a, "zero_padding"_a);
     plan.def("set_mask", &Plan::set_mask, nb::kw_only(), "width"_a, "repeat"_a, "outer"_a,
              "inner"_a);
     plan.def("set_team", &Plan::set_team, "team"_a);

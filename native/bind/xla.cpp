@@ -157,6 +157,7 @@ void forward(const XLA_FFI_CallFrame& frame) {
     options.rmin = call.attributes.number("rmin");
     options.rmax = call.attributes.number("rmax");
     options.dmax = call.attributes.number("dmax");
+    options.zero_padding = call.attributes.flag("zero_padding");
     const Buffer statistics = call.result(1), count = call.result(2);
     const Workspace workspace(step.layout);
     step.statistics = workspace.statistics();

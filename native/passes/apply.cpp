@@ -1,5 +1,6 @@
 // Gradient application: dx from g and its sums (S8, S18).
 #include "gate.hpp"
+#include "padded_rows.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
@@ -53,11 +54,12 @@ void apply_row(const Step& s, const Source<T>& from, Index o, Index offset, Inde
 
 template <class T>
 void apply_padded_row(const Step& s, Index o, Index offset, Index n) {
-    T* dx = element<T>(s.dx, o, offset);
-    for (Index i = 0; i < n; ++i) dx[i] = T{};
+    set_zero(element<T>(s.dx, o, offset), n);
     if (!s.dresidual) return;
-    gate_to(element<const T>(s.dy, o, offset), element<const T>(s.y, o, offset),
-            element<T>(s.dresidual, o, offset), n, s.options.activation);
+    T* dresidual = element<T>(s.dresidual, o, offset);
+    if (s.options.zero_padding) return set_zero(dresidual, n);
+    gate_to(element<const T>(s.dy, o, offset), element<const T>(s.y, o, offset), dresidual, n,
+            s.options.activation);
 }
 
 // Rows in one line: several where all arrays are contiguous, which is faster with few channels.
@@ -71,58 +73,6 @@ Index rows_together(const Step& s) {
     return rows_per_line(width);
 }
 
-constexpr Index kRowsAhead = 16;
-
-template <class T>
-void fetch_row(const Step& s, const Source<T>& from, Index o, Index offset, Index n) {
-    const Index step = Index(64 / sizeof(T)), most = 16 * step;  // hardware prefetches the rest
-    for (Index i = 0, end = n < most ? n : most; i < end; i += step) {
-        __builtin_prefetch(element<const T>(from.g, o, offset + i));
-        __builtin_prefetch(element<const T>(s.x, o, offset + i));
-    }
-}
-
-// Rows o + i; those with keep[i] are real. Unless most rows are padded, all are computed, which
-// hardware prefetches, and the padded ones overwritten.
-template <class T>
-void apply_some_rows(const Step& s, const Source<T>& from, Index o, Index n, Index offset,
-                     Index width, const unsigned char* keep, const Coefficients<Compute<T>>& k) {
-    unsigned char rows[2][kRowsAhead];  // padded, real
-    Index found[2] = {0, 0};
-    for (Index i = 0; i < n; ++i) {
-        rows[0][found[0]] = rows[1][found[1]] = static_cast<unsigned char>(i);
-        ++found[keep[i]];
-    }
-    if (3 * found[1] > n) {
-        for (Index i = 0; i < n; ++i) apply_row<T>(s, from, o + i, offset, width, k);
-    } else {
-        for (Index i = 0; i < found[1]; ++i)
-            apply_row<T>(s, from, o + rows[1][i], offset, width, k);
-    }
-    for (Index i = 0; i < found[0]; ++i) apply_padded_row<T>(s, o + rows[0][i], offset, width);
-}
-
-// Rows [o, o + n) one by one. Gaps of padded rows break the streams that hardware prefetches, so
-// the real ones among the next rows are prefetched here.
-template <class T>
-void apply_masked_rows(const Step& s, const Source<T>& from, Index o, Index n, Index offset,
-                       Index width, const Coefficients<Compute<T>>& k) {
-    unsigned char keep[2][kRowsAhead];
-    read_rows(s.mask, o, n < kRowsAhead ? n : kRowsAhead, keep[0]);
-    for (Index r = 0; r < n; r += kRowsAhead) {
-        const unsigned char* now = keep[r / kRowsAhead % 2];
-        unsigned char* next = keep[(r / kRowsAhead + 1) % 2];
-        const Index left = n - r, ahead = left - kRowsAhead;
-        const Index some = ahead < 0 ? 0 : ahead < kRowsAhead ? ahead : kRowsAhead;
-        read_rows(s.mask, o + r + kRowsAhead, some, next);
-        for (Index i = 0; i < some; ++i) {
-            if (next[i]) fetch_row<T>(s, from, o + r + kRowsAhead + i, offset, width);
-        }
-        apply_some_rows<T>(s, from, o + r, left < kRowsAhead ? left : kRowsAhead, offset, width,
-                           now, k);
-    }
-}
-
 template <class T>
 void apply_rows(const Step& s, const Block& b, const double* sums) {
     const Index span = s.layout.inner, width = b.channels * span, first = b.channel * span;
@@ -130,32 +80,23 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
     const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width,
                                               s.options.batch ? sums : nullptr);
     const Source<T> from(s);
+    const auto compute = [&](Index o, Index rows) {
+        apply_row<T>(s, from, o, first, rows * width, lanes.from());
+    };
+    const auto fetch = [&](Index o) {
+        fetch_line(element<const T>(from.g, o, first), width);
+        fetch_line(element<const T>(s.x, o, first), width);
+    };
+    const auto pad = [&](Index o) { apply_padded_row<T>(s, o, first, width); };
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
-        if (s.mask && joined == 1) {
-            apply_masked_rows<T>(s, from, o, n, first, width, lanes.from());
+        if (s.mask) {
+            for_padded_rows(s.mask, o, n, joined, fetch, compute, pad);
             return true;
         }
-        unsigned char keep[64];  // kTile are used; GCC 12 warns that it reads whole vectors
-        for (Index r = 0; r < n; r += joined) {
-            const Index m = n - r < joined ? n - r : joined;
-            Index real = m;
-            if (s.mask) {
-                read_rows(s.mask, o + r, m, keep);
-                real = 0;
-                for (Index i = 0; i < m; ++i) real += keep[i];
-            }
-            // Padded rows between real ones are computed too, and overwritten.
-            if (real > 0) apply_row<T>(s, from, o + r, first, m * width, lanes.from());
-            if (real == m) continue;
-            for (Index i = 0; i < m; ++i) {
-                if (!keep[i]) apply_padded_row<T>(s, o + r + i, first, width);
-            }
-        }
+        for (Index r = 0; r < n; r += joined) compute(o + r, n - r < joined ? n - r : joined);
         return true;
     });
 }
-
-constexpr Index kBlanked = 512;
 
 template <class T>
 void apply_positions(const Step& s, const Block& b, const double* sums) {
@@ -171,13 +112,12 @@ void apply_positions(const Step& s, const Block& b, const double* sums) {
                 const Index offset = (b.channel + c) * s.layout.inner + i;
                 T* dx = element<T>(s.dx, o, offset);
                 if (real.none) {
-                    for (Index p = 0; p < n; ++p) dx[p] = T{};
+                    set_zero(dx, n);
                     continue;
                 }
                 const T *g = element<const T>(from.g, o, offset),
                         *x = element<const T>(s.x, o, offset);
                 const T* y = element<const T>(s.y, o, offset);
-                // Padded positions are zeroed while their part of dx is in the nearest cache.
                 const Index part = real.all ? n : kBlanked;
                 for (Index p = 0; p < n; p += part) {
                     const Index m = n - p < part ? n - p : part;

@@ -20,6 +20,7 @@ void gate_chunks(const T* dy, const T* x, const T* y, Compute<T>* g, Index n,
 template <int kStep, class T>
 void gate(const T* dy, const T* x, const T* y, Compute<T>* g, Index n,
           const Coefficients<Compute<T>>& k, Activation act) {
+    if (act == Activation::none) return widen(dy, g, n);
     if (act == Activation::relu) return gate_chunks<kStep, Activation::relu>(dy, x, y, g, n, k);
     return gate_chunks<kStep, Activation::leaky_relu>(dy, x, y, g, n, k);
 }

@@ -1,5 +1,6 @@
 // Gradient reduction: sums of g and of g (x - mean) (S8, S18).
 #include "gate.hpp"
+#include "padded_rows.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
@@ -64,7 +65,7 @@ struct RowsOfChannels {
     const Block& b;
     const Index span = s.layout.inner, width = b.channels * span;
     const Index joined = rows_per_line(width), lanes = joined * width;
-    const bool gated = s.options.activation != Activation::none;
+    const bool gated = s.options.activation != Activation::none || s.dresidual;
     const double* means =
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
     const LaneValues mean{means, b.channels, span, joined};
@@ -139,7 +140,7 @@ template <class T>
 struct ChannelsOfPositions {
     const Step& s;
     const Block& b;
-    const bool gated = s.options.activation != Activation::none;
+    const bool gated = s.options.activation != Activation::none || s.dresidual;
     const double* means =
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
     const double* lows = means + (Statistics::low - Statistics::mean) * s.statistics.size;
@@ -166,7 +167,7 @@ struct ChannelsOfPositions {
     void piece(Index o, Index i, Index n) {
         real.read(s.mask, o, i, n);
         if (gated) real_g.read(s.mask, o, i, n);
-        if (real.none && !s.dresidual) return;
+        if (real.none && !(s.dresidual && !s.options.zero_padding)) return blank(o, i, n);
         for (Index c = 0; c < b.channels; ++c) {
             const Index offset = (b.channel + c) * s.layout.inner + i;
             const T* x = element<const T>(s.x, o, offset);
@@ -174,7 +175,7 @@ struct ChannelsOfPositions {
             if (gated) {
                 gate<0>(dy, x, element<const T>(s.y, o, offset), g, n, coefficients.from(c),
                         s.options.activation);
-                if (s.dresidual) narrow(g, element<T>(s.dresidual, o, offset), n);
+                if (s.dresidual) store(element<T>(s.dresidual, o, offset), n);
             }
             if (real.none) continue;
             if (gated) {
@@ -183,6 +184,18 @@ struct ChannelsOfPositions {
                 add(x, dy, real, c, n);
             }
         }
+    }
+
+    void store(T* dresidual, Index n) const {
+        narrow(g, dresidual, n);
+        if (s.options.zero_padding && !real.all) real.select(dresidual, T{}, dresidual, n);
+    }
+
+    // A piece of padding.
+    void blank(Index o, Index i, Index n) const {
+        if (!s.dresidual) return;
+        for (Index c = 0; c < b.channels; ++c)
+            set_zero(element<T>(s.dresidual, o, (b.channel + c) * s.layout.inner + i), n);
     }
 
     template <class G>

@@ -61,6 +61,7 @@ inline Options draw_options(Random& random) {
     o.update = random.chance(0.7);
     o.unbiased = random.chance(0.5);
     o.activation = static_cast<Activation>(random.below(3));
+    o.zero_padding = random.chance(0.4);
     o.renorm = random.chance(0.25);
     o.renorm_decay = random.pick({0.99, 0.5, 0.0});
     o.rmin = random.pick({0.0, 0.5, 1.0});
@@ -133,7 +134,8 @@ inline void draw_mask(Random& random, Case& c) {
     }
 }
 
-// Options that the binding allows: an update needs statistics, a residual's gradient y and dx.
+// Options that the binding allows: an update needs statistics, a residual's gradient dx, and y or
+// padding that is zeroed.
 inline void settle_options(Random& random, Case& c) {
     Problem& p = c.problem;
     Placement& place = c.placement;
@@ -143,7 +145,8 @@ inline void settle_options(Random& random, Case& c) {
     p.reads_y = !gated || !p.residual.empty() || random.chance(0.5);
     place.wants_dgamma = random.chance(0.85), place.wants_dbeta = random.chance(0.85);
     place.wants_dx = random.chance(0.95);
-    place.wants_dresidual = gated && p.reads_y && place.wants_dx && random.chance(0.5);
+    const bool possible = gated ? p.reads_y : place.masked && p.options.zero_padding;
+    place.wants_dresidual = possible && place.wants_dx && random.chance(0.5);
 }
 
 inline Case draw_case(std::uint64_t seed) {

@@ -206,6 +206,7 @@ class ForwardReference {
 
     void find_y(Index o, Index c, Index i) {
         const Index at = p.at(o, c, i);
+        if (p.is_zeroed(o, i)) return y.set(at, 0, 0);
         const Channel& k = channel(p.group_of(o), c);
         const Real gamma = get(p.gamma, c, 1), beta = get(p.beta, c, 0);
         const Real residual = get(p.residual, at, 0);

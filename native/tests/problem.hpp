@@ -26,6 +26,8 @@ struct Problem {
     bool is_real(Index o, Index i) const {
         return real[static_cast<std::size_t>(o * layout.inner + i)] != 0;
     }
+    // Padding whose y and dresidual are 0 (S4).
+    bool is_zeroed(Index o, Index i) const { return options.zero_padding && !is_real(o, i); }
     Index group_of(Index o) const { return o / layout.run % layout.groups; }  // S12
 };
 

@@ -28,11 +28,19 @@ class Reference : public ForwardReference {
     void find_gates(const std::vector<double>& actual_y) {
         dresidual.resize(static_cast<Index>(p.x.size()));
         doubt_.assign(p.x.size(), 0);
-        if (p.options.activation == Activation::none) {
-            for (std::size_t i = 0; i < p.dy.size(); ++i) dresidual.value[i] = p.dy[i];
-            return;
+        for (Index o = 0; o < p.layout.outer; ++o) {
+            for (Index c = 0; c < p.layout.channels; ++c) {
+                for (Index i = 0; i < p.layout.inner; ++i) {
+                    if (p.is_zeroed(o, i)) continue;
+                    const auto at = static_cast<std::size_t>(p.at(o, c, i));
+                    if (p.options.activation == Activation::none) {
+                        dresidual.value[at] = p.dy[at];
+                    } else {
+                        find_gate(at, actual_y[at]);
+                    }
+                }
+            }
         }
-        for (std::size_t i = 0; i < p.dy.size(); ++i) find_gate(i, actual_y[i]);
     }
 
     void find_gate(std::size_t i, double actual) {

@@ -162,6 +162,7 @@ class Run {
         }
         step.options.activation = p.options.activation, step.options.batch = p.options.batch;
         step.options.renorm = p.options.renorm;
+        step.options.zero_padding = p.options.zero_padding;
         step.options.threads = threads_;
         step.x = in.x.array;
         step.statistics = {reinterpret_cast<double*>(kept.data()), p.layout.statistics()};

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,40 +12,10 @@ from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_e
 from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
 from batchnorm.core.layout import Layout, check_mask_values, check_per_channel, make_layout
 from batchnorm.core.moments import Moments
-from batchnorm.core.namespace import Namespace
 from batchnorm.core.running import Running
+from batchnorm.numpy_namespace import XP
 
 __all__ = ["batch_norm", "batch_norm_gradient"]
-
-
-class _NumpyNamespace:
-    """numpy as the core's `xp`."""
-
-    sum = staticmethod(np.sum)
-    abs = staticmethod(np.abs)
-    max = staticmethod(np.max)
-    sqrt = staticmethod(np.sqrt)
-    square = staticmethod(np.square)
-    isfinite = staticmethod(np.isfinite)
-    where = staticmethod(np.where)
-    reshape = staticmethod(np.reshape)
-    zeros_like = staticmethod(np.zeros_like)
-    ones_like = staticmethod(np.ones_like)
-
-    @staticmethod
-    def broadcast_like(a: Any, x: Any) -> Any:
-        return np.broadcast_to(a, x.shape)
-
-    @staticmethod
-    def cast(a: Any, dtype: Any) -> Any:
-        return np.asarray(a).astype(dtype)
-
-    @staticmethod
-    def stop_gradient(a: Any) -> Any:
-        return a
-
-
-XP = cast(Namespace, _NumpyNamespace)
 
 
 @names_errors("batch_norm")
@@ -67,6 +37,7 @@ def batch_norm(
     adjustment: config.Adjustment | None = None,
     residual: Any = None,
     activation: str | None = None,
+    padded_output: str = "normalize",
 ) -> tuple[Any, Moments]:
     """Normalize x over every axis that is not a channel axis, in float64.
 
@@ -89,6 +60,7 @@ def batch_norm(
         adjustment: function of x's shape that returns (s, t) (S13); training only.
         residual: added before the activation, of x's shape (S18).
         activation: None, "relu" or "leaky_relu" (S18).
+        padded_output: padded rows of y: "normalize", as real ones; "zero", exactly 0 (S4).
 
     Returns:
         y of x's shape, and the batch's `Moments(count, mean, var)`, shaped like gamma (with
@@ -133,6 +105,7 @@ def batch_norm_gradient(
     adjustment: config.Adjustment | None = None,
     residual: Any = None,
     activation: str | None = None,
+    padded_output: str = "normalize",
 ) -> tuple[Any, Any, Any]:
     """The gradient of `batch_norm`'s y, in float64 and closed form.
 
@@ -194,6 +167,7 @@ class _Arguments(NamedTuple):
     adjustment: Any
     residual: Any
     activation: Any
+    padded_output: Any
 
 
 class _Call(NamedTuple):
@@ -218,6 +192,7 @@ def _prepare(given: _Arguments) -> _Call:
         eps=config.check_number("eps", given.eps, 0.0),
         renorm=config.check_renorm(given.renorm_mean is not None, given.renorm_clipping, 1.0),
         activation=config.check_activation(given.activation),
+        padded_output=config.check_padded_output(given.padded_output),
     )
     s, t = config.call_adjustment(adjustment if training else None, layout.shape)
     inputs = Inputs(

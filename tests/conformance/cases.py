@@ -30,6 +30,12 @@ class Case:
     adjusted: bool = False
     residual: bool = False
     activation: str | None = None
+    padded_output: str = "normalize"
+
+    @property
+    def zeroed(self) -> bool:
+        """Padded rows of y are 0 (S4)."""
+        return self.padded_output == "zero"
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -83,9 +89,11 @@ def make_data(case: Case) -> Data:
     mask, real = _mask(case, rng)
     x = _x(case, rng)
     dy = rng.normal(size=case.shape)
+    residual = rng.normal(size=case.shape)
     if case.data == "nan_padding":
         x[~real] = np.nan
         dy[~real] = np.nan
+        residual[~real] = np.nan
     gamma = rng.uniform(0.5, 1.5, case.channels) * rng.choice([-1, 1], case.channels)
     shape = tuple(n if a in (0, *case.axes) else 1 for a, n in enumerate(case.shape))
     s, t = rng.uniform(0.5, 1.5, shape), rng.normal(size=(1, *case.shape[1:]))
@@ -95,7 +103,7 @@ def make_data(case: Case) -> Data:
         real=real,
         gamma=_rounded(gamma, "float32") if case.gamma else None,
         beta=_rounded(rng.normal(size=case.channels), "float32") if case.beta else None,
-        residual=_rounded(rng.normal(size=case.shape), case.dtype) if case.residual else None,
+        residual=_rounded(residual, case.dtype) if case.residual else None,
         s=_rounded(s, "float32") if case.adjusted else None,
         t=_rounded(t, "float32") if case.adjusted else None,
         dy=_rounded(dy, case.dtype),
@@ -230,6 +238,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "residual": {"residual": True},
     "residual_relu": {"residual": True, "activation": "relu"},
     "ghost_residual_relu": {"ghost": 2, "residual": True, "activation": "relu"},
+    "zeroed": {"padded_output": "zero"},
+    "zeroed_residual": {"padded_output": "zero", "residual": True},
+    "zeroed_residual_relu": {"padded_output": "zero", "residual": True, "activation": "relu"},
+    "zeroed_ghost": {"padded_output": "zero", "ghost": 2, "activation": "leaky_relu"},
+    "zeroed_renorm": {"padded_output": "zero", "renorm": {}},
     "cumulative": {"decay": None},
     "decay0": {"decay": 0.0},
     "decay1": {"decay": 1.0},
@@ -296,7 +309,7 @@ def _table() -> list[Case]:
         Case(f"nan_padding-{option}-{mode}", data="nan_padding", mask="half", mode=mode, **kw)
         for option, kw in ({"plain": {}} | _OPTIONS).items()
         for mode in ("train", "eval")
-        if not kw.get("residual")
+        if not kw.get("residual") or kw.get("padded_output") == "zero"
     ]
     cases += [
         Case(f"{dtype}-{m}-{mode}", dtype=dtype, mask=m, mode=mode)
@@ -312,7 +325,35 @@ def _table() -> list[Case]:
             ("none", {}),
             ("half", {"activation": "leaky_relu"}),
             ("samples", {"residual": True, "activation": "relu"}),
+            ("prefix", {"padded_output": "zero", "residual": True, "activation": "leaky_relu"}),
         )
+    ]
+    cases += [
+        Case(f"zeroed-{n}-{m}-{mode}", mask=m, mode=mode, padded_output="zero", **_SHAPES[n])
+        for n, m, mode in (
+            ("2d", "half", "train"),
+            ("2d_last", "half", "eval"),
+            ("image", "prefix", "train"),
+            ("image_last", "prefix", "eval"),
+            ("volume", "row_of_ones", "train"),
+            ("first_axis", "half", "train"),
+            ("two_axes", "own_rank", "train"),
+            ("two_axes_unsorted", "channelwise", "eval"),
+            ("odd_rows", "half", "train"),
+            ("odd_rows", "half", "eval"),
+            ("one_channel", "samples", "train"),
+            ("many_channels", "half", "train"),
+        )
+    ]
+    cases += [
+        Case(f"zeroed-{dtype}-{mode}", dtype=dtype, mask="half", mode=mode, padded_output="zero")
+        for dtype in ("float16", "bfloat16", "float64")
+        for mode in ("train", "eval", "frozen")
+    ]
+    cases += [
+        Case(f"zeroed-{m}-{mode}", mask=m, mode=mode, padded_output="zero")
+        for m in ("empty", "one_row", "all")
+        for mode in ("train", "eval")
     ]
     cases += [
         Case(f"{dtype}-residual_relu", dtype=dtype, mask="half", residual=True, activation="relu")

@@ -45,6 +45,7 @@ def _settings(case: Case) -> dict[str, Any]:
         "adjusted": case.adjusted,
         "residual": case.residual,
         "activation": case.activation,
+        "padded_output": case.padded_output,
     }
 
 

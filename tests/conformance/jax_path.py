@@ -69,6 +69,7 @@ def _run(case: Case, data: Data, fused: bool | None, axis_name: str | None, call
         decay=case.decay,
         virtual_batch_size=case.ghost if training else None,
         renorm=renorm if training else None,
+        padded_output=case.padded_output,
     )
     kept = {f: a for f, a in zip(State._fields, data.state, strict=True) if a is not None}
     running = Running(

@@ -29,6 +29,8 @@ def run(case: Case, data: Data, *, unbiased: bool) -> Result:
             at[axis] = index
         view = _Channel(case, data, tuple(at), channel)
         y[view.at], dx[view.at], dgamma[channel], dbeta[channel] = view.normalize()
+        if case.zeroed:
+            y[view.at][~view.real] = 0.0
         if case.mode == "train" and (new := view.running(unbiased)):
             updated = True
             for f, value in new.items():
@@ -36,6 +38,8 @@ def run(case: Case, data: Data, *, unbiased: bool) -> Result:
     batches = data.state.batches + (1 if updated else 0)
     found = State(**{"batches": batches, **state})
     dresidual = _activated(y, data.dy, case) if case.residual else None
+    if case.zeroed and dresidual is not None:
+        dresidual = np.where(data.real, dresidual, 0.0)
     return Result(
         y,
         dx,

@@ -10,7 +10,7 @@ from batchnorm.core.forward import Inputs, forward_batch, forward_running
 from batchnorm.core.layout import make_layout
 from batchnorm.core.normalize import activation_gradient
 from batchnorm.core.running import Running
-from batchnorm.reference import XP
+from batchnorm.numpy_namespace import XP
 from cases import Case, Data, Result, State
 
 
@@ -19,7 +19,12 @@ def expect(case: Case, data: Data, *, unbiased: bool) -> Result:
     renorm = None if case.renorm is None else Renorm(0.99, **case.renorm)
     training = case.mode == "train"
     options = Options(
-        eps=case.eps, decay=case.decay, unbiased=unbiased, renorm=renorm, activation=case.activation
+        eps=case.eps,
+        decay=case.decay,
+        unbiased=unbiased,
+        renorm=renorm,
+        activation=case.activation,
+        padded_output=case.padded_output,
     )
     layout = make_layout(case.shape, case.axis, case.ghost if training else None)
     mask = None if data.mask is None else data.mask != 0
@@ -50,10 +55,13 @@ def expect(case: Case, data: Data, *, unbiased: bool) -> Result:
         adjustment=(lambda shape: (data.s, data.t)) if case.adjusted else None,
         residual=data.residual,
         activation=case.activation,
+        padded_output=case.padded_output,
     )
     dresidual = None
     if case.residual:
         dresidual = activation_gradient(data.dy, y, case.activation, XP)
+        if case.zeroed:
+            dresidual = np.where(data.real, dresidual, 0.0)
     return Result(
         y,
         dx,

@@ -70,6 +70,7 @@ def _draw(name: str, rng: np.random.Generator) -> Case:
         adjusted=adjusted,
         residual=rng.random() < 0.2,
         activation=pick(None, None, None, "relu", "leaky_relu"),
+        padded_output=pick("normalize", "normalize", "zero"),
     )
     return replace(case, data=_data(case, rows, rng))
 

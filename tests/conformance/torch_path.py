@@ -96,6 +96,7 @@ def _layer(case: Case, data: Data, fused: bool | None, device: str) -> BatchNorm
         renorm_clipping=case.renorm,
         adjustment=None if adjusted is None else lambda shape: adjusted,
         activation=case.activation,
+        padded_output=case.padded_output,
         fused=fused,
     )
     with torch.no_grad():

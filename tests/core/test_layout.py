@@ -7,7 +7,7 @@ import pytest
 
 from batchnorm.core.config import check_size
 from batchnorm.core.layout import Layout, check_length_values, make_layout, mask_value_error
-from batchnorm.reference import XP
+from batchnorm.numpy_namespace import XP
 
 
 @pytest.mark.parametrize(

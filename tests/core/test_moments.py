@@ -7,7 +7,7 @@ import pytest
 
 from batchnorm.core.moments import Moments, centre, merge_moments, unbiased_factor
 from batchnorm.core.normalize import normalized, rstd_of, rstd_of_running
-from batchnorm.reference import XP
+from batchnorm.numpy_namespace import XP
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])

@@ -16,7 +16,7 @@ from batchnorm.core.running import (
     renorm_correction,
     update_running,
 )
-from batchnorm.reference import XP
+from batchnorm.numpy_namespace import XP
 
 
 def step(x: Any, running: Running, options: Options, mask: Any = None) -> Running:

@@ -126,7 +126,7 @@ def attributes(**changes: Any) -> dict[str, Any]:
         return {name: np.int64(n) for name, n in sizes.items()}
 
     numbers = {name: np.float64(n) for name, n in NUMBERS.items()}
-    flags = {"batch": np.bool_(True), "renorm": np.bool_(False)}
+    flags = {name: np.bool_(name == "batch") for name in ("batch", "renorm", "zero_padding")}
     return {"layout": named(LAYOUT), "view": named(VIEW), **numbers, **flags, **changes}
 
 
@@ -177,7 +177,7 @@ def test_a_call_is_refused_with(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("name", ["layout", "view", "eps", "rmin", "rmax", "dmax", "batch"])
+@pytest.mark.parametrize("name", attributes())
 def test_a_call_is_refused_without(name: str) -> None:
     given = attributes()
     del given[name]

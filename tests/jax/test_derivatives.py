@@ -42,6 +42,11 @@ def masked(x: Any, scale: Any, bias: Any, fused: bool | None) -> Any:
     return y[MASK]  # padded outputs are constants by contract, whatever finite differences say
 
 
+def zeroed(x: Any, scale: Any, bias: Any, fused: bool | None) -> Any:
+    given = {"mask": MASK, "padded_output": "zero", "fused": fused}
+    return batch_norm(x, scale, bias, epsilon=EPS, **given)[0]  # padded outputs are constants
+
+
 def one_real_row(x: Any, scale: Any, bias: Any, fused: bool | None) -> Any:
     mask = np.arange(6) == 2
     return batch_norm(x, scale, bias, epsilon=EPS, mask=mask, fused=fused)[0][mask]
@@ -67,7 +72,7 @@ def evaluation(x: Any, scale: Any, bias: Any, fused: bool | None) -> Any:
     return normalize_running(Arrays(x, None, scale, bias, running), settings)
 
 
-FUNCTIONS = [plain, masked, one_real_row, ghost, moments_too, moments_alone, evaluation]
+FUNCTIONS = [plain, masked, zeroed, one_real_row, ghost, moments_too, moments_alone, evaluation]
 EVERY = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 
 

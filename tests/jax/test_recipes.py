@@ -12,11 +12,13 @@ import pytest
 from flax import nnx
 from pages import PAGES, python_blocks, run
 
-from batchnorm.jax import BatchNorm
+from batchnorm.jax import BatchNorm, sequence_mask
 
 RECIPES = {b.heading: b for b in python_blocks(PAGES["docs/recipes-jax.md"], keras=False)}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32, sums of a few dozen terms
 MASK = jnp.arange(8) < 5
+BEHIND = "{}, behind a strided convolution"
+LENGTHS = np.array([11, 6, 3])
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +38,22 @@ def check(y: Any, evaluated: Any, x: Any) -> None:
     np.testing.assert_allclose(evaluated, layer.eval()(x), **CLOSE)
 
 
+def sequences() -> tuple[jax.Array, jax.Array]:
+    """Padded sequences, with NaN as padding, and their mask."""
+    mask = sequence_mask(LENGTHS, 11)
+    return jnp.where(mask[..., None], normal(3, 11, 2), jnp.nan), mask
+
+
+def check_alone(y: Any, mask: Any, alone: Any) -> None:
+    """The real outputs of evaluated sequences, with channels last, are those of each alone."""
+    for i, n in enumerate(LENGTHS):
+        one = np.asarray(alone(i, n))
+        assert np.asarray(mask[i]).sum() == len(one)
+        np.testing.assert_allclose(y[i][: len(one)], one, **CLOSE)
+
+
 def test_recipes_are_short() -> None:
-    assert len(RECIPES) == 4
+    assert len(RECIPES) == 6
     for title, block in RECIPES.items():
         assert len([line for line in block.code.splitlines() if line.strip()]) <= 20, title
 
@@ -50,12 +66,45 @@ def test_linen() -> None:
     check(y, module.apply(variables | moved, x, training=False), x)
 
 
+def test_linen_behind_a_strided_convolution() -> None:
+    blocks = [RECIPES["flax linen"], RECIPES[BEHIND.format("flax linen")]]
+    stem = run(blocks)["MaskedStem"](3)
+    x, mask = sequences()
+    variables = stem.init(jax.random.key(0), x, mask)
+    (y, real), moved = stem.apply(variables, x, mask, mutable=["batch_stats"])
+    rows = y[real]  # of all samples together: mean 0 and deviation 1 by their own statistics
+    np.testing.assert_allclose(rows.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(rows.std(axis=0), 1, rtol=1e-3)
+    evaluate = jax.jit(lambda x, mask: stem.apply(variables | moved, x, mask, training=False))
+    y, real = evaluate(x, mask)
+    check_alone(y, real, lambda i, n: evaluate(x[i : i + 1, :n], mask[i : i + 1, :n])[0][0])
+
+
 def test_equinox() -> None:
     equinox = pytest.importorskip("equinox")
     x = normal(8, 3)
     module, state = equinox.nn.make_with_state(run([RECIPES["Equinox"]])["MaskedBatchNorm"])(3)
     y, state = equinox.filter_jit(module)(x, state, MASK)
     check(y, module(x, state, training=False)[0], x)
+
+
+def test_equinox_behind_a_strided_convolution() -> None:
+    equinox = pytest.importorskip("equinox")
+    kind = run([RECIPES["Equinox"], RECIPES[BEHIND.format("Equinox")]])["MaskedStem"]
+    stem, state = equinox.nn.make_with_state(kind)(2, 3, jax.random.key(0))
+    x, mask = sequences()
+    x = jnp.moveaxis(x, -1, 1)
+    y, real, state = equinox.filter_jit(stem)(x, state, mask)
+    rows = jnp.moveaxis(y, 1, -1)[real]
+    np.testing.assert_allclose(rows.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(rows.std(axis=0), 1, rtol=1e-3)
+
+    def evaluate(x: Any, mask: Any) -> Any:
+        y, real, _ = stem(x, state, mask, training=False)
+        return jnp.moveaxis(y, 1, -1), real
+
+    y, real = evaluate(x, mask)
+    check_alone(y, real, lambda i, n: evaluate(x[i : i + 1, :, :n], mask[i : i + 1, :n])[0][0])
 
 
 def test_haiku() -> None:

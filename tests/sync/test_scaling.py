@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from batchnorm.core.moments import Moments, merge_moments
-from batchnorm.reference import XP
+from batchnorm.numpy_namespace import XP
 from batchnorm.torch.namespace import HOST_OVER_RANKS, OVER_RANKS
 from batchnorm.torch.ranks import synchronizer
 from batchnorm.torch.ranks.synchronizer import merge_vectors

@@ -100,13 +100,14 @@ def test_mask_as_an_argument_and_layer_used_twice() -> None:
     assert_moments(second[1], (2 * model.norm(x)).detach().movedim(1, -1).reshape(-1, 3))
 
 
-def test_padding_mask_reaches_the_observer_in_evaluation_too() -> None:
+@pytest.mark.parametrize("follow", [False, True])
+def test_padding_mask_reaches_the_observer_in_evaluation_too(follow: bool) -> None:
     model = nn.Sequential(nn.AvgPool2d(2), BatchNorm2d(3)).eval()
     x, mask = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.bool)
     mask[0, :2] = mask[1, 2:] = True
 
     def run() -> None:
-        with padding_mask(mask):
+        with padding_mask(mask, follow=model if follow else None):
             model(x)
 
     rows = nn.functional.avg_pool2d(x, 2).movedim(1, -1)

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from seen_masks import close, last, lengths, mean_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,27 +20,6 @@ from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def close(actual: Tensor, expected: Tensor, count: int = 64, depth: int = 1) -> None:
-    """Equal up to the rounding of sums of `count` terms, through `depth` layers."""
-    bound = 8 * depth * math.sqrt(count) * torch.finfo(expected.dtype).eps
-    torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
-
-
-def lengths(*sizes: int, total: int = 8) -> Tensor:
-    """A mask (N, total) of samples that are real up to their lengths."""
-    return torch.arange(total) < torch.tensor(sizes)[:, None]
-
-
-def mean_of(layer: BatchNorm) -> Tensor:
-    """The mean of a layer's last batch, with momentum 1."""
-    return layer.running_mean
-
-
-def last(num_features: int, cls: type = BatchNorm1d, **options) -> BatchNorm:
-    """A layer whose running statistics are those of the last batch."""
-    return cls(num_features, momentum=1.0, **options)
 
 
 N, C, L, H, W = 4, 3, 8, 4, 6
@@ -317,145 +297,6 @@ class TestConcurrency:
             return found
 
         assert asyncio.run(main()) == self.ALL
-
-
-def seen_at(mask: Tensor, shape: tuple[int, ...], **options) -> Tensor:
-    """The mask that a layer uses at this (N, 1, ...) shape: the places where a 1 moves its mean."""
-    layer = last(1, BatchNorm)
-    count = math.prod(shape)
-    x = torch.eye(count, dtype=torch.float64).reshape(count, *shape)
-    real = []
-    for one in x:
-        with padding_mask(mask, **options):
-            layer(one)
-        real.append(mean_of(layer).item() > 0)
-    return torch.tensor(real).reshape(shape)[:, 0]
-
-
-class TestRescaling:
-    @pytest.mark.parametrize("rescale", [None, "any", "all"])
-    def test_whole_blocks_merge_under_every_rule(self, rescale):
-        real = seen_at(lengths(8, 4), (2, 1, 2), rescale=rescale)
-        assert real.tolist() == [[True, True], [True, False]]
-
-    @pytest.mark.parametrize(
-        ("rescale", "expected"),
-        [("any", [[True, True], [True, False]]), ("all", [[True, False], [False, False]])],
-    )
-    def test_partly_padded_blocks_follow_the_rule(self, rescale, expected):
-        assert seen_at(lengths(6, 3), (2, 1, 2), rescale=rescale).tolist() == expected
-
-    @pytest.mark.parametrize(("rescale", "expected"), [("any", True), ("all", False)])
-    def test_two_dimensional_block_with_one_padded_pixel_follows_the_rule(self, rescale, expected):
-        mask = torch.ones(2, 4, 4, dtype=torch.bool)
-        mask[1, 3, 2] = False
-        real = seen_at(mask, (2, 1, 2, 2), rescale=rescale)
-        assert real.tolist() == [[[True, True], [True, True]], [[True, True], [True, expected]]]
-
-    def test_axes_may_shrink_by_different_factors(self):
-        mask = torch.zeros(2, 4, 6, dtype=torch.bool)
-        mask[:, :2, :3] = True
-        real = seen_at(mask, (2, 1, 2, 2))
-        assert real.tolist() == [[[True, False], [False, False]]] * 2
-
-    @pytest.mark.parametrize("factor", [2, 3])
-    def test_upsampling_repeats(self, factor):
-        mask = lengths(4, 1, total=4)
-        real = seen_at(mask, (2, 1, 4 * factor))
-        assert torch.equal(real, mask.repeat_interleave(factor, dim=1))
-
-    def test_one_axis_may_grow_while_another_shrinks(self):
-        mask = torch.zeros(2, 4, 2, dtype=torch.bool)
-        mask[:, :2, :1] = True
-        real = seen_at(mask, (2, 1, 2, 4))
-        assert real.tolist() == [[[True, True, False, False], [False] * 4]] * 2
-
-    @pytest.mark.parametrize("shape", [(3, 1, 1, 1), (3, 1)], ids=["pooled", "flattened"])
-    @pytest.mark.parametrize("rescale", [None, "any", "all"])
-    def test_without_spatial_axes_whole_samples_count_under_every_rule(self, shape, rescale):
-        mask = torch.tensor([True, False, True])[:, None, None].expand(3, 4, 4)
-        assert seen_at(mask, shape, rescale=rescale).flatten().tolist() == [True, False, True]
-
-    @pytest.mark.parametrize("shape", [(3, 1, 1, 1), (3, 1)], ids=["pooled", "flattened"])
-    @pytest.mark.parametrize(
-        ("rescale", "expected"), [("any", [True, True, False]), ("all", [True, False, False])]
-    )
-    def test_without_spatial_axes_partly_padded_samples_follow_the_rule(
-        self, shape, rescale, expected
-    ):
-        mask = torch.ones(3, 4, 4, dtype=torch.bool)
-        mask[1, 2:] = False
-        mask[2] = False
-        assert seen_at(mask, shape, rescale=rescale).flatten().tolist() == expected
-
-    @pytest.mark.parametrize(
-        "shape", [(3, 1, 2, 2), (3, 1, 1, 1), (3, 1)], ids=["coarser", "pooled", "flattened"]
-    )
-    def test_partly_padded_block_without_a_rule_raises(self, shape):
-        mask = torch.ones(3, 4, 4, dtype=torch.bool)
-        mask[1, 3, 3] = False
-        with padding_mask(mask), pytest.raises(ValueError, match="partly padding"):
-            BatchNorm(1)(torch.randn(shape))
-
-    @pytest.mark.parametrize(
-        "said", [r"\(2, 8\)", r"\(2, 4\)", "whole blocks", 'rescale="any"', 'rescale="all"']
-    )
-    def test_message_of_a_partly_padded_block_names_shapes_and_remedies(self, said):
-        with padding_mask(lengths(8, 3)), pytest.raises(ValueError, match=said):
-            BatchNorm1d(C)(torch.randn(2, C, 4))
-
-    @pytest.mark.parametrize("shape", [(2, C, 5), (2, C, 3), (2, C, 12)])
-    @pytest.mark.parametrize("rescale", [None, "any", "all"])
-    def test_sizes_that_do_not_divide_raise(self, shape, rescale):
-        said = rf"\(2, 8\).*rows \(2, {shape[2]}\).*divide"
-        given = padding_mask(lengths(8, 4), rescale=rescale)
-        with given, pytest.raises(ValueError, match=said):
-            BatchNorm1d(C)(torch.randn(shape))
-
-    @pytest.mark.parametrize("batch", [1, 2, 3, 8])
-    def test_another_batch_size_raises(self, batch):
-        given = padding_mask(torch.ones(N, L, dtype=torch.bool), rescale="any")
-        with given, pytest.raises(ValueError, match="batch axis"):
-            BatchNorm1d(C)(torch.randn(batch, C, L))
-
-    def test_batch_and_time_flattened_together_raise(self):
-        with padding_mask(lengths(8, 3, 5, 1)), pytest.raises(ValueError, match="batch axis"):
-            BatchNorm1d(C)(torch.randn(N * L, C))
-
-    def test_mask_of_fewer_axes_at_another_resolution_raises(self):
-        given = padding_mask(torch.ones(N, H, dtype=torch.bool))
-        with given, pytest.raises(ValueError, match="number of axes"):
-            BatchNorm2d(C)(torch.randn(N, C, H // 2, W))
-
-    @pytest.mark.parametrize(
-        "said", [r"\(4,\)", r"rows \(3,\)", "pass mask= to this layer", r"padding_mask\(None\)"]
-    )
-    def test_message_of_a_misfit_names_shapes_and_remedies(self, said):
-        mask = torch.ones(4, dtype=torch.bool)
-        with padding_mask(mask), pytest.raises(ValueError, match=said):
-            BatchNorm1d(C)(torch.randn(3, C))
-
-    def test_layer_wrapped_in_none_needs_no_fit(self):
-        x = torch.randn(N, C, 5)
-        expected = BatchNorm1d(C)(x)
-        with padding_mask(lengths(8, 3, 5, 1)), padding_mask(None):
-            assert torch.equal(BatchNorm1d(C)(x), expected)
-
-    @pytest.mark.parametrize("shape", [(0, C, 8), (0, C, 4), (0, C, 16), (0, C)])
-    def test_empty_batch_fits_at_every_resolution(self, shape):
-        with padding_mask(torch.ones(0, 8, dtype=torch.bool)):
-            assert BatchNorm1d(C)(torch.randn(shape)).shape == shape
-
-    @pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
-    @pytest.mark.parametrize(
-        "shape", [(N, C, 5), (N + 1, C, L), (N, C, L // 4)], ids=["size", "batch", "partly padded"]
-    )
-    def test_failed_forward_leaves_statistics_unchanged(self, name, shape):
-        layer = BatchNorm1d(C)
-        before = getattr(layer, name).clone()
-        with padding_mask(lengths(8, 3, 5, 1)), pytest.raises(ValueError, match="padding_mask"):
-            layer(torch.randn(shape))
-        assert torch.equal(getattr(layer, name), before)
 
 
 class TestArguments:

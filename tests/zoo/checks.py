@@ -223,12 +223,14 @@ def _padded(pair: Pair, model: nn.Module, *, training: bool) -> Result:
     for more in (0, extra):
         kwargs = {key: _pad(value, more) for key, value in pair.kwargs.items()}
         rows = pair.entry.mask(model, kwargs["attention_mask"]).bool()
-        used = copy.deepcopy(model).train(training)
-        with torch.no_grad(), padding_mask(rows):
-            torch.manual_seed(1)
-            out = first_tensor(used(**kwargs))
-        outputs.append(out[rows])
-    return _apart(*outputs)
+        for followed in (False, True):  # by the model's own lengths, and by its convolutions
+            used = copy.deepcopy(model).train(training)
+            given = kwargs["attention_mask"] if followed else rows
+            with torch.no_grad(), padding_mask(given, follow=used if followed else None):
+                torch.manual_seed(1)
+                out = first_tensor(used(**kwargs))
+            outputs.append(out[rows])
+    return max(_apart(outputs[0], other) for other in outputs[1:])
 
 
 def _pad(x: Tensor, more: int) -> Tensor:

@@ -12,6 +12,7 @@ from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
 
 ACTIVATIONS = ("relu", "leaky_relu")
 NEGATIVE_SLOPE = 0.01
+PADDED_OUTPUTS = ("normalize", "zero")
 _CLIPPING_KEYS = ("rmin", "rmax", "dmax")
 
 Adjustment = Callable[[tuple[int, ...]], tuple[Any, Any]]
@@ -40,6 +41,7 @@ class Options:
         renorm: batch renormalization, or None (S11).
         activation: None, "relu" or "leaky_relu" (S18).
         correction: the normalizer's variance divides by `count - correction`.
+        padded_output: padded rows of y: "normalize", as real ones; "zero", exactly 0 (S4).
     """
 
     eps: float = 1e-5
@@ -49,6 +51,12 @@ class Options:
     renorm: Renorm | None = None
     activation: str | None = None
     correction: int = 0
+    padded_output: str = PADDED_OUTPUTS[0]
+
+    @property
+    def zero_padding(self) -> bool:
+        """True if padded rows of y are 0 (S4)."""
+        return self.padded_output == "zero"
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
@@ -118,6 +126,14 @@ def check_activation(value: Any) -> str | None:
         return value
     names = ", ".join(repr(name) for name in ACTIVATIONS)
     raise ArgumentValueError(f"activation must be None, {names}; got {value!r}.")
+
+
+def check_padded_output(value: Any) -> str:
+    """`value` if it names what padded rows of y hold (S4)."""
+    if isinstance(value, str) and value in PADDED_OUTPUTS:
+        return value
+    names = " or ".join(f'"{name}"' for name in PADDED_OUTPUTS)
+    raise ArgumentValueError(f"padded_output must be {names}; got {value!r}.")
 
 
 def check_adjustment(value: Any, virtual_batch_size: int | None) -> Adjustment | None:

@@ -8,7 +8,7 @@ from batchnorm.core.config import Options
 from batchnorm.core.layout import Layout
 from batchnorm.core.merge import Merge, recentre
 from batchnorm.core.moments import Centred, Moments, centre
-from batchnorm.core.namespace import Array, Namespace
+from batchnorm.core.namespace import Array, Namespace, select
 from batchnorm.core.normalize import Affine, activate, normalize_batch, normalize_running
 from batchnorm.core.running import (
     BatchAverage,
@@ -97,12 +97,12 @@ def forward_batch(
         if options.renorm is not None:
             r, d = renorm_correction(average, expanded, options.renorm, eps=options.eps, xp=xp)
             affine = affine._replace(r=r, d=d)
-    y = normalize_batch(
-        x, centred, mask, affine, fallback, eps=options.eps, correction=options.correction, xp=xp
-    )
+    y = normalize_batch(x, centred, mask, affine, fallback, options, xp=xp)
     if expanded is not None and update:
         running = _moved(expanded, average, layout, options, xp)
-    y = activate(layout.merge(y, xp), inputs.residual, options.activation, xp)
+    y = activate(
+        layout.merge(y, xp), _residual(inputs, layout, options, xp), options.activation, xp
+    )
     # Moments of other participants' groups are returned too, as constants.
     foreign = merge is not None and layout.groups is not None
     moments = _returned(average.centred if foreign else centred, layout, xp)
@@ -141,10 +141,18 @@ def forward_running(
         expanded.var,
         layout.mask(inputs.mask, xp),
         channel_affine(inputs, layout, xp),
-        eps=options.eps,
+        options,
         xp=xp,
     )
-    return activate(y, inputs.residual, options.activation, xp)
+    return activate(y, _residual(inputs, layout, options, xp), options.activation, xp)
+
+
+def _residual(inputs: Inputs, layout: Layout, options: Options, xp: Namespace) -> Array | None:
+    """The residual to be added: 0 at padded rows where y is (S4)."""
+    residual, mask = inputs.residual, inputs.mask
+    if residual is None or mask is None or not options.zero_padding:
+        return residual
+    return select(xp.reshape(mask, layout.mask_shape(tuple(mask.shape))), residual, 0.0, xp)
 
 
 def channel_affine(inputs: Inputs, layout: Layout, xp: Namespace) -> Affine:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from batchnorm.core.config import NEGATIVE_SLOPE
+from batchnorm.core.config import NEGATIVE_SLOPE, Options
 from batchnorm.core.moments import Centred, unbiased_factor
 from batchnorm.core.namespace import Array, Namespace, select, smallest_normal
 
@@ -38,9 +38,8 @@ def normalize_batch(
     mask: Array | None,
     affine: Affine,
     fallback: tuple[Array, Array],
+    options: Options,
     *,
-    eps: float,
-    correction: int,
     xp: Namespace,
 ) -> Array:
     """Normalize x by its own moments: every row gets a value, padded ones as constants.
@@ -51,16 +50,16 @@ def normalize_batch(
         mask: boolean, broadcastable to x, or None.
         affine: the operations after x̂.
         fallback: mean and variance for channels and groups without real rows (S6).
-        eps: added to the variance.
-        correction: k, the normalizer's variance divides by count - k.
+        options: eps, the correction, and whether padded rows are 0 instead.
         xp: array namespace.
     """
+    eps, correction = options.eps, options.correction
     rstd = rstd_of(centred, eps=eps, correction=correction, xp=xp)
     # Of a single row x̂ is 0 whatever x is, so that dx is 0 to the bit (S7).
     own = xp.where(centred.count <= max(correction, 1), 0.0, rstd)
     y = _apply(centred.deviation, *_to_xhat(centred, own), affine, xp)
-    if mask is None:
-        return y
+    if mask is None or options.zero_padding:
+        return select(mask, y, 0.0, xp)
     # Padded rows are computed of constants only, so that no gradient reaches them (S8).
     rstd, centred, affine = (
         xp.stop_gradient(rstd),
@@ -85,15 +84,15 @@ def normalize_running(
     var: Array,
     mask: Array | None,
     affine: Affine,
+    options: Options,
     *,
-    eps: float,
     xp: Namespace,
 ) -> Array:
     """Normalize x by statistics that are not its own; padded rows are constants (S3, S8)."""
-    rstd = rstd_of_running(var, eps=eps, xp=xp)
+    rstd = rstd_of_running(var, eps=options.eps, xp=xp)
     y = _apply(select(mask, x, 0.0, xp) - mean, rstd, None, affine, xp)
-    if mask is None:
-        return y
+    if mask is None or options.zero_padding:
+        return select(mask, y, 0.0, xp)
     padded = _apply(xp.stop_gradient(x) - mean, rstd, None, affine.map(xp.stop_gradient), xp)
     return xp.where(mask, y, padded)
 

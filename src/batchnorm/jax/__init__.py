@@ -27,7 +27,7 @@ from batchnorm.jax.functional import (
     init_running,
     update_running,
 )
-from batchnorm.jax.masks import sequence_mask
+from batchnorm.jax.masks import downsample_mask, sequence_mask
 
 __all__ = [
     "BatchNorm",
@@ -39,6 +39,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_inference",
     "convert_batchnorm",
+    "downsample_mask",
     "init_running",
     "load_state",
     "sequence_mask",

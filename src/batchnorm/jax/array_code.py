@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from batchnorm.core.config import Options
 from batchnorm.core.forward import (
     Outcome,
     channel_affine,
@@ -126,14 +125,15 @@ def moment_gradient(operands: Operands, static: Static, dmean: Array, dvar: Arra
 
 
 def _forward(operands: Operands, static: Static) -> Outcome:
-    options = Options(eps=static.eps, renorm=static.renorm)
     running = _running(operands, static)
-    return forward_batch(operands.inputs(), running, static.layout, options, update=False, xp=XP)
+    return forward_batch(
+        operands.inputs(), running, static.layout, static.options, update=False, xp=XP
+    )
 
 
 def _forward_running(operands: Operands, static: Static) -> Array:
-    running, options = _running(operands, static), Options(eps=static.eps)
-    return forward_running(operands.inputs(), running, static.layout, options, xp=XP)
+    running = _running(operands, static)
+    return forward_running(operands.inputs(), running, static.layout, static.options, xp=XP)
 
 
 def _running(operands: Operands, static: Static) -> Running:

@@ -42,7 +42,7 @@ def convert_batchnorm(
             library's.
         **options: options of `BatchNorm` for all of them: momentum, epsilon, dtype, axis_name,
             axis_index_groups, virtual_batch_size, renorm, renorm_clipping, renorm_momentum,
-            fused, promote_dtype.
+            padded_output, fused, promote_dtype.
 
     Layers stay the very same objects, wherever they are held: in lists, dicts, `nnx.Sequential`,
     several places. So do their variables, so that optimizers go on working; statistics of half

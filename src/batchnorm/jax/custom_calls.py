@@ -112,6 +112,7 @@ def step(*arrays: Array, static: Static) -> Sequence[Array]:
         dmax=np.float64(limits.dmax),
         batch=np.bool_(static.batch),
         renorm=np.bool_(static.renorm is not None),
+        zero_padding=np.bool_(static.options.zero_padding),
     )
 
 

@@ -69,6 +69,7 @@ def batch_norm(
     running_var: Any = None,
     renorm: RenormStatistics | None = None,
     renorm_clipping: Mapping[str, float] | None = None,
+    padded_output: str = "normalize",
     fused: bool | None = None,
 ) -> tuple[Array, Moments]:
     """Normalize x by its own statistics, those of real rows only (training).
@@ -94,11 +95,12 @@ def batch_norm(
         running_var: the same; None: 1.
         renorm: statistics that renormalization compares with; asks for it (S11).
         renorm_clipping: any of "rmin", "rmax", "dmax".
+        padded_output: "normalize" padded rows of y like real ones, or "zero" them (S4).
         fused: None takes the compiled kernels where they apply (one CPU device, no vmap, no
             named axis, no forward mode), True demands them, False is plain array code.
 
     Returns:
-        y: x's shape and type; padded rows are normalized too, as constants to differentiation.
+        y: x's shape and type; padded rows are constants to differentiation, normalized or 0.
         Moments: count, mean and biased variance, each `(C,)`, float32 (float64 for a float64
             x); with ghost batches each has a leading axis of groups, those of all devices of a
             named axis (which are constants to differentiation). `update_running` takes them.
@@ -136,6 +138,7 @@ def batch_norm_inference(
     mask: Any = None,
     axis: int | tuple[int, ...] = -1,
     epsilon: float = 1e-5,
+    padded_output: str = "normalize",
 ) -> Array:
     """Normalize x by given statistics (evaluation).
 
@@ -147,9 +150,10 @@ def batch_norm_inference(
         var: `(C,)`.
         scale: gamma, `(C,)`, or None for 1.
         bias: beta, `(C,)`, or None for 0.
-        mask: as in `batch_norm`; it matters to gradients only.
+        mask: as in `batch_norm`; it matters to gradients, and where padded rows are zeroed.
         axis: channel axis or axes.
         epsilon: added to the variance, at least 0.
+        padded_output: as in `batch_norm`.
 
     Returns:
         y, of x's shape and type.

@@ -56,6 +56,8 @@ class BatchNorm(nnx.Module):
         renorm: batch renormalization (S11).
         renorm_clipping: any of "rmin", "rmax", "dmax"; missing ones are 0, ∞, ∞.
         renorm_momentum: weight of the old value in renormalization's statistics.
+        padded_output: "normalize" padded rows of y like real ones, or "zero" them, in evaluation
+            and frozen too (S4).
         fused: None takes the compiled kernels where they apply, True demands them, False is
             plain array code.
         rngs: `nnx.Rngs`, a key or an int. With `num_features` it initializes the layer at once.
@@ -121,6 +123,7 @@ class BatchNorm(nnx.Module):
         renorm: bool = False,
         renorm_clipping: Mapping[str, float] | None = None,
         renorm_momentum: float = 0.99,
+        padded_output: str = "normalize",
         fused: bool | None = None,
         rngs: Any = None,
         use_running_average: bool | None = False,

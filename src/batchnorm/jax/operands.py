@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from batchnorm.core.config import Renorm
+from batchnorm.core.config import Options, Renorm
 from batchnorm.core.forward import Inputs
 from batchnorm.core.layout import Layout
 from batchnorm.jax.checks import working_type
@@ -44,6 +44,7 @@ class Static(NamedTuple):
         eps: added to the variance.
         batch: normalize by the batch's own statistics.
         renorm: clipping of batch renormalization, or None.
+        padded_output: as in Options.
         demanded: fused=True, so that a device without kernels is an error.
         owner: the layer or function, for errors and explanations.
         present: for each of the operands, True if there is one; `run_step` fills it in.
@@ -53,9 +54,15 @@ class Static(NamedTuple):
     eps: float
     batch: bool
     renorm: Renorm | None
+    padded_output: str
     demanded: bool
     owner: str
     present: tuple[bool, ...] = ()
+
+    @property
+    def options(self) -> Options:
+        """The options that a step depends on."""
+        return Options(eps=self.eps, renorm=self.renorm, padded_output=self.padded_output)
 
     def operands(self, arrays: Sequence[Any]) -> Operands:
         """The arrays a primitive was bound to, by name."""

@@ -158,6 +158,13 @@ OPTIONS: list[LayerOption] = [
         core="renorm",
         training=True,
     ),
+    _option(
+        "padded_output",
+        "normalize",
+        config.check_padded_output,
+        core="padded_output",
+        folds=False,  # a linear map knows no padding
+    ),
     _option("fused", None, config.check_fused),
     _option("promote_dtype", None, _as_given),
 ]

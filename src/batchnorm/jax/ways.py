@@ -89,8 +89,7 @@ def _train_by_kernels(call: Call) -> Step:
     operands = _for_kernels(call)
     if options.renorm is None:
         operands = operands._replace(renorm_mean=None, renorm_stddev=None)
-    static = Static(layout, options.eps, True, options.renorm, call.demanded, call.owner)
-    y, rows, counts = run_step(operands, static)
+    y, rows, counts = run_step(operands, _static(call))
     high, low, var = (rows[STATISTICS[name]] for name in ("mean", "low", "var"))
     groups = () if layout.groups is None else (layout.groups,)
     counts = counts.reshape((*groups, *(1,) * len(layout.channels)))
@@ -103,8 +102,20 @@ def _train_by_kernels(call: Call) -> Step:
 
 
 def _evaluate_by_kernels(call: Call) -> Array:
-    static = Static(call.layout, call.options.eps, False, None, call.demanded, call.owner)
-    return call.returned(run_step(_for_kernels(call), static).y)
+    return call.returned(run_step(_for_kernels(call), _static(call)).y)
+
+
+def _static(call: Call) -> Static:
+    options = call.options
+    return Static(
+        call.layout,
+        options.eps,
+        call.training,
+        options.renorm if call.training else None,
+        options.padded_output,
+        call.demanded,
+        call.owner,
+    )
 
 
 def _for_kernels(call: Call) -> Operands:

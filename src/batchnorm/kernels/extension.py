@@ -67,6 +67,7 @@ def make_plan(
     geometry: Geometry,
     dtype: str,
     activation: str | None,
+    zero_padding: bool,
     mask: MaskView | None,
     mask_width: int,
     team: int,
@@ -77,6 +78,7 @@ def make_plan(
         **sizes_of(layout, geometry)._asdict(),
         row=geometry.row,
         activation=ACTIVATIONS[activation],
+        zero_padding=zero_padding,
     )
     if mask is not None:
         plan.set_mask(width=mask_width, **mask._asdict())

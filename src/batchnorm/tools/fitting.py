@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.core.running import derive_renorm
-from batchnorm.reference import XP
+from batchnorm.numpy_namespace import XP
 from batchnorm.tools.state import BatchNormState, FloatArray, RenormState
 
 _ABSENT = {"gamma": 1.0, "beta": 0.0}

@@ -14,7 +14,7 @@ from batchnorm.kernels import extension
 from batchnorm.kernels.geometry import find_geometry, view_mask
 from batchnorm.kernels.kept import STATISTICS, TYPES
 from batchnorm.kernels.select import select_kernel
-from batchnorm.reference import XP
+from batchnorm.numpy_namespace import XP
 
 _BLOCK = 2**22  # elements that are held in float64 at a time
 
@@ -71,7 +71,7 @@ def _by_kernel(x: Any, mask: Any, layout: Layout) -> Moments | None:
         view = view_mask(geometry, layout.shape, mask.shape, _strides(mask))
         if view is None:
             return None
-    plan = extension.make_plan(layout, geometry, x.dtype.name, None, view, 1, 0)
+    plan = extension.make_plan(layout, geometry, x.dtype.name, None, False, view, 1, 0)
     address = 0 if mask is None else mask.ctypes.data
     kept = plan.moments(x=x.ctypes.data, mask=address, threads=os.cpu_count() or 1)
     rows = (np.array(kept.row(STATISTICS[name])) for name in ("mean", "var"))

@@ -147,6 +147,7 @@ def make_call(tensors: Tensors, settings: Settings, training: bool, update: bool
             size,
             training and settings.adjustment is not None,
             options.activation,
+            options.zero_padding,
             None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
             settings.fused is True,
         )

@@ -47,6 +47,7 @@ def batch_norm(
     adjustment: config.Adjustment | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    padded_output: str = "normalize",
     fused: bool | None = None,
     synchronized: bool = False,
     process_group: Any = None,
@@ -79,6 +80,7 @@ def batch_norm(
             beta; training only (S13).
         residual: added before the activation, of x's shape (S18).
         activation: None, "relu" or "leaky_relu" (slope 0.01) (S18).
+        padded_output: padded rows of y: "normalize", as real ones; "zero", exactly 0 (S4).
         fused: None takes the fastest path, True demands a kernel, False plain array code.
         synchronized: in training, normalize by the statistics of all ranks' batches together
             (S14); every rank must make the same calls in the same order.
@@ -119,6 +121,7 @@ def batch_norm(
             1.0 - config.check_number("renorm_momentum", renorm_momentum, 0.0, 1.0),
         ),
         activation=config.check_activation(activation),
+        padded_output=config.check_padded_output(padded_output),
     )
     running = None
     if running_mean is not None:

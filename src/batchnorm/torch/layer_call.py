@@ -11,21 +11,30 @@ from torch import Tensor
 
 from batchnorm.core import config
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
-from batchnorm.core.layout import normalize_axis
+from batchnorm.core.layout import make_layout, normalize_axis
 from batchnorm.torch import checks, jagged, masking
 from batchnorm.torch.call import Settings, Tensors
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.options import CORE, cached_core, make_core
 from batchnorm.torch.recompute import as_first_pass, in_backward
 
+_PADDED_OUTPUT = CORE.index("padded_output")
+
 
 class Arguments(NamedTuple):
-    """The arguments of `make_call`, of a layer's call."""
+    """The arguments of `make_call`, of a layer's call.
+
+    Attributes:
+        tensors, settings, training, update: in the order of `make_call`.
+        zeroing: in compiled code, where `padding_mask` decides when the graph runs, if padded rows
+            are zeroed (S4): a 0-d boolean tensor; else None.
+    """
 
     tensors: Tensors
     settings: Settings
     training: bool
     update: bool
+    zeroing: Tensor | None
 
 
 def gather_arguments(
@@ -51,15 +60,18 @@ def gather_arguments(
             "(torch.func.replace_all_batch_norm_modules_ removes them). Call "
             "configure(renorm=False) before that."
         )
-    if mask is None and (training or running is None or torch.is_grad_enabled()):
-        mask = _find_ambient_mask(layer, x)
+    needed = training or running is None or torch.is_grad_enabled()
+    mask, padded_output = _find_padding(layer, x, mask, needed)
+    zeroing = None
+    if isinstance(padded_output, Tensor):
+        zeroing, padded_output = padded_output, "normalize"
     if training and layer.track_running_stats and torch.compiler.is_exporting():
         _warn_of_export(type(layer).__name__)
     weight, bias = _find_parameter(layer, "weight"), _find_parameter(layer, "bias")
     settings = Settings(
         type(layer).__name__,
         axis,
-        _find_options(layer),
+        _find_options(layer, padded_output),
         layer.adjustment,
         layer.fused,
         layer._synchronizer if layer.synchronized else None,
@@ -69,7 +81,19 @@ def gather_arguments(
         settings,
         training,
         training and layer.track_running_stats,
+        zeroing,
     )
+
+
+def finish(y: Tensor, given: Arguments, late: bool) -> Tensor:
+    """y as the layer returns it; `late`: this recomputation moves the statistics."""
+    if late:
+        _move_late(given)
+    x, mask = given.tensors[:2]
+    if given.zeroing is None or mask is None:
+        return y
+    shape = make_layout(tuple(x.shape), given.settings.axis, None).mask_shape(tuple(mask.shape))
+    return torch.where((mask.reshape(shape) != 0) | ~given.zeroing, y, 0.0)
 
 
 def check_moving(layer: Any) -> None:
@@ -153,30 +177,45 @@ def _find_parameter(layer: Any, name: str) -> Tensor | None:
     return found
 
 
-def _find_options(layer: Any) -> config.Options:
+def _find_options(layer: Any, padded_output: str) -> config.Options:
     decay = None if layer.num_batches_tracked is not None else 1.0
     if layer.momentum is not None:
         decay = 1.0 - layer.momentum
     make = make_core if torch.compiler.is_compiling() else cached_core
-    return make(layer.eps, decay, tuple([getattr(layer, name) for name in CORE]))
+    values = [getattr(layer, name) for name in CORE]
+    values[_PADDED_OUTPUT] = padded_output
+    return make(layer.eps, decay, tuple(values))
 
 
-def _find_ambient_mask(layer: Any, x: Tensor) -> Tensor | None:
-    """The mask of `padding_mask`, or None; a recomputed step takes the one that it had."""
-    memory = layer._memory
-    if not masking.in_use() and (torch.compiler.is_compiling() or not memory.masked):
-        return None
+def _find_padding(
+    layer: Any, x: Tensor, mask: Tensor | None, needed: bool
+) -> tuple[Tensor | None, str | Tensor]:
+    """The mask, and `padded_output` or, in compiled code, `Arguments.zeroing`.
+
+    `padding_mask` gives what the call leaves open; a recomputed step takes what it had at first.
+    `needed`: the mask matters though padded rows are normalized.
+    """
+    memory, own = layer._memory, layer.padded_output
+    traced = torch.compiler.is_compiling()
+    if not masking.in_use() and (traced or not memory.masked):
+        return mask, own
     axes = normalize_axis(layer.axis, x.dim())
-    if torch.compiler.is_compiling():
-        return masking.traced_mask(x, axes)
-    block = masking.find_block()
-    if in_backward():
+    if traced:
+        zeroing = masking.traced_zeroing(x, own)
+        if mask is None and (needed or zeroing is not False):
+            mask = masking.traced_mask(x, axes)
+        return mask, own if isinstance(zeroing, bool) else zeroing
+    block, again = masking.find_block(), in_backward()
+    if again:
         block = memory.passes.find_block(block)
-        return masking.mask_in(block, x, axes)
-    memory.passes.note_block(block)
-    mask = masking.mask_in(block, x, axes)
-    memory.masked = mask is not None
-    return mask
+    said = masking.padded_output_in(block) or own
+    alone = mask is None
+    if alone and (needed or said == "zero"):
+        mask = masking.mask_in(block, x, axes, layer)
+    if not again:
+        memory.passes.note_block(block)
+        memory.masked = (alone and mask is not None) or said != own
+    return mask, said
 
 
 def note_pass(layer: Any, x: Tensor, given: Arguments) -> bool:
@@ -200,7 +239,7 @@ def note_pass(layer: Any, x: Tensor, given: Arguments) -> bool:
     return False
 
 
-def move_late(given: Arguments) -> None:
+def _move_late(given: Arguments) -> None:
     """Move the statistics in a recomputation, whose own y is that of its first pass."""
     settings = given.settings._replace(adjustment=None)  # moves nothing, and may draw at random
     with torch.no_grad(), as_first_pass():

@@ -56,6 +56,7 @@ class BatchNorm(RunningStatistics):
         adjustment: function of the input's shape returning (scale, bias), each broadcastable
             against the input, applied before weight and bias in training (S13).
         activation: None, "relu" or "leaky_relu" (slope 0.01), applied last (S18).
+        padded_output: "normalize" padded rows of the output like real ones, or "zero" them (S4).
         fused: None takes the fastest path, True demands a kernel, False plain array code.
         synchronized: normalize in training by the statistics of all ranks' batches together,
             whatever their sizes and masks (S14). All ranks must run the layer, forward and
@@ -103,6 +104,7 @@ class BatchNorm(RunningStatistics):
         renorm_momentum: float = 0.01,
         adjustment: config.Adjustment | None = None,
         activation: str | None = None,
+        padded_output: str = "normalize",
         fused: bool | None = None,
         synchronized: bool = False,
         process_group: Any = None,
@@ -196,12 +198,12 @@ class BatchNorm(RunningStatistics):
         if x.layout is torch.jagged:
             y = normalize(*given[:2], training=given.training, update=given.update)
         else:
-            call = make_call(*given)
+            call = make_call(*given[:4])
             y = run(call)
             if key is not None and call.tensors.mask is None:
                 self._memory.learn(self, key, call)
-        if late:
-            layer_call.move_late(given)
+        if late or given.zeroing is not None:
+            y = layer_call.finish(y, given, late)
         return y
 
     def _explain(

@@ -115,6 +115,13 @@ OPTIONS: list[LayerOption] = [
         agreed=lambda name: f"activation={name}",
     ),
     LayerOption(
+        "padded_output",
+        "normalize",
+        lambda given: config.check_padded_output(given["padded_output"]),
+        kept="normalize",
+        core="padded_output",
+    ),
+    LayerOption(
         "fused",
         None,
         lambda given: config.check_fused(given["fused"]),

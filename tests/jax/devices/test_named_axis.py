@@ -201,6 +201,27 @@ def test_renormalization_uses_the_moments_of_all() -> None:
     assert_close(call(x, mask), step(x, mask, None))
 
 
+def test_padded_rows_of_every_device_are_zeroed() -> None:
+    x, dy = normal(16, 3), normal(16, 3, seed=1)
+    mask = jnp.asarray(MASKS["empty device"])
+    x = jnp.where(mask[:, None], x, jnp.nan)
+
+    def step(x: Any, mask: Any, dy: Any, axis_name: str | None) -> Any:
+        def function(x: Any) -> Any:
+            return batch_norm(x, mask=mask, padded_output="zero", axis_name=axis_name)[0]
+
+        y, transpose = jax.vjp(function, x)
+        return y, transpose(dy)[0]
+
+    call = on_mesh(
+        lambda *a: step(*a, "rows"), AxisType.Auto, (ROWS, ROWS, ROWS), (ROWS, ROWS), True
+    )
+    found = call(x, mask, dy)
+    assert_close(found, step(x, mask, dy, None))
+    for a in found:
+        np.testing.assert_array_equal(np.asarray(a)[11:], 0.0)
+
+
 def test_a_large_offset_survives_the_exchange() -> None:
     x = (normal(4096, 3) + jnp.float32(1e6)).astype(jnp.float32)
     exact = np.asarray(x, np.float64)

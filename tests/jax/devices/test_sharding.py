@@ -18,8 +18,14 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, sums of a few dozen terms
 MASK = np.arange(32) < 19  # two full devices, one in part, one without a real row
 OPTIONS = pytest.mark.parametrize(
     "options",
-    [{}, {"mask": MASK}, {"virtual_batch_size": 8}, {"virtual_batch_size": 4, "mask": MASK}],
-    ids=["plain", "mask", "ghost", "ghost-mask"],
+    [
+        {},
+        {"mask": MASK},
+        {"mask": MASK, "padded_output": "zero"},
+        {"virtual_batch_size": 8},
+        {"virtual_batch_size": 4, "mask": MASK},
+    ],
+    ids=["plain", "mask", "zero", "ghost", "ghost-mask"],
 )
 
 

@@ -31,6 +31,7 @@ NAMES = """
 1d_signal-half 1d_signal-empty image_last-prefix first_axis-own_rank renorm_clipped-half-train
 ghost2-half_samples-train leaky_relu-half-eval frozen-half many_channels-half one_value-ghost
 narrow_image-bfloat16-samples long_sample-float16-half mask-int32 empty-eval empty-renorm
+zeroed_residual-half-train zeroed-image_last-prefix-eval narrow_image-float16-prefix
 """
 TABLE = [case for case in CASES if case.name in NAMES.split()]
 
@@ -44,6 +45,8 @@ CUT = [
     Case("rows-renorm", mask="half", renorm={"rmax": 1.5}, decay=None, **ROWS),
     Case("rows-ghost", mask="half", ghost=200, data="offset1e6", **ROWS),
     Case("rows-eval", mode="eval", **ROWS, **RELU),
+    Case("rows-zeroed", padded_output="zero", **ROWS, **RELU),
+    Case("image-zeroed", padded_output="zero", residual=True, mask="prefix", **IMAGE),
     Case("image-prefix", **IMAGE, **RELU | {"mask": "prefix"}),
     Case("image-float16", dtype="float16", mask="half", activation="leaky_relu", **IMAGE),
     Case("image-float64", dtype="float64", mask="half", data="offset1e6", ghost=4, **IMAGE),
@@ -54,6 +57,7 @@ CUT = [
 # Small steps in one launch each way, of four warps.
 WHOLE = [
     Case("whole-rows", shape=(128, 70), **RELU),
+    Case("whole-rows-zeroed", padded_output="zero", shape=(128, 70), **RELU),
     Case("whole-rows-ghost", mask="half", ghost=64, renorm={}, shape=(128, 70)),
     Case("whole-image", mask="half", data="offset1e6", shape=(4, 10, 9, 16)),
 ]

@@ -265,7 +265,9 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 # torch's requirements for operators
 
 
-def arguments_of(shape, *, masked=False, residual=False, axes=(1,), size=None, activation=None):
+def arguments_of(
+    shape, *, masked=False, residual=False, axes=(1,), size=None, activation=None, zero=False
+):
     x = torch.randn(shape, requires_grad=True)
     channels = [shape[a] for a in axes]
     weight, bias = (torch.randn(channels, requires_grad=True) for _ in range(2))
@@ -273,7 +275,8 @@ def arguments_of(shape, *, masked=False, residual=False, axes=(1,), size=None, a
     mask = torch.rand(rows) < 0.6 if masked else None
     added = torch.randn(shape, requires_grad=True) if residual else None
     running = torch.zeros(channels), torch.ones(channels)
-    options = (list(axes), size, 1e-5, activation, True, False)
+    padded_output = "zero" if zero else "normalize"
+    options = (list(axes), size, 1e-5, activation, padded_output, True, False)
     return x, mask, weight, bias, added, *running, *options
 
 
@@ -283,6 +286,7 @@ CALLS = {
     "ghost": {"size": 3, "masked": True},
     "residual-relu": {"residual": True, "activation": "relu"},
     "two-axes": {"axes": (1, 2)},
+    "zeroed": {"masked": True, "residual": True, "zero": True},
 }
 
 
@@ -324,7 +328,7 @@ def test_a_graph_whose_kernels_are_gone_says_so(monkeypatch):
     x = torch.randn(6, 3)
     layer(x)
     kind = (2, 3), (3, 1), x.dtype, "cpu"
-    refused = decision.decide(kind, 1, None, True, None, None, False)
+    refused = decision.decide(kind, 1, None, True, None, False, None, False)
     monkeypatch.setattr(operators, "decide", lambda *arguments: refused)
     with pytest.raises(RuntimeError, match="compiled for kernels that do not serve it here"):
         layer(x)

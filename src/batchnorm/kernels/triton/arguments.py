@@ -73,6 +73,7 @@ class Task(NamedTuple):
     unbiased: tl.constexpr
     cumulative: tl.constexpr
     activation: tl.constexpr
+    zero_padding: tl.constexpr  # only where there is a mask
 
 
 class Kept(NamedTuple):
@@ -130,8 +131,11 @@ def make_walk(
     )
 
 
-def make_task(options: Options, batch: bool, update: bool, running: bool) -> Task:
-    """The choices of a step; `running`: true if there are running statistics to compare with."""
+def make_task(options: Options, batch: bool, update: bool, running: bool, masked: bool) -> Task:
+    """The choices of a step.
+
+    `running`: there are running statistics to compare with; `masked`: there is a mask.
+    """
     renorm = options.renorm is not None and batch and running
     return _cached_task(
         batch,
@@ -140,6 +144,7 @@ def make_task(options: Options, batch: bool, update: bool, running: bool) -> Tas
         options.unbiased,
         update and options.decay is None,
         ACTIVATIONS[options.activation],
+        masked and options.zero_padding,
     )
 
 

@@ -46,7 +46,7 @@ def centre_tile(x, coefficients, rows, within, channels, here, walk):
 def sum_gradients(x, dy, y, dresidual, mask, kept, block, group, channels, exists, walk, task):
     """Sums of g and of g·(x - mean) over a block's real positions, in double between tiles.
 
-    Fills dresidual, at padded positions too.
+    Fills dresidual, at padded positions too: 0 there, if they are zeroed (S4).
     """
     coefficients = per_channel.load_coefficients(kept, group, channels, exists, walk)
     first = tl.zeros((walk.width,), tl.float64)
@@ -57,12 +57,14 @@ def sum_gradients(x, dy, y, dresidual, mask, kept, block, group, channels, exist
         wanted = tiles.find_wanted(real, valid, walk)
         here = tiles.along(wanted, walk) & tiles.across(exists, walk)
         d = centre_tile(x, coefficients, rows, within, channels, here, walk)
-        if dresidual.data is not None:
-            here = tiles.along(valid, walk) & tiles.across(exists, walk)
+        keep = tiles.along(real, walk)
+        every = tiles.along(valid, walk) & tiles.across(exists, walk)
+        if dresidual.data is not None and not task.zero_padding:
+            here = every
         g = load_gradient(dy, y, d, coefficients, rows, within, channels, here, walk, task)
         if dresidual.data is not None:
-            tiles.store_tile(dresidual, g, rows, within, channels, here, walk)
-        keep = tiles.along(real, walk)
+            out = tl.where(keep, g, 0.0) if task.zero_padding else g
+            tiles.store_tile(dresidual, out, rows, within, channels, every, walk)
         g = tl.where(keep, g, 0.0)
         first += tiles.add_positions(g, walk).to(tl.float64)
         second += tiles.add_positions(g * tl.where(keep, d, 0.0), walk).to(tl.float64)

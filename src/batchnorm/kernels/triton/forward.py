@@ -178,21 +178,28 @@ def activate(y, task):
 
 
 @triton.jit
-def normalize_tile(x, residual, y, coefficients, tile, group, channels, exists, walk, task):
+def normalize_tile(x, residual, y, mask, coefficients, tile, group, channels, exists, walk, task):
     """y of a tile, padded positions included (S4)."""
     hi, lo, scale, offset = coefficients
     rows, within, valid = tiles.find_positions(tile, group, walk)
-    here = tiles.along(valid, walk) & tiles.across(exists, walk)
+    every = tiles.along(valid, walk) & tiles.across(exists, walk)
+    here = every
+    if task.zero_padding:
+        real = tiles.find_real(mask, rows, within, valid)
+        here = tiles.along(tiles.find_wanted(real, valid, walk), walk) & every
     d = tiles.load_tile(x, rows, within, channels, here, walk) - tiles.across(hi, walk)
     d = d - tiles.across(lo, walk)
     out = d * tiles.across(scale, walk) + tiles.across(offset, walk)
     if residual.data is not None:
         out = out + tiles.load_tile(residual, rows, within, channels, here, walk)
-    tiles.store_tile(y, activate(out, task), rows, within, channels, here, walk)
+    out = activate(out, task)
+    if task.zero_padding:
+        out = tl.where(tiles.along(real, walk), out, 0.0)
+    tiles.store_tile(y, out, rows, within, channels, every, walk)
 
 
 @triton.jit
-def normalize(x, residual, y, kept, parameters, running, walk, eps: tl.float64, task):
+def normalize(x, residual, y, mask, kept, parameters, running, walk, eps: tl.float64, task):
     """y from the coefficients of `finish_channels` or, in evaluation, from running statistics.
 
     Programs start at the end of x, which the sums have read last: the part of it that is still in
@@ -209,7 +216,9 @@ def normalize(x, residual, y, kept, parameters, running, walk, eps: tl.float64, 
         )
     first = (walk.blocks - 1 - block) * walk.together
     for tile in tl.range(first, tl.minimum(first + walk.together, walk.tiles)):
-        normalize_tile(x, residual, y, coefficients, tile, group, channels, exists, walk, task)
+        normalize_tile(
+            x, residual, y, mask, coefficients, tile, group, channels, exists, walk, task
+        )
 
 
 @triton.jit
@@ -248,4 +257,6 @@ def forward_whole(
     for group in tl.range(0, walk.groups):
         coefficients = per_channel.load_coefficients(kept, group, channels, exists, walk)
         for tile in tl.range(0, walk.tiles):
-            normalize_tile(x, residual, y, coefficients, tile, group, channels, exists, walk, task)
+            normalize_tile(
+                x, residual, y, mask, coefficients, tile, group, channels, exists, walk, task
+            )

@@ -33,6 +33,7 @@ from batchnorm.kernels.triton.arguments import (
 from batchnorm.kernels.triton.tiling import divide_up, power_above
 
 _NO_RUNNING = Running(None, None)
+_NO_MASK = Mask(None)
 
 
 class Plan:
@@ -68,7 +69,8 @@ class Plan:
         kept: Kept | None,
     ) -> Kept:
         """Fill y and update the running statistics; `kept`: moments that are known already."""
-        task = make_task(options, batch, update, running is not None)
+        masked = mask.data is not None
+        task = make_task(options, batch, update, running is not None, masked)
         statistics = _NO_RUNNING if running is None else running
         rates = rates_of(options)
         if not batch:
@@ -85,7 +87,8 @@ class Plan:
         else:
             kept = self._finish(x, mask, parameters, statistics, rates, task, kept)
         walk = self._elementwise(x, residual, y)
-        inputs = (x, residual, y, kept.data, parameters, statistics, walk, options.eps, task)
+        blank = mask if task.zero_padding.value else _NO_MASK
+        inputs = (x, residual, y, blank, kept.data, parameters, statistics, walk, options.eps, task)
         self._launch(forward.normalize, self._programs(walk), *inputs)
         return kept._replace(renorm=bool(task.renorm.value))
 
@@ -104,7 +107,7 @@ class Plan:
         batch: bool,
     ) -> None:
         """Fill the gradients that are given."""
-        task = make_task(options, batch, False, kept.renorm)
+        task = make_task(options, batch, False, kept.renorm, mask.data is not None)
         if batch and self.tiling.whole:
             sums = self._new(x, 2 * self.statistics)
             walk = self._walk(1, 1, x, dy, y, dx, dresidual)
@@ -131,7 +134,7 @@ class Plan:
         options: Options,
     ) -> Tensor:
         """The sums of g and of g·(x - mean); fills dresidual and the gradients that are given."""
-        task = make_task(options, True, False, kept.renorm)
+        task = make_task(options, True, False, kept.renorm, mask.data is not None)
         return self._reduce(x, dy, y, dresidual, mask, gradients, kept, task)
 
     def apply(
@@ -147,7 +150,7 @@ class Plan:
         options: Options,
     ) -> None:
         """Fill dx from sums that `reduce` has returned; `kept` holds the count of these sums."""
-        task = make_task(options, True, False, False)
+        task = make_task(options, True, False, False, mask.data is not None)
         self._apply(x, dy, y, dx, dresidual, mask, sums, kept, task)
 
     def _partial_moments(self, x: Array, mask: Mask) -> tuple[Tensor, Walk]:

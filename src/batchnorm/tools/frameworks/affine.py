@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from batchnorm.core import fold as core
-from batchnorm.reference import XP
+from batchnorm.numpy_namespace import XP
 from batchnorm.tools.state import BatchNormState
 
 
@@ -21,6 +21,16 @@ class Affine(NamedTuple):
     def moves_zero(self) -> bool:
         """True if it maps 0 to something else, so that padding before it and behind it differ."""
         return bool(np.any(self.offset != 0.0))
+
+
+def refuse_zeroing(norm: Any) -> str | None:
+    """The reason against folding a layer that zeroes padded rows (S4), or None."""
+    if getattr(norm, "padded_output", "normalize") == "normalize":
+        return None
+    return (
+        "zeroes padded rows (padded_output='zero'), which no linear map does; set it to "
+        "'normalize' if the folded model gets no padding"
+    )
 
 
 def affine_of(state: BatchNormState) -> Affine:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.torch.kernels.memory import empty_output, like
-from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted
+from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted, changes_dy
 from batchnorm.torch.kernels.second_order import differentiable_backward
 from batchnorm.torch.kernels.step import backward, find_passes, forward
 from batchnorm.torch.kernels.tensors import has_memory
@@ -93,18 +93,18 @@ class _Fused(torch.autograd.Function):
             passes = find_passes(step.decision)
             return differentiable_backward(passes, ctx, dy, x, weight, mask, y)
         wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
-        gated = step.options.activation is not None
+        changed = changes_dy(step.options, mask is not None)
         wanted = Wanted(
             wants_x,
             weight.dtype if wants_weight else None,
             ctx.bias_type if wants_bias else None,
-            wants_residual and gated,
+            wants_residual and changed,
         )
         dy = like(dy, x, step.decision)
         # With a residual only y tells the sign of the activation's input.
         rows = Rows(dy, x, y if step.residual else None, mask)
         found = backward(step, rows, step.kept, wanted)
-        return (*found[:3], dy if wants_residual and not gated else found.residual, None)
+        return (*found[:3], dy if wants_residual and not changed else found.residual, None)
 
 
 def _memory(x: Tensor, mask: Tensor | None, y: Tensor | None) -> tuple[Any, ...]:

@@ -57,6 +57,7 @@ def decide(
     virtual_batch_size: int | None,
     adjusted: bool,
     activation: str | None,
+    zero_padding: bool,
     mask: MaskKind | None,
     demanded: bool,
 ) -> Decision:
@@ -64,7 +65,7 @@ def decide(
 
     Args:
         x, mask: the tensors' kinds.
-        axis, virtual_batch_size, adjusted, activation: the options that matter.
+        axis, virtual_batch_size, adjusted, activation, zero_padding: the options that matter.
         demanded: fused=True demands a kernel.
 
     Raises:
@@ -91,21 +92,24 @@ def decide(
         view = memory.view_mask(geometry, shape, mask_shape, _strides_in(mask_shape, mask))
         if view is None:
             return unsuited
-    return _with_plan(unsuited, geometry, dtype, activation, (view, width))
+    return _with_plan(unsuited, geometry, dtype, (activation, zero_padding), (view, width))
 
 
 def _with_plan(
     decision: Decision,
     geometry: memory.Geometry,
     dtype: torch.dtype,
-    activation: str | None,
+    ending: tuple[str | None, bool],
     mask: tuple[memory.MaskView | None, int],
 ) -> Decision:
-    """The decision with the kernels' side; `mask`: its view, and bytes an element."""
+    """The decision with the kernels' side.
+
+    `ending`: the activation, and whether padding is zeroed; `mask`: its view, and bytes an element.
+    """
     layout, name = decision.layout, NAMES[dtype]
     plan: Any
     if decision.kernel == "cpu":
-        plan = extension.make_plan(layout, geometry, name, activation, *mask, _TEAM)
+        plan = extension.make_plan(layout, geometry, name, *ending, *mask, _TEAM)
     else:
         from batchnorm.kernels.triton.launch import Plan  # imports Triton
 
@@ -140,7 +144,7 @@ def _warn_without_triton() -> None:
 
 
 def rearrange(
-    x: Tensor, mask: Tensor | None, decision: Decision, activation: str | None
+    x: Tensor, mask: Tensor | None, decision: Decision, ending: tuple[str | None, bool]
 ) -> tuple[Tensor, Tensor | None, Decision]:
     """x and the mask copied, as far as needed, into memory that the kernels can walk."""
     layout = decision.layout
@@ -164,7 +168,7 @@ def rearrange(
             mask = dense.permute([wide.index(a) for a in range(x.dim())])
             view = memory.view_mask(geometry, layout.shape, tuple(sizes), mask.stride())
             decision = decision._replace(mask_shape=tuple(sizes))
-    return x, mask, _with_plan(decision, geometry, x.dtype, activation, (view, width))
+    return x, mask, _with_plan(decision, geometry, x.dtype, ending, (view, width))
 
 
 def _order_to_copy(layout: Layout, strides: tuple[int, ...]) -> list[int] | None:

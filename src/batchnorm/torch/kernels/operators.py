@@ -20,7 +20,7 @@ from batchnorm.kernels.kept import STATISTICS
 from batchnorm.torch.call import Call, Tensors
 from batchnorm.torch.kernels.decision import Decision, decide
 from batchnorm.torch.kernels.memory import empty_output, like
-from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted
+from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted, changes_dy
 from batchnorm.torch.kernels.step import arrange, backward, find_passes, forward
 from batchnorm.torch.namespace import XP
 
@@ -44,6 +44,7 @@ def step(call: Call) -> tuple[Tensor, Centred]:
         None if layout.groups is None else call.options.virtual_batch_size,
         call.options.eps,
         call.options.activation,
+        call.options.padded_output,
         call.by_batch,
         call.settings.fused is True,
     )
@@ -77,17 +78,20 @@ def _step(
     size: int | None,
     eps: float,
     activation: str | None,
+    padded_output: str,
     batch: bool,
     demanded: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, and the record for the backward step."""
-    options = config.Options(eps=eps, virtual_batch_size=size, activation=activation)
+    options = config.Options(
+        eps=eps, virtual_batch_size=size, activation=activation, padded_output=padded_output
+    )
     running = None
     if running_mean is not None:
         assert running_var is not None
         running = Running(running_mean, running_var)
     given = Tensors(x, mask, weight, bias, residual, running)
-    tensors, decision = _arrange(given, axes, size, activation, demanded)
+    tensors, decision = _arrange(given, axes, options, demanded)
     passes = find_passes(decision)
     done = KernelStep(
         decision,
@@ -138,6 +142,7 @@ def _gradient(
     axes: Sequence[int],
     size: int | None,
     activation: str | None,
+    padded_output: str,
     batch: bool,
     residual: bool,
     demanded: bool,
@@ -148,8 +153,10 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and dresidual, each without elements where it is not wanted."""
     given = Tensors(x, mask, None, None, None, None)
-    (there, mask, *_), decision = _arrange(given, axes, size, activation, demanded)
-    options = config.Options(virtual_batch_size=size, activation=activation)
+    options = config.Options(
+        virtual_batch_size=size, activation=activation, padded_output=padded_output
+    )
+    (there, mask, *_), decision = _arrange(given, axes, options, demanded)
     done = KernelStep(decision, None, None, (), options, batch, update=False, residual=residual)
     gate = None if y is None else like(y, there, decision)
     rows = Rows(like(dy, there, decision), there, gate, mask)
@@ -189,6 +196,7 @@ class _Saved(NamedTuple):
     axes: Sequence[int]
     size: int | None
     activation: str | None
+    padded_output: str
     batch: bool
     residual: bool
     demanded: bool
@@ -197,8 +205,9 @@ class _Saved(NamedTuple):
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, mask, weight, bias, residual, _, _, axes, size, _, activation, batch, demanded = inputs
+    x, mask, weight, bias, residual, _, _, axes, size, _, *options, batch, demanded = inputs
     y, kept = output
+    activation, padded_output = options
     # With a residual only y tells the sign of the activation's input.
     gate = y if activation is not None and residual is not None else None
     ctx.save_for_backward(x, gate, mask, kept)
@@ -207,6 +216,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         axes,
         size,
         activation,
+        padded_output,
         batch,
         residual is not None,
         demanded,
@@ -219,18 +229,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 def _differentiate(ctx: Any, dy: Tensor, _kept: Any) -> tuple[Any, ...]:
     saved: _Saved = ctx.saved
     wants_x, _, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:5]
-    gated = saved.activation is not None
+    x, y, mask, kept = ctx.saved_tensors
+    options = config.Options(activation=saved.activation, padded_output=saved.padded_output)
+    changed = changes_dy(options, mask is not None)
     wanted = Wanted(
         wants_x,
         saved.weight_type if wants_weight else None,
         saved.bias_type if wants_bias else None,
-        wants_residual and gated,
+        wants_residual and changed,
     )
-    x, y, mask, kept = ctx.saved_tensors
-    found = _gradient(dy, x, y, mask, kept, *saved[:6], *wanted)
+    found = _gradient(dy, x, y, mask, kept, *saved[:7], *wanted)
     pairs = zip(found, wanted, strict=True)
     dx, dweight, dbias, dresidual = (a if is_wanted else None for a, is_wanted in pairs)
-    if wants_residual and not gated:
+    if wants_residual and not changed:
         dresidual = dy
     gradients = (dx, None, dweight, dbias, dresidual)
     return (*gradients, *(None,) * (ctx.inputs - len(gradients)))
@@ -242,8 +253,7 @@ _step.register_autograd(_differentiate, setup_context=_keep)
 def _arrange(
     tensors: Tensors,
     axes: Sequence[int],
-    size: int | None,
-    activation: str | None,
+    options: config.Options,
     demanded: bool,
 ) -> tuple[Tensors, Decision]:
     """The tensors in memory that suits the kernels; raises if none serves them in this process."""
@@ -251,9 +261,10 @@ def _arrange(
     decision = decide(
         (x.shape, x.stride(), x.dtype, x.device.type),
         tuple(axes),
-        size,
+        options.virtual_batch_size,
         False,
-        activation,
+        options.activation,
+        options.zero_padding,
         None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
         demanded,
     )
@@ -262,7 +273,7 @@ def _arrange(
             f"batchnorm: a graph was compiled for kernels that do not serve it here: "
             f"{decision.refusal}. Compile it again in this process."
         )
-    return arrange(tensors, decision, activation)
+    return arrange(tensors, decision, options)
 
 
 def _laid_like(a: Tensor, x: Tensor) -> Tensor:

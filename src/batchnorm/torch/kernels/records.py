@@ -100,4 +100,9 @@ class Wanted(NamedTuple):
     x: bool
     weight: torch.dtype | None
     bias: torch.dtype | None
-    residual: bool  # where an activation comes between; otherwise it is dy
+    residual: bool  # where it is not dy itself (`changes_dy`)
+
+
+def changes_dy(options: config.Options, masked: bool) -> bool:
+    """True if a step's residual gets another gradient than dy (S4, S18)."""
+    return options.activation is not None or (masked and options.zero_padding)

@@ -54,6 +54,8 @@ def differentiable_backward(
         reduced = tuple(a for a in range(x.dim()) if a not in layout.channel_axes)
         total = XP.sum(select(real, dy.to(work), 0.0, XP), axis=reduced, keepdims=False)
         dbias = total.to(ctx.bias_type)
+    if step.options.zero_padding:
+        dy = select(real, dy, 0.0, XP)
     return dx, dweight, dbias, dy if wants_residual else None, None
 
 
@@ -69,7 +71,7 @@ def _replay(passes: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tenso
     affine = Affine(gamma=layout.expand(None if weight is None else weight.to(x.dtype), XP))
     if not step.batch:
         var = 1.0 / row("rstd") ** 2 - options.eps
-        return normalize_running(x, row("mean"), var, mask, affine, eps=options.eps, xp=XP)
+        return normalize_running(x, row("mean"), var, mask, affine, options, xp=XP)
     if ctx.renorm:
         affine = affine._replace(r=row("r"), d=row("d"))
     split, real = layout.split(x, XP), layout.split(mask, XP)
@@ -79,14 +81,5 @@ def _replay(passes: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tenso
         centred = recentre(split, real, merge.moments(centred), XP)
     # An empty group has padded rows only, and no gradient depends on their values.
     fallback = (torch.zeros_like(centred.power), torch.ones_like(centred.power))
-    z = normalize_batch(
-        split,
-        centred,
-        real,
-        affine,
-        fallback,
-        eps=options.eps,
-        correction=options.correction,
-        xp=XP,
-    )
+    z = normalize_batch(split, centred, real, affine, fallback, options, xp=XP)
     return layout.merge(z, XP)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from batchnorm.core import config
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
 from batchnorm.torch.call import Tensors
@@ -39,12 +40,12 @@ def find_passes(decision: Decision) -> Any:
 
 
 def arrange(
-    tensors: Tensors, decision: Decision, activation: str | None
+    tensors: Tensors, decision: Decision, options: config.Options
 ) -> tuple[Tensors, Decision]:
     """The tensors in memory that suits the kernels, and the decision about that."""
     x, mask, weight, bias, residual, running = tensors
     if decision.plan is None:
-        x, mask, decision = rearrange(x, mask, decision, activation)
+        x, mask, decision = rearrange(x, mask, decision, (options.activation, options.zero_padding))
     if mask is not None:
         assert decision.mask_shape is not None
         mask = mask.view(decision.mask_shape)

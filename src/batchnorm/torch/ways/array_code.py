@@ -34,7 +34,7 @@ def run(call: Call) -> Tensor:
     if call.by_batch:
         return _by_batch(call, inputs)
     assert running is not None
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not call.options.zero_padding:
         inputs = inputs._replace(mask=None)  # it matters to gradients only
     wide = _in(running, work)
     return forward_running(inputs, wide, layout, call.options, xp=XP).to(x.dtype)

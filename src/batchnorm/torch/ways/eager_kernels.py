@@ -48,7 +48,7 @@ def run(call: Call) -> Tensor:
     """y by the kernels."""
     assert call.decision is not None
     options, again = call.options, call.again is True
-    tensors, decision = arrange(call.tensors, call.decision, options.activation)
+    tensors, decision = arrange(call.tensors, call.decision, options)
     x, mask, weight, bias, residual, running = tensors
     passes = find_passes(decision)
     step = KernelStep(

@@ -10,7 +10,7 @@ from keras.src.models.functional import Functional  # has no public name
 
 from batchnorm.keras.layers import BatchNormalization, SyncBatchNormalization
 from batchnorm.keras.masked import MaskedBatchNormalization
-from batchnorm.tools.frameworks.affine import Affine, affine_of
+from batchnorm.tools.frameworks.affine import Affine, affine_of, refuse_zeroing
 from batchnorm.tools.frameworks.keras import linear_maps as maps
 from batchnorm.tools.frameworks.keras.states import is_batch_norm, take_state
 from batchnorm.tools.frameworks.records import Folded, FoldedModel, FoundLayer, Kept
@@ -162,7 +162,8 @@ class _Graph:
             return f"it is used in {self._uses(norm)} places"
         if not isinstance(norm.axis, int) and len(norm.axis) != 1:
             return "it normalizes several channel axes"
-        return None
+        reason = refuse_zeroing(norm)
+        return None if reason is None else f"it {reason}"
 
     def _before(self, node: Any) -> tuple[Any, str]:
         """The linear map before a batch norm that can take it, or None with the reason."""

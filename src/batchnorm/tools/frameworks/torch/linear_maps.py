@@ -11,7 +11,7 @@ from torch.nn import functional
 from batchnorm.core.errors import naming
 from batchnorm.core.fold import Folded
 from batchnorm.core.layout import normalize_axis
-from batchnorm.tools.frameworks.affine import Affine, into_next, into_previous
+from batchnorm.tools.frameworks.affine import Affine, into_next, into_previous, refuse_zeroing
 from batchnorm.tools.frameworks.torch.states import is_batch_norm, take_state
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
@@ -120,7 +120,7 @@ def refuse_norm(module: Any) -> str | None:
         return "keeps no running statistics, so that it evaluates by the batch's"
     if module.training and not getattr(module, "frozen", False) and type(module) in _NORMS:
         return "is in training mode; call eval() first"
-    reason = refuse_module(module)
+    reason = refuse_zeroing(module) or refuse_module(module)
     return None if reason is None else f"it {reason}"
 
 

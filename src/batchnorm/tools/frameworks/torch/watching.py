@@ -19,7 +19,8 @@ from batchnorm.tools.frameworks.records import FoundLayer, Observation
 from batchnorm.tools.measure import measure
 from batchnorm.torch import checks, jagged
 from batchnorm.torch.layers import BatchNorm
-from batchnorm.torch.masking import find_block, mask_in
+from batchnorm.torch.masking import mask_in
+from batchnorm.torch.masks.blocks import find_block
 from batchnorm.torch.namespace import XP
 
 
@@ -54,7 +55,7 @@ def _before_call(
     with naming(type(layer).__name__):
         axes = normalize_axis(getattr(layer, "axis", 1), x.dim())
         if mask is None and isinstance(layer, BatchNorm):
-            mask = mask_in(find_block(), x, axes)
+            mask = mask_in(find_block(), x, axes, layer)
         if x.layout is torch.jagged:
             x, mask = jagged.real_values(x, mask)
             axes = tuple(a - 1 for a in axes)

@@ -1,0 +1,1 @@
+"""Masks that travel: the blocks that give them, and the masks at other resolutions."""
