@@ -25,7 +25,7 @@ class Model(keras.Model):
         stride: of the second convolution.
     """
 
-    def __init__(self, norm: type, mend: bool, stride: int) -> None:
+    def __init__(self, norm: Any, mend: bool, stride: int) -> None:
         super().__init__()
         self.supports_masking = True
         self.mend = mend

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import batchnorm.jax
 from batchnorm.tools import find_leaks, inspect
 from batchnorm.tools.inspection.leaks import Leaks
-from batchnorm.torch import BatchNorm1d, BatchNorm2d
+from batchnorm.torch import BatchNorm1d, BatchNorm2d, padding_mask
 
 CHANNELS = 8
 LENGTHS = torch.tensor([41, 30, 17, 5])
@@ -162,6 +162,29 @@ def test_one_unsealed_place_is_found(stride: int) -> None:
     assert [leak.name for leak in leaks.leaks] == ["second"]
     assert leaks.leaks[0].norm == "norm"
     assert leaks.sensitive == ()
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (10, 5, 0), (8, 4, 4)])
+def test_zeros_at_padding_mend_what_a_strided_model_leaks(
+    kernel: int, stride: int, padding: int
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(8, 8, 3, padding=1), BatchNorm1d(8), nn.SiLU(),
+        nn.Conv1d(8, 8, kernel, stride, padding), BatchNorm1d(8), nn.SiLU(),
+        nn.Conv1d(8, 8, 3, padding=1),
+    )  # fmt: skip
+
+    def run(model: nn.Module, x: Tensor, mask: Tensor) -> None:
+        with padding_mask(mask, follow=model, padded_output="zero"):
+            model(x)
+
+    randomize(model)
+    found = find_leaks(model, make_batch(), MASK, more=40)
+    assert {leak.norm for leak in found.leaks} <= {"1", "4"}
+    assert "6" in {leak.name for leak in found.leaks}
+    mended = find_leaks(model, make_batch(), MASK, more=40, run=run)
+    assert mended.ok, str(mended)
 
 
 class Patches(nn.Module):
@@ -575,6 +598,13 @@ def test_nnx_models(norm: Any, mend: bool) -> None:
     after = nnx.to_pure_dict(nnx.state(model))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, before, after))
     assert norm.__call__ is original
+
+
+def test_zeros_at_padding_mend_a_leak_of_nnx() -> None:
+    def zeroed(size: int, rngs: nnx.Rngs) -> Any:
+        return batchnorm.jax.BatchNorm(size, padded_output="zero", rngs=rngs)
+
+    assert find_leaks(Jax(zeroed, mend=False), *make_jax_batch()).ok
 
 
 def test_what_jax_compiles_is_part_of_the_layer_around_it() -> None:

@@ -84,9 +84,9 @@ def write(values: Any, like: Any) -> Any:
 
 
 def run(model: nn.Module, batch: Any, mask: Any) -> None:
-    """As `Adapter.run`; this library's layers get the mask by `padding_mask`."""
+    """As `Adapter.run`; this library's layers get the mask by `padding_mask`, which follows."""
     given = {"mask": mask} if "mask" in inspect.signature(model.forward).parameters else {}
-    with padding_mask(torch.as_tensor(mask) != 0, rescale="any"):
+    with padding_mask(torch.as_tensor(mask) != 0, rescale="any", follow=model):
         if isinstance(batch, dict):
             model(**{**given, **batch})
         else:

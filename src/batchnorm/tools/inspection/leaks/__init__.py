@@ -53,10 +53,11 @@ def find_leaks(
             0, at real positions (S1). Padding is added behind the end, whatever the mask.
         run: function of model, batch and mask that calls the model. The default passes the mask as
             `mask=` if the model's call has such an argument; torch models run inside
-            `padding_mask(mask, rescale="any")` as well. Keras's functional and sequential models
-            get none: they make their masks themselves.
+            `padding_mask(mask, rescale="any", follow=model)` as well. Keras's functional and
+            sequential models get none: they make their masks themselves.
         more: positions that are added along each padded axis; None for half as much again, in
-            steps of 32.
+            steps of 32, or along a single long axis of 96, 480 or 960. Strides that divide it are
+            recognized exactly.
         axes: the padded axes of the batch's arrays, where their sizes leave it open.
         multiple: the model takes sizes that are multiples of this only, as a U-Net does.
         fill: the value of padding in the batch.

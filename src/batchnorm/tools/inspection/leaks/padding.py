@@ -16,7 +16,9 @@ from batchnorm.tools.inspection.leaks.resolution import Sizes
 
 __all__ = ["Padded", "pad_batch"]
 
-_STEP = 32  # padding by whole blocks: the strides of most models divide it
+# Padding by whole blocks: a stride that divides it is known exactly. Long signals have strides
+# such as 20 (spectrograms) or 320 (waveforms); more than one padded axis would grow too much.
+_STEPS = ((1920, 960), (320, 480), (96, 96), (0, 32))
 _SPREAD = 3.0  # deviations of the values that fill padding in the second probe
 
 
@@ -58,7 +60,7 @@ def pad_batch(
     flat = whole.ndim == 1  # rows of no sample in particular
     real = (whole != 0).reshape(1, -1) if flat else _squeeze(whole != 0)
     before = tuple(_crop(real, axis, multiple) for axis in range(1, real.ndim))
-    extra = [_extra(size, more, multiple) for size in before]
+    extra = [_extra(size, more, multiple, len(before)) for size in before]
     after = tuple(size + e for size, e in zip(before, extra, strict=True))
     cut = (slice(None), *(slice(0, size) for size in before))
     real = real[cut]
@@ -102,12 +104,13 @@ def _crop(real: Any, axis: int, multiple: int) -> int:
     return size
 
 
-def _extra(size: int, more: int | None, multiple: int) -> int:
+def _extra(size: int, more: int | None, multiple: int, axes: int) -> int:
     """By default half as much again, so that strides and averages over all positions show."""
-    step = math.lcm(_STEP, multiple)
-    wanted = max(1, size / 2 / step) * step if more is None else more
-    step = step if more is None else multiple
-    return math.ceil(wanted / step) * step
+    if more is not None:
+        return math.ceil(more / multiple) * multiple
+    step = next(step for least, step in _STEPS if size >= least)
+    step = math.lcm(step if axes == 1 else _STEPS[-1][1], multiple)
+    return max(1, math.ceil(size / 2 / step)) * step
 
 
 class _Arrays:

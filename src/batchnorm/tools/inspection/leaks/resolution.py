@@ -122,9 +122,11 @@ def _scale(real: Any, along: int, axis: Axis, margin: bool = False) -> Any:
 def _count(lengths: Any, long: int, axis: Axis) -> Any:
     """The number of real positions of samples of these lengths."""
     stride = axis.stride
-    if axis.size * stride > long:  # the last position is partly padding, or beyond the input
-        counts = np.floor(lengths / stride + 1e-6)
-    else:  # a map without padding: its last position is real if all of the input is
-        counts = np.floor(axis.size - (long - lengths) / stride + 1e-6)
     whole = stride == round(stride) or 1 / stride == round(1 / stride)
-    return np.where(lengths > 0, counts if whole else counts - 1, 0).astype(np.int64)
+    margin = 0 if whole else 1
+    if axis.size * stride > long:  # the last position is partly padding, or beyond the input
+        counts = np.floor(lengths / stride + 1e-6) - margin
+    else:  # a map without padding: its last position is real if all of the input is
+        counts = np.floor(axis.size - (long - lengths) / stride + 1e-6) - margin
+        counts = np.where(lengths == long, axis.size, counts)
+    return np.where(lengths > 0, counts, 0).astype(np.int64)
