@@ -462,6 +462,28 @@ def test_mappings_and_nested_batches_are_padded_with_their_masks() -> None:
     assert find_leaks(model, {"x": make_batch(), "mask": MASK}, MASK, more=7).ok
 
 
+def test_padding_is_filled_as_the_batch_is() -> None:
+    def read(model: nn.Module, batch: Any, mask: Tensor) -> None:
+        seen.append(batch)
+        model(batch[0])
+
+    noise = torch.randn(4, 48, generator=torch.Generator().manual_seed(0))
+    batch = (
+        make_batch().where(MASK[:, None], -3.0),
+        torch.full((4, 48), 9).where(~MASK, 1),
+        noise,
+    )
+    for fill, expected in ((None, [-3.0, 9, 0.0]), (2.0, [2.0, 2, 2.0])):
+        seen: list[Any] = []
+        find_leaks(nn.Conv1d(8, 8, 1), batch, MASK, run=read, more=8, fill=fill)
+        assert [float(array[..., -1].unique()) for array in seen[2]] == expected
+
+
+def test_what_is_cropped_to_a_multiple_is_padding() -> None:
+    assert find_leaks(Sealed(), make_batch(), MASK, multiple=16).ok
+    assert find_leaks(Sealed(), {"x": make_batch(), "mask": MASK}, MASK, multiple=16).ok
+
+
 def test_sizes_are_multiples_where_the_model_needs_that() -> None:
     leaks = find_leaks(nn.Conv1d(8, 8, 1), make_batch(), MASK, multiple=16)
     assert (leaks.before, leaks.after) == ((32,), (64,))

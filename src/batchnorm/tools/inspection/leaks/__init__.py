@@ -28,7 +28,7 @@ def find_leaks(
     more: int | None = None,
     axes: Sequence[int] | None = None,
     multiple: int = 1,
-    fill: float = 0.0,
+    fill: float | None = None,
     training: bool = True,
     tolerance: float | None = None,
 ) -> Leaks:
@@ -60,7 +60,8 @@ def find_leaks(
             recognized exactly.
         axes: the padded axes of the batch's arrays, where their sizes leave it open.
         multiple: the model takes sizes that are multiples of this only, as a U-Net does.
-        fill: the value of padding in the batch.
+        fill: the value of padding. None takes, for each array, the one that all of its padding
+            holds, such as a padding token, and else 0.
         training: try the statistics of the batch too, if the model has batch norms.
         tolerance: largest difference, relative to the root mean square of a layer's real outputs
             plus the value itself, that counts as rounding. None derives it from the model's

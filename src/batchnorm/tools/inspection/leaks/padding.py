@@ -43,7 +43,7 @@ def pad_batch(
     more: int | None,
     axes: Sequence[int] | None,
     multiple: int,
-    fill: float,
+    fill: float | None,
 ) -> Padded:
     """The batch without columns that are padding in all samples, and a way to add columns.
 
@@ -54,7 +54,7 @@ def pad_batch(
         more: positions that the second run has more along each padded axis.
         axes: padded axes of the batch's arrays, where sizes leave them open.
         multiple: sizes that the model takes are multiples of this.
-        fill: value of the padding.
+        fill: value of the padding; None for the one that the batch's padding holds.
     """
     whole = _read_mask(adapter, mask)
     flat = whole.ndim == 1  # rows of no sample in particular
@@ -65,7 +65,7 @@ def pad_batch(
     cut = (slice(None), *(slice(0, size) for size in before))
     real = real[cut]
     full = tuple(whole.shape if flat else _squeeze(whole).shape[1:])
-    found = _Arrays(adapter, whole, full, flat, axes, fill)
+    found = _Arrays(adapter, whole, (full, before), axes, fill)
     found.check(batch)
 
     def make(sizes: tuple[int, ...], other: bool) -> tuple[Any, Any]:
@@ -120,13 +120,15 @@ class _Arrays:
         self,
         adapter: Adapter,
         mask: Any,
-        full: tuple[int, ...],
-        flat: bool,
+        sizes: tuple[tuple[int, ...], tuple[int, ...]],
         axes: Sequence[int] | None,
-        fill: float,
+        fill: float | None,
     ) -> None:
-        self._adapter, self._mask, self._full = adapter, mask, full
-        self._flat, self._fill = flat, fill
+        """`sizes`: those of the padded axes as they are, and cropped."""
+        self._adapter, self._mask, self._fill = adapter, mask, fill
+        self._full, self._cropped = sizes
+        self._flat = mask.ndim == 1
+        self._real = (mask != 0).reshape(self._full if self._flat else (len(mask), *self._full))
         self._axes = None if axes is None else tuple(axes)
 
     def check(self, batch: Any) -> None:
@@ -154,19 +156,28 @@ class _Arrays:
         axes = self._find_in_mask() if is_mask else self._find(seen.values.shape)
         if not axes:
             return batch
-        values = _fill(seen.values, axes, sizes, self._fill if not is_mask else 0)
+        fill = 0 if is_mask else self._find_fill(seen.values, axes)
+        values = self._fit(seen.values, axes, sizes, fill)
         if other and not is_mask:
-            values = _scatter(values, self._padding(axes, values.shape, sizes))
+            real = self._fit(self._real, range(self._real.ndim)[-len(sizes) :], sizes, False)
+            values = _scatter(values, self._padding(real, axes, values.shape))
         return self._adapter.write(values, batch)
 
-    def _padding(self, axes: Sequence[int], shape: tuple[int, ...], sizes: Sequence[int]) -> Any:
-        """True where an array of this shape is padding."""
-        real = self._mask.reshape(self._mask.shape[:1] + (() if self._flat else self._full)) != 0
-        if self._flat:
-            real = _fill(real, (0,), sizes, 0)
-            along: tuple[int, ...] = (0,)
-        else:
-            real = _fill(real, range(1, real.ndim), sizes, 0)
+    def _fit(self, values: Any, axes: Sequence[int], sizes: Sequence[int], fill: Any) -> Any:
+        """Values at these sizes; what was cropped does not come back."""
+        return _resize(_resize(values, axes, self._cropped, fill), axes, sizes, fill)
+
+    def _find_fill(self, values: Any, axes: Sequence[int]) -> Any:
+        """The value that all padding of an array holds, else 0."""
+        if self._fill is not None:
+            return self._fill
+        held = values[self._padding(self._real, axes, values.shape)]
+        return held[0] if held.size and (held == held[0]).all() else 0
+
+    def _padding(self, real: Any, axes: Sequence[int], shape: tuple[int, ...]) -> Any:
+        """True where an array of this shape is padding, `real` being its mask (N, *padded axes)."""
+        along = tuple(axes)
+        if not self._flat:
             others = [a for a in range(len(shape)) if a not in axes and shape[a] == len(real)]
             if not others:
                 return np.zeros(shape, bool)
@@ -174,8 +185,7 @@ class _Arrays:
         spread = [1] * len(shape)
         for axis, size in zip(along, real.shape, strict=True):
             spread[axis] = size
-        order = np.argsort(along)
-        return np.broadcast_to(~real.transpose(order).reshape(spread), shape)
+        return np.broadcast_to(~real.transpose(np.argsort(along)).reshape(spread), shape)
 
     def _arrays(self, batch: Any) -> list[tuple[Any, Any]]:
         if isinstance(batch, Mapping):
@@ -224,7 +234,7 @@ class _Arrays:
         return chosen[0] if chosen else ()
 
 
-def _fill(values: Any, axes: Sequence[int], sizes: Sequence[int], fill: float) -> Any:
+def _resize(values: Any, axes: Sequence[int], sizes: Sequence[int], fill: Any) -> Any:
     """The values cropped or padded at the end of each axis."""
     cut = [slice(None)] * values.ndim
     widths = [(0, 0)] * values.ndim
