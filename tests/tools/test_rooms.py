@@ -16,7 +16,7 @@ ROOT = Path(batchnorm.tools.__file__).parent
 TOP = "batchnorm.tools"
 FRAMEWORKS = ("torch", "jax", "flax", "keras", "tensorflow", "equinox")
 VERBS = {"inspect": "inspection", "recalibrate": "recalibration"}
-VERBS |= {"fold": "folding", "transfer": "transferring"}
+VERBS |= {"fold": "folding", "transfer": "transferring", "find_leaks": "inspection.leaks"}
 FOLDERS = tuple(f"{TOP}.frameworks.{name}" for name in ("torch", "nnx", "keras"))
 
 
@@ -108,6 +108,7 @@ def test_looking_for_layers_imports_the_framework_in_use_only() -> None:
 @pytest.mark.parametrize("order", list(itertools.permutations(("function", "module", "inner"))))
 def test_verbs_are_functions_in_every_order_of_imports(order: tuple[str, ...]) -> None:
     inner = {"inspect": "report", "recalibrate": "report", "fold": "report", "transfer": "sides"}
+    inner |= {"find_leaks": "report"}
     code = ""
     for verb, home in VERBS.items():
         statements = {

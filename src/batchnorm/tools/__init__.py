@@ -7,6 +7,7 @@ from typing import Any
 
 # A submodule of the same name would replace the function once it is imported.
 _HOME = {
+    "find_leaks": "batchnorm.tools.inspection.leaks",
     "fold": "batchnorm.tools.folding",
     "inspect": "batchnorm.tools.inspection",
     "recalibrate": "batchnorm.tools.recalibration",

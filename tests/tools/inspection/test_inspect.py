@@ -215,7 +215,7 @@ def test_model_without_batch_norms_is_an_empty_report() -> None:
         (
             {"call": without_mask},
             ValueError,
-            "inspect: call and mask are for batches; got no",
+            "inspect: call, mask and leaks are for batches; got no",
         ),
         ({"model": "model.pt", "batches": [1]}, ValueError, "a checkpoint cannot run batches"),
     ],

@@ -6,11 +6,11 @@ import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_checker import Checker
 from rich.console import Console
 
 from batchnorm.core.moments import Moments
@@ -23,7 +23,6 @@ from batchnorm.tools.inspection.thresholds import Thresholds
 from batchnorm.tools.state import BatchNormState
 
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[31m\u202e[red]\ud800"
-VOID = {"meta"}
 
 
 def make_layer(name: str, *, observed: bool = True, **fields: object) -> LayerReport:
@@ -42,40 +41,6 @@ def make_layer(name: str, *, observed: bool = True, **fields: object) -> LayerRe
 
 def make_report(*layers: LayerReport, source: str = "Net") -> Report:
     return Report(source, layers, Thresholds(), batches=2)
-
-
-class Checker(HTMLParser):
-    """Records the elements of a page, their texts and their references."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[str] = []
-        self.links: set[str] = set()
-        self.ids: set[str] = set()
-        self.texts: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(tag)
-        given = {name: value or "" for name, value in attrs}
-        self.links.add(given.get("href", given.get("src", "")))
-        self.ids.add(given.get("id", ""))
-        assert not any(name.startswith("on") for name in given)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 REPORTS = {

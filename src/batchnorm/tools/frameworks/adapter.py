@@ -7,10 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
+from batchnorm.tools.frameworks.records import (
+    Called,
+    FoldedModel,
+    FoundLayer,
+    Framework,
+    Observation,
+    Values,
+)
 from batchnorm.tools.state import BatchNormState
 
-__all__ = ["Adapter", "ArrayTree", "Judge", "States"]
+__all__ = ["Adapter", "ArrayTree", "Follower", "Judge", "States"]
 
 Pairs = Sequence[tuple[str, str]] | None
 
@@ -43,6 +50,16 @@ class States(Protocol):
         Raises:
             ValueError: it does not fit; the layer is unchanged.
         """
+
+
+class Follower(Protocol):
+    """Sees the arrays that go into and come out of every layer, and may replace them."""
+
+    def enter(self, layer: Called, arrays: list[Any]) -> list[Any]:
+        """Take the arrays that a layer is called with, and return those that it gets."""
+
+    def leave(self, layer: Called, arrays: list[Any]) -> list[Any]:
+        """Take the arrays that a layer returns, and return those that its caller gets."""
 
 
 class Adapter(Protocol):
@@ -100,6 +117,28 @@ class Adapter(Protocol):
         self, layers: Sequence[FoundLayer], see: Callable[[Observation], None]
     ) -> AbstractContextManager[None]:
         """Call `see` before every call of one of the layers; see `tools.observe`."""
+
+    @abstractmethod
+    def follow(self, model: Any, follower: Follower, seed: int) -> AbstractContextManager[None]:
+        """Show a follower every eager call of every layer of a model, the model itself included.
+
+        Args:
+            model: a model of this framework.
+            follower: sees the calls.
+            seed: the framework's random numbers begin here inside, and go on as before behind.
+        """
+
+    @abstractmethod
+    def read(self, array: Any) -> Values | None:
+        """The values of an array; None for what is none, or has no values yet (a tracer)."""
+
+    @abstractmethod
+    def write(self, values: Any, like: Any) -> Any:
+        """NumPy values as an array of the type, and on the device, of another."""
+
+    @abstractmethod
+    def run(self, model: Any, batch: Any, mask: Any) -> None:
+        """Run a model on a batch with its mask, where its call takes one."""
 
     def call(self, model: Any, batch: Any) -> None:
         """Run a model on an array, or on a mapping of keyword arguments."""

@@ -9,7 +9,16 @@ from typing import Any, Literal, NamedTuple
 from batchnorm.core.moments import Moments
 from batchnorm.tools.state import BatchNormState
 
-__all__ = ["Folded", "FoldedModel", "FoundLayer", "Framework", "Kept", "Observation"]
+__all__ = [
+    "Called",
+    "Folded",
+    "FoldedModel",
+    "FoundLayer",
+    "Framework",
+    "Kept",
+    "Observation",
+    "Values",
+]
 
 Framework = Literal["torch", "nnx", "keras"]
 
@@ -58,6 +67,32 @@ class Observation:
             padded: count padding as if it were real.
         """
         return self.measure(self.x, None if padded else self.mask, self.axes)
+
+
+class Called(NamedTuple):
+    """A layer of any kind that is called.
+
+    Attributes:
+        name: its path in the model, as the framework spells it; empty for the model itself.
+        kind: the name of its class.
+        norm: it is a batch norm.
+    """
+
+    name: str
+    kind: str
+    norm: bool
+
+
+class Values(NamedTuple):
+    """An array of a framework, in NumPy.
+
+    Attributes:
+        values: a copy; half types as float32.
+        dtype: the name of the array's own type.
+    """
+
+    values: Any
+    dtype: str
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,11 +12,12 @@ from batchnorm.tools.frameworks.records import FoundLayer
 from batchnorm.tools.frameworks.switch import adapter_for
 from batchnorm.tools.inspection.findings import Finding
 from batchnorm.tools.inspection.health import judge
+from batchnorm.tools.inspection.leaks import Leaks, find_leaks
 from batchnorm.tools.inspection.quantities import Observed, derive
 from batchnorm.tools.inspection.records import LayerReport
 from batchnorm.tools.inspection.report import Report
 from batchnorm.tools.inspection.thresholds import Thresholds
-from batchnorm.tools.inspection.watch import Mask, Watch
+from batchnorm.tools.inspection.watch import Mask, Watch, note_leaks
 from batchnorm.tools.models import find_layers
 from batchnorm.tools.observe import Batches, run_watched
 from batchnorm.tools.state import BatchNormState
@@ -31,6 +33,7 @@ def inspect(
     *,
     call: Callable[[Any, Any], Any] | None = None,
     mask: Mask | None = None,
+    leaks: bool = False,
     thresholds: Thresholds | None = None,
     progress: bool = True,
     limit: int = DEFAULT_LIMIT,
@@ -56,6 +59,9 @@ def inspect(
         mask: function of a batch that returns its mask (S1). It is for layers that the model
             calls without a mask, to tell which rows they count by mistake; the model does not
             get it.
+        leaks: search for layers through which padding reaches real positions, on the first batch,
+            as `find_leaks` does; needs `mask`, which must be the mask that the batch holds, if it
+            holds one.
         thresholds: limits beyond which a number becomes a finding; None for the defaults.
         progress: show a bar where rich is installed and standard error is a terminal.
         limit, seconds: bounds for reading a checkpoint, as in `read_checkpoint`.
@@ -66,7 +72,7 @@ def inspect(
     Raises:
         TypeError: not a model, or batches that need `call`.
         ValueError: a checkpoint with batches; no batch; a Keras model that runs its layers in a
-            graph.
+            graph; `leaks` without batches and a mask, or what `find_leaks` raises.
         CheckpointError: a ValueError; the file cannot be read.
 
     Source: S1, S2, S10, S14.
@@ -82,17 +88,39 @@ def inspect(
     layers = find_layers(model)
     source = type(model).__name__
     if batches is None:
-        if call is not None or mask is not None:
-            raise ValueError(f"{_OWNER}: call and mask are for batches; got no batches.")
+        if call is not None or mask is not None or leaks:
+            raise ValueError(f"{_OWNER}: call, mask and leaks are for batches; got no batches.")
         return Report(source, tuple(_report(found.state, limits) for found in layers), limits)
+    found_leaks = None
+    if leaks:
+        found_leaks, batches = _search(model, batches, call, mask)
     watch = Watch(mask)
+    if found_leaks is not None:
+        note_leaks(watch, found_leaks)
     given = Batches(_OWNER, batches, call, "inspecting" if progress else None)
     count = _run(model, layers, given, watch) if layers else 0
     reports = [
         _report(found.state, limits, watch.observed(found.name), watch.notes(found.name))
         for found in layers
     ]
-    return Report(source, tuple(reports), limits, count)
+    return Report(source, tuple(reports), limits, count, leaks=found_leaks)
+
+
+def _search(
+    model: Any,
+    batches: Iterable[Any],
+    call: Callable[[Any, Any], Any] | None,
+    mask: Mask | None,
+) -> tuple[Leaks, Iterable[Any]]:
+    """The leaks that the first batch shows, and all batches."""
+    if mask is None:
+        raise ValueError(f"{_OWNER}: leaks needs mask, a function of a batch; got none.")
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError(f"{_OWNER}: batches must yield at least one batch; it was empty.")
+    run = None if call is None else lambda model, batch, _: call(model, batch)
+    return find_leaks(model, first, mask(first), run=run), itertools.chain([first], rest)
 
 
 def _inspect_file(

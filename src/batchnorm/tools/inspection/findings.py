@@ -71,6 +71,18 @@ EXPLANATIONS = {
         "The layer was given NaN or inf at real rows.",
         "Look for the cause in the layers before it.",
     ),
+    "padding-read": Explanation(
+        "Padding that comes back",
+        "The layer puts out values other than 0 at padding, and a layer behind it reads them: real "
+        "outputs depend on the amount of padding, in evaluation too.",
+        'Let it put out zeros there: padded_output="zero". Or multiply the input of the layer '
+        "behind it by the mask.",
+    ),
+    "padding-in-batch": Explanation(
+        "Padding in the batch's statistics",
+        "In training, real outputs depend on the amount of padding.",
+        "Pass the mask to the layer.",
+    ),
     "dead-channels": Explanation(
         "Dead channels",
         "The channel hardly varies: its variance is small against eps. Evaluation multiplies any "

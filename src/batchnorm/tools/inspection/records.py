@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.tools.inspection.findings import EXPLANATIONS, Finding
+from batchnorm.tools.inspection.leaks.records import LeakFindings
 from batchnorm.tools.inspection.quantities import Drift, Observed, Quantities
 from batchnorm.tools.inspection.thresholds import Thresholds
 from batchnorm.tools.state import BatchNormState
@@ -107,6 +108,7 @@ class Findings:
     limits: Thresholds
     batches: int = 0
     notes: tuple[str, ...] = ()
+    leaks: LeakFindings | None = None
 
     @property
     def errors(self) -> tuple[LayerReport, ...]:
@@ -120,8 +122,8 @@ class Findings:
 
     @property
     def ok(self) -> bool:
-        """True if no layer has an error."""
-        return not self.errors
+        """True if no layer has an error, and none leaks."""
+        return not self.errors and (self.leaks is None or self.leaks.ok)
 
     @property
     def channels(self) -> int:
@@ -152,6 +154,7 @@ class Findings:
             "notes": list(self.notes),
             "thresholds": asdict(self.limits),
             "layers": [layer.to_dict(per_channel=per_channel) for layer in self.layers],
+            **({} if self.leaks is None else {"leaks": self.leaks.to_dict()}),
         }
 
     def summarize(self) -> str:
@@ -171,6 +174,7 @@ class Findings:
                 name = printable(layer.name or layer.state.kind)
                 lines.append(f"  {finding.level:<7}  {name}: {finding.message}")
         lines += [f"  note     {printable(note)}" for note in self.notes]
+        lines += [] if self.leaks is None else [str(self.leaks)]
         return "\n".join(lines)
 
 

@@ -26,6 +26,8 @@ class Report(Findings):
         limits: the thresholds that were applied.
         batches: number of batches that were run.
         notes: other remarks on a file, such as arrays that look like a layer but are none.
+        leaks: layers of any kind through which padding reaches real positions; None if they were
+            not searched for.
     """
 
     def to_json(self, *, per_channel: bool = False) -> str:

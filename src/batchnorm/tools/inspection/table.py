@@ -35,6 +35,8 @@ def make_table(report: Findings) -> RenderableType:
         if any(finding.level != "note" for _, finding in pairs):
             parts.append(_make_kind(code, pairs))
     parts += [Text(f"note: {printable(note)}", style=_STYLES["note"]) for note in report.notes]
+    if report.leaks is not None:
+        parts.append(Text(str(report.leaks), style=_STYLES["ok" if report.leaks.ok else "warning"]))
     level = "error" if report.errors else "warning" if report.warnings else "ok"
     parts.append(Text(report.summarize(), style=_STYLES[level]))
     return Group(*parts)

@@ -12,11 +12,13 @@ from batchnorm.core.layout import make_layout
 from batchnorm.core.moments import Moments
 from batchnorm.tools.frameworks.records import Observation
 from batchnorm.tools.frameworks.switch import adapter_for
-from batchnorm.tools.inspection.findings import Finding
+from batchnorm.tools.inspection.findings import Finding, Level
+from batchnorm.tools.inspection.leaks.records import LeakFindings
 from batchnorm.tools.inspection.quantities import Observed
 from batchnorm.tools.observe import Tally
+from batchnorm.tools.text import printable
 
-__all__ = ["Mask", "Watch"]
+__all__ = ["Mask", "Watch", "note_leaks"]
 
 Mask = Callable[[Any], Any]
 
@@ -46,11 +48,11 @@ class Watch:
             observation = self._add_mask(observation)
         self._seen.setdefault(name, _Seen()).add(observation)
 
-    def note(self, name: str, code: str, message: str) -> None:
+    def note(self, name: str, code: str, message: str, level: Level = "note") -> None:
         """Keep a remark on a layer, once."""
         notes = self._notes.setdefault(name, [])
         if all(finding.code != code for finding in notes):
-            notes.append(Finding(code, "note", message))
+            notes.append(Finding(code, level, message))
 
     def notes(self, name: str) -> Sequence[Finding]:
         """The remarks on a layer."""
@@ -73,6 +75,15 @@ class Watch:
         adapter = adapter_for(observation.layer.framework)
         mask = adapter.to_mask(self._mask.reshape(sizes), observation.x)
         return replace(observation, mask=mask)
+
+
+def note_leaks(watch: Watch, leaks: LeakFindings) -> None:
+    """Keep a remark on each batch norm through which padding reaches real positions."""
+    for leak in leaks.leaks:
+        if leak.norm:
+            message = f"{printable(leak.title)} reads its padding, and {leak.movement}"
+            watch.note(leak.norm, "padding-read", message, "error")
+        watch.note(leak.name, "padding-in-batch", f"it {leak.movement}", "warning")
 
 
 class _Seen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -31,11 +31,19 @@ def find(model: Any) -> list[tuple[str, Any]]:
 
     A name is the path of layer names below the model, like `block/bn`.
     """
+    return _number(pair for pair in _walk(model, "", set()) if is_batch_norm(pair[1]))
+
+
+def named_layers(model: Any) -> list[tuple[str, Any]]:
+    """As `find`, but all layers of whatever kind; the model first, with an empty name."""
+    return _number(_walk(model, "", set()))
+
+
+def _number(layers: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The layers, each with a name of its own."""
     found: list[tuple[str, Any]] = []
     taken: set[str] = set()
-    for path, layer in _walk(model, "", set()):
-        if not is_batch_norm(layer):
-            continue
+    for path, layer in layers:
         name, copies = path, 1
         while name in taken:  # Keras lets siblings share a name outside of functional models
             copies += 1

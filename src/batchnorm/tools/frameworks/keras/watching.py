@@ -61,7 +61,7 @@ def intercept(layer: Any, before: Callable[[dict[str, Any]], None]) -> Iterator[
 def _observation(found: FoundLayer, given: dict[str, Any]) -> Observation:
     with naming(type(found.layer).__name__):
         x, mask = split_pair(given["inputs"], given.get("mask"))
-    if _is_traced(x):
+    if is_traced(x):
         raise ValueError(
             f"observe: layer {found.name!r} must run eagerly to be watched; it ran in a compiled "
             "function. Call the model itself, not predict(), evaluate() or a tf.function."
@@ -81,7 +81,8 @@ def _observation(found: FoundLayer, given: dict[str, Any]) -> Observation:
     return Observation(found, x, mask, axes, _measure)
 
 
-def _is_traced(x: Any) -> bool:
+def is_traced(x: Any) -> bool:
+    """True for a tensor that has no values yet."""
     if isinstance(x, keras.KerasTensor):
         return True
     backend = keras.backend.backend()

@@ -47,7 +47,7 @@ def find(model: Any) -> list[tuple[str, Any]]:
 
 def find_modules(model: Any) -> list[tuple[str, Any]]:
     """As `find`, but layers stacked in a module are that module, once."""
-    return [(name, module) for name, module in _walk(model, "", set()) if is_batch_norm(module)]
+    return [(name, module) for name, module in walk(model) if is_batch_norm(module)]
 
 
 def take_state(layer: Any, name: str = "") -> BatchNormState:
@@ -127,6 +127,11 @@ def _write(variable: Any, index: Any, value: Any) -> None:
 
 def _index_of(layer: Any) -> Any:
     return layer.index if isinstance(layer, Slice) else ...
+
+
+def walk(model: Any) -> Iterator[tuple[str, Any]]:
+    """Names and modules of a model, each once, in the order of definition; itself first."""
+    return _walk(model, "", set())
 
 
 def _walk(node: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:

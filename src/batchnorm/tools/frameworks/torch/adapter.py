@@ -8,8 +8,14 @@ from typing import Any
 
 import torch
 
-from batchnorm.tools.frameworks.adapter import Adapter, Judge, Pairs, States
-from batchnorm.tools.frameworks.records import FoldedModel, FoundLayer, Framework, Observation
+from batchnorm.tools.frameworks.adapter import Adapter, Follower, Judge, Pairs, States
+from batchnorm.tools.frameworks.records import (
+    FoldedModel,
+    FoundLayer,
+    Framework,
+    Observation,
+    Values,
+)
 from batchnorm.tools.frameworks.torch import rehearsing, states
 
 __all__ = ["ADAPTER"]
@@ -43,6 +49,26 @@ class _Torch(Adapter):
         from batchnorm.tools.frameworks.torch.watching import watch
 
         return watch(layers, see)
+
+    def follow(self, model: Any, follower: Follower, seed: int) -> AbstractContextManager[None]:
+        from batchnorm.tools.frameworks.torch.following import follow
+
+        return follow(model, follower, seed)
+
+    def read(self, array: Any) -> Values | None:
+        from batchnorm.tools.frameworks.torch.following import read
+
+        return read(array)
+
+    def write(self, values: Any, like: Any) -> Any:
+        from batchnorm.tools.frameworks.torch.following import write
+
+        return write(values, like)
+
+    def run(self, model: Any, batch: Any, mask: Any) -> None:
+        from batchnorm.tools.frameworks.torch.following import run
+
+        run(model, batch, mask)
 
     def fold(
         self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs, judge: Judge

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from batchnorm.environment import __version__
 from batchnorm.tools.inspection.findings import EXPLANATIONS, LEVELS, Finding
+from batchnorm.tools.inspection.page.document import make_document
 from batchnorm.tools.inspection.page.layers import make_charts, make_layers
+from batchnorm.tools.inspection.page.leaks import make_section
 from batchnorm.tools.inspection.page.markup import Markup, element, join
 from batchnorm.tools.inspection.records import Findings, LayerReport
 from batchnorm.tools.text import plural, printable
 
 __all__ = ["make_page"]
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a layer's name can load nothing
 _SHOWN = 6  # layers of a finding before the rest is folded away
 
 
@@ -23,17 +21,6 @@ def make_page(report: Findings) -> str:
     Args:
         report: what `batchnorm.tools.inspect` returned.
     """
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    head = element(
-        "head",
-        None,
-        element("meta", {"charset": "utf-8"}),
-        element("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}),
-        element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        element("meta", {"name": "color-scheme", "content": "light dark"}),
-        element("title", None, f"Batch normalizations of {printable(report.source)}"),
-        element("style", None, Markup(style)),
-    )
     charts = make_charts(report) if report.layers else []
     body = [_make_header(report), join(*charts[:1]), _make_findings(report)]
     if charts[1:]:
@@ -42,12 +29,10 @@ def make_page(report: Findings) -> str:
         body.append(make_layers(report))
     for note in report.notes:
         body.append(element("p", {"class": "legend"}, f"Note: {printable(note)}"))
-    foot = f"batchnorm {__version__}"
-    body.append(element("footer", None, f"Written by {foot}. Statistics are per channel."))
-    page = element(
-        "html", {"lang": "en"}, head, element("body", None, element("main", None, *body))
-    )
-    return f"<!doctype html>\n{page}\n"
+    if report.leaks is not None:
+        body.append(make_section(report.leaks))
+    title = f"Batch normalizations of {printable(report.source)}"
+    return make_document(title, body, "Statistics are per channel.")
 
 
 def _make_header(report: Findings) -> Markup:
