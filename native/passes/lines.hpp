@@ -44,6 +44,46 @@ inline void normalize_line(const F* x, const F* residual, F* __restrict y, Index
     }
 }
 
+// The bits of an element, to select it or 0 without a branch.
+template <int kBytes>
+struct BitsType;
+template <>
+struct BitsType<2> {
+    using type = std::uint16_t;
+};
+template <>
+struct BitsType<4> {
+    using type = std::uint32_t;
+};
+template <>
+struct BitsType<8> {
+    using type = std::uint64_t;
+};
+template <class T>
+using BitsOf = typename BitsType<sizeof(T)>::type;
+
+template <class T>
+BATCHNORM_INLINE T keep_bits(T value, BitsOf<T> bits) {
+    BitsOf<T> found;
+    __builtin_memcpy(&found, &value, sizeof found);
+    found &= bits;
+    __builtin_memcpy(&value, &found, sizeof found);
+    return value;
+}
+
+// As `normalize_line`, and 0 where the bits are 0.
+template <int kStep, Activation kAct, class F>
+inline void normalize_real(const F* x, const F* residual, F* __restrict y, Index n,
+                           const Coefficients<F>& k, const BitsOf<F>* bits) {
+    if (residual) {
+        for (Index i = 0; i < n; ++i)
+            y[i] = keep_bits(activate<kAct>(affine<kStep>(x[i], k, i) + residual[i]), bits[i]);
+    } else {
+        for (Index i = 0; i < n; ++i)
+            y[i] = keep_bits(activate<kAct>(affine<kStep>(x[i], k, i)), bits[i]);
+    }
+}
+
 // g = act'(y) dy, from y itself or, where y is null, from y computed again from x.
 template <int kStep, Activation kAct, class F>
 inline void gate_line(const F* dy, const F* x, const F* y, F* __restrict g, Index n,

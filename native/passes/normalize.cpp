@@ -1,31 +1,44 @@
 // y from x and the coefficients of each channel (S4, S18).
+#include <type_traits>
+
 #include "padded_rows.hpp"
 #include "sums.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
 
+// `bits` of real elements, which others lose; null: all stay.
 template <int kStep, Activation kAct, class T>
-void line(const T* x, const T* residual, T* y, Index n, const Coefficients<Compute<T>>& k) {
+void line(const T* x, const T* residual, T* y, Index n, const Coefficients<Compute<T>>& k,
+          const BitsOf<T>* bits) {
     Access<T> from, extra, to;
     for (Index i = 0; i < n; i += Access<T>::kLimit) {
         const Index m = n - i < Access<T>::kLimit ? n - i : Access<T>::kLimit;
-        normalize_line<kStep, kAct>(from.read(x + i, m), extra.read(at(residual, i), m),
-                                    to.target(y + i), m, kStep ? at(k, i) : k);
+        const auto *in = from.read(x + i, m), *added = extra.read(at(residual, i), m);
+        const auto here = kStep ? at(k, i) : k;
+        if constexpr (std::is_same_v<T, Compute<T>>) {
+            if (bits != nullptr) {
+                normalize_real<kStep, kAct>(in, added, y + i, m, here, bits + i);
+                continue;
+            }
+        }
+        normalize_line<kStep, kAct>(in, added, to.target(y + i), m, here);
         to.write(y + i, m);
+        if (bits == nullptr) continue;
+        for (Index p = i; p < i + m; ++p) y[p] = keep_bits(y[p], bits[p]);
     }
 }
 
 template <int kStep, class T>
 void line(const T* x, const T* residual, T* y, Index n, const Coefficients<Compute<T>>& k,
-          Activation act) {
+          Activation act, const BitsOf<T>* bits = nullptr) {
     switch (act) {
         case Activation::none:
-            return line<kStep, Activation::none>(x, residual, y, n, k);
+            return line<kStep, Activation::none>(x, residual, y, n, k, bits);
         case Activation::relu:
-            return line<kStep, Activation::relu>(x, residual, y, n, k);
+            return line<kStep, Activation::relu>(x, residual, y, n, k, bits);
         case Activation::leaky_relu:
-            return line<kStep, Activation::leaky_relu>(x, residual, y, n, k);
+            return line<kStep, Activation::leaky_relu>(x, residual, y, n, k, bits);
     }
 }
 
@@ -55,25 +68,65 @@ void rows_of_channels(const Step& s, const Block& b) {
     });
 }
 
+// The stretches of a piece that are real, that are padding, and that have both.
+template <class T>
+struct Stretches {
+    static constexpr Index kLeast = 256;
+    enum Kind { padding, real, mixed };
+    struct Stretch {
+        Index first, end;
+        Kind kind;
+    };
+
+    Selection<T> selection;
+    Stretch all[kPiece / kLeast + 1];
+    int count = 0;
+
+    void read(const Mask& mask, Index o, Index i, Index n) {
+        selection.read(mask, o, i, n);
+        count = 0;
+        if (selection.all || selection.none) return add(0, n, selection.all ? real : padding);
+        for (Index p = 0; p < n; p += kLeast) {
+            const Index end = n - p < kLeast ? n : p + kLeast;
+            BitsOf<T> every = BitsOf<T>(~0), some = 0;
+            for (Index e = p; e < end; ++e) every &= selection.bits[e], some |= selection.bits[e];
+            add(p, end, every != 0 ? real : some == 0 ? padding : mixed);
+        }
+    }
+
+    void add(Index first, Index end, Kind kind) {
+        if (count > 0 && all[count - 1].kind == kind) {
+            all[count - 1].end = end;
+        } else {
+            all[count++] = {first, end, kind};
+        }
+    }
+};
+
 template <class T, class F>
 void padded_positions(const Step& s, const Block& b, F compute) {
-    Selection<T> real;
+    Stretches<T> found;
     for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
         const Index step = piece_of(length);
         for (Index i = first; i < first + length; i += step) {
-            const Index n = first + length - i < step ? first + length - i : step;
-            real.read(s.mask, o, i, n);
+            found.read(s.mask, o, i, first + length - i < step ? first + length - i : step);
+            const Index begin = found.all[found.all[0].kind == Stretches<T>::padding].first;
             for (Index c = 0; c < b.channels; ++c) {
                 T* y = element<T>(s.y, o, (b.channel + c) * s.layout.inner + i);
-                if (real.none) {
-                    set_zero(y, n);
-                    continue;
-                }
-                const Index part = real.all ? n : kBlanked;
-                for (Index p = 0; p < n; p += part) {
-                    const Index m = n - p < part ? n - p : part;
-                    compute(c, o, i + p, m);
-                    if (!real.all) real.select(y + p, T{}, y + p, m, p);
+                // Padding between channels breaks the streams that hardware prefetches.
+                if (c + 1 < b.channels && found.count > 1)
+                    fetch_line(
+                        element<const T>(s.x, o, (b.channel + c + 1) * s.layout.inner + i + begin),
+                        s.layout.inner);
+                for (int j = 0; j < found.count; ++j) {
+                    const auto& [from, end, kind] = found.all[j];
+                    if (kind == Stretches<T>::padding) {
+                        set_zero(y + from, end - from);
+                    } else {
+                        const bool whole = kind == Stretches<T>::real;
+                        compute(c, o, i + from, end - from,
+                                whole ? nullptr : found.selection.bits + from);
+                    }
                 }
             }
         }
@@ -84,14 +137,14 @@ void padded_positions(const Step& s, const Block& b, F compute) {
 template <class T>
 void channels_of_positions(const Step& s, const Block& b) {
     const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels);
-    const auto compute = [&](Index c, Index o, Index i, Index n) {
+    const auto compute = [&](Index c, Index o, Index i, Index n, const BitsOf<T>* bits) {
         const Index offset = (b.channel + c) * s.layout.inner + i;
         line<0>(element<const T>(s.x, o, offset), element<const T>(s.residual, o, offset),
-                element<T>(s.y, o, offset), n, lanes.from(c), s.options.activation);
+                element<T>(s.y, o, offset), n, lanes.from(c), s.options.activation, bits);
     };
     if (zeroes_padding(s)) return padded_positions<T>(s, b, compute);
     for_each_stretch(s.layout, b, [&](Index o, Index i, Index n) {
-        for (Index c = 0; c < b.channels; ++c) compute(c, o, i, n);
+        for (Index c = 0; c < b.channels; ++c) compute(c, o, i, n, nullptr);
         return true;
     });
 }

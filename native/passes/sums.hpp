@@ -192,25 +192,10 @@ inline Index piece_of(Index length) {
     return ((length + pieces - 1) / pieces + kTile - 1) / kTile * kTile;
 }
 
-template <int kBytes>
-struct BitsType;
-template <>
-struct BitsType<2> {
-    using type = std::uint16_t;
-};
-template <>
-struct BitsType<4> {
-    using type = std::uint32_t;
-};
-template <>
-struct BitsType<8> {
-    using type = std::uint64_t;
-};
-
 // The mask at a piece's positions, as bit patterns that select elements.
 template <class T>
 struct Selection {
-    using Bits = typename BitsType<sizeof(T)>::type;
+    using Bits = BitsOf<T>;
     Bits bits[kPiece];
     bool all = true, none = false;
 
@@ -218,9 +203,9 @@ struct Selection {
         if (!mask) return;
         unsigned char keep[kPiece];
         read_mask(mask, o / mask.repeat * mask.outer + i * mask.inner, mask.inner, n, keep);
-        Index real = 0;
-        for (Index p = 0; p < n; ++p) real += keep[p];
-        all = real == n, none = real == 0;
+        unsigned char every = 1, some = 0;
+        for (Index p = 0; p < n; ++p) every &= keep[p], some |= keep[p];
+        all = every != 0, none = some == 0;
         if (all || none) return;
         for (Index p = 0; p < n; ++p) bits[p] = keep[p] ? ~Bits(0) : Bits(0);
     }

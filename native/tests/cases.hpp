@@ -64,8 +64,8 @@ inline std::string describe(const Case& c) {
              << " real positions";
     }
     text << "; " << (o.batch ? "batch" : "running") << ", eps " << o.eps << ", activation "
-         << static_cast<int>(o.activation) << ", residual " << !p.residual.empty()
-         << ", padding " << (o.zero_padding ? "0" : "normalized");
+         << static_cast<int>(o.activation) << ", residual " << !p.residual.empty() << ", padding "
+         << (o.zero_padding ? "0" : "normalized");
     text << "; gamma " << (p.gamma.empty() ? "none" : name_of(p.gamma_type)) << ", beta "
          << (p.beta.empty() ? "none" : name_of(p.beta_type));
     text << "; statistics " << (p.has_running ? name_of(p.running_type) : "none") << ", update "
