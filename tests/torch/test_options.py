@@ -201,5 +201,5 @@ def test_what_kernels_do_not_compute_goes_to_array_code(monkeypatch):
 
 def test_last_calls_read_the_declarations():
     layer = BatchNorm(3)
-    read = last_call.make_reader()(layer)
+    read = last_call.make_reader()(vars(layer))
     assert len(read) == len(options.STATE) + len(OPTIONS)

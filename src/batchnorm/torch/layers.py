@@ -32,8 +32,7 @@ __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 class BatchNorm(RunningStatistics):
     """Batch normalization over every axis but the channel axes, for inputs of any rank.
 
-    Takes the place of `torch.nn.BatchNorm1d`, `2d`, `3d`: same arguments, same state_dict, same
-    results where torch's are right.
+    Takes the place of `torch.nn.BatchNorm1d`, `2d`, `3d`: same arguments, state_dict and results.
 
     Args:
         num_features: C; with several axes their sizes in increasing order of axis, like
@@ -182,7 +181,8 @@ class BatchNorm(RunningStatistics):
                 unchanged then.
         """
         x = input
-        if isinstance(x, Proxy):  # torch.fx does not trace into torch's own modules, nor here
+        # torch.fx traces into no module of torch, nor into these.
+        if type(x) is not Tensor and isinstance(x, Proxy):
             return trace_call(self, x, {"mask": mask, "residual": residual})
         alone = mask is None and residual is None and not torch.compiler.is_compiling()
         key = self._memory.find_key(self, x) if alone else None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from inspect import Parameter, Signature
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -200,7 +200,7 @@ def find_obstacle(layer: Any, *, training: bool = True, original: bool = False) 
 
 def make_reader() -> Callable[[Any], tuple[Any, ...]]:
     """A function that reads from a layer all that its calls depend on but tensors."""
-    return attrgetter(*STATE, *(option.name for option in OPTIONS))
+    return itemgetter(*STATE, *(option.name for option in OPTIONS))
 
 
 def make_core(eps: float, decay: float | None, values: tuple[Any, ...]) -> config.Options:

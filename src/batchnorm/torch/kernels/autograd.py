@@ -19,7 +19,7 @@ from batchnorm.torch.kernels.tensors import has_memory
 from batchnorm.torch.rollback import unmoved_on_failure
 from batchnorm.torch.tracing import untraced
 
-__all__ = ["run"]
+__all__ = ["run", "run_unrecorded"]
 
 
 def run(
@@ -41,8 +41,16 @@ def run(
         # Drop what the backward pass does not need; the statistics may have changed by then.
         step.running = step.mask = None
     else:
-        y = empty_output(x, step.decision)
-        forward(step, x, weight, bias, residual, y)
+        y = run_unrecorded(step, x, weight, bias, residual)
+    return y
+
+
+def run_unrecorded(
+    step: KernelStep, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """y without autograd; the step may run again."""
+    y = empty_output(x, step.decision)
+    forward(step, x, weight, bias, residual, y)
     return y
 
 
@@ -72,8 +80,9 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         y = empty_output(x, step.decision) if step.y is None else step.y
         step.y = None
-        ctx.save_for_backward(x, weight, step.mask, None if step.options.activation is None else y)
-        ctx.memory = _memory(x, step.mask, y)
+        gate = None if step.options.activation is None else y
+        ctx.save_for_backward(x, weight, step.mask, gate)
+        ctx.memory = _memory(x, step.mask, gate)
         ctx.renorm, ctx.bias_type = step.renormalizes, None if bias is None else bias.dtype
         ctx.step = step
         return y
@@ -88,17 +97,17 @@ class _Fused(torch.autograd.Function):
             or type(dy) is not Tensor
             or not has_memory(dy)
             # Hooks on saved tensors may bring them back in other memory.
-            or _memory(x, mask, y) != (*ctx.memory[:2], None if y is None else ctx.memory[2])
+            or _memory(x, mask, y) != ctx.memory
         ):
             passes = find_passes(step.decision)
             return differentiable_backward(passes, ctx, dy, x, weight, mask, y)
         wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
-        changed = changes_dy(step.options, mask is not None)
+        changed = wants_residual and changes_dy(step.options, mask is not None)
         wanted = Wanted(
             wants_x,
             weight.dtype if wants_weight else None,
             ctx.bias_type if wants_bias else None,
-            wants_residual and changed,
+            changed,
         )
         dy = like(dy, x, step.decision)
         # With a residual only y tells the sign of the activation's input.

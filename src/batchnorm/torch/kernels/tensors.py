@@ -24,11 +24,16 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 @untraced
 def is_plain(x: Tensor) -> bool:
     """True if x's memory may be read directly, and nothing of torch traces or transforms."""
+    return not torch.compiler.is_compiling() and is_plain_uncompiled(x)
+
+
+@untraced
+def is_plain_uncompiled(x: Tensor) -> bool:
+    """The same where no compiler is at work, which takes time to find out."""
     return (
         type(x) in _PLAIN
         and x.layout is torch.strided
         and not x.is_nested
-        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.core.running import Running
-from batchnorm.torch import masking
 from batchnorm.torch.call import Call
 from batchnorm.torch.first_passes import FirstPasses
 from batchnorm.torch.kernels import on_cpu
-from batchnorm.torch.kernels.autograd import run
+from batchnorm.torch.kernels.autograd import run, run_unrecorded
 from batchnorm.torch.kernels.records import KernelStep
-from batchnorm.torch.kernels.tensors import NOT_PLAIN, is_plain
+from batchnorm.torch.kernels.tensors import NOT_PLAIN, is_plain, is_plain_uncompiled
+from batchnorm.torch.masks.blocks import usage
 from batchnorm.torch.options import make_reader
-from batchnorm.torch.recompute import in_backward
 from batchnorm.torch.tracing import untraced
 from batchnorm.torch.ways import eager_kernels
+
+_find_backward = torch._C._current_graph_task_id  # `in_backward`, less a frame for each call
 
 
 def _tensors(layer: nn.Module) -> tuple[Tensor | None, ...] | None:
@@ -66,8 +67,10 @@ class LastCalls:
 
     @untraced
     def find_key(self, layer: nn.Module, x: Tensor) -> Any:
-        """The kind of input that x is; None where calls are not repeated or remembered."""
-        if not is_plain(x) or masking.in_use() or self.masked or in_backward():
+        """The kind of input that x is, in eager code; None where calls are not repeated."""
+        if usage.in_use or self.masked or _find_backward() != -1:
+            return None
+        if not is_plain_uncompiled(x):
             return None
         if layer.training and (
             self.passes.untracked or (not layer.track_running_stats and not torch.is_grad_enabled())
@@ -134,6 +137,7 @@ class LastCall:
         "seen",
         "settings",
         "state",
+        "step",
         "update",
     )
 
@@ -141,20 +145,19 @@ class LastCall:
         assert call.decision is not None
         weight, bias, *statistics = tensors
         self.read = make_reader()  # options, which users may assign at any time
-        self.settings = self.read(layer)
+        self.settings = self.read(layer.__dict__)
         # Properties that may change while the tensor stays the same object.
         self.seen = [(a, None if a is None else (a.data_ptr(), a.dtype, a.shape)) for a in tensors]
         self.running = None if statistics[0] is None else Running(*statistics)
         self.state = on_cpu.find_state(weight, bias, self.running)
         self.decision, self.options = call.decision, call.options
         self.batch, self.update = call.by_batch, call.update and self.running is not None
+        self.step = self._make_step()  # of calls that autograd does not record
 
     def find_tensors(self, layer: nn.Module) -> tuple[Tensor | None, ...] | None:
         """The layer's tensors, or None if they or its options are not as they were."""
-        if self.read(layer) != self.settings:
-            return None
         tensors = _tensors(layer)
-        if tensors is None:
+        if tensors is None or self.read(layer.__dict__) != self.settings:
             return None
         for a, (kept, seen) in zip(tensors, self.seen, strict=True):
             if a is not kept:
@@ -163,7 +166,7 @@ class LastCall:
                 (a.data_ptr(), a.dtype, a.shape) != seen
                 or a.is_neg()
                 or not a.is_contiguous()
-                or (a.requires_grad and a is not tensors[0] and a is not tensors[1])
+                or (a is not tensors[0] and a is not tensors[1] and a.requires_grad)
             ):
                 return None
         return tensors
@@ -173,7 +176,12 @@ class LastCall:
         tensors = self.find_tensors(layer)
         if tensors is None:
             return None
-        step = KernelStep(
+        if not torch.is_grad_enabled():
+            return run_unrecorded(self.step, x, tensors[0], tensors[1], None)
+        return run(self._make_step(), x, tensors[0], tensors[1], None)
+
+    def _make_step(self) -> KernelStep:
+        return KernelStep(
             self.decision,
             None,
             self.running,
@@ -183,7 +191,6 @@ class LastCall:
             self.update,
             False,
         )
-        return run(step, x, tensors[0], tensors[1], None)
 
 
 def find_last_call(layer: nn.Module, call: Call) -> LastCall | None:
