@@ -33,6 +33,15 @@ _MASKED = (
     Case("mask-95", "(262144, 64), 95 % padded", ROWS, padded=0.95),
     Case("mask-image", "(32, 256, 56, 56), 50 % padded", IMAGE, padded=0.5),
 )
+_ZEROED = tuple(
+    Case(f"zeroed-{name}", title, shape, mode="inference", padded=0.5, at_end=at_end)
+    for name, title, shape, at_end in (
+        ("rows", "(262144, 64), 50 % padded", ROWS, False),
+        ("rows-end", "(262144, 64), second half padded", ROWS, True),
+        ("image", "(32, 256, 56, 56), 50 % padded", IMAGE, False),
+        ("volume", "(8, 64, 16, 64, 64), 50 % padded", VOLUME, False),
+    )
+)
 _INFERENCE = tuple(
     Case(
         f"inference-{case.name}",
@@ -58,7 +67,7 @@ _ACTIVATED = (
         residual=True,
     ),
 )
-CASES = (*_LARGE, *_OTHER_SHAPES, *_MASKED, *_ACTIVATED, *_INFERENCE)
+CASES = (*_LARGE, *_OTHER_SHAPES, *_MASKED, *_ACTIVATED, *_INFERENCE, *_ZEROED)
 
 
 def select_cases(names: list[str], quick: bool) -> list[Case]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,11 +62,16 @@ class _Job:
             layer.running_var.copy_(torch.from_numpy(p.var))
         return layer.train(self.case.mode == "training")
 
-    def ours(self) -> BatchNorm:
+    def ours(self, padded_output: str = "normalize") -> BatchNorm:
         """This library's layer."""
         case = self.case
         layer = BatchNorm(
-            case.channels, case.eps, axis=1, activation=case.activation, fused=self.fused
+            case.channels,
+            case.eps,
+            axis=1,
+            activation=case.activation,
+            padded_output=padded_output,
+            fused=self.fused,
         )
         return self.load(layer)
 
@@ -101,7 +106,7 @@ def name_rival(case: Case) -> tuple[str, str]:
         ValueError: torch has no layer for the shape.
     """
     layer = _pick_layer(len(case.shape))
-    if case.padded is None:
+    if case.padded is None or case.inference:
         return "torch", f"torch.nn.{layer.__name__}"
     return "pack", "torch on x[mask], scattered"
 
@@ -159,8 +164,20 @@ def _list_makers(job: _Job) -> dict[str, Callable[[], Variant]]:
     if case.copied:
         found["copy"] = lambda: _copy(job)
     if case.padded is not None:
+        found["ours, zeroed"] = lambda: _zeroed(job)
+    if case.padded is not None and not case.inference:
         found["ours, no mask"] = lambda: _step(job, job.ours(), ours=True, unmasked=True)
     return found
+
+
+def _zeroed(job: _Job) -> Variant:
+    """This library's layer with zeros at padded rows of y."""
+    layer = job.ours("zero")
+    if job.case.inference:
+        made = _infer(job, lambda x: layer(x, job.mask), ours=True)
+    else:
+        made = _step(job, layer, job.mask, ours=True)
+    return replace(made, zeroed=True)
 
 
 def _ours(job: _Job, *, compiled: bool = False) -> Variant:
