@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -34,8 +35,10 @@ OPTIONS = {
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _fresh() -> None:
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # which gives up on a function that it has compiled often
+        torch._dynamo.reset()
 
 
 def randomize(layer: BatchNorm) -> BatchNorm:

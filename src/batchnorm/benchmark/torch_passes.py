@@ -30,7 +30,7 @@ def make_step(x: Tensor, dy: Tensor, layer: BatchNorm, eps: float) -> Callable[[
     y, dx = torch.empty_like(x), torch.empty_like(x)
     dgamma, dbeta = torch.empty_like(layer.weight), torch.empty_like(layer.bias)
     signature = (x.shape, x.stride(), x.dtype, "cpu")
-    decision = decide(signature, 1, None, False, None, None, False)
+    decision = decide(signature, 1, None, False, None, False, None, False)
     running = Running(layer.running_mean, layer.running_var, layer.num_batches_tracked)
     forward = _bind_forward(decision, x, y, eps)
     backward = _bind_backward(decision, dy, x, dx)

@@ -32,7 +32,7 @@ __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 class BatchNorm(RunningStatistics):
     """Batch normalization over every axis but the channel axes, for inputs of any rank.
 
-    Takes the place of `torch.nn.BatchNorm1d`, `2d`, `3d`: same arguments, state_dict and results.
+    Takes the place of `torch.nn.BatchNorm1d`, `2d`, `3d`, with their arguments and state_dict.
 
     Args:
         num_features: C; with several axes their sizes in increasing order of axis, like
