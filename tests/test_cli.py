@@ -147,7 +147,7 @@ def test_inspect_writes_json_and_html(tmp_path: Path) -> None:
     assert page.read_text().startswith("<!doctype html>")
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 @pytest.mark.parametrize("options", [[], ["--masked", "0.5"], ["--inference"]])
 def test_bench_checks_and_times_both_layers(framework: str, options: list[str]) -> None:

@@ -65,7 +65,7 @@ def test_0_is_nothing_wrong_and_1_a_problem(healthy: Path, broken: Path) -> None
     assert run("inspect", broken).returncode == 1
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -115,7 +115,7 @@ def test_2_is_a_missing_backend() -> None:
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "command",
     [
@@ -192,6 +192,7 @@ def test_130_is_an_interrupt() -> None:
     assert errors == "batchnorm: interrupted\n"
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_encoding_that_lacks_characters_changes_no_status(encoding: str, tmp_path: Path) -> None:
     import torch
@@ -231,6 +232,7 @@ def test_posix_locale_changes_no_status(healthy: Path) -> None:
     assert done.stderr.startswith("batchnorm: /nowhere/")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "command", ["inspect NAME", "convert NAME new.pt", "convert FILE NAME --force"]
 )

@@ -36,6 +36,7 @@ def statistics(layer: Any) -> np.ndarray:
     return np.stack([layer.mean[...], layer.var[...]])
 
 
+@pytest.mark.sample(3)
 @PATHS
 @pytest.mark.parametrize("shape", [(4,), (4, 5), (4, 5, 1), (4, 5, 3), (1, 5, 1)])
 @pytest.mark.parametrize("dtype", ["bool", "int8", "int32", "uint8", "uint16", "uint32"])

@@ -125,7 +125,7 @@ def test_gradients_agree_with_finite_differences(function: Function) -> None:
         assert_close(contract(found, direction), expected, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @EVERY
 def test_second_derivatives(function: Function) -> None:
     args, direction = arguments(), directions(10)

@@ -116,6 +116,7 @@ def test_sizes_are_those_of_poolings(padding: Any) -> None:
     assert downsample_mask(jnp.ones((1, SIZE), bool), 3, 2, padding).shape == y.shape[:2]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("padding", [(0, 0), (1, 2), (2, 0)], ids=str)
 @pytest.mark.parametrize("at_the_start", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])

@@ -35,6 +35,7 @@ def test_every_argument_of_flax_is_one_of_ours_with_its_default() -> None:
         assert name.endswith("_init") or ours[name].default == flaxs[name].default, name
 
 
+@pytest.mark.sample(3)
 @AXES
 @pytest.mark.parametrize("masked", [False, True])
 def test_outputs_and_state_equal_those_of_nnx(axis: Any, masked: bool) -> None:

@@ -41,6 +41,7 @@ def sequences(dtype: Any = jnp.float32) -> jax.Array:
     return jnp.where(MASK[..., None], normal(4, 7, 3), jnp.nan).astype(dtype)
 
 
+@pytest.mark.sample(4)
 @EVERY
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -112,6 +113,7 @@ def test_nothing_but_padding(fused: bool | None) -> None:
     np.testing.assert_array_equal(transpose(jnp.ones((4, 3)))[0], 0.0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fused", [None, False])
 def test_transformations(fused: bool | None) -> None:
     xs, masks = normal(2, 5, 3), np.random.default_rng(1).random((2, 5)) < 0.6

@@ -56,7 +56,7 @@ def test_evaluation_is_that_of_a_row(shape: Any, axis: Any) -> None:
     np.testing.assert_allclose(gradient, scale * scale / jnp.sqrt(var + 1e-5), **CLOSE)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @KINDS
 @PATHS
 def test_training_without_an_axis_is_one_row(shape: Any, axis: Any, fused: bool | None) -> None:

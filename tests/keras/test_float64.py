@@ -42,7 +42,7 @@ def _float64() -> Iterator[None]:
         yield
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("case", OPTIONS, ids=lambda case: case.name)
 @pytest.mark.parametrize("compiled", MODES)
 @pytest.mark.parametrize("fused", [None, False], ids=["fused", "plain"])

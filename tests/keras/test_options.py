@@ -47,7 +47,7 @@ def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
     return x, rng.random(SHAPE) < 0.6
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(13)
 @pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)

@@ -212,6 +212,7 @@ def test_a_model_is_saved_and_loaded(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.sample(3)
 def test_a_layer_of_keras_behind_it_is_saved_too(tmp_path: Path) -> None:
     inputs = keras.Input((None, 3))
     x = layers.Masking()(inputs)

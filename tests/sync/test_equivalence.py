@@ -30,6 +30,7 @@ def test_split_batches_are_one_batch(worlds, case: Case, size: int) -> None:
     check(Path(run, unbiased=True, float32=tolerances.FLOAT32), case)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)
 def test_split_batches_are_one_batch_in_array_code(worlds, case: Case) -> None:
     run = partial(run_split, world=worlds[3], seed=1, fused=False)

@@ -248,7 +248,7 @@ def change(rank: int, kind: str, fused: bool | None) -> Outcome:
     return attempt([layer], lambda: layer(batch(rank, channels), mask))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @PATHS
 @pytest.mark.parametrize("kind", ["channels", "eps", "mask", "training", "frozen"])
 def test_a_rank_that_changes_its_mind(world, kind, fused) -> None:

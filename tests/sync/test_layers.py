@@ -564,7 +564,7 @@ COMPILED = [
 ]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("backend", "way"), COMPILED)
 def test_compiled(worlds, backend, way):
     x_grad, buffers = compiled(None, 2, backend, way)

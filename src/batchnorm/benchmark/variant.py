@@ -67,6 +67,7 @@ def check(name: str, variant: Variant, problem: Problem, expected: Expected) -> 
     if not {*needed} <= named.keys():
         raise RuntimeError(f"{label} must have {', '.join(needed)}; got {', '.join(named)}.")
     if variant.zeroed:
+        assert problem.real is not None
         expected = replace(expected, y=np.where(problem.real, expected.y, 0.0))
     # At padded rows nobody else promises anything of y.
     error = find_error(named, expected, None if variant.ours else problem.real)

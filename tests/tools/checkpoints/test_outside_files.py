@@ -50,7 +50,7 @@ def test_orbax_arrays_in_folders_are_read(driver: str, tmp_path: Path, watched: 
     np.testing.assert_array_equal(layer.var, np.full(3, 2.0))
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("database", [False, True])
 @pytest.mark.parametrize("key", SPELLINGS)
 def test_no_spelling_of_a_key_leads_out_of_an_orbax_folder(

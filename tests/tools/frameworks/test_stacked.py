@@ -123,7 +123,7 @@ def test_nested_stacks_have_several_indices(norm: Any) -> None:
     assert [layer.name for layer in layers] == [f"[{i},{j}]" for i in range(2) for j in range(3)]
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("network", [Scanned, Ensemble])
 @pytest.mark.parametrize("masked", [False, True])
