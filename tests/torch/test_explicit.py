@@ -89,6 +89,10 @@ class TestConstructor:
         with pytest.raises(TypeError, match="positional"):
             BatchNorm(0.9, "mean")
 
+    def test_unknown_padded_output_is_a_value_error(self):
+        with pytest.raises(ValueError, match=r'padded_output must be "normalize" or "zero"; got 0'):
+            BatchNorm(padded_output=0)
+
     def test_other_keywords_are_ignored(self):
         assert BatchNorm(0.9, learning_rate=1.0, units=3).patience == 0.9
 
@@ -832,6 +836,19 @@ def saved(layer: BatchNorm) -> BatchNorm:
     torch.save(layer, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_zeroed_padding_is_0_and_changes_nothing_else(self, training):
+        zeroed, other = make(padded_output="zero"), make()
+        for name in ("gamma", "beta", "running_mean", "running_var"):
+            getattr(zeroed, name).copy_(getattr(other, name))
+        x = data()
+        x[~MASK] = math.nan
+        found, expected = (a.forward(x, training=training, mask=MASK) for a in (zeroed, other))
+        assert torch.equal(found[~MASK], torch.zeros(2, 3, dtype=torch.float64))
+        assert torch.equal(found[MASK], expected[MASK])
+        dy = data()
+        assert torch.equal(zeroed.backward(dy), other.backward(dy))
 
 
 class TestCopies:

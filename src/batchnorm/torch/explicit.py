@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.core.backward import backward_batch, backward_running
-from batchnorm.core.config import Options
+from batchnorm.core.config import Options, check_padded_output
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
 from batchnorm.core.gradient import Gradients
@@ -46,6 +46,7 @@ class BatchNorm:
         patience: weight of the *old* running value (decay), strictly between 0 and 1.
         parameter_gradient: "sum" over the batch, the true gradient, or "mean", which divides it
             by the number of real rows.
+        padded_output: "normalize" padded rows of the output like real ones, or "zero" them (S4).
         **kwargs: ignored, so that the layers of a network can share one set of arguments.
 
     Attributes:
@@ -57,7 +58,7 @@ class BatchNorm:
 
     Raises:
         TypeError: patience is not a number.
-        ValueError: patience or parameter_gradient out of range.
+        ValueError: patience, parameter_gradient or padded_output out of range.
 
     Source: S2-S9, with k = 1 in S8; Ioffe and Szegedy 2015, algorithm 1 and section 3.
 
@@ -73,7 +74,12 @@ class BatchNorm:
 
     @names_errors(_OWNER)
     def __init__(
-        self, patience: float = 0.9, *, parameter_gradient: str = "sum", **kwargs: Any
+        self,
+        patience: float = 0.9,
+        *,
+        parameter_gradient: str = "sum",
+        padded_output: str = "normalize",
+        **kwargs: Any,
     ) -> None:
         if isinstance(patience, bool) or not isinstance(patience, (int, float)):
             raise ArgumentTypeError(f"patience must be a number; got {patience!r}.")
@@ -87,6 +93,7 @@ class BatchNorm:
             )
         self.patience = float(patience)
         self.parameter_gradient = parameter_gradient
+        self.padded_output = check_padded_output(padded_output)
         self.input_shape: tuple[int, ...] | None = None
         self._pass: _Pass | None = None
 
@@ -242,7 +249,13 @@ class BatchNorm:
         return mask.expand(saved.layout.shape).sum(dim=0).clamp(min=1)
 
     def _options(self) -> Options:
-        return Options(eps=self.epsilon, decay=self.patience, unbiased=True, correction=1)
+        return Options(
+            eps=self.epsilon,
+            decay=self.patience,
+            unbiased=True,
+            correction=1,
+            padded_output=self.padded_output,
+        )
 
     def _check_initialised(self) -> None:
         if self.input_shape is None:
