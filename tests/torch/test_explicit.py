@@ -826,17 +826,6 @@ class TestMasks:
         with pytest.raises(ValueError, match="mask must have shape"):
             make().forward(data(), training=training, mask=torch.ones(shape, dtype=torch.bool))
 
-
-def pickled(layer: BatchNorm) -> BatchNorm:
-    return pickle.loads(pickle.dumps(layer))
-
-
-def saved(layer: BatchNorm) -> BatchNorm:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
     @pytest.mark.parametrize("training", [True, False])
     def test_zeroed_padding_is_0_and_changes_nothing_else(self, training):
         zeroed, other = make(padded_output="zero"), make()
@@ -849,6 +838,17 @@ def saved(layer: BatchNorm) -> BatchNorm:
         assert torch.equal(found[MASK], expected[MASK])
         dy = data()
         assert torch.equal(zeroed.backward(dy), other.backward(dy))
+
+
+def pickled(layer: BatchNorm) -> BatchNorm:
+    return pickle.loads(pickle.dumps(layer))
+
+
+def saved(layer: BatchNorm) -> BatchNorm:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 class TestCopies:
