@@ -70,7 +70,13 @@ class Run(NamedTuple):
     results: dict[str, experiment.Measured]
 
 
-@pytest.fixture(scope="module", params=experiment.FRAMEWORKS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.exhaustive] if name == "keras" else [])
+        for name in experiment.FRAMEWORKS
+    ],
+)
 def framework(request: pytest.FixtureRequest) -> Framework:
     return experiment.load_framework(request.param)
 

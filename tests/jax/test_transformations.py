@@ -54,6 +54,7 @@ def test_jit_compiles_once_for_all_values(fused: bool | None) -> None:
     assert len(traces) == 1
 
 
+@pytest.mark.sample(4)
 @PATHS
 def test_disable_jit_changes_nothing(fused: bool | None) -> None:
     x, dy = normal(8, 3), normal(8, 3, seed=1)
@@ -66,6 +67,7 @@ def test_disable_jit_changes_nothing(fused: bool | None) -> None:
         assert_close(jax.value_and_grad(step)(x), expected)
 
 
+@pytest.mark.sample(4)
 @PATHS
 def test_vmap_is_a_loop(fused: bool | None) -> None:
     x, scale = normal(5, 8, 3), normal(5, 3, seed=2)
@@ -95,6 +97,7 @@ def test_gradients_under_vmap_over_any_argument(fused: bool | None, batched: Any
     assert_close(found, jax.tree.map(lambda *a: jnp.stack(a), *expected))
 
 
+@pytest.mark.sample(4)
 @PATHS
 def test_vmap_over_cotangents_alone(fused: bool | None) -> None:
     x, scale, bias = normal(8, 3), normal(3, seed=2), normal(3, seed=3)
@@ -121,6 +124,7 @@ def test_gradient_of_a_jacobian_penalty(fused: bool | None) -> None:
     )
 
 
+@pytest.mark.sample(4)
 @PATHS
 def test_a_named_vmap_axis_synchronizes(fused: bool | None) -> None:
     x = normal(12, 3)
@@ -168,6 +172,7 @@ def test_pmap_over_one_device(fused: bool | None) -> None:
     assert_close(local(x)[0], batch_norm(x[0])[0])
 
 
+@pytest.mark.sample(4)
 @PATHS
 def test_scan_carries_statistics_and_differentiates(fused: bool | None) -> None:
     xs = normal(4, 8, 3)
@@ -205,6 +210,7 @@ def test_checkpoint_gives_the_same_gradients(fused: bool | None) -> None:
     assert_close(remade(x, scale, bias), expected)
 
 
+@pytest.mark.sample(4)
 @PATHS
 def test_remat_moves_statistics_once(fused: bool | None) -> None:
     x = normal(8, 3)

@@ -12,7 +12,7 @@ import pytest
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits_ddp.py"
 
 
-@pytest.mark.sample(2)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("options", "bound"), [([], 5e-2), (["--double"], 1e-9)])
 def test_two_processes_train_like_one(options: list[str], bound: float) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -117,6 +117,7 @@ def test_jax(latest: Worlds, size: int, way: str, case: Case) -> None:
     check(Path(run, False, tolerances.FLOAT32), case)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("size", "case"),
     [usual(row, row[0] == 3) for row in product(SIZES, CHOSEN + UNMASKED)],

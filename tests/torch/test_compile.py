@@ -288,6 +288,7 @@ def test_inductor_evaluates_exactly_at_offset():
     assert ((y - exact).abs() / (1 + exact.abs())).max() <= EXACT
 
 
+@pytest.mark.exhaustive
 def test_inductor_trains_a_network_like_eager():
     eager = nn.Sequential(nn.Conv2d(2, 4, 3), BatchNorm2d(4, activation="relu"), nn.Conv2d(4, 2, 3))
     model = copy.deepcopy(eager)
