@@ -98,6 +98,8 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
     });
 }
 
+constexpr Index kBlanked = 512;
+
 template <class T>
 void apply_positions(const Step& s, const Block& b, const double* sums) {
     const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels, s.options.batch ? sums : nullptr);
@@ -118,6 +120,7 @@ void apply_positions(const Step& s, const Block& b, const double* sums) {
                 const T *g = element<const T>(from.g, o, offset),
                         *x = element<const T>(s.x, o, offset);
                 const T* y = element<const T>(s.y, o, offset);
+                // Padded positions are zeroed while their part of dx is in the nearest cache.
                 const Index part = real.all ? n : kBlanked;
                 for (Index p = 0; p < n; p += part) {
                     const Index m = n - p < part ? n - p : part;

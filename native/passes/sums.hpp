@@ -184,8 +184,6 @@ struct PositionSums {
 // Under a mask a stretch of positions is cut into equal pieces, each read with its mask: long ones,
 // since hardware prefetching starts again with each channel, but short enough for the cache.
 constexpr Index kPiece = 4096;
-// Padded positions are zeroed while their part of the output is in the nearest cache.
-constexpr Index kBlanked = 512;
 
 inline Index piece_of(Index length) {
     const Index pieces = (length + kPiece - 1) / kPiece;

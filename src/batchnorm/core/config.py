@@ -13,6 +13,7 @@ from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
 ACTIVATIONS = ("relu", "leaky_relu")
 NEGATIVE_SLOPE = 0.01
 PADDED_OUTPUTS = ("normalize", "zero")
+RESCALES = (None, "any", "all")  # rules for a mask at a coarser resolution
 _CLIPPING_KEYS = ("rmin", "rmax", "dmax")
 
 Adjustment = Callable[[tuple[int, ...]], tuple[Any, Any]]
@@ -134,6 +135,15 @@ def check_padded_output(value: Any) -> str:
         return value
     names = " or ".join(f'"{name}"' for name in PADDED_OUTPUTS)
     raise ArgumentValueError(f"padded_output must be {names}; got {value!r}.")
+
+
+def check_block(rescale: Any, padded_output: Any) -> None:
+    """Check the options of `padding_mask` that all front ends have."""
+    if rescale not in RESCALES:
+        raise ArgumentValueError(f'rescale must be None, "any" or "all"; got {rescale!r}.')
+    if padded_output is not None and padded_output not in PADDED_OUTPUTS:
+        names = " or ".join(f'"{name}"' for name in PADDED_OUTPUTS)
+        raise ArgumentValueError(f"padded_output must be None, {names}; got {padded_output!r}.")
 
 
 def check_adjustment(value: Any, virtual_batch_size: int | None) -> Adjustment | None:

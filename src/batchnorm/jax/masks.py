@@ -86,10 +86,10 @@ def downsample_mask(
     has no real output, whatever the padding; and a sample that is padded at its start, by a
     multiple of the stride, has its own number of them.
 
-    A convolution's real outputs are
-    those of the sample alone if padded positions hold 0 when it reads them (as behind a layer with
-    `padded_output="zero"`) and, with a stride, if padding is not "SAME": that is split by the size
-    of the batch, so that a shorter sample may meet its windows elsewhere than alone.
+    A convolution's real outputs are those of the sample alone if padded positions hold 0 when it
+    reads them (as behind a layer with `padded_output="zero"`) and, with a stride, if padding is not
+    "SAME": that is split by the size of the batch, so that a shorter sample may meet its windows
+    elsewhere than alone.
 
     Args:
         mask: boolean or integer of shape `(N, *spatial)`, at least one spatial axis.

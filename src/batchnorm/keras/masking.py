@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import keras
 from keras.src.backend import in_symbolic_scope
 
-from batchnorm.core.config import PADDED_OUTPUTS
+from batchnorm.core.config import check_block
 from batchnorm.core.errors import (
     ArgumentRuntimeError,
     ArgumentTypeError,
@@ -23,7 +23,7 @@ from batchnorm.core.errors import (
 )
 from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.masks import to_boolean
-from batchnorm.keras.resolution import RULES, at_resolution
+from batchnorm.keras.resolution import at_resolution
 
 __all__ = ["padding_mask"]
 
@@ -203,12 +203,7 @@ def _note_absence(layer: Any, masked: bool) -> None:
 @names_errors(_OWNER)
 def _make_block(mask: Any, rescale: Any, padded_output: Any) -> Block:
     """The checked arguments of `padding_mask`."""
-    if rescale not in RULES:
-        raise ArgumentValueError(f'rescale must be None, "any" or "all"; got {rescale!r}.')
-    if padded_output is not None and padded_output not in PADDED_OUTPUTS:
-        raise ArgumentValueError(
-            f'padded_output must be None, "normalize" or "zero"; got {padded_output!r}.'
-        )
+    check_block(rescale, padded_output)
     if isinstance(mask, keras.KerasTensor):
         raise ArgumentTypeError(
             "mask must have values; got an input of a functional model. There pass mask= to the "

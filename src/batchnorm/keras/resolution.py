@@ -10,8 +10,6 @@ import numpy as np
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.keras.functional import BACKEND
 
-RULES = (None, "any", "all")
-
 
 def at_resolution(mask: Any, rule: str | None, x: Any, axes: tuple[int, ...]) -> Any:
     """A boolean mask with x's rows, or a prefix of them.

@@ -17,7 +17,7 @@ from batchnorm.tools.frameworks.records import (
 )
 from batchnorm.tools.state import BatchNormState
 
-__all__ = ["Adapter", "ArrayTree", "Follower", "Judge", "States"]
+__all__ = ["Adapter", "ArrayTree", "Follower", "Following", "Judge", "States"]
 
 Pairs = Sequence[tuple[str, str]] | None
 
@@ -60,6 +60,28 @@ class Follower(Protocol):
 
     def leave(self, layer: Called, arrays: list[Any]) -> list[Any]:
         """Take the arrays that a layer returns, and return those that its caller gets."""
+
+
+class Following(Protocol):
+    """A module whose functions follow every layer of a model, and read and write its arrays."""
+
+    def follow(self, model: Any, follower: Follower, seed: int) -> AbstractContextManager[None]:
+        """Show a follower every eager call of every layer of a model, the model itself included.
+
+        Args:
+            model: a model of this framework.
+            follower: sees the calls.
+            seed: the framework's random numbers begin here inside, and go on as before behind.
+        """
+
+    def read(self, array: Any) -> Values | None:
+        """The values of an array; None for what is none, or has no values yet (a tracer)."""
+
+    def write(self, values: Any, like: Any) -> Any:
+        """NumPy values as an array of the type, and on the device, of another."""
+
+    def run(self, model: Any, batch: Any, mask: Any) -> None:
+        """Run a model on a batch with its mask, where its call takes one."""
 
 
 class Adapter(Protocol):
@@ -119,26 +141,8 @@ class Adapter(Protocol):
         """Call `see` before every call of one of the layers; see `tools.observe`."""
 
     @abstractmethod
-    def follow(self, model: Any, follower: Follower, seed: int) -> AbstractContextManager[None]:
-        """Show a follower every eager call of every layer of a model, the model itself included.
-
-        Args:
-            model: a model of this framework.
-            follower: sees the calls.
-            seed: the framework's random numbers begin here inside, and go on as before behind.
-        """
-
-    @abstractmethod
-    def read(self, array: Any) -> Values | None:
-        """The values of an array; None for what is none, or has no values yet (a tracer)."""
-
-    @abstractmethod
-    def write(self, values: Any, like: Any) -> Any:
-        """NumPy values as an array of the type, and on the device, of another."""
-
-    @abstractmethod
-    def run(self, model: Any, batch: Any, mask: Any) -> None:
-        """Run a model on a batch with its mask, where its call takes one."""
+    def following(self) -> Following:
+        """The functions that follow the layers of this framework's models."""
 
     def call(self, model: Any, batch: Any) -> None:
         """Run a model on an array, or on a mapping of keyword arguments."""

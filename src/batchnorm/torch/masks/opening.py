@@ -8,24 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.core.config import check_block
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.torch import checks
 from batchnorm.torch.masks.blocks import Block, find_block
 from batchnorm.torch.masks.following import Following
-from batchnorm.torch.masks.resolutions import RULES
-
-_OUTPUTS = (None, "normalize", "zero")
 
 
 @names_errors("padding_mask")
 def open_block(mask: Any, rescale: Any, follow: Any, padded_output: Any) -> Block | None:
     """The block of these arguments, which follows the model; None if it only hides another."""
-    if rescale not in RULES:
-        raise ArgumentValueError(f'rescale must be None, "any" or "all"; got {rescale!r}.')
-    if padded_output not in _OUTPUTS:
-        raise ArgumentValueError(
-            f'padded_output must be None, "normalize" or "zero"; got {padded_output!r}.'
-        )
+    check_block(rescale, padded_output)
     if follow is not None and not isinstance(follow, nn.Module):
         raise ArgumentTypeError(
             f"follow must be the model, a torch.nn.Module; got {type(follow).__name__}."

@@ -15,8 +15,6 @@ from batchnorm.core.resolution import guess_anchors
 from batchnorm.torch.masks.blocks import keep_distinct
 from batchnorm.torch.masks.walks import walk_axis
 
-RULES = (None, "any", "all")
-
 
 class Fit(NamedTuple):
     """A mask of a layer's rows, or of a prefix of them."""

@@ -8,14 +8,13 @@ from typing import Any
 
 import keras
 
-from batchnorm.tools.frameworks.adapter import Adapter, Follower, Judge, Pairs, States
+from batchnorm.tools.frameworks.adapter import Adapter, Following, Judge, Pairs, States
 from batchnorm.tools.frameworks.keras import states
 from batchnorm.tools.frameworks.records import (
     FoldedModel,
     FoundLayer,
     Framework,
     Observation,
-    Values,
 )
 
 __all__ = ["ADAPTER"]
@@ -48,25 +47,10 @@ class _Keras(Adapter):
     def call(self, model: Any, batch: Any) -> None:
         model(batch)  # a mapping is one input
 
-    def follow(self, model: Any, follower: Follower, seed: int) -> AbstractContextManager[None]:
-        from batchnorm.tools.frameworks.keras.following import follow
+    def following(self) -> Following:
+        from batchnorm.tools.frameworks.keras import following
 
-        return follow(model, follower, seed)
-
-    def read(self, array: Any) -> Values | None:
-        from batchnorm.tools.frameworks.keras.following import read
-
-        return read(array)
-
-    def write(self, values: Any, like: Any) -> Any:
-        from batchnorm.tools.frameworks.keras.following import write
-
-        return write(values, like)
-
-    def run(self, model: Any, batch: Any, mask: Any) -> None:
-        from batchnorm.tools.frameworks.keras.following import run
-
-        run(model, batch, mask)
+        return following
 
     def fold(
         self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs, judge: Judge

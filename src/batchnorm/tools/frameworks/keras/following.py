@@ -13,13 +13,13 @@ import numpy as np
 
 from batchnorm.tools.frameworks.adapter import Follower
 from batchnorm.tools.frameworks.keras.states import is_batch_norm, named_layers
-from batchnorm.tools.frameworks.keras.watching import is_traced
+from batchnorm.tools.frameworks.keras.watching import is_traced, replace_call
 from batchnorm.tools.frameworks.records import Called, Values
 
 
 @contextmanager
 def follow(model: Any, follower: Follower, seed: int) -> Iterator[None]:
-    """As `Adapter.follow`; Keras layers keep their random state themselves."""
+    """As `Following.follow`; Keras layers keep their random state themselves."""
     with ExitStack() as stack:
         if keras.backend.backend() == "torch":
             import torch
@@ -49,15 +49,8 @@ def _patch(layer: Any, called: Called, follower: Follower) -> Iterator[None]:
         left = _keep(follower.leave(called, leaves), leaves)
         return keras.tree.pack_sequence_as(result, left)
 
-    # Not by setattr: Keras would track the function, and refuse to change a built layer.
-    own = layer.__dict__.get("call")
-    layer.__dict__["call"] = call
-    try:
+    with replace_call(layer, call):
         yield
-    finally:
-        del layer.__dict__["call"]
-        if own is not None:
-            layer.__dict__["call"] = own
 
 
 def _keep(new: list[Any], old: list[Any]) -> list[Any]:
@@ -70,7 +63,7 @@ def _keep(new: list[Any], old: list[Any]) -> list[Any]:
 
 
 def read(array: Any) -> Values | None:
-    """As `Adapter.read`."""
+    """As `Following.read`."""
     if isinstance(array, np.ndarray):
         return Values(array.copy(), array.dtype.name)
     if not keras.ops.is_tensor(array) or is_traced(array):
@@ -82,14 +75,14 @@ def read(array: Any) -> Values | None:
 
 
 def write(values: Any, like: Any) -> Any:
-    """As `Adapter.write`."""
+    """As `Following.write`."""
     if isinstance(like, np.ndarray):
         return np.asarray(values, like.dtype)
     return keras.ops.convert_to_tensor(values, keras.backend.standardize_dtype(like.dtype))
 
 
 def run(model: Any, batch: Any, mask: Any) -> None:
-    """As `Adapter.run`; a mapping is one input.
+    """As `Following.run`; a mapping is one input.
 
     Functional and sequential models make and propagate their masks themselves.
     """

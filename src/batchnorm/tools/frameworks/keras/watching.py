@@ -47,6 +47,13 @@ def intercept(layer: Any, before: Callable[[dict[str, Any]], None]) -> Iterator[
         before(given.arguments)
         return original(*given.args, **given.kwargs)
 
+    with replace_call(layer, call):
+        yield
+
+
+@contextmanager
+def replace_call(layer: Any, call: Any) -> Iterator[None]:
+    """Put a function in the place of a layer's `call`."""
     # Not by setattr: Keras would track the function, and refuse to change a built layer.
     own = layer.__dict__.get("call")
     layer.__dict__["call"] = call

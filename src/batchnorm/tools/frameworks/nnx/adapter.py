@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from batchnorm.tools.frameworks.adapter import Adapter, Follower, Judge, Pairs, States
+from batchnorm.tools.frameworks.adapter import Adapter, Following, Judge, Pairs, States
 from batchnorm.tools.frameworks.nnx import rehearsing, stacked, states
 from batchnorm.tools.frameworks.records import (
     FoldedModel,
     FoundLayer,
     Framework,
     Observation,
-    Values,
 )
 from batchnorm.tools.state import BatchNormState
 
@@ -48,25 +47,10 @@ class _Nnx(Adapter):
 
         settle()
 
-    def follow(self, model: Any, follower: Follower, seed: int) -> AbstractContextManager[None]:
-        from batchnorm.tools.frameworks.nnx.following import follow
+    def following(self) -> Following:
+        from batchnorm.tools.frameworks.nnx import following
 
-        return follow(model, follower, seed)
-
-    def read(self, array: Any) -> Values | None:
-        from batchnorm.tools.frameworks.nnx.following import read
-
-        return read(array)
-
-    def write(self, values: Any, like: Any) -> Any:
-        from batchnorm.tools.frameworks.nnx.following import write
-
-        return write(values, like)
-
-    def run(self, model: Any, batch: Any, mask: Any) -> None:
-        from batchnorm.tools.frameworks.nnx.following import run
-
-        run(model, batch, mask)
+        return following
 
     def fold(
         self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs, judge: Judge

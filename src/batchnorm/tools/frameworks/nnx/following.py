@@ -20,6 +20,7 @@ from flax import nnx
 
 from batchnorm.tools.frameworks.adapter import Follower
 from batchnorm.tools.frameworks.nnx.states import is_batch_norm, walk
+from batchnorm.tools.frameworks.nnx.watching import replace_call
 from batchnorm.tools.frameworks.records import Called, Values
 
 _lock = threading.RLock()  # classes belong to all threads
@@ -27,7 +28,7 @@ _lock = threading.RLock()  # classes belong to all threads
 
 @contextmanager
 def follow(model: nnx.Module, follower: Follower, seed: int) -> Iterator[None]:
-    """As `Adapter.follow`; a model of nnx keeps its random state itself."""
+    """As `Following.follow`; a model of nnx keeps its random state itself."""
     layers = {
         id(module): (module, Called(name, type(module).__name__, is_batch_norm(module)))
         for name, module in walk(model)
@@ -45,7 +46,7 @@ def _patch(
     cls: Any, layers: dict[int, tuple[Any, Called]], running: set[int], follower: Follower
 ) -> Iterator[None]:
     """Subclasses that call their parent's method are seen once, by the outer one."""
-    original, own = cls.__call__, cls.__dict__.get("__call__")
+    original = cls.__call__
     thread = threading.get_ident()
 
     @functools.wraps(original)
@@ -65,14 +66,8 @@ def _patch(
         leaves, tree = jax.tree.flatten(result, is_leaf=_is_leaf)
         return jax.tree.unflatten(tree, follower.leave(called, leaves))
 
-    cls.__call__ = call
-    try:
+    with replace_call(cls, call):
         yield
-    finally:
-        if own is None:
-            del cls.__call__
-        else:
-            cls.__call__ = own
 
 
 def _is_leaf(node: Any) -> bool:
@@ -80,7 +75,7 @@ def _is_leaf(node: Any) -> bool:
 
 
 def read(array: Any) -> Values | None:
-    """As `Adapter.read`."""
+    """As `Following.read`."""
     if not isinstance(array, (np.ndarray, jax.Array)) or isinstance(array, jax.core.Tracer):
         return None
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -91,14 +86,14 @@ def read(array: Any) -> Values | None:
 
 
 def write(values: Any, like: Any) -> Any:
-    """As `Adapter.write`."""
+    """As `Following.write`."""
     if isinstance(like, np.ndarray):
         return np.asarray(values, like.dtype)
     return jax.device_put(jnp.asarray(values, like.dtype), like.sharding)
 
 
 def run(model: Any, batch: Any, mask: Any) -> None:
-    """As `Adapter.run`."""
+    """As `Following.run`."""
     takes = "mask" in inspect.signature(type(model).__call__).parameters
     given = {"mask": mask} if takes else {}
     if isinstance(batch, dict):

@@ -82,7 +82,7 @@ def _number(
 
 @contextmanager
 def _watch_class(cls: Any, running: set[int]) -> Iterator[None]:
-    original, own = cls.__call__, cls.__dict__.get("__call__")
+    original = cls.__call__
     thread = threading.get_ident()
 
     @functools.wraps(original)
@@ -97,6 +97,14 @@ def _watch_class(cls: Any, running: set[int]) -> Iterator[None]:
         finally:
             running.discard(id(layer))
 
+    with replace_call(cls, call):
+        yield
+
+
+@contextmanager
+def replace_call(cls: Any, call: Any) -> Iterator[None]:
+    """Put a function in the place of a class's `__call__`."""
+    own = cls.__dict__.get("__call__")
     cls.__call__ = call
     try:
         yield

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from batchnorm.tools.frameworks.adapter import Adapter, Follower, Judge, Pairs, States
+from batchnorm.tools.frameworks.adapter import Adapter, Following, Judge, Pairs, States
 from batchnorm.tools.frameworks.records import (
     FoldedModel,
     FoundLayer,
     Framework,
     Observation,
-    Values,
 )
 from batchnorm.tools.frameworks.torch import rehearsing, states
 
@@ -50,25 +49,10 @@ class _Torch(Adapter):
 
         return watch(layers, see)
 
-    def follow(self, model: Any, follower: Follower, seed: int) -> AbstractContextManager[None]:
-        from batchnorm.tools.frameworks.torch.following import follow
+    def following(self) -> Following:
+        from batchnorm.tools.frameworks.torch import following
 
-        return follow(model, follower, seed)
-
-    def read(self, array: Any) -> Values | None:
-        from batchnorm.tools.frameworks.torch.following import read
-
-        return read(array)
-
-    def write(self, values: Any, like: Any) -> Any:
-        from batchnorm.tools.frameworks.torch.following import write
-
-        return write(values, like)
-
-    def run(self, model: Any, batch: Any, mask: Any) -> None:
-        from batchnorm.tools.frameworks.torch.following import run
-
-        run(model, batch, mask)
+        return following
 
     def fold(
         self, model: Any, layers: list[FoundLayer], example: Any, pairs: Pairs, judge: Judge

@@ -21,7 +21,7 @@ from batchnorm.torch.masking import padding_mask
 
 @contextmanager
 def follow(model: nn.Module, follower: Follower, seed: int) -> Iterator[None]:
-    """As `Adapter.follow`. Compiled code falls back to eager code."""
+    """As `Following.follow`. Compiled code falls back to eager code."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -62,7 +62,7 @@ def _replaced(before: list[Any], after: list[Any], tree: Any) -> Any:
 
 
 def read(array: Any) -> Values | None:
-    """As `Adapter.read`; NumPy arrays in a batch are read too."""
+    """As `Following.read`; NumPy arrays in a batch are read too."""
     if isinstance(array, np.ndarray):
         return Values(array.copy(), array.dtype.name)
     if not isinstance(array, Tensor) or array.is_nested or array.is_quantized:
@@ -77,14 +77,14 @@ def read(array: Any) -> Values | None:
 
 
 def write(values: Any, like: Any) -> Any:
-    """As `Adapter.write`."""
+    """As `Following.write`."""
     if isinstance(like, np.ndarray):
         return np.asarray(values, like.dtype)
     return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, like.dtype)
 
 
 def run(model: nn.Module, batch: Any, mask: Any) -> None:
-    """As `Adapter.run`; this library's layers get the mask by `padding_mask`, which follows."""
+    """As `Following.run`; this library's layers get the mask by `padding_mask`, which follows."""
     given = {"mask": mask} if "mask" in inspect.signature(model.forward).parameters else {}
     with padding_mask(torch.as_tensor(mask) != 0, rescale="any", follow=model):
         if isinstance(batch, dict):

@@ -92,10 +92,11 @@ def find_leaks(
             f"{type(batch).__name__} of {len(batch)}. Say what of it the model gets, for instance "
             "run=lambda model, batch, mask: model(batch[0])."
         )
+    following = adapter.following()
     _check_number("more", more)
     _check_number("multiple", multiple)
-    padded = pad_batch(adapter, batch, mask, more, axes, multiple, fill)
-    search = Search(adapter, model, padded, run or adapter.run, tolerance)
+    padded = pad_batch(following, batch, mask, more, axes, multiple, fill)
+    search = Search(adapter, model, padded, run or following.run, tolerance)
     search.run("evaluation", ())
     layers = find_layers(model) if training else []
     layers = [found for found in layers if adapter.refuse_update(found.layer) is None]

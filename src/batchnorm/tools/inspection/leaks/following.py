@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.tools.frameworks.adapter import Adapter
+from batchnorm.tools.frameworks.adapter import Following
 from batchnorm.tools.frameworks.records import Called
 from batchnorm.tools.inspection.leaks.comparing import Difference, clear, compare, give_back
 from batchnorm.tools.inspection.leaks.positions import locate
@@ -53,8 +53,8 @@ class Call:
 class _Following:
     """A follower that keeps the calls that are open, and hands arrays on unchanged."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self._adapter = adapter
+    def __init__(self, following: Following) -> None:
+        self._following = following
         self._open: list[Call] = []
         self._counts: dict[str, int] = {}
 
@@ -89,7 +89,7 @@ class _Following:
         """The values of floating arrays, None for all else."""
         found = []
         for array in arrays:
-            seen = self._adapter.read(array)
+            seen = self._following.read(array)
             usable = seen is not None and seen.values.dtype.kind == "f"
             found.append(seen.values if seen is not None and usable else None)
             if seen is not None and usable and dtypes is not None:
@@ -100,8 +100,8 @@ class _Following:
 class Recording(_Following):
     """The first run: remembers inputs and outputs of all calls."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        super().__init__(adapter)
+    def __init__(self, following: Following) -> None:
+        super().__init__(following)
         self.calls: dict[tuple[str, int], Call] = {}  # in the order in which they end
         self.dtypes: set[str] = set()
 
@@ -118,8 +118,10 @@ class Recording(_Following):
 class Measuring(_Following):
     """A run that finds by how much each layer's outputs move, and changes nothing."""
 
-    def __init__(self, adapter: Adapter, first: Recording, sizes: Sizes, tolerance: float) -> None:
-        super().__init__(adapter)
+    def __init__(
+        self, following: Following, first: Recording, sizes: Sizes, tolerance: float
+    ) -> None:
+        super().__init__(following)
         self._first, self._sizes, self._tolerance = first, sizes, tolerance
         self.found: dict[tuple[str, int], Difference] = {}
 
@@ -153,7 +155,7 @@ class Judging(_Following):
     """A run that finds the layers that leak by themselves.
 
     Args:
-        adapter: of the model's framework.
+        following: of the model's framework.
         first: the run with little padding.
         sizes: of both runs.
         tolerance: largest relative difference that is rounding.
@@ -164,7 +166,7 @@ class Judging(_Following):
 
     def __init__(
         self,
-        adapter: Adapter,
+        following: Following,
         first: Recording,
         sizes: Sizes,
         tolerance: float,
@@ -173,7 +175,7 @@ class Judging(_Following):
         edges: bool = False,
         clears: bool = False,
     ) -> None:
-        super().__init__(adapter)
+        super().__init__(following)
         self._first, self._sizes, self._tolerance = first, sizes, tolerance
         self.other, self._edges, self._clears = other, edges, clears
         self._norm = ""
@@ -222,7 +224,7 @@ class Judging(_Following):
         new = list(arrays)
         for i, (a, b) in enumerate(zip(before, self._floats(arrays), strict=False)):
             cleared = None if a is None or b is None else clear(a, b, self._sizes)
-            new[i] = new[i] if cleared is None else self._adapter.write(cleared, arrays[i])
+            new[i] = new[i] if cleared is None else self._following.write(cleared, arrays[i])
         return new
 
     def _note(
@@ -255,7 +257,7 @@ class Judging(_Following):
                 continue
             restored = give_back(a, b, self._sizes, edges=self._edges)
             if restored is not None:
-                new[i] = self._adapter.write(restored, arrays[i])
+                new[i] = self._following.write(restored, arrays[i])
         return new, self._worst(found)
 
     def _worst(self, found: list[Difference | None]) -> Difference | None:

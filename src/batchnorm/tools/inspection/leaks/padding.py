@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
-from batchnorm.tools.frameworks.adapter import Adapter
+from batchnorm.tools.frameworks.adapter import Following
 from batchnorm.tools.inspection.leaks.resolution import Sizes
 
 __all__ = ["Padded", "pad_batch"]
@@ -37,7 +37,7 @@ class Padded:
 
 
 def pad_batch(
-    adapter: Adapter,
+    following: Following,
     batch: Any,
     mask: Any,
     more: int | None,
@@ -48,7 +48,7 @@ def pad_batch(
     """The batch without columns that are padding in all samples, and a way to add columns.
 
     Args:
-        adapter: of the framework of the arrays.
+        following: of the framework of the arrays.
         batch: an array, or arrays in mappings, tuples and lists.
         mask: array of shape (N, *padded axes), or (rows,).
         more: positions that the second run has more along each padded axis.
@@ -56,7 +56,7 @@ def pad_batch(
         multiple: sizes that the model takes are multiples of this.
         fill: value of the padding; None for the one that the batch's padding holds.
     """
-    whole = _read_mask(adapter, mask)
+    whole = _read_mask(following, mask)
     flat = whole.ndim == 1  # rows of no sample in particular
     real = (whole != 0).reshape(1, -1) if flat else _squeeze(whole != 0)
     before = tuple(_crop(real, axis, multiple) for axis in range(1, real.ndim))
@@ -65,7 +65,7 @@ def pad_batch(
     cut = (slice(None), *(slice(0, size) for size in before))
     real = real[cut]
     full = tuple(whole.shape if flat else _squeeze(whole).shape[1:])
-    found = _Arrays(adapter, whole, (full, before), axes, fill)
+    found = _Arrays(following, whole, (full, before), axes, fill)
     found.check(batch)
 
     def make(sizes: tuple[int, ...], other: bool) -> tuple[Any, Any]:
@@ -74,8 +74,8 @@ def pad_batch(
     return Padded(make, Sizes(real, before, after))
 
 
-def _read_mask(adapter: Adapter, mask: Any) -> Any:
-    seen = adapter.read(mask)
+def _read_mask(following: Following, mask: Any) -> Any:
+    seen = following.read(mask)
     if seen is None or seen.values.ndim == 0:
         raise ArgumentTypeError(
             "mask must be an array of shape (N, *padded axes) with values; got "
@@ -118,14 +118,14 @@ class _Arrays:
 
     def __init__(
         self,
-        adapter: Adapter,
+        following: Following,
         mask: Any,
         sizes: tuple[tuple[int, ...], tuple[int, ...]],
         axes: Sequence[int] | None,
         fill: float | None,
     ) -> None:
         """`sizes`: those of the padded axes as they are, and cropped."""
-        self._adapter, self._mask, self._fill = adapter, mask, fill
+        self._following, self._mask, self._fill = following, mask, fill
         self._full, self._cropped = sizes
         self._flat = mask.ndim == 1
         self._real = (mask != 0).reshape(self._full if self._flat else (len(mask), *self._full))
@@ -149,7 +149,7 @@ class _Arrays:
         if isinstance(batch, (tuple, list)):
             values = [self.resize(value, sizes, other) for value in batch]
             return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-        seen = self._adapter.read(batch)
+        seen = self._following.read(batch)
         if seen is None:
             return batch
         is_mask = self._is_mask(seen.values)
@@ -161,7 +161,7 @@ class _Arrays:
         if other and not is_mask:
             real = self._fit(self._real, range(self._real.ndim)[-len(sizes) :], sizes, False)
             values = _scatter(values, self._padding(real, axes, values.shape))
-        return self._adapter.write(values, batch)
+        return self._following.write(values, batch)
 
     def _fit(self, values: Any, axes: Sequence[int], sizes: Sequence[int], fill: Any) -> Any:
         """Values at these sizes; what was cropped does not come back."""
@@ -192,7 +192,7 @@ class _Arrays:
             return [pair for value in batch.values() for pair in self._arrays(value)]
         if isinstance(batch, (tuple, list)):
             return [pair for value in batch for pair in self._arrays(value)]
-        seen = self._adapter.read(batch)
+        seen = self._following.read(batch)
         return [] if seen is None or self._is_mask(seen.values) else [(batch, seen)]
 
     def _is_mask(self, values: Any) -> bool:

@@ -42,7 +42,8 @@ class Search:
         run: Callable[[Any, Any, Any], Any],
         tolerance: float | None,
     ) -> None:
-        self._adapter, self._model, self._padded = adapter, model, padded
+        self._adapter, self._following = adapter, adapter.following()
+        self._model, self._padded = model, padded
         self._run, self._given = run, tolerance
         self._modes: dict[Mode, _Mode] = {}
         self._tolerance = 0.0
@@ -55,7 +56,7 @@ class Search:
             layers: the batch norms that run as in training.
         """
         sizes = self._padded.sizes
-        first = Recording(self._adapter)
+        first = Recording(self._following)
         self._follow(layers, first, sizes.before, False, 0)
         if not first.calls:
             raise ArgumentValueError(
@@ -64,7 +65,7 @@ class Search:
             )
         self._tolerance = self._given or tolerance_of(first.dtypes)
         self._check_steady(layers, first)
-        measured = Measuring(self._adapter, first, sizes, self._tolerance)
+        measured = Measuring(self._following, first, sizes, self._tolerance)
         self._follow(layers, measured, sizes.after, False, 0)
         found = self._judge(layers, first, other=False)
         if any(leak.about.norm for leak in found):
@@ -83,12 +84,12 @@ class Search:
         """
         sizes, tolerance = self._padded.sizes, self._tolerance
         plain = self._run_judging(
-            layers, Judging(self._adapter, first, sizes, tolerance, other=other)
+            layers, Judging(self._following, first, sizes, tolerance, other=other)
         )
         if not plain:
             return []
         found = self._run_judging(
-            layers, Judging(self._adapter, first, sizes, tolerance, other=other, edges=True)
+            layers, Judging(self._following, first, sizes, tolerance, other=other, edges=True)
         )
         certain = {_key(leak) for leak in found if not leak.edge}
         if {_key(leak) for leak in plain} <= certain:
@@ -110,7 +111,7 @@ class Search:
         left = {_key(leak) for leak in found}
         if unpadded is not None:
             judging = Judging(
-                self._adapter, first, unpadded, self._tolerance, edges=True, clears=True
+                self._following, first, unpadded, self._tolerance, edges=True, clears=True
             )
             left = {_key(leak) for leak in self._run_judging(layers, judging)}
         return [
@@ -122,7 +123,7 @@ class Search:
         """Raise if the same batch gives other outputs with other random numbers."""
         sizes = self._padded.sizes
         alone = Sizes(sizes.real, sizes.before, sizes.before)
-        again = Measuring(self._adapter, first, alone, self._tolerance)
+        again = Measuring(self._following, first, alone, self._tolerance)
         self._follow(layers, again, sizes.before, False, 1)
         for (name, _), difference in again.found.items():
             if difference.relative > self._tolerance:
@@ -143,7 +144,7 @@ class Search:
         batch, mask = self._padded.make(sizes, other)
         with ExitStack() as stack:
             actor, _ = stack.enter_context(self._adapter.rehearse(self._model, layers))
-            stack.enter_context(self._adapter.follow(actor, follower, seed))
+            stack.enter_context(self._following.follow(actor, follower, seed))
             self._run(actor, batch, mask)
 
     def result(self) -> Leaks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from batchnorm.tools.inspection.findings import EXPLANATIONS, LEVELS, Finding
-from batchnorm.tools.inspection.page.document import make_document
+from batchnorm.tools.inspection.page.document import make_document, make_header
 from batchnorm.tools.inspection.page.layers import make_charts, make_layers
 from batchnorm.tools.inspection.page.leaks import make_section
 from batchnorm.tools.inspection.page.markup import Markup, element, join
@@ -36,7 +36,6 @@ def make_page(report: Findings) -> str:
 
 
 def _make_header(report: Findings) -> Markup:
-    level, verdict = _judge(report)
     facts = [("layers", f"{len(report.layers):,}"), ("channels", f"{report.channels:,}")]
     if report.batches:
         facts.append(("batches run", f"{report.batches:,}"))
@@ -47,21 +46,8 @@ def _make_header(report: Findings) -> Markup:
     kinds = sorted({layer.state.kind for layer in report.layers})
     if len(kinds) == 1:
         facts.append(("kind", printable(kinds[0])))
-    return element(
-        "header",
-        None,
-        element("p", {"class": "overline"}, "Batch normalizations of"),
-        element("h1", None, printable(report.source)),
-        element("p", {"class": f"verdict {level}"}, verdict),
-        element(
-            "dl",
-            {"class": "facts"},
-            *(
-                element("div", None, element("dt", None, name), element("dd", None, value))
-                for name, value in facts
-            ),
-        ),
-    )
+    source = printable(report.source)
+    return make_header("Batch normalizations of", source, _judge(report), facts)
 
 
 def _judge(report: Findings) -> tuple[str, str]:

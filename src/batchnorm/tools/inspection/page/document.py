@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from batchnorm.environment import __version__
 from batchnorm.tools.inspection.page.markup import Markup, element
 
-__all__ = ["make_document"]
+__all__ = ["make_document", "make_header"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a layer's name can load nothing
+
+
+def make_header(
+    overline: str, title: str, verdict: tuple[str, str], facts: Iterable[tuple[str, str]]
+) -> Markup:
+    """The head of a page: its title, a verdict (a level and a sentence), and figures by name."""
+    level, sentence = verdict
+    figures = (
+        element("div", None, element("dt", None, name), element("dd", None, value))
+        for name, value in facts
+    )
+    return element(
+        "header",
+        None,
+        element("p", {"class": "overline"}, overline),
+        element("h1", None, title),
+        element("p", {"class": f"verdict {level}"}, sentence),
+        element("dl", {"class": "facts"}, *figures),
+    )
 
 
 def make_document(title: str, body: Sequence[Markup], foot: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from batchnorm.tools.inspection.leaks.records import Leak, LeakFindings, Movement
-from batchnorm.tools.inspection.page.document import make_document
+from batchnorm.tools.inspection.page.document import make_document, make_header
 from batchnorm.tools.inspection.page.markup import Markup, element
 from batchnorm.tools.inspection.page.profiles import (
     Reach,
@@ -43,20 +43,11 @@ def make_leaks_page(leaks: LeakFindings) -> str:
         ("positions", f"{_sizes(leaks.before)} → {_sizes(leaks.after)}"),
         ("outputs move by", format_number(leaks.moved, 2)),
     ]
-    header = element(
-        "header",
-        None,
-        element("p", {"class": "overline"}, "Padding that reaches real positions of"),
-        element("h1", None, printable(leaks.source)),
-        element("p", {"class": f"verdict {level}"}, verdict),
-        element(
-            "dl",
-            {"class": "facts"},
-            *(
-                element("div", None, element("dt", None, name), element("dd", None, value))
-                for name, value in facts
-            ),
-        ),
+    header = make_header(
+        "Padding that reaches real positions of",
+        printable(leaks.source),
+        (level, verdict),
+        facts,
     )
     title = f"Padding in {printable(leaks.source)}"
     foot = f"Relative differences up to {format_number(leaks.tolerance, 2)} count as rounding."
