@@ -139,19 +139,19 @@ TARGETS = (
         at_most=True,
     ),
     Target(
-        "half padded, zeros at padding, times the step that normalizes it",
+        "half padded, zeros at padding, times normalized padding",
         1.02,
         _of("mask-50", "ours, zeroed", "ours"),
         at_most=True,
     ),
     Target(
-        "image half padded, zeros at padding, times the step that normalizes it",
+        "image half padded, zeros at padding, times normalized padding",
         1.02,
         _of("mask-image", "ours, zeroed", "ours"),
         at_most=True,
     ),
     Target(
-        "inference, zeros at padding, worst of all, times that without a mask",
+        "inference, zeros at padding, worst, times no mask",
         1.05,
         _most_zeroed,
         at_most=True,
