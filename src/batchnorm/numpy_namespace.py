@@ -17,6 +17,8 @@ class _NumpyNamespace:
     max = staticmethod(np.max)
     sqrt = staticmethod(np.sqrt)
     square = staticmethod(np.square)
+    log = staticmethod(np.log)
+    expm1 = staticmethod(np.expm1)
     isfinite = staticmethod(np.isfinite)
     where = staticmethod(np.where)
     reshape = staticmethod(np.reshape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
@@ -13,6 +13,7 @@ from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
 ACTIVATIONS = ("relu", "leaky_relu")
 NEGATIVE_SLOPE = 0.01
 PADDED_OUTPUTS = ("normalize", "zero")
+SINGLE_VALUES = ("raise", "beta", "running")
 RESCALES = (None, "any", "all")  # rules for a mask at a coarser resolution
 _CLIPPING_KEYS = ("rmin", "rmax", "dmax")
 
@@ -21,12 +22,15 @@ Adjustment = Callable[[tuple[int, ...]], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Renorm:
-    """Batch renormalization (S11): the decay of its own averages and the clipping of r and d."""
+    """Batch renormalization (S11): the decay of its own averages and the clipping of r and d.
+
+    The limits may be scalar arrays: traced code takes them as data.
+    """
 
     decay: float = 0.99
-    rmin: float = 0.0
-    rmax: float = math.inf
-    dmax: float = math.inf
+    rmin: Any = 0.0
+    rmax: Any = math.inf
+    dmax: Any = math.inf
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Options:
         activation: None, "relu" or "leaky_relu" (S18).
         correction: the normalizer's variance divides by `count - correction`.
         padded_output: padded rows of y: "normalize", as real ones; "zero", exactly 0 (S4).
+        debias: weigh the batch so that the running average forgets its start at once (S23).
     """
 
     eps: float = 1e-5
@@ -53,6 +58,7 @@ class Options:
     activation: str | None = None
     correction: int = 0
     padded_output: str = PADDED_OUTPUTS[0]
+    debias: bool = False
 
     @property
     def zero_padding(self) -> bool:
@@ -137,6 +143,14 @@ def check_padded_output(value: Any) -> str:
     raise ArgumentValueError(f"padded_output must be {names}; got {value!r}.")
 
 
+def check_single_value(value: Any) -> str:
+    """`value` if it names what becomes of a single value per channel (S7)."""
+    if isinstance(value, str) and value in SINGLE_VALUES:
+        return value
+    names = ", ".join(f'"{name}"' for name in SINGLE_VALUES)
+    raise ArgumentValueError(f"single_value must be one of {names}; got {value!r}.")
+
+
 def check_block(rescale: Any, padded_output: Any) -> None:
     """Check the options of `padding_mask` that all front ends have."""
     if rescale not in RESCALES:
@@ -205,10 +219,24 @@ def _clipped_renorm(clipping: Mapping[str, Any], decay: float) -> Renorm:
         for key, value in clipping.items()
         if value is not None
     }
-    renorm = Renorm(decay, **limits)
+    return _ordered(Renorm(decay, **limits), "renorm_clipping needs")
+
+
+def change_clipping(renorm: Renorm | None, limits: Mapping[str, Any]) -> Renorm:
+    """The renormalization with other limits; those that are None stay as they are (S11)."""
+    if renorm is None:
+        raise ArgumentValueError("the layer has renorm=False, and no limits to set. Switch it on.")
+    checked = {
+        name: math.inf if value == math.inf and name != "rmin" else check_number(name, value, 0.0)
+        for name, value in limits.items()
+        if value is not None
+    }
+    return _ordered(replace(renorm, **checked), "limits of renormalization need")
+
+
+def _ordered(renorm: Renorm, rule: str) -> Renorm:
     if renorm.rmax < renorm.rmin:
         raise ArgumentValueError(
-            f"renorm_clipping needs rmax >= rmin; got rmax={renorm.rmax:g} and "
-            f"rmin={renorm.rmin:g}."
+            f"{rule} rmax >= rmin; got rmax={renorm.rmax:g} and rmin={renorm.rmin:g}."
         )
     return renorm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from batchnorm.core.config import Options
@@ -38,7 +39,8 @@ class Inputs(NamedTuple):
 class Outcome(NamedTuple):
     """y in x's shape; the batch's moments; running statistics after the step, if any came in.
 
-    The closed-form gradient starts from the last two, which are on the working view.
+    The closed-form gradient starts from `centred` and `affine`, and the running statistics move by
+    `average`; these three are on the working view.
     """
 
     y: Array
@@ -46,6 +48,7 @@ class Outcome(NamedTuple):
     running: Running | None
     centred: Centred
     affine: Affine
+    average: BatchAverage
 
 
 def forward_batch(
@@ -56,6 +59,7 @@ def forward_batch(
     *,
     merge: Merge | None = None,
     update: bool = True,
+    recall: Callable[[Moments], Running] | None = None,
     xp: Namespace,
 ) -> Outcome:
     """Normalize by the batch's own statistics (training).
@@ -68,6 +72,8 @@ def forward_batch(
         merge: of the moments of all participants, or None; of ghost groups only the averages
             are merged (S14).
         update: move the running statistics.
+        recall: function from the batch's moments to the running statistics that count instead of
+            `running`: a step that is recomputed needs those from before it (S9).
         xp: array namespace.
 
     Returns:
@@ -82,13 +88,14 @@ def forward_batch(
     centred = centre(x, mask, layout.reduced, eps=options.eps, xp=xp)
     if merge is not None and layout.groups is None:
         centred = recentre(x, mask, merge.moments(centred), xp)
-    average = average_groups(
-        centred.map(xp.stop_gradient),
-        None if layout.groups is None else 1,
-        xp,
-    )
+    average = average_of(centred.map(xp.stop_gradient), layout, xp)
     if merge is not None and layout.groups is not None:
         average = merge.average(average, options.unbiased and options.renorm is None)
+    # Moments of other participants' groups are returned too, as constants.
+    foreign = merge is not None and layout.groups is not None
+    moments = _returned(average.centred if foreign else centred, layout, xp)
+    if recall is not None:
+        running = recall(moments)
     expanded, affine = None, channel_affine(inputs, layout, xp)
     fallback = (xp.zeros_like(centred.power), xp.ones_like(centred.power))
     if running is not None:
@@ -103,18 +110,26 @@ def forward_batch(
     y = activate(
         layout.merge(y, xp), _residual(inputs, layout, options, xp), options.activation, xp
     )
-    # Moments of other participants' groups are returned too, as constants.
-    foreign = merge is not None and layout.groups is not None
-    moments = _returned(average.centred if foreign else centred, layout, xp)
-    return Outcome(y, moments, running, centred, affine)
+    return Outcome(y, moments, running, centred, affine, average)
 
 
 def move_running(
     running: Running, centred: Centred, layout: Layout, options: Options, xp: Namespace
 ) -> Running:
     """The running statistics, per channel, after a step that found these moments (S9)."""
-    average = average_groups(centred, None if layout.groups is None else 1, xp)
+    return move_by_average(running, average_of(centred, layout, xp), layout, options, xp)
+
+
+def move_by_average(
+    running: Running, average: BatchAverage, layout: Layout, options: Options, xp: Namespace
+) -> Running:
+    """The running statistics, per channel, after a step with this average."""
     return _moved(expand_running(running, layout, xp), average, layout, options, xp)
+
+
+def average_of(centred: Centred, layout: Layout, xp: Namespace) -> BatchAverage:
+    """The moments of a step, shaped `layout.statistics`, as the running statistics see them."""
+    return average_groups(centred, None if layout.groups is None else 1, xp)
 
 
 def _moved(

@@ -90,8 +90,10 @@ class GatherMerge:
         return average_groups(every, 1, xp)
 
 
-def merge_parts(parts: Parts, xp: Namespace) -> Centred:
+def merge_parts(parts: Parts, xp: Namespace, *, spread: bool = True) -> Centred:
     """The moments of all participants, as if their rows were in one array; no deviations.
+
+    `spread`: the distances of their means count; False: their variances are averaged.
 
     Source: S14; Chan, Golub and LeVeque 1983, equation 2.1b.
     """
@@ -105,6 +107,8 @@ def merge_parts(parts: Parts, xp: Namespace) -> Centred:
     scale = xp.where(scale > 0, scale, 1.0)
     shifts = xp.where(real, ((parts.anchor - anchor) + parts.shift) / scale, 0.0)
     shift = xp.sum(weight * shifts, axis=(0,), keepdims=False)
-    powers = parts.power * xp.square(parts.scale / scale) + xp.square(shifts - shift)
+    powers = parts.power * xp.square(parts.scale / scale)
+    if spread:
+        powers = powers + xp.square(shifts - shift)
     power = xp.sum(weight * xp.where(real, powers, 0.0), axis=(0,), keepdims=False)
     return Centred(count, anchor, shift * scale, scale, power, scale, xp.zeros_like(power))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from batchnorm.core.moments import Centred, unbiased_factor
 from batchnorm.core.namespace import Array, Namespace
 
 _LEAST_REFERENCE = 2.0**-126  # without eps; a normal number of every type
+LONG_RUNNING = 2**30  # steps of a state that has not counted them: as many as forget any start
 
 
 class Running(NamedTuple):
@@ -45,6 +47,7 @@ class BatchAverage(NamedTuple):
     """One step's moments as the running statistics see them: ghost groups averaged (S12)."""
 
     usable: Array  # boolean: there are real rows, and all moments are finite (S9)
+    count: Array  # its weight among other averages: real rows, or groups that are not empty
     centred: Centred
     weight: Array  # of a group in the average
     axis: int | None  # of the groups
@@ -61,12 +64,13 @@ def average_groups(centred: Centred, axis: int | None, xp: Namespace) -> BatchAv
     present = centred.count > 0
     finite = xp.isfinite(centred.mean) & xp.isfinite(centred.var)
     if axis is None:
-        return BatchAverage(present & finite, centred, xp.ones_like(centred.var), None)
+        one = xp.ones_like(centred.var)
+        return BatchAverage(present & finite, centred.count, centred, one, None)
     one, zero = xp.ones_like(centred.var), xp.zeros_like(centred.var)
     groups = xp.sum(xp.where(present, one, zero), axis=(axis,), keepdims=True)
     poisoned = xp.sum(xp.where(finite, zero, one), axis=(axis,), keepdims=True)
     weight = xp.where(present, one, zero) / xp.where(groups > 0, groups, 1.0)
-    return BatchAverage((groups > 0) & (poisoned == 0), centred, weight, axis)
+    return BatchAverage((groups > 0) & (poisoned == 0), groups, centred, weight, axis)
 
 
 def renorm_correction(
@@ -102,7 +106,11 @@ def update_running(
     usable, centred = average.usable, average.centred
     mean, var = average.of(centred.mean, xp), average.of(centred.var, xp)
     batches = _count_batch(running.batches, usable, axes, xp)
-    decay = _decay(options.decay, batches, mean.dtype, xp)
+
+    def decay_of(decay: Any) -> Array:
+        return _decay(decay, batches, options.debias, mean.dtype, xp)
+
+    decay = decay_of(options.decay)
 
     def move(old: Array, new: Array, decay: Array = decay) -> Array:
         return xp.where(usable, decay * old + (1.0 - decay) * new, old)
@@ -114,6 +122,7 @@ def update_running(
             mean=move(running.mean, mean), var=move(running.var, var), batches=batches
         )
     deviation = xp.sqrt(var + options.eps)
+    renorm_decay = decay_of(options.renorm.decay)
     stddev = move(running.stddev, deviation)
     variance = xp.square(stddev) - options.eps
     return Running(
@@ -121,8 +130,8 @@ def update_running(
         var=xp.where(usable, xp.where(variance > 0, variance, 0.0), running.var),
         batches=batches,
         stddev=stddev,
-        renorm_mean=move(running.renorm_mean, mean, options.renorm.decay),
-        renorm_stddev=move(running.renorm_stddev, deviation, options.renorm.decay),
+        renorm_mean=move(running.renorm_mean, mean, renorm_decay),
+        renorm_stddev=move(running.renorm_stddev, deviation, renorm_decay),
     )
 
 
@@ -137,12 +146,49 @@ def _count_batch(
     return batches + xp.where(updated > 0, one, zero)
 
 
-def _decay(decay: float | None, batches: Array | None, dtype: Any, xp: Namespace) -> Array:
-    """The weight of the old value; in the cumulative average 1 - 1 / t after t batches."""
-    if decay is not None:
+def _decay(
+    decay: Any, batches: Array | None, debias: bool, dtype: Any, xp: Namespace
+) -> Array:
+    """The weight of the old value at a step, the `batches`-th that updates something (S9, S23).
+
+    In the cumulative average it is 1 - 1/t.
+    """
+    if decay is not None and not debias:
         return decay
     steps = xp.cast(batches, dtype)
-    return 1.0 - 1.0 / xp.where(steps > 0, steps, 1.0)
+    steps = xp.where(steps > 0, steps, 1.0)
+    if decay is None:
+        return 1.0 - 1.0 / steps
+    return debiased_decay(decay, steps, xp)
+
+
+class Scalars:
+    """Python's numbers as the `xp` of `debiased_decay`."""
+
+    log = staticmethod(math.log)
+    expm1 = staticmethod(math.expm1)
+
+    @staticmethod
+    def where(condition: bool, a: float, b: float) -> float:
+        """a or b."""
+        return a if condition else b
+
+
+def debiased_decay(decay: Any, steps: Any, xp: Any) -> Any:
+    """The weight of the old value at step number `steps`, from 1 (S23).
+
+    1 - (1 - decay) / (1 - decay^t), to the last digits also where decay is close to 1. A decay of
+    1 stays, since nothing was ever to move.
+    """
+    if isinstance(decay, numbers.Real):
+        if decay in (0.0, 1.0):
+            return decay
+        log = math.log(decay)
+    else:
+        log = xp.log(decay)
+    forgotten = -xp.expm1(steps * log)  # 1 - decay^t; 0 for an array of 1
+    weight = xp.where(forgotten > 0, (1.0 - decay) / xp.where(forgotten > 0, forgotten, 1.0), 0.0)
+    return xp.where((steps > 1) | (weight == 0), 1.0 - weight, 0.0)
 
 
 def unbiased_variance(centred: Centred, xp: Namespace) -> Array:

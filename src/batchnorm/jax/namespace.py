@@ -18,6 +18,8 @@ class _JaxNamespace:
     abs = staticmethod(jnp.abs)
     sqrt = staticmethod(jnp.sqrt)
     square = staticmethod(jnp.square)
+    log = staticmethod(jnp.log)
+    expm1 = staticmethod(jnp.expm1)
     isfinite = staticmethod(jnp.isfinite)
     where = staticmethod(jnp.where)
     reshape = staticmethod(jnp.reshape)

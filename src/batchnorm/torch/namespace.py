@@ -19,6 +19,8 @@ class _TorchNamespace:
     abs = staticmethod(torch.abs)
     sqrt = staticmethod(torch.sqrt)
     square = staticmethod(torch.square)
+    log = staticmethod(torch.log)
+    expm1 = staticmethod(torch.expm1)
     isfinite = staticmethod(torch.isfinite)
     where = staticmethod(torch.where)
     reshape = staticmethod(torch.reshape)

@@ -61,7 +61,7 @@ class RankMerge:
         usable = average_groups(found, None, XP).usable
         # Count 1, so that the unbiased factor is not applied twice.
         one = torch.ones_like(found.power)
-        return BatchAverage(usable, found._replace(count=one), one, None)
+        return BatchAverage(usable, found.count, found._replace(count=one), one, None)
 
     def _narrow(self, moments: Moments, dtype: torch.dtype) -> Centred:
         """Moments in the working type; the mean as a sum of two numbers (S3)."""

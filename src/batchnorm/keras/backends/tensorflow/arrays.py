@@ -23,6 +23,8 @@ class _TensorFlowNamespace:
     abs = staticmethod(tf.abs)
     sqrt = staticmethod(tf.sqrt)
     square = staticmethod(tf.square)
+    log = staticmethod(tf.math.log)
+    expm1 = staticmethod(tf.math.expm1)
     isfinite = staticmethod(tf.math.is_finite)
     zeros_like = staticmethod(tf.zeros_like)
     ones_like = staticmethod(tf.ones_like)
