@@ -77,7 +77,7 @@ def _zoo_cell(value: Any, notes: list[str]) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """Give every paragraph S1 ... S19 an anchor, and make every other mention a link to it."""
+    """Give every paragraph S1 ... S23 an anchor, and make every other mention a link to it."""
     if page.url == SPEC:
         html = re.sub(r"<strong>S(\d+) ", r'<strong id="s\1">S\1 ', html)
     spec = get_relative_url(SPEC, page.url)
