@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,12 @@ class Case:
     residual: bool = False
     activation: str | None = None
     padded_output: str = "normalize"
+    debias: bool = False
+    steps: int = 7  # that the running statistics have seen
+    update: bool = True  # False: batch statistics without an update (S20)
+    passes: int = 1  # forward passes, over parts of x along axis 0, that are one step (S21)
+    late_limits: bool = False  # of renormalization, set after construction (S11)
+    single_value: str = "raise"  # torch's own option (S7)
 
     @property
     def zeroed(self) -> bool:
@@ -82,6 +89,24 @@ class Result(NamedTuple):
     dbeta: np.ndarray | None
     state: State
     dresidual: np.ndarray | None = None
+
+
+def split(case: Case, data: Data) -> list[tuple[Case, Data]]:
+    """The case in its passes, each with its part of x; the running statistics are the same."""
+    bounds = np.linspace(0, case.shape[0], case.passes + 1).astype(int)
+
+    def part(a: np.ndarray | None, begin: int, end: int) -> np.ndarray | None:
+        return a if a is None or a.shape[0] != case.shape[0] else a[begin:end]
+
+    found = []
+    for begin, end in pairwise(bounds):
+        arrays = {f: part(getattr(data, f), begin, end) for f in _PER_ROW}
+        shape = (int(end - begin), *case.shape[1:])
+        found.append((replace(case, shape=shape, passes=1), data._replace(**arrays)))
+    return found
+
+
+_PER_ROW = ("x", "mask", "real", "residual", "s", "t", "dy")
 
 
 def make_data(case: Case) -> Data:
@@ -136,7 +161,7 @@ def _state(case: Case, x: np.ndarray, rng: np.random.Generator) -> State:
         return _rounded(rng.uniform(low, high, case.channels), "float32")
 
     mean = _rounded(offset + draw(-0.5, 0.5), "float32")
-    state = State(mean, draw(0.5, 2.0), 7)
+    state = State(mean, draw(0.5, 2.0), case.steps)
     if case.renorm is None:
         return state
     near = _rounded(offset + draw(-0.5, 0.5), "float32")
@@ -368,6 +393,88 @@ def _table() -> list[Case]:
     cases += [
         Case(f"low_stddev-{m}", data="low_stddev", renorm={}, eps=0.25, mask=m)
         for m in ("none", "half")
+    ]
+    cases += [
+        Case(f"debias-{name}", debias=True, **kw)
+        for name, kw in (
+            ("none", {}),
+            ("half", {"mask": "half"}),
+            ("channelwise", {"mask": "channelwise"}),
+            ("empty", {"mask": "empty"}),
+            ("first", {"steps": 0}),
+            ("first-renorm", {"steps": 0, "renorm": {}, "mask": "half"}),
+            ("late", {"steps": 2**30, "decay": 0.99}),
+            ("slow", {"steps": 2, "decay": 0.99999}),
+            ("renorm", {"renorm": {}}),
+            ("ghost2", {"ghost": 2, "mask": "half_samples"}),
+            ("decay0", {"decay": 0.0}),
+            ("decay1", {"decay": 1.0}),
+            ("cumulative", {"decay": None}),
+            ("nan_value", {"data": "nan_value"}),
+            ("offset", {"data": "offset1e6", "shape": (256, 3), "steps": 1}),
+            ("float64", {"dtype": "float64"}),
+            ("eval", {"mode": "eval"}),
+        )
+    ]
+    cases += [
+        Case(f"no_update-{name}", update=False, **kw)
+        for name, kw in (
+            ("none", {}),
+            ("half", {"mask": "half"}),
+            ("ghost2", {"ghost": 2}),
+            ("renorm", {"renorm": {}, "mask": "half"}),
+            ("cumulative", {"decay": None}),
+            ("debias", {"debias": True}),
+            ("bfloat16", {"dtype": "bfloat16"}),
+            ("residual_relu", {"residual": True, "activation": "relu"}),
+        )
+    ]
+    cases += [
+        Case(f"passes{passes}-{name}", passes=passes, **kw)
+        for name, passes, kw in (
+            ("none", 2, {}),
+            ("half", 3, {"mask": "half"}),
+            ("samples", 4, {"mask": "samples"}),
+            ("one_row", 2, {"mask": "one_row"}),
+            ("empty", 2, {"mask": "empty"}),
+            ("channelwise", 2, {"mask": "channelwise"}),
+            ("image_last", 2, {"shape": (4, 5, 7, 3), "axis": -1, "mask": "prefix"}),
+            ("many_channels", 2, {"shape": (6, 129)}),
+            ("ghost2", 2, {"ghost": 2}),
+            ("ghost2-half_samples", 2, {"ghost": 2, "mask": "half_samples"}),
+            ("renorm", 2, {"renorm": {"rmax": 1.1, "rmin": 0.9, "dmax": 0.2}, "mask": "half"}),
+            ("cumulative", 2, {"decay": None}),
+            ("debias", 2, {"debias": True, "mask": "half"}),
+            ("offset", 4, {"data": "offset1e6", "shape": (512, 3), "mask": "half"}),
+            ("offset-renorm", 2, {"data": "offset1e6", "shape": (512, 3), "renorm": {}}),
+            ("huge", 2, {"data": "huge", "shape": (64, 3)}),
+            ("nan_value", 2, {"data": "nan_value"}),
+            ("nan_padding", 2, {"data": "nan_padding", "mask": "half"}),
+            ("float16", 2, {"dtype": "float16", "mask": "half"}),
+            ("bfloat16", 2, {"dtype": "bfloat16"}),
+            ("float64", 2, {"dtype": "float64", "mask": "half"}),
+            ("eval", 2, {"mode": "eval"}),
+            ("no_update", 2, {"update": False}),
+        )
+    ]
+    cases += [
+        Case(
+            f"late_limits-{m}",
+            late_limits=True,
+            renorm={"rmax": 1.1, "rmin": 0.9, "dmax": 0.2},
+            mask=m,
+        )
+        for m in ("none", "half")
+    ]
+    cases += [
+        Case(f"single_value-{name}", shape=(1, 3), **kw)
+        for name, kw in (
+            ("beta", {"single_value": "beta"}),
+            ("beta-renorm", {"single_value": "beta", "renorm": {}}),
+            ("running", {"single_value": "running"}),
+            ("running-adjusted", {"single_value": "running", "adjusted": True}),
+            ("running-relu", {"single_value": "running", "activation": "relu"}),
+        )
     ]
     cases += [Case("float64-offset", dtype="float64", data="offset1e6", mask="half")]
     cases += [

@@ -112,7 +112,8 @@ def _scales(case: Case, data: Data) -> tuple[np.ndarray, ...]:
     count = np.maximum(data.real.sum(axis=rows), 1)
     mean = np.nansum(x, axis=rows) / count
     std = np.sqrt(np.nansum((x - _along(case, mean)) ** 2, axis=rows) / count)
-    own = 1 / np.sqrt(std**2 + case.eps) if case.ghost is None else case.eps**-0.5
+    whole = case.ghost is None and case.passes == 1
+    own = 1 / np.sqrt(std**2 + case.eps) if whole else case.eps**-0.5
     kept = 1 / np.sqrt(data.state.var + case.eps)
     return gamma, beta, own if case.mode == "train" else kept, std
 

@@ -22,6 +22,9 @@ _MEETS = {
     "many channels": {"mode"},
     "one row": {"mode", "masked"},
     "decay": {"mode", "masked"},
+    "debias": {"mode", "masked"},
+    "update": {"mode", "masked"},
+    "passes": {"mode", "masked", "float64"},
 }
 
 
@@ -46,6 +49,11 @@ def _settings(case: Case) -> dict[str, Any]:
         "residual": case.residual,
         "activation": case.activation,
         "padded_output": case.padded_output,
+        "debias": (case.debias, case.steps == 0),
+        "update": case.update,
+        "passes": case.passes > 1,
+        "late_limits": case.late_limits,
+        "single_value": case.single_value,
     }
 
 

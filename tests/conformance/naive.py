@@ -7,17 +7,21 @@ the packing principle says (S5), and applies the textbook to it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
 
 import tolerances
-from cases import Case, Data, Result, State
+from cases import Case, Data, Result, State, split
 from comparison import Path
 from paths import Way
 
 
 def run(case: Case, data: Data, *, unbiased: bool) -> Result:
+    if case.single_value == "running":
+        case = replace(case, mode="eval")
     names = [f for f in State._fields if getattr(data.state, f) is not None and f != "batches"]
     state = {f: np.array(getattr(data.state, f)) for f in names}
     y, dx = np.full(case.shape, np.nan), np.zeros(case.shape)
@@ -28,10 +32,18 @@ def run(case: Case, data: Data, *, unbiased: bool) -> Result:
         for axis, index in zip(case.axes, channel, strict=True):
             at[axis] = index
         view = _Channel(case, data, tuple(at), channel)
-        y[view.at], dx[view.at], dgamma[channel], dbeta[channel] = view.normalize()
+        passes = [view]
+        if case.passes > 1:
+            passes = [_Channel(*part, tuple(at), channel) for part in split(case, data)]
+            if case.ghost is not None:
+                view.statistics = [one for part in passes for one in part.statistics]
+        found = [part.normalize() for part in passes]
+        y[view.at], dx[view.at] = (np.concatenate([one[i] for one in found]) for i in (0, 1))
+        dgamma[channel], dbeta[channel] = (math.fsum(one[i] for one in found) for i in (2, 3))
         if case.zeroed:
             y[view.at][~view.real] = 0.0
-        if case.mode == "train" and (new := view.running(unbiased)):
+        moves = case.mode == "train" and case.update and case.single_value == "raise"
+        if moves and (new := view.running(unbiased)):
             updated = True
             for f, value in new.items():
                 state[f][channel] = value
@@ -154,13 +166,13 @@ class _Channel:
         if average is None or not np.isfinite(average[:2]).all():
             return {}
         mean, var, corrected = average
-        decay = self.case.decay
-        if decay is None:
-            decay = 1.0 - 1.0 / (self.batches + 1)
+        t = self.batches + 1
+        decay = 1.0 - 1.0 / t if self.case.decay is None else self._debiased(self.case.decay, t)
 
         def move(name: str, new: float, weight: float) -> float:
             return weight * self.state[name] + (1.0 - weight) * new
 
+        renorm_decay = self._debiased(0.99, t)
         found = {"mean": move("mean", mean, decay)}
         if self.case.renorm is None:
             return found | {"var": move("var", corrected if unbiased else var, decay)}
@@ -169,9 +181,15 @@ class _Channel:
         return found | {
             "var": max(stddev**2 - self.case.eps, 0.0),
             "stddev": stddev,
-            "renorm_mean": move("renorm_mean", mean, 0.99),
-            "renorm_stddev": move("renorm_stddev", deviation, 0.99),
+            "renorm_mean": move("renorm_mean", mean, renorm_decay),
+            "renorm_stddev": move("renorm_stddev", deviation, renorm_decay),
         }
+
+    def _debiased(self, decay: float, t: int) -> float:
+        if not self.case.debias or decay == 1.0:
+            return decay
+        exact = Fraction(decay)  # 1 - decay^t loses its digits where decay is close to 1
+        return float(1 - (1 - exact) / (1 - exact**t)) if t < 100 else decay
 
 
 def _act(pre: np.ndarray, case: Case) -> np.ndarray:

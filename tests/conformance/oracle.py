@@ -2,39 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 import batchnorm
+from batchnorm.core.accumulate import average_of_step, contribution, merge_passes
 from batchnorm.core.config import Options, Renorm
-from batchnorm.core.forward import Inputs, forward_batch, forward_running
+from batchnorm.core.forward import Inputs, forward_batch, forward_running, move_by_average
 from batchnorm.core.layout import make_layout
+from batchnorm.core.merge import Parts
 from batchnorm.core.normalize import activation_gradient
-from batchnorm.core.running import Running
+from batchnorm.core.running import BatchAverage, Running
 from batchnorm.numpy_namespace import XP
-from cases import Case, Data, Result, State
+from cases import Case, Data, Result, State, split
 
 
 def expect(case: Case, data: Data, *, unbiased: bool) -> Result:
     """y and state from the core's forward pass; gradients from the public reference."""
+    if case.single_value == "running":
+        case = replace(case, mode="eval")
+    elif case.single_value == "beta":
+        case = replace(case, update=False)
+    if case.passes == 1:
+        return _expect(case, data, unbiased)[0]
+    found, averages = zip(*(_expect(*part, unbiased) for part in split(case, data)), strict=True)
+    joined = [None if a is None else np.concatenate(a) for a in (_column(found, f) for f in _ROWS)]
+    sums = [None if a is None else sum(a) for a in (_column(found, f) for f in _SUMS)]
+    y, dx, dresidual = joined
+    return Result(y, dx, *sums, _step(case, data, averages, unbiased), dresidual)
+
+
+_ROWS, _SUMS = ("y", "dx", "dresidual"), ("dgamma", "dbeta")
+
+
+def _column(found: Sequence[Result], field: str) -> list[np.ndarray] | None:
+    values = [getattr(one, field) for one in found]
+    return None if values[0] is None else values
+
+
+def _step(case: Case, data: Data, averages: Sequence[BatchAverage | None], unbiased: bool) -> State:
+    """The state after all passes."""
+    if case.mode != "train" or not case.update:
+        return data.state
+    options, pooled = _options(case, unbiased), case.ghost is not None
+    parts = [
+        contribution(a, pooled, unbiased and options.renorm is None, XP)
+        for a in averages
+        if a is not None
+    ]
+    stacked = Parts(*(np.stack(column) for column in zip(*parts, strict=True)))
+    with np.errstate(invalid="ignore"):
+        average = average_of_step(merge_passes(stacked, pooled, XP), pooled, XP)
+    layout = make_layout(case.shape, case.axis, case.ghost)
+    return State(*move_by_average(_running(data), average, layout, options, XP))
+
+
+def _options(case: Case, unbiased: bool) -> Options:
     renorm = None if case.renorm is None else Renorm(0.99, **case.renorm)
-    training = case.mode == "train"
-    options = Options(
+    return Options(
         eps=case.eps,
         decay=case.decay,
         unbiased=unbiased,
         renorm=renorm,
         activation=case.activation,
         padded_output=case.padded_output,
+        debias=case.debias,
     )
+
+
+def _running(data: Data) -> Running:
+    return Running(*data.state)._replace(batches=np.asarray(data.state.batches))
+
+
+def _expect(case: Case, data: Data, unbiased: bool) -> tuple[Result, BatchAverage | None]:
+    """The result of one pass, and the moments by which the running statistics move."""
+    training, options = case.mode == "train", _options(case, unbiased)
     layout = make_layout(case.shape, case.axis, case.ghost if training else None)
     mask = None if data.mask is None else data.mask != 0
     s, t = (data.s, data.t) if training else (None, None)
     inputs = Inputs(data.x, mask, data.gamma, data.beta, data.residual, s, t)
-    running = Running(*data.state)._replace(batches=np.asarray(data.state.batches))
+    running, average = _running(data), None
     with np.errstate(invalid="ignore"):
         if training:
-            outcome = forward_batch(inputs, running, layout, options, xp=XP)
-            y, state = outcome.y, State(*outcome.running)
+            outcome = forward_batch(inputs, running, layout, options, update=case.update, xp=XP)
+            y, state, average = outcome.y, State(*outcome.running), outcome.average
         else:
             y, state = forward_running(inputs, running, layout, options, xp=XP), data.state
     dx, dgamma, dbeta = batchnorm.batch_norm_gradient(
@@ -62,7 +115,7 @@ def expect(case: Case, data: Data, *, unbiased: bool) -> Result:
         dresidual = activation_gradient(data.dy, y, case.activation, XP)
         if case.zeroed:
             dresidual = np.where(data.real, dresidual, 0.0)
-    return Result(
+    result = Result(
         y,
         dx,
         None if data.gamma is None else dgamma,
@@ -70,3 +123,4 @@ def expect(case: Case, data: Data, *, unbiased: bool) -> Result:
         state,
         dresidual,
     )
+    return result, average

@@ -71,7 +71,12 @@ def _draw(name: str, rng: np.random.Generator) -> Case:
         residual=rng.random() < 0.2,
         activation=pick(None, None, None, "relu", "leaky_relu"),
         padded_output=pick("normalize", "normalize", "zero"),
+        debias=pick(False, False, False, True),
+        steps=pick(0, 1, 7, 7),
+        update=pick(True, True, True, True, False),
+        passes=pick(1, 1, 1, 2, 3) if ghost is None and mask != "none" and 0 not in axes else 1,
     )
+    case = replace(case, passes=min(case.passes, max(shape[0], 1)))
     return replace(case, data=_data(case, rows, rng))
 
 
