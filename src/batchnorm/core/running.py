@@ -146,9 +146,7 @@ def _count_batch(
     return batches + xp.where(updated > 0, one, zero)
 
 
-def _decay(
-    decay: Any, batches: Array | None, debias: bool, dtype: Any, xp: Namespace
-) -> Array:
+def _decay(decay: Any, batches: Array | None, debias: bool, dtype: Any, xp: Namespace) -> Array:
     """The weight of the old value at a step, the `batches`-th that updates something (S9, S23).
 
     In the cumulative average it is 1 - 1/t.

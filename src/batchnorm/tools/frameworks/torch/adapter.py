@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,6 +15,7 @@ from batchnorm.tools.frameworks.records import (
     FoundLayer,
     Framework,
     Observation,
+    OtherArray,
 )
 from batchnorm.tools.frameworks.torch import rehearsing, states
 
@@ -41,6 +43,14 @@ class _Torch(Adapter):
         self, model: Any, layers: Sequence[FoundLayer]
     ) -> AbstractContextManager[tuple[Any, Sequence[FoundLayer]]]:
         return rehearsing.rehearse(model, layers)
+
+    def copy(self, model: Any) -> Any:
+        return copy.deepcopy(model)
+
+    def others(self, model: Any) -> list[OtherArray]:
+        from batchnorm.tools.frameworks.torch.others import find_others
+
+        return find_others(model)
 
     def watch(
         self, layers: Sequence[FoundLayer], see: Callable[[Observation], None]
