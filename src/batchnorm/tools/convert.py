@@ -138,32 +138,33 @@ def check_target(target: Path, sources: Sequence[str], names: Names | None, forc
         raise CheckpointError(
             f"{target}: such files can have the names of {', '.join(allowed)}; got {names}."
         )
+    there = _stat(target)
     for source in sources:
-        _check_target(target, source, force)
-    return names
-
-
-def _check_target(target: Path, source: str, force: bool) -> None:
-    try:
-        there = target.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        there = None  # writing reports a missing folder
-    except OSError as error:
-        raise CheckpointError(f"{target}: it cannot be written: {error.strerror}.") from error
-    if is_same_file(source, target):
-        raise CheckpointError(
-            f"{target}: it is the source, whose other arrays would be lost; give the target "
-            "another name."
-        )
-    if source and Path(source).is_dir() and is_inside(target, Path(source)):
-        raise CheckpointError(
-            f"{target}: it lies inside the source, a folder; give it a place elsewhere."
-        )
+        if is_same_file(source, target):
+            raise CheckpointError(
+                f"{target}: it is the source, whose other arrays would be lost; give the target "
+                "another name."
+            )
+        if source and Path(source).is_dir() and is_inside(target, Path(source)):
+            raise CheckpointError(
+                f"{target}: it lies inside the source, a folder; give it a place elsewhere."
+            )
     if there is not None and not stat.S_ISREG(there.st_mode):
         what = "a folder" if stat.S_ISDIR(there.st_mode) else "not a regular file"
         raise CheckpointError(f"{target}: it is {what}; give the name of a file.")
     if there is not None and not force:
         raise CheckpointError(f"{target}: it exists; force=True (--force) replaces it.")
+    return names
+
+
+def _stat(target: Path) -> os.stat_result | None:
+    """The target as it is; None where there is none."""
+    try:
+        return target.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # writing reports a missing folder
+    except OSError as error:
+        raise CheckpointError(f"{target}: it cannot be written: {error.strerror}.") from error
 
 
 def _notes(states: list[BatchNormState], names: Names, wanted: Variance) -> list[str]:

@@ -15,6 +15,9 @@ __all__ = ["align", "check_same", "check_values", "numberless", "owner_of"]
 
 _NUMBER = re.compile(r"_\d+(?=/|$)")  # by which Keras tells layers of one class apart
 
+_KIND = "the kind of variance"
+_REMEDIES = {_KIND: " Pass counts= (--counts), which convert it."}
+
 States = Sequence[BatchNormState]
 
 
@@ -71,7 +74,7 @@ def check_same(states: States, counted: bool) -> None:
             if ours != theirs:
                 raise ArgumentValueError(
                     f"{owner_of(first)}: {what} must be the same in all models; model {number} "
-                    f"has {theirs}, the first {ours}."
+                    f"has {theirs}, the first {ours}.{_REMEDIES.get(what, '')}"
                 )
 
 
@@ -84,11 +87,7 @@ def _properties(
         yield "eps", first.eps, state.eps
     kinds = (first.variance, state.variance)
     if None not in kinds and first.var is not None and not counted:
-        yield (
-            "the kind of variance (or counts= be given, which convert it)",
-            first.variance,
-            state.variance,
-        )
+        yield _KIND, first.variance, state.variance
     for name in ("mean", "var", "gamma", "beta"):
         yield name, _presence(getattr(first, name)), _presence(getattr(state, name))
     yield "renormalization's statistics", _presence(first.renorm), _presence(state.renorm)

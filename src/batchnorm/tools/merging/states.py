@@ -42,9 +42,10 @@ class MergedLayer:
 
     def __str__(self) -> str:
         """One line."""
+        name = printable(self.name, 60) or "the layer"
         return (
-            f"{printable(self.name, 60) or 'the layer'}: means up to {self.apart:.2g} deviations apart; an "
-            f"average of variances would miss up to {100 * self.missed:.2g}%"
+            f"{name}: means up to {self.apart:.2g} deviations apart; an average of variances would "
+            f"miss up to {100 * self.missed:.2g}%"
         )
 
 
