@@ -14,9 +14,12 @@ from batchnorm.tools.frameworks.records import OtherArray
 
 def copy_model(model: Any) -> Any:
     """A model or layer of the same config and weights, not compiled."""
-    kind = type(model).__name__
+    kind, layers = type(model).__name__, _layers_of(model)
+    classes = {type(layer).__name__: type(layer) for layer in layers}
     try:
-        new = keras.models.clone_model(model) if _is_model(model) else _from_config(model)
+        # clone_model would give the inputs other names.
+        with keras.saving.custom_object_scope(classes):
+            new = type(model).from_config(model.get_config())
         if not new.built:
             new.build_from_config(model.get_build_config())
         new.set_weights(model.get_weights())
@@ -26,7 +29,7 @@ def copy_model(model: Any) -> Any:
             f"{model.name!r} ({kind}) cannot be copied, since Keras cannot make it again from its "
             f"config: {reason:.200}. Give the class get_config and from_config."
         ) from error
-    for old, copied in zip(_flags(model), _flags(new), strict=True):
+    for old, copied in zip(layers, _layers_of(new), strict=True):
         copied.trainable = old.trainable
     return new
 
@@ -41,15 +44,7 @@ def find_others(model: Any) -> list[OtherArray]:
     ]
 
 
-def _is_model(layer: Any) -> bool:
-    return isinstance(layer, keras.Model)
-
-
-def _from_config(layer: Any) -> Any:
-    return type(layer).from_config(layer.get_config())
-
-
-def _flags(model: Any) -> list[Any]:
+def _layers_of(model: Any) -> list[Any]:
     return [layer for _, layer in states.named_layers(model)]
 
 
