@@ -56,11 +56,12 @@ def transfer(
     everything fits.
 
     Args:
-        source: a model or layer of torch, flax nnx or Keras, theirs or ours; linen's variables;
-            Haiku's `(params, state)`; Equinox's `(model, state)`; the path of a checkpoint; a
+        source: a model or layer of torch, flax nnx or Keras, theirs or ours; a state dict of
+            torch; a state of nnx; linen's variables; Haiku's `(params, state)`; Equinox's `(model, state)`; the path of a checkpoint; a
             `Checkpoint`; or `BatchNormState`s.
-        target: a model or layer, which is written in place; or linen's variables, Haiku's or
-            Equinox's pair, of which the result holds a new one. None only reads the source.
+        target: a model or layer, which is written in place; or a state dict, a state of nnx,
+            linen's variables, Haiku's or Equinox's pair, of which the result holds a new one. None
+            only reads the source.
         names: target name for each source name, as a map or a function; only these layers are
             moved. Without it all layers are, by equal names (but for case and separators), else
             by order, if both sides have the same channels in the same order.
