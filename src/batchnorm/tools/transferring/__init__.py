@@ -57,8 +57,8 @@ def transfer(
 
     Args:
         source: a model or layer of torch, flax nnx or Keras, theirs or ours; a state dict of
-            torch; a state of nnx; linen's variables; Haiku's `(params, state)`; Equinox's `(model, state)`; the path of a checkpoint; a
-            `Checkpoint`; or `BatchNormState`s.
+            torch; a state of nnx; linen's variables; Haiku's `(params, state)`; Equinox's
+            `(model, state)`; the path of a checkpoint; a `Checkpoint`; or `BatchNormState`s.
         target: a model or layer, which is written in place; or a state dict, a state of nnx,
             linen's variables, Haiku's or Equinox's pair, of which the result holds a new one. None
             only reads the source.
