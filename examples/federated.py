@@ -205,17 +205,14 @@ def draw(
     wrong: dict[str, list[np.ndarray]], right: dict[str, list[list[float]]], path: object
 ) -> None:
     """Errors by layer and accuracy by client: the mean over the seeds, and a dot for each."""
-    figure, axes = plt.subplots(
-        1, 3, figsize=(12, 4.0), layout="constrained", width_ratios=(1, 1, 1.25)
-    )
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.0), layout="constrained")
     norms = [f"norm {number + 1}" for number in range(wrong["merge"][0].shape[1])]
     papers = [f"paper {grey:g}\n{count} images" for count, grey in PAPERS]
-    means, deviations = ({way: np.array(w)[:, i] for way, w in wrong.items()} for i in (0, 1))
+    deviations = {way: np.array(w)[:, 1] for way, w in wrong.items()}
     accuracy = {way: np.array(r) for way, r in right.items()}
     for axis, title, names, found in (
-        (axes[0], "Error of the mean, % of std", norms, means),
-        (axes[1], "Error of the std, %", norms, deviations),
-        (axes[2], "Test accuracy by client, %", papers, accuracy),
+        (axes[0], "Error of the standard deviation, %", norms, deviations),
+        (axes[1], "Test accuracy by client, %", papers, accuracy),
     ):
         for place, (way, runs) in enumerate(found.items()):
             width = 0.8 / len(found)
@@ -226,7 +223,7 @@ def draw(
         axis.set_xticks(range(len(names)), names)
         axis.set(title=title)
         axis.grid(axis="y", alpha=0.3)
-    handles, labels = axes[2].get_legend_handles_labels()
+    handles, labels = axes[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     save(figure, path)
 

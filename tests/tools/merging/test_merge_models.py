@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -330,3 +332,32 @@ def test_state_is_written_into_the_layer_that_it_came_from() -> None:
     state = merge([take_state(layer) for layer in layers])
     put_state(layers[0], state)
     assert layers[0].running_var.tolist() == [2.0, 2.0]
+
+
+def test_model_that_cannot_be_copied_is_refused_with_the_remedy() -> None:
+    models = [torch_net(0), torch_net(1)]
+    for model in models:
+        model.table = model[0].weight * 2.0  # a part of a graph
+    with pytest.raises(ValueError, match=r"Sequential cannot be copied: .*Use its state_dict\(\)"):
+        merge(models)
+    merge([model.state_dict() for model in models])
+
+
+def test_half_a_batch_norm_in_a_state_dict_is_a_warning() -> None:
+    states = [torch_net(seed).state_dict() for seed in range(2)]
+    states[1]["half.running_mean"] = torch.zeros(3)
+    with pytest.warns(
+        UserWarning, match="merge: model 1: 'half' cannot be read.*lacks its"
+    ) as seen:
+        merge(states)
+    assert seen[0].filename == __file__
+
+
+def test_state_dicts_of_torch_import_no_other_framework() -> None:
+    code = (
+        "import sys, torch; from batchnorm.tools import merge\n"
+        "state = torch.nn.BatchNorm1d(3).state_dict()\n"
+        "merge([state, state], everything=True); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"jax", "flax", "keras", "tensorflow"} & set(done.stdout.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,8 @@ def merge(
             that differ, values that are not finite. Nothing has been made then.
         CheckpointError: a checkpoint cannot be read.
 
+    Warns of arrays that look like a batch norm, but cannot be read as one: they are not merged.
+
     Arithmetic is in float64 and rounded once. torch's unbiased variances are made biased first
     and unbiased afterwards where counts are given (S10), exactly if these are rows; with numbers
     of samples the factor n/(n - 1) is off by less than one part in n. Without counts variances
@@ -84,8 +87,11 @@ def merge(
     if report is not None and not isinstance(report, list):
         raise ArgumentTypeError(f"report must be a list; got {type(report).__name__}.")
     first = models[0]
-    found = [read_source(_OWNER, model, limit, seconds)[0] for model in models]
-    states, layers, _ = merge_layers(found, counts)
+    found = [read_source(_OWNER, model, limit, seconds) for model in models]
+    states, layers, _ = merge_layers([layers for layers, _ in found], counts)
+    for number, (_, notes) in enumerate(found):
+        for note in notes:
+            warnings.warn(f"{_OWNER}: model {number}: {note}", stacklevel=3)
     others: NamedArrays = ()
     if everything:
         weights = check_one_for_all(counts, len(models))

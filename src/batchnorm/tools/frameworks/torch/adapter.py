@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -45,7 +44,9 @@ class _Torch(Adapter):
         return rehearsing.rehearse(model, layers)
 
     def copy(self, model: Any) -> Any:
-        return copy.deepcopy(model)
+        from batchnorm.tools.frameworks.torch.others import copy_model
+
+        return copy_model(model)
 
     def others(self, model: Any) -> list[OtherArray]:
         from batchnorm.tools.frameworks.torch.others import find_others

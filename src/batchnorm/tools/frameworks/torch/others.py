@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import partial
 from typing import Any
@@ -12,6 +13,18 @@ from torch import Tensor, nn
 
 from batchnorm.tools.frameworks.records import OtherArray
 from batchnorm.tools.frameworks.torch import leaves, states
+
+
+def copy_model(model: Any) -> Any:
+    """A model or layer with tensors of its own."""
+    try:
+        return copy.deepcopy(model)
+    except (TypeError, RuntimeError) as error:  # process groups, tensors inside a graph
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied: {reason:.200}. Use its state_dict(), or the "
+            "model inside it."
+        ) from error
 
 
 def find_others(model: Any) -> list[OtherArray]:
