@@ -361,3 +361,13 @@ def test_state_dicts_of_torch_import_no_other_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"jax", "flax", "keras", "tensorflow"} & set(done.stdout.split())
+
+
+def test_haiku_models_with_other_numbers_of_updates_merge_as_settled() -> None:
+    pairs = [haiku_net(0), haiku_net(1)]
+    for name, tree in pairs[1][1].items():
+        pairs[1][1][name] = tree | {"counter": tree["counter"] + 5}
+    merged = merge(pairs, everything=True)
+    counters = {int(tree["counter"]) for tree in merged[1].values()}
+    assert counters == {int(t["counter"]) for t in fill(haiku_net(0), 0)[1].values()}
+    assert min(counters) > 5
