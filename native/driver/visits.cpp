@@ -1,0 +1,110 @@
+// Two passes in one visit to each channel, whose elements the second one then finds in a cache.
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+
+#include "batchnorm.hpp"
+#include "float_mode.hpp"
+#include "huge_pages.hpp"
+#include "reduction.hpp"
+
+namespace batchnorm {
+
+namespace {
+
+constexpr Index kShared = 8;  // a channel may be as large as some caches of a core, in a shared one
+
+// Bytes of a core's own cache.
+Index cache_bytes() {
+    static const Index bytes = [] {
+        Index found = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+        found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+        return std::max<Index>(found, Index(1) << 19);
+    }();
+    return bytes;
+}
+
+// Channels that one task visits once, so that its second pass finds them in a cache; 0 where
+// passes one after another are better. Bits do not depend on it. `arrays`: of x's size, that both
+// passes touch.
+Index visit_width(const Step& step, Index arrays) {
+    const Layout& layout = step.layout;
+    if (by_rows(step)) return 0;
+    const Index bytes = arrays * layout.outer * layout.inner * kBytes[static_cast<int>(step.type)];
+    if (bytes == 0 || bytes > kShared * cache_bytes()) return 0;
+    const Index elements = layout.outer * layout.channels * layout.inner;
+    const Index threads = threads_for(step, elements).count;
+    const Index even = threads == 1 ? 1 : 4 * threads;  // visits, so that threads share them evenly
+    const Index fitting = std::clamp<Index>(cache_bytes() / bytes, 1, kMaxChannels);
+    const Index width = std::clamp<Index>(layout.channels / even, 1, fitting);
+    return divide_up(layout.channels, width) >= even ? width : 0;
+}
+
+// f(first, end) for channels that are visited once, in parallel.
+template <class F>
+void for_each_visit(const Step& step, Index width, F f) {
+    const Layout& layout = step.layout;
+    const Index elements = layout.outer * layout.channels * layout.inner;
+    run_tasks(divide_up(layout.channels, width), threads_for(step, elements),
+              [&](Index i) { f(i * width, std::min(layout.channels, (i + 1) * width)); });
+}
+
+// f(block) for all positions of some channels.
+template <class F>
+void for_each_group(const Step& step, Index first, Index end, F f) {
+    for (Index g = 0; g < step.layout.groups; ++g) f(Block{g, 0, units(step), first, end - first});
+}
+
+}  // namespace
+
+void forward(const Step& step) {
+    const Index width = step.options.batch ? visit_width(step, step.residual ? 3 : 2) : 0;
+    if (width == 0) {
+        if (step.options.batch) moments(step);
+        return normalize(step);
+    }
+    const KeepSubnormals mode;
+    Reduction reduction(step);
+    begin_moments(step, reduction.blocks());
+    advise_huge_pages(step.y, step);
+    std::atomic<bool> updated{false};
+    for_each_visit(step, width, [&](Index first, Index end) {
+        for (int round = 0; round < rounds_of(step); ++round) {
+            reduction.run(passes(step).moments, first, end);
+            finish_moments(step, reduction, first, end);
+        }
+        if (instructions().finish_channels(step, first, end))
+            updated.store(true, std::memory_order_relaxed);
+        for_each_group(step, first, end,
+                       [&](const Block& block) { passes(step).normalize(step, block); });
+    });
+    count_batch(step, updated.load(std::memory_order_relaxed));
+}
+
+void backward(const Step& step, double* sums) {
+    const bool summed = step.options.batch || step.dgamma || step.dbeta || step.dresidual;
+    const Index arrays = 3 + (step.y ? 1 : 0) + (step.dresidual ? 1 : 0);
+    const Index width = summed && step.dx ? visit_width(step, arrays) : 0;
+    if (width == 0) {
+        if (summed) reduce(step, sums);
+        if (step.dx) apply(step, sums);
+        return;
+    }
+    const KeepSubnormals mode;
+    Reduction reduction(step);
+    advise_huge_pages(step.dresidual, step);
+    advise_huge_pages(step.dx, step);
+    for_each_visit(step, width, [&](Index first, Index end) {
+        reduction.run(passes(step).reduce, first, end);
+        finish_sums(step, reduction, sums, first, end);
+        for_each_group(step, first, end,
+                       [&](const Block& block) { passes(step).apply(step, block, sums); });
+    });
+}
+
+}  // namespace batchnorm
