@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,26 @@ import torch
 from keras.src.backend import in_stateless_scope
 from torch import Tensor
 
+from batchnorm.core.config import Options
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout, count_values, make_layout
-from batchnorm.core.running import Running
-from batchnorm.keras.backends.shared import refuse_calls
+from batchnorm.core.merge import Parts
+from batchnorm.core.running import Running, Scalars, debiased_decay
+from batchnorm.keras.backends.shared import ONE_PARTICIPANT, measure_parts, refuse_calls
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 from batchnorm.torch.call import Settings, Tensors
-from batchnorm.torch.checks import can_read
+from batchnorm.torch.checks import can_read, working_type
 from batchnorm.torch.functional import normalize as normalize_tensors
+from batchnorm.torch.namespace import XP
 from batchnorm.torch.ranks.synchronizer import find_synchronizer
 from batchnorm.torch.recompute import in_backward
 
+__all__ = ["XP"]  # beside the functions
+
 RETRACES = True  # by the guards of compiled functions
+ACCUMULATES = True
+LIMITS_ARE_STATE = False
 
 
 def resolve_training(training: Any) -> bool:
@@ -59,6 +68,26 @@ def mark_block(trace: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def mark_rule(block: Any) -> AbstractContextManager[Any]:
+    """As `batchnorm.keras.functional.Backend` says: nothing to mark."""
+    return nullcontext()
+
+
+def find_graph() -> None:
+    """None: compiled functions are guarded."""
+    return
+
+
+def obeys(trace: Any) -> bool:
+    """As `batchnorm.keras.functional.Backend` says."""
+    return follows(trace)
+
+
+def read_limits(layer: Any) -> None:
+    """None: the options have them, since Python runs at each call."""
+    return
+
+
 def normalize(
     x: Tensor,
     mask: Any,
@@ -77,18 +106,48 @@ def normalize(
     if pure:
         running = running.map(lambda a: a.detach().clone())
     layout = make_layout(tuple(x.shape), call.axes)
+    options, steps = call.options, running.batches
+    counted = None if steps is None else torch.zeros((), dtype=torch.int64, device=x.device)
+    if steps is not None:
+        options = _options_of_step(options, steps)
+        running = running._replace(batches=counted)
     settings = Settings(
         call.owner,
         call.axes,
-        call.options,
+        options,
         call.adjustment,
         call.fused,
         find_synchronizer(call.synchronized, call.process_group),
     )
     mask = _fit_mask(mask, x, layout, training)
     tensors = Tensors(x, mask, gamma, beta, None, running)
-    y = normalize_tensors(tensors, settings, training=training, update=training)
+    y = normalize_tensors(tensors, settings, training=training, update=training and call.update)
+    if steps is not None and counted is not None:
+        running = running._replace(batches=steps + counted.to(steps.dtype))
+        if not pure and call.update:
+            steps.add_(counted)
     return y, running if pure else None
+
+
+def _options_of_step(options: Options, steps: Tensor) -> Options:
+    """The options with the decays of the step after so many (S23)."""
+    step = int(steps) + 1
+    renorm = options.renorm
+    if renorm is not None:
+        renorm = replace(renorm, decay=debiased_decay(renorm.decay, step, Scalars))
+    decay = debiased_decay(options.decay, step, Scalars)
+    return replace(options, decay=decay, renorm=renorm, debias=False)
+
+
+def measure(x: Tensor, mask: Any, call: Call) -> Parts:
+    """As `batchnorm.keras.functional.Backend` says."""
+    if find_synchronizer(call.synchronized, call.process_group) is not None:
+        raise ArgumentValueError(ONE_PARTICIPANT)
+    layout = make_layout(tuple(x.shape), call.axes, call.options.virtual_batch_size)
+    fitted = _fit_mask(mask, x, layout, training=False)
+    with torch.no_grad():
+        wide = x.to(working_type(x.dtype))
+        return measure_parts(wide, fitted, layout, call.options, XP)
 
 
 def _fit_mask(mask: Any, x: Tensor, layout: Layout, training: bool) -> Tensor | None:
