@@ -116,8 +116,8 @@ class Backend(Protocol):
         """A block about moving statistics: what is compiled in it does not stay outside."""
         ...
 
-    def obeys(self, trace: Any) -> bool:
-        """True where a block opened in a trace, or in eager code for None, may rule this code."""
+    def obeys(self, block: Any) -> bool:
+        """True where a block about moving statistics may rule this code."""
         ...
 
 

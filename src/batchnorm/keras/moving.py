@@ -159,7 +159,7 @@ def _check_traces(layer: Any) -> None:
     """Raise for a block whose trace this code does not belong to, and which it would outlive."""
     block = _current.get()
     while block is not None:
-        if block.active and block.concerns(layer) and not BACKEND.obeys(block.trace):
+        if block.active and block.concerns(layer) and not BACKEND.obeys(block):
             with naming(type(layer).__name__):
                 raise ArgumentRuntimeError(
                     f"{block.owner} was opened outside of the compiled function that runs this "

@@ -94,7 +94,7 @@ def find_graph() -> None:
     return
 
 
-def obeys(trace: Any) -> bool:
+def obeys(block: Any) -> bool:
     """True: functions that are compiled in a block serve in blocks alone."""
     return True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,17 +10,17 @@ import torch
 from keras.src.backend import in_stateless_scope
 from torch import Tensor
 
-from batchnorm.core.config import Options
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout, count_values, make_layout
 from batchnorm.core.merge import Parts
-from batchnorm.core.running import Running, Scalars, debiased_decay
+from batchnorm.core.running import Running
 from batchnorm.keras.backends.shared import ONE_PARTICIPANT, measure_parts, refuse_calls
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 from batchnorm.torch.call import Settings, Tensors
 from batchnorm.torch.checks import can_read, working_type
 from batchnorm.torch.functional import normalize as normalize_tensors
+from batchnorm.torch.keeping import keep_statistics
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.ranks.synchronizer import find_synchronizer
 from batchnorm.torch.recompute import in_backward
@@ -69,8 +68,8 @@ def mark_block(trace: Any) -> AbstractContextManager[Any]:
 
 
 def mark_rule(block: Any) -> AbstractContextManager[Any]:
-    """As `batchnorm.keras.functional.Backend` says: nothing to mark."""
-    return nullcontext()
+    """As `batchnorm.keras.functional.Backend` says; compiled code asks when it runs."""
+    return keep_statistics() if block.ledgers is None else nullcontext()
 
 
 def find_graph() -> None:
@@ -78,9 +77,9 @@ def find_graph() -> None:
     return
 
 
-def obeys(trace: Any) -> bool:
+def obeys(block: Any) -> bool:
     """As `batchnorm.keras.functional.Backend` says."""
-    return follows(trace)
+    return block.ledgers is None or follows(block.trace)
 
 
 def read_limits(layer: Any) -> None:
@@ -106,15 +105,13 @@ def normalize(
     if pure:
         running = running.map(lambda a: a.detach().clone())
     layout = make_layout(tuple(x.shape), call.axes)
-    options, steps = call.options, running.batches
-    counted = None if steps is None else torch.zeros((), dtype=torch.int64, device=x.device)
-    if steps is not None:
-        options = _options_of_step(options, steps)
-        running = running._replace(batches=counted)
+    steps = running.batches
+    if steps is not None:  # Keras counts in 32 bits
+        running = running._replace(batches=steps.to(torch.int64))
     settings = Settings(
         call.owner,
         call.axes,
-        options,
+        call.options,
         call.adjustment,
         call.fused,
         find_synchronizer(call.synchronized, call.process_group),
@@ -122,21 +119,9 @@ def normalize(
     mask = _fit_mask(mask, x, layout, training)
     tensors = Tensors(x, mask, gamma, beta, None, running)
     y = normalize_tensors(tensors, settings, training=training, update=training and call.update)
-    if steps is not None and counted is not None:
-        running = running._replace(batches=steps + counted.to(steps.dtype))
-        if not pure and call.update:
-            steps.add_(counted)
+    if steps is not None and not pure:
+        steps.copy_(running.batches)
     return y, running if pure else None
-
-
-def _options_of_step(options: Options, steps: Tensor) -> Options:
-    """The options with the decays of the step after so many (S23)."""
-    step = int(steps) + 1
-    renorm = options.renorm
-    if renorm is not None:
-        renorm = replace(renorm, decay=debiased_decay(renorm.decay, step, Scalars))
-    decay = debiased_decay(options.decay, step, Scalars)
-    return replace(options, decay=decay, renorm=renorm, debias=False)
 
 
 def measure(x: Tensor, mask: Any, call: Call) -> Parts:

@@ -41,9 +41,9 @@ def mark_block(trace: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def obeys(trace: Any) -> bool:
+def obeys(block: Any) -> bool:
     """As `batchnorm.keras.functional.Backend` says: graphs ask at each call for eager blocks."""
-    return trace is None or tf.executing_eagerly() or follows(trace)
+    return block.trace is None or tf.executing_eagerly() or follows(block.trace)
 
 
 class LateGraph:
