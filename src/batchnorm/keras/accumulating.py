@@ -138,6 +138,9 @@ def _open_slots(model: Any, layers: list[Any], trace: Any) -> list[Any]:
         _compile_again(model)
     for layer in layers:
         slots[layer].take()
+        if layer.built:
+            wide = layer.compute_dtype == "float64"
+            slots[layer].hold((1, *layer._channels), "float64" if wide else "float32")
     return [slots[a] for a in layers]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -28,7 +28,7 @@ class Slot:
 
         def merge() -> tf.Tensor:
             parts = measure()
-            held = self._hold(parts)
+            held = self.hold(parts.power.shape, parts.power.dtype)
             for variable, value in zip(held, self._merge(held, parts), strict=True):
                 variable.assign(value)
             return tf.constant(True)
@@ -45,9 +45,9 @@ class Slot:
             found = parts if found is None else self._merge(found, parts)
         return found
 
-    def _hold(self, parts: Parts) -> Parts:
-        """The variables for moments of this type."""
-        dtype, shape = parts.power.dtype, parts.power.shape
+    def hold(self, shape: Sequence[int], dtype: Any) -> Parts:
+        """The variables for moments of a type; a function that makes its own is traced twice."""
+        dtype = tf.as_dtype(dtype)
         if dtype not in self._held:
             with tf.init_scope():
                 self._held[dtype] = Parts(
