@@ -19,7 +19,7 @@ from batchnorm.keras import (
     keep_statistics,
 )
 
-TENSORFLOW, JAX = (keras_backend.NAME == name for name in ("tensorflow", "jax"))
+TENSORFLOW, JAX = (name == keras_backend.NAME for name in ("tensorflow", "jax"))
 X = np.random.default_rng(0).normal(5.0, 2.0, (8, 3)).astype("float32")
 
 

@@ -39,8 +39,8 @@ class ClippedNormalization(keras.layers.BatchNormalization):
         constructor, unless `save` is True; files of weights never have any.
 
         On JAX the first call adds a variable to `non_trainable_variables`, so that steps that are
-        compiled already are compiled once more; array code serves them from then on. Within `fit`
-        on JAX the state is not in the variables: call `model.jax_state_sync()` before.
+        compiled already are compiled once more; array code serves them from then on. There `fit`
+        holds the state, which a callback gets back by asking for its `model`.
 
         Args:
             rmax: upper limit of r, at least `rmin`; None leaves it, inf lifts it.
@@ -71,8 +71,8 @@ class ClippedNormalization(keras.layers.BatchNormalization):
         """Write limits into their variable, which steps get as state from now on."""
         if any(variable._value is None for variable in self.variables):
             raise ArgumentRuntimeError(
-                "limits cannot be set while fit holds the state of the layer. Call "
-                "model.jax_state_sync() first."
+                "limits cannot be set while fit holds the state of the layer. Reach the layer "
+                "through the callback's model, or call model.jax_state_sync() first."
             )
         values = [renorm.rmin, renorm.rmax, renorm.dmax]
         if self._limits is None:
