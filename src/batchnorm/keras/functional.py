@@ -116,6 +116,10 @@ class Backend(Protocol):
         """A block about moving statistics: what is compiled in it does not stay outside."""
         ...
 
+    def loses_context(self) -> bool:
+        """True where a framework runs this code in a thread that it has started."""
+        ...
+
     def obeys(self, block: Any) -> bool:
         """True where a block about moving statistics may rule this code."""
         ...

@@ -158,6 +158,13 @@ def rule_of(block: Block | None, layer: Any) -> Rule:
 def _check_traces(layer: Any) -> None:
     """Raise for a block whose trace this code does not belong to, and which it would outlive."""
     block = _current.get()
+    if block is None and BACKEND.loses_context():
+        with naming(type(layer).__name__):
+            raise ArgumentRuntimeError(
+                "a block of keep_statistics or accumulate_statistics is open, and replicas that "
+                "run eagerly, in threads of their own, cannot tell whether it is around them. Call "
+                "strategy.run in a tf.function."
+            )
     while block is not None:
         if block.active and block.concerns(layer) and not BACKEND.obeys(block):
             with naming(type(layer).__name__):

@@ -30,6 +30,7 @@ __all__ = [
     "find_graph",
     "find_trace",
     "follows",
+    "loses_context",
     "mark_block",
     "mark_rule",
     "normalize",
@@ -92,6 +93,11 @@ def mark_rule(block: Any) -> AbstractContextManager[Any]:
 def find_graph() -> None:
     """None: functions are compiled again in a block."""
     return
+
+
+def loses_context() -> bool:
+    """As `batchnorm.keras.functional.Backend` says."""
+    return False
 
 
 def obeys(block: Any) -> bool:

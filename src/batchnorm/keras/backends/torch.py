@@ -77,6 +77,11 @@ def find_graph() -> None:
     return
 
 
+def loses_context() -> bool:
+    """As `batchnorm.keras.functional.Backend` says."""
+    return False
+
+
 def obeys(block: Any) -> bool:
     """As `batchnorm.keras.functional.Backend` says."""
     return block.ledgers is None or follows(block.trace)

@@ -41,6 +41,12 @@ def mark_block(trace: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def loses_context() -> bool:
+    """As `batchnorm.keras.functional.Backend` says: each eager replica has a thread."""
+    context = tf.distribute.get_replica_context()
+    return tf.executing_eagerly() and context is not None and context.num_replicas_in_sync > 1
+
+
 def obeys(block: Any) -> bool:
     """As `batchnorm.keras.functional.Backend` says: graphs ask at each call for eager blocks."""
     return block.trace is None or tf.executing_eagerly() or follows(block.trace)
