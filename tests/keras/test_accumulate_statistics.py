@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import keras
@@ -80,6 +82,7 @@ OPTIONS: list[tuple[type, dict[str, Any]]] = [
 
 
 @accumulates
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("cls", "options"), OPTIONS)
 @pytest.mark.parametrize("cuts", [(24,), (1, 24), (5, 5, 13, 24), tuple(range(1, 25))])
 def test_any_split_equals_the_whole_batch(
@@ -387,3 +390,16 @@ class TestGraphs:
                 compiled(tf.constant(part))
         whole(X, training=True)
         check(state(layer), state(whole))
+
+    def test_graphs_and_blocks_keep_no_layer_alive(self) -> None:
+        import tensorflow as tf
+
+        def train() -> Any:
+            layer = layer_of(renorm=True)
+            with accumulate_statistics(layer):
+                tf.function(lambda x: layer(x, training=True))(tf.constant(X))
+            return weakref.ref(layer)
+
+        known = train()
+        gc.collect()
+        assert known() is None

@@ -43,6 +43,7 @@ def check(found: list[np.ndarray], expected: list[np.ndarray], tol: float = 2e-6
         np.testing.assert_allclose(a, b, rtol=tol, atol=tol)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("cls", KINDS)
 @pytest.mark.parametrize("fused", [None, False])
 def test_statistics_are_the_ordinary_average_over_its_weights(cls: type, fused: Any) -> None:

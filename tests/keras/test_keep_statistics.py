@@ -56,6 +56,7 @@ OPTIONS: list[tuple[type, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("cls", "options"), OPTIONS)
 def test_everything_else_is_as_in_training(cls: type, options: dict[str, Any]) -> None:
     found = []

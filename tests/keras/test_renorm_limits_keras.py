@@ -36,6 +36,7 @@ def output(limits: dict[str, float], **options: Any) -> np.ndarray:
     return array(layer_of(renorm_clipping=finite, **options)(X, training=True))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("limits", [NONE, WIDE, {"rmax": 1.5, "rmin": 0.5, "dmax": 0.3}])
 def test_the_next_step_has_them(fused: bool | None, limits: dict[str, float]) -> None:

@@ -15,7 +15,7 @@ import keras
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.layers import BatchNormalization
-from batchnorm.keras.ledger import Ledger, merge, slots
+from batchnorm.keras.ledger import Ledger, is_pooled, merge, slots
 from batchnorm.keras.moving import find_rule, open_block
 from batchnorm.keras.walking import walk_layers
 
@@ -133,7 +133,7 @@ def _open_slots(model: Any, layers: list[Any], trace: Any) -> list[Any]:
     if BACKEND.RETRACES or trace is not None:
         return [None] * len(layers)
     new = [a for a in layers if a not in slots]
-    slots.update((a, BACKEND.Slot(partial(merge, a))) for a in new)
+    slots.update((a, BACKEND.Slot(partial(merge, is_pooled(a)))) for a in new)
     if new:
         _compile_again(model)
     for layer in layers:

@@ -31,7 +31,7 @@ class Graph(Protocol):
     def read(self, name: Any, function: Callable[[], Any], default: Any) -> Array:
         """A tensor of what `function` returns in the thread of each call; one for each name.
 
-        `default`: its first value, and its only one in a saved model.
+        `default`: a bool or floats; the value in a saved model.
         """
         ...
 

@@ -42,22 +42,25 @@ class Ledger:
         if adds is not True:
             count = keras.ops.where(adds, parts.count, keras.ops.zeros_like(parts.count))
             parts = parts._replace(count=count)
-        self._parts = parts if self._parts is None else merge(self._layer, self._parts, parts)
+        self._parts = self._merge(self._parts, parts)
 
     def close(self) -> Running | None:
         """The statistics after the step of all passes; None without any."""
         parts, slot = self._parts, None if self._slot is None else self._slot.take()
         if slot is not None:
-            parts = slot if parts is None else merge(self._layer, parts, slot)
+            parts = self._merge(parts, slot)
         return None if parts is None else move_by_parts(self._layer, parts)
 
+    def _merge(self, held: Parts | None, parts: Parts) -> Parts:
+        return parts if held is None else merge(is_pooled(self._layer), held, parts)
 
-def merge(layer: Any, *parts: Parts) -> Parts:
-    """The moments of passes of a layer as one."""
+
+def merge(pooled: bool, *parts: Parts) -> Parts:
+    """The moments of passes of a layer as one; `pooled`: averages of ghost batches."""
     dtype = max((keras.backend.standardize_dtype(a.count.dtype) for a in parts), key=len_of)
     columns = zip(*parts, strict=True)
     stacked = Parts(*(keras.ops.stack([keras.ops.cast(a, dtype) for a in c]) for c in columns))
-    return merge_passes(stacked, is_pooled(layer), BACKEND.XP)
+    return merge_passes(stacked, pooled, BACKEND.XP)
 
 
 def len_of(dtype: str) -> int:

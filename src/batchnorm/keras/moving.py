@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import keras
 from keras.src.backend import in_symbolic_scope
@@ -187,7 +187,8 @@ def _rule_in_graph(graph: Graph, layer: Any, collects: bool) -> Rule:
     if slot is None:
         calls.closed.add(layer)
         return Rule(moves)
-    adds = graph.read(layer, lambda: rule_of(_current.get(), layer).adds, False)
+    known = ref(layer)  # graphs outlive layers
+    adds = graph.read(known, lambda: rule_of(_current.get(), known()).adds, False)
     return Rule(keras.ops.logical_and(moves, keras.ops.logical_not(adds)), slot, adds)
 
 

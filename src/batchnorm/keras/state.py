@@ -85,6 +85,8 @@ class WeightedNormalization(ClippedNormalization):
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Load weights of this layer, of Keras's own ones, or in the packed layout."""
         count = len(store.keys())
+        if not self.built and not count:
+            return
         if self.weights and not count:
             raise ArgumentValueError(
                 f"the file has no weights for layer {self.name!r}. Files "

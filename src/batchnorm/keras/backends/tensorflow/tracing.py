@@ -65,7 +65,7 @@ class LateGraph:
         """As `batchnorm.keras.functional.Graph` says."""
         key = self._keys.setdefault(name, _Key(self))
         with tf.init_scope():
-            value = tf.constant(default)
+            value = tf.constant(default, tf.bool if isinstance(default, bool) else tf.float64)
 
         def read() -> tf.Tensor:
             found = function()
