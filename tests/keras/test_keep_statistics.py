@@ -231,6 +231,7 @@ def model_of(**compile_options: Any) -> Any:
     return model
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("eager", [False, True])
 def test_keras_steps_follow_it(eager: bool) -> None:
     model = model_of(run_eagerly=eager)
