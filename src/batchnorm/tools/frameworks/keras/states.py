@@ -110,7 +110,7 @@ def put_state(layer: Any, state: BatchNormState) -> None:
 def _count_steps(layer: Any) -> int | None:
     """The number of steps that a layer with `debias` has counted; others do not count."""
     steps = getattr(layer, "steps", None)
-    return None if steps is None else int(_numpy(steps))
+    return None if steps is None else int(read_variable(steps))
 
 
 def _put_options(layer: Any, state: BatchNormState) -> None:
