@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 
 import keras_backend
 import tolerances
-from batchnorm.keras import BatchNormalization
-from cases import Case, Data, Result, State
+from batchnorm.keras import BatchNormalization, accumulate_statistics, keep_statistics
+from cases import Case, Data, Result, State, split
 from comparison import Path
 from paths import Way
 
@@ -30,6 +31,10 @@ def refuse(case: Case) -> str | None:
         return "activation and residual are torch's"
     if case.decay is None:
         return "Keras has no cumulative average"
+    if case.single_value != "raise":
+        return "single_value is torch's; Keras always gives beta"
+    if case.passes > 1 and keras_backend.NAME == "jax":
+        return "Keras on JAX has no place for the moments of several passes"
     if case.dtype == "float64" and not keras_backend.has_float64():
         return "float64 is switched off in JAX"
     return None
@@ -52,7 +57,37 @@ def run(
 ) -> Result:
     """Run a case through `BatchNormalization`."""
     layer = _layer(case, data, fused, synchronized)
+    with ExitStack() as blocks:
+        if not case.update:
+            blocks.enter_context(keep_statistics())
+        if case.passes > 1:
+            blocks.enter_context(accumulate_statistics(layer))
+        found = [_pass(layer, *part, compiled) for part in split(case, data)]
+    y, dx, gradients = zip(*found, strict=True)
+    sums = iter(np.sum(one, axis=0) for one in zip(*gradients, strict=True))
+    kept = {f: getattr(layer, name, None) for f, name in _WEIGHTS.items()}
+    return Result(
+        np.concatenate(y),
+        np.concatenate(dx),
+        np.reshape(next(sums), case.channels) if case.gamma else None,
+        np.reshape(next(sums), case.channels) if case.beta else None,
+        State(
+            **{
+                f: None if w is None else np.reshape(keras_backend.numpy(w.value), case.channels)
+                for f, w in kept.items()
+            },
+            batches=None if layer.steps is None else keras_backend.numpy(layer.steps.value),
+        ),
+    )
+
+
+def _pass(layer: BatchNormalization, case: Case, data: Data, compiled: str | None) -> Any:
+    """y, dx and the gradients of gamma and beta, as far as there are such."""
     mask = None if data.mask is None else keras_backend.native(data.mask)
+    if case.adjusted:
+        work = "float64" if case.dtype == "float64" else "float32"
+        pair = tuple(keras_backend.tensor(a, work) for a in (data.s, data.t))
+        layer.adjustment = lambda shape: pair
 
     def call(x: Any) -> Any:
         return layer(x, training=case.mode != "eval", mask=mask)
@@ -66,29 +101,14 @@ def run(
         compiled,
     )
     assert keras.backend.standardize_dtype(y.dtype) == case.dtype
-    found = {f: getattr(layer, name, None) for f, name in _WEIGHTS.items()}
-    rest = iter(gradients)
-    return Result(
+    return (
         keras_backend.numpy(y),
         keras_backend.numpy(dx),
-        np.reshape(keras_backend.numpy(next(rest)), case.channels) if case.gamma else None,
-        np.reshape(keras_backend.numpy(next(rest)), case.channels) if case.beta else None,
-        State(
-            **{
-                f: None if w is None else np.reshape(keras_backend.numpy(w.value), case.channels)
-                for f, w in found.items()
-            },
-            batches=None,
-        ),
+        list(map(keras_backend.numpy, gradients)),
     )
 
 
 def _layer(case: Case, data: Data, fused: bool | None, synchronized: bool) -> BatchNormalization:
-    adjustment = None
-    if case.adjusted:
-        work = "float64" if case.dtype == "float64" else "float32"
-        pair = tuple(keras_backend.tensor(a, work) for a in (data.s, data.t))
-        adjustment = lambda shape: pair  # noqa: E731
     layer = BatchNormalization(
         axis=case.axis,
         momentum=case.decay,
@@ -96,17 +116,22 @@ def _layer(case: Case, data: Data, fused: bool | None, synchronized: bool) -> Ba
         center=case.beta,
         scale=case.gamma,
         renorm=case.renorm is not None,
-        renorm_clipping=case.renorm or None,
+        renorm_clipping=None if case.late_limits else case.renorm or None,
         fused=fused,
         virtual_batch_size=case.ghost,
-        adjustment=adjustment,
+        adjustment=(lambda shape: (None, None)) if case.adjusted else None,
         padded_output=case.padded_output,
+        debias=case.debias,
         synchronized=synchronized,
         dtype={"float16": "mixed_float16", "bfloat16": "mixed_bfloat16"}.get(
             case.dtype, case.dtype
         ),
     )
     layer.build(case.shape)
+    if case.late_limits:
+        layer.set_renorm_clipping(**case.renorm)
+    if layer.steps is not None:
+        layer.steps.assign(case.steps)
     values = {"gamma": data.gamma, "beta": data.beta}
     values |= {name: getattr(data.state, f) for f, name in _WEIGHTS.items()}
     for name, value in values.items():
@@ -138,6 +163,10 @@ _XLA = (
     "zeroed-2d_last-half-eval",
     "zeroed-bfloat16-frozen",
     "frozen-half",
+    "debias-half",
+    "no_update-half",
+    "passes3-half",
+    "late_limits-half",
 )
 _COMPILES = keras_backend.NAME == "jax"  # operations one by one, in eager code too
 

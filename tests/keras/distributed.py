@@ -5,14 +5,21 @@ Each compares a synchronized layer on several devices with one layer on the whol
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from typing import Any
 
 import keras
 import numpy as np
+import pytest
 
-from batchnorm.keras import BatchNormalization, SyncBatchNormalization
+from batchnorm.keras import (
+    BatchNormalization,
+    SyncBatchNormalization,
+    accumulate_statistics,
+    keep_statistics,
+)
 
 SPLITS = [[10, 10], [15, 5], [1, 12], [0, 8], [7, 0]]
 
@@ -150,6 +157,41 @@ def ghost() -> None:
     near(layer.moving_variance.numpy().ravel(), np.mean([g.var(0) for g in groups], 0), "var")
     expected = (groups[2] - groups[2].mean(0)) / np.sqrt(groups[2].var(0) + 1e-3)
     near(found[1][::2], expected, "y")
+
+
+def blocks() -> None:
+    """Blocks about moving statistics, around functions of two replicas and inside."""
+    import tensorflow as tf
+
+    strategy = two_cpus()
+    x, _, _ = draw(12, 0)
+    with strategy.scope():
+        layer = SyncBatchNormalization(momentum=0.9, debias=True)
+        layer.build((None, 4))
+
+    def run() -> None:
+        strategy.run(lambda: layer(tf.constant(x), training=True))
+
+    def run_kept() -> None:
+        with keep_statistics():
+            run()
+
+    around = tf.function(run)
+    tf.function(run_kept)()
+    for kept in (False, True, False):
+        before = layer.steps.numpy()
+        with keep_statistics() if kept else contextlib.nullcontext():
+            around()
+        assert layer.steps.numpy() == before + (not kept)
+    near(layer.moving_mean.numpy(), x.mean(0), "mean")
+    with (
+        pytest.raises(ValueError, match="one process and device"),
+        accumulate_statistics(layer),
+    ):
+        tf.function(run)()
+    with pytest.raises(RuntimeError, match=r"strategy\.run in a tf\.function"), keep_statistics():
+        run()
+    assert layer.steps.numpy() == 2
 
 
 def data_parallel() -> None:

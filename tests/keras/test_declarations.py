@@ -182,7 +182,7 @@ def test_configs_hold_what_the_declaration_says(option: LayerOption) -> None:
 def test_the_record_of_a_call_has_what_is_no_field_of_the_core() -> None:
     rest = {option.name for option in OPTIONS if option.in_call}
     found = {field.name for field in dataclasses.fields(Call)}
-    assert found == rest | {"owner", "axes", "options", "training"}
+    assert found == rest | {"owner", "axes", "options", "training", "update", "limits"}
 
 
 def test_options_of_the_core_are_its_fields() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 PROGRAM = Path(__file__).parent / "distributed.py"
 KINDS = {
-    "tensorflow": ["mirrored", "mirrored_fit", "unsynchronized", "ghost"],
+    "tensorflow": ["mirrored", "mirrored_fit", "unsynchronized", "ghost", "blocks"],
     "jax": ["data_parallel", "named_axis"],
 }
 BACKEND = keras.backend.backend()

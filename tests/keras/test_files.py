@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +257,8 @@ def test_other_numbers_of_layers_are_refused() -> None:
     model = keras.Sequential([keras.Input((4, 3)), BatchNormalization()])
     with pytest.raises(ValueError, match="Layer count mismatch"):
         load_weights(model, DATA / "keras_2_weights.h5")
+
+
+def test_layers_without_weights_are_copied() -> None:
+    layer = copy.deepcopy(BatchNormalization(renorm=True, momentum=0.5))
+    assert (layer.built, layer.momentum) == (False, 0.5)

@@ -9,6 +9,7 @@ except ImportError as error:
     ) from error
 
 from batchnorm.core.conversion import Conversion
+from batchnorm.keras.accumulating import accumulate_statistics
 from batchnorm.keras.convert import convert_batchnorm
 from batchnorm.keras.files import load_weights
 from batchnorm.keras.finding import DroppedMask, find_dropped_masks
@@ -16,6 +17,7 @@ from batchnorm.keras.layers import BatchNormalization, SyncBatchNormalization
 from batchnorm.keras.lengths import sequence_mask
 from batchnorm.keras.masked import MaskedBatchNormalization
 from batchnorm.keras.masking import padding_mask
+from batchnorm.keras.moving import keep_statistics
 from batchnorm.keras.remask import Remask
 
 __all__ = [
@@ -25,8 +27,10 @@ __all__ = [
     "MaskedBatchNormalization",
     "Remask",
     "SyncBatchNormalization",
+    "accumulate_statistics",
     "convert_batchnorm",
     "find_dropped_masks",
+    "keep_statistics",
     "load_weights",
     "padding_mask",
     "sequence_mask",

@@ -22,6 +22,9 @@ class Call:
         synchronized: moments are those of all participants (S14).
         axis_name: JAX only, the named axis over which to synchronize.
         process_group: torch only, the ranks to synchronize with.
+        update: the statistics may move; False where it is known that they do not (S20).
+        limits: of renormalization, an array of shape (3,), rmin, rmax and dmax, where compiled
+            steps take them as data; None for those in the options (S11).
     """
 
     owner: str
@@ -33,3 +36,5 @@ class Call:
     synchronized: bool = False
     axis_name: Any = None
     process_group: Any = None
+    update: bool = True
+    limits: Any = None

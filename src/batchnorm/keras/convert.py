@@ -13,6 +13,7 @@ from batchnorm.core.conversion import Conversion, check_choice, check_report, de
 from batchnorm.core.declaration import check_known, list_arguments
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.core.layout import normalize_axis
+from batchnorm.core.running import LONG_RUNNING
 from batchnorm.keras.dropped import warn_converted
 from batchnorm.keras.layers import BatchNormalization
 from batchnorm.keras.options import OPTIONS, check_ghost_axes, make_attributes
@@ -41,11 +42,12 @@ def convert_batchnorm(
             library's.
         **options: options of `BatchNormalization` for all of them: momentum, epsilon, renorm,
             renorm_clipping, renorm_momentum, virtual_batch_size, adjustment, padded_output,
-            synchronized, axis_name, process_group, fused.
+            debias, synchronized, axis_name, process_group, fused.
 
     Layers stay the very same objects, wherever they are held: in functional graphs, nested models
     and composite layers. So do their weights, names, `trainable` flags, and the model's optimizer;
-    compiled steps are made anew. Renormalization's statistics start from the moving ones (S11).
+    compiled steps are made anew. Renormalization's statistics start from the moving ones (S11);
+    with `debias` steps count from 0 where these are still 0 and 1, else as many (S23).
     A model or composite layer that builds its layers in its own constructor does so again when it
     is loaded, with Keras's: convert it after loading.
 
@@ -136,9 +138,8 @@ def _become_ours(layer: Any, attributes: dict[str, Any]) -> None:
         layer._channel_axes = normalize_axis(layer._plain_axis(), rank)
         layer._channels = tuple(layer.moving_mean.shape)
         layer._flat_weights = True
-        if layer.renorm and not had_renorm:
-            with layer._open_name_scope():
-                _add_renorm(layer)
+        with layer._open_name_scope():
+            _add_statistics(layer, had_renorm)
     if locked:
         layer._tracker.lock()
 
@@ -150,14 +151,23 @@ def _bind_build(layer: Any) -> None:
     cell.cell_contents = BatchNormalization.build.__get__(layer)
 
 
-def _add_renorm(layer: Any) -> None:
-    """Add renormalization's weights to a built layer, as its moving statistics say (S11)."""
+def _add_statistics(layer: Any, had_renorm: bool) -> None:
+    """Add the weights of options to a built layer, as its moving statistics say (S11, S23)."""
+    values = layer.get_weights()
+    if layer.renorm and not had_renorm:
+        layer._add_renorm_weights(tuple(layer.moving_mean.shape))
+    if layer.debias:
+        values.append(np.asarray(_guess_steps(layer)))
+        layer._add_steps()
+    layer.set_weights(values)
+
+
+def _guess_steps(layer: Any) -> int:
+    """0 for statistics that are still 0 and 1; Keras's layers do not count."""
     mean, variance = (
         keras.ops.convert_to_numpy(weight) for weight in (layer.moving_mean, layer.moving_variance)
     )
-    layer._add_renorm_weights(tuple(layer.moving_mean.shape))
-    parameters = [keras.ops.convert_to_numpy(w) for w in (layer.gamma, layer.beta) if w is not None]
-    layer.set_weights([*parameters, np.asarray(mean), np.asarray(variance)])
+    return 0 if (mean == 0).all() and (variance == 1).all() else LONG_RUNNING
 
 
 def _forget_compiled_steps(model: Any) -> None:

@@ -155,10 +155,9 @@ def _count_weights(norm: Any, weight: Any, names: deque[str]) -> int:
         return 1
     if weight is not next(a for a in norm.weights if a is not norm.gamma and a is not norm.beta):
         return 0  # came with the first of the statistics
-    kinds = [name.rsplit("/", 1)[-1].split(":")[0] for name in islice(names, 3)]
-    if kinds[:1] == ["moving_stats"]:
-        return 1
-    return 5 if kinds[2:] == ["moving_stddev"] else 2
+    kinds = [name.rsplit("/", 1)[-1].split(":")[0] for name in islice(names, 6)]
+    places = 1 if kinds[0] == "moving_stats" else 5 if "moving_stddev" in kinds[2:3] else 2
+    return places + (kinds[places : places + 1] == ["steps"])
 
 
 def _read_names(group: h5py.Group, attribute: str) -> list[str]:

@@ -17,6 +17,7 @@ from batchnorm.keras.dropped import warn_dropped
 from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.masking import find_mask
 from batchnorm.keras.masks import propagate_mask, split_pair, to_boolean
+from batchnorm.keras.moving import find_rule
 from batchnorm.keras.options import (
     list_call_options,
     list_losses,
@@ -68,6 +69,8 @@ class BatchNormalization(WeightedNormalization):
         name: of the layer.
         padded_output: "normalize" padded rows of the output like real ones, or "zero" them, in
             evaluation and frozen too (S4).
+        debias: let the moving statistics forget their start at once: after one step they are that
+            batch's (S23). Steps are counted in a further weight, `steps`.
         **kwargs: `dtype` and what else `keras.layers.Layer` takes.
 
     Call arguments:
@@ -82,7 +85,7 @@ class BatchNormalization(WeightedNormalization):
         ValueError: an option out of range, or options that exclude each other; when the layer is
             built, axes that do not fit; when it is called, a mask that does not.
 
-    Source: S1-S16; Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithms 1 and 2; Ioffe 2017
+    Source: S1-S16, S23; Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithms 1 and 2; Ioffe 2017
     (arXiv 1702.03275), algorithm 1. Unlike Keras's it takes masks of every kind, padding may hold
     NaN, empty and overflowing batches leave the statistics alone (S6, S9), and no digit is lost
     at offsets (S3). Unlike Keras 2's it always stores the biased variance, uses a mask that
@@ -120,6 +123,7 @@ class BatchNormalization(WeightedNormalization):
         name: str | None = None,
         *,
         padded_output: str = "normalize",
+        debias: bool = False,
         axis_name: Any = None,
         process_group: Any = None,
         **kwargs: Any,
@@ -167,11 +171,20 @@ class BatchNormalization(WeightedNormalization):
         if found.padded_output is not None:
             options = replace(call.options, padded_output=found.padded_output)
             call = replace(call, options=options)
-        y, moved = BACKEND.normalize(
-            self._cast_input(x), found.mask, gamma, beta, self._running(), call
-        )
+        x, running = self._cast_input(x), self._running()
+        if call.training is False:
+            return BACKEND.normalize(x, found.mask, gamma, beta, running, call)[0]
+        rule = find_rule(self)
+        limits = BACKEND.read_limits(self) if self.renorm else None
+        call = replace(call, update=rule.moves is not False, limits=limits)
+        y, moved = BACKEND.normalize(x, found.mask, gamma, beta, running, call)
         if moved is not None:
-            self._store(moved)
+            self._store_if(rule.moves, moved, running)
+        if rule.ledger is not None and not BACKEND.repeats(None):
+            adds = rule.adds
+            if call.training is not True:
+                adds = keras.ops.logical_and(adds, keras.ops.cast(call.training, "bool"))
+            rule.ledger.add(lambda: BACKEND.measure(x, found.mask, call), adds)
         return y
 
     @names_errors()
@@ -199,8 +212,11 @@ class BatchNormalization(WeightedNormalization):
 
     @names_errors()
     def _read_options(self) -> None:
-        """Compute by the attributes as they are now."""
-        self._options = make_core(self)
+        """Compute by the attributes as they are now; limits that were set later stay."""
+        options, limits = make_core(self), self._clipping
+        if options.renorm is not None and limits is not None:
+            options = replace(options, renorm=replace(limits, decay=options.renorm.decay))
+        self._options = options
 
     def _cast_input(self, x: Any) -> Any:
         """x in the type of the output."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.core.errors import ArgumentValueError
-from batchnorm.core.running import derive_renorm
+from batchnorm.core.running import LONG_RUNNING, derive_renorm
 
 _NUMPY: Any = np  # has all functions that are called here
 
@@ -19,7 +19,8 @@ def fit_weights(layer: Any, weights: Sequence[Any]) -> list[np.ndarray]:
     Args:
         layer: built, of this package.
         weights: gamma, beta where there are such; then moving_mean and moving_variance, and with
-            renormalization three more; or both of them packed, of shape (2, C).
+            renormalization three more; or both of them packed, of shape (2, C). At the end the
+            number of steps, where the layer counts them; without it they were many (S23).
 
     Raises:
         ValueError: a number of weights or a shape that fits none of these.
@@ -39,13 +40,18 @@ def fit_weights(layer: Any, weights: Sequence[Any]) -> list[np.ndarray]:
 
 
 def _unpack(found: list[np.ndarray], layer: Any) -> list[np.ndarray] | None:
-    """Moving mean and variance, and renormalization's three where the layer has them."""
+    """Moving mean and variance, and renormalization's three and the steps where there are such."""
+    steps = []
+    if layer.debias:
+        counted = bool(found) and found[-1].ndim == 0
+        steps = [found[-1] if counted else np.asarray(LONG_RUNNING)]
+        found = found[:-1] if counted else found
     if len(found) == 1 and found[0].ndim == 2 and found[0].shape[0] == 2:
         found = [found[0][0], found[0][1]]
     if len(found) == 2 and layer.renorm:  # S11
         mean, stddev = derive_renorm(*found[:2], eps=layer.epsilon, xp=_NUMPY)
         found = [*found, stddev, mean, stddev]
-    return found if len(found) == (5 if layer.renorm else 2) else None
+    return [*found, *steps] if len(found) == (5 if layer.renorm else 2) else None
 
 
 def _fit(value: np.ndarray, weight: Any) -> np.ndarray:

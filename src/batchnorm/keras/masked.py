@@ -38,8 +38,8 @@ class MaskedBatchNormalization(BatchNormalization):
         gamma_regularizer: of gamma.
         beta_constraint: of beta.
         gamma_constraint: of gamma.
-        **kwargs: `fused`, `adjustment`, `padded_output`, `synchronized`, `axis_name` and
-            `process_group`, as for `BatchNormalization`; `name`, `trainable`, `dtype` and what
+        **kwargs: `fused`, `adjustment`, `padded_output`, `debias`, `synchronized`, `axis_name`
+            and `process_group`, as for `BatchNormalization`; `name`, `trainable`, `dtype` and what
             else `keras.layers.Layer` takes.
 
     Calls are those of `BatchNormalization`; `(x, None)` and x alone mean no mask.
@@ -49,7 +49,7 @@ class MaskedBatchNormalization(BatchNormalization):
         ValueError: an option out of range; `renorm` or `virtual_batch_size`; when the layer is
             built, an axis but the last.
 
-    Source: S1-S10, S15, S16.
+    Source: S1-S10, S15, S16, S23.
 
     >>> layer = MaskedBatchNormalization(momentum=0.0)
     >>> x = keras.ops.array([[1.0], [3.0], [99.0]])
@@ -127,16 +127,21 @@ class MaskedBatchNormalization(BatchNormalization):
         self.moving_stats = add_statistic(
             self, "moving_stats", (2, *shape), initializer, self._weight_type
         )
+        if self.debias:
+            self._add_steps()
 
     def _running(self) -> Running:
         stats = self.moving_stats.value
-        return Running(stats[0], stats[1])
+        return Running(stats[0], stats[1], self._count_steps())
 
     def _store(self, moved: Running) -> None:
         self.moving_stats.assign(keras.ops.stack(moved[:2]))
+        if self.steps is not None:
+            self.steps.assign(moved.batches)
 
     def _pack(self, statistics: list[np.ndarray]) -> list[np.ndarray]:
-        return [np.stack([a.reshape(-1) for a in statistics])]
+        mean, variance, *steps = statistics
+        return [np.stack([mean.reshape(-1), variance.reshape(-1)]), *steps]
 
     def _cast_input(self, x: Any) -> Any:
         return keras.ops.cast(x, self._output_type(x))

@@ -196,6 +196,13 @@ OPTIONS: list[LayerOption] = [
         kept="normalize",
         core="padded_output",
     ),
+    LayerOption(
+        "debias",
+        False,
+        lambda given: config.check_flag("debias", given["debias"]),
+        kept=False,
+        core="debias",
+    ),
     LayerOption("fused", None, _check_fused, in_call=True, saved=Saved.NEVER),
     _declare_participants("axis_name", "jax"),
     _declare_participants("process_group", "torch"),

@@ -10,19 +10,26 @@ import keras
 from batchnorm.core.errors import ArgumentValueError, names_errors
 from batchnorm.core.layout import normalize_axis
 from batchnorm.core.running import Running
+from batchnorm.keras.limits import ClippedNormalization
 from batchnorm.keras.loading import fit_weights
 from batchnorm.keras.masks import is_pair_of_shapes
 from batchnorm.keras.options import check_ghost_axes
-from batchnorm.keras.variables import add_statistic, clone, square_root_of
+from batchnorm.keras.variables import (
+    add_counter,
+    add_statistic,
+    clone,
+    square_root_of,
+)
 
 _RENORM_WEIGHTS = ("moving_stddev", "renorm_mean", "renorm_stddev")
 
 
-class WeightedNormalization(keras.layers.BatchNormalization):
+class WeightedNormalization(ClippedNormalization):
     """Keras's layer with the weights of this package's; `layers.py` gives it options and calls."""
 
     _channel_axes: tuple[int, ...] = ()
     _channels: tuple[int, ...] = ()
+    steps: Any = None  # the counter, with `debias`
     # A converted layer keeps its weights, of shape (C,), with ghost batches too.
     _flat_weights = False
 
@@ -78,6 +85,8 @@ class WeightedNormalization(keras.layers.BatchNormalization):
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Load weights of this layer, of Keras's own ones, or in the packed layout."""
         count = len(store.keys())
+        if not self.built and not count:
+            return
         if self.weights and not count:
             raise ArgumentValueError(
                 f"the file has no weights for layer {self.name!r}. Files "
@@ -116,6 +125,8 @@ class WeightedNormalization(keras.layers.BatchNormalization):
             setattr(self, name, add_statistic(self, name, shape, initializer, self._weight_type))
         if self.renorm:
             self._add_renorm_weights(shape)
+        if self.debias:
+            self._add_steps()
 
     def _add_renorm_weights(self, shape: tuple[int, ...]) -> None:
         stddev = square_root_of(self.moving_variance_initializer)
@@ -123,18 +134,35 @@ class WeightedNormalization(keras.layers.BatchNormalization):
         for name, initializer in zip(_RENORM_WEIGHTS, starts, strict=True):
             setattr(self, name, add_statistic(self, name, shape, initializer, self._weight_type))
 
+    def _add_steps(self, initializer: Any = "zeros") -> None:
+        """Add the number of steps that have moved the statistics, which `debias` needs (S23)."""
+        self.steps = add_counter(self, "steps", initializer)
+
+    def _count_steps(self) -> Any:
+        return None if self.steps is None else self.steps.value
+
     def _running(self) -> Running:
-        mean, variance = map(self._per_channel, (self.moving_mean, self.moving_variance))
-        if not self.renorm:
-            return Running(mean, variance)
-        rest = (self._per_channel(getattr(self, name)) for name in _RENORM_WEIGHTS)
-        return Running(mean, variance, None, *rest)
+        names = ("moving_mean", "moving_variance", *(_RENORM_WEIGHTS if self.renorm else ()))
+        mean, variance, *rest = (self._per_channel(getattr(self, name)) for name in names)
+        return Running(mean, variance, self._count_steps(), *rest)
 
     def _store(self, moved: Running) -> None:
-        names = ("moving_mean", "moving_variance", *(_RENORM_WEIGHTS if self.renorm else ()))
-        for name, value in zip(names, (a for a in moved if a is not None), strict=True):
-            variable = getattr(self, name)
-            variable.assign(keras.ops.reshape(value, tuple(variable.shape)))
+        names = ("moving_mean", "moving_variance", "steps", *_RENORM_WEIGHTS)
+        for name, value in zip(names, moved, strict=True):
+            if value is not None:
+                variable = getattr(self, name)
+                variable.assign(keras.ops.reshape(value, tuple(variable.shape)))
+
+    def _store_if(self, moves: Any, moved: Running, before: Running) -> None:
+        """Store the statistics if `moves`, which may be a tensor of a graph."""
+        if moves is False:
+            return
+        if moves is not True:
+            pairs = zip(moved, before, strict=True)
+            moved = Running(
+                *(None if a is None else keras.ops.where(moves, a, b) for a, b in pairs)
+            )
+        self._store(moved)
 
     def _pack(self, statistics: list[Any]) -> list[Any]:
         """Statistics as this layer's weights hold them."""

@@ -13,6 +13,17 @@ def add_statistic(
     layer: Any, name: str, shape: tuple[int, ...], initializer: Any, dtype: str
 ) -> Any:
     """A weight for moving statistics, which is averaged over TensorFlow's replicas when read."""
+    return _add(layer, name, shape, initializer, dtype, "mean")
+
+
+def add_counter(layer: Any, name: str, initializer: Any) -> Any:
+    """A weight that counts steps; TensorFlow's replicas count alike."""
+    return _add(layer, name, (), initializer, "int", "only_first_replica")
+
+
+def _add(
+    layer: Any, name: str, shape: tuple[int, ...], initializer: Any, dtype: str, aggregation: str
+) -> Any:
     if keras.backend.backend() != "tensorflow":
         return layer.add_weight(
             shape=shape,
@@ -28,9 +39,17 @@ def add_statistic(
         dtype=dtype,
         trainable=False,
         autocast=False,
-        aggregation="mean",
+        aggregation=aggregation,
         synchronization="on_read",
         name=name,
+    )
+
+
+def make_limits(values: list[float], dtype: str) -> Any:
+    """A variable for limits of renormalization, which is no weight."""
+    initializer = keras.initializers.Constant(values)
+    return keras.Variable(
+        initializer, shape=(3,), dtype=dtype, trainable=False, autocast=False, name="renorm_limits"
     )
 
 

@@ -9,7 +9,18 @@ import torch
 
 __all__ = ["keep_statistics"]
 
-_kept: ContextVar[bool] = ContextVar("batchnorm_keep_statistics", default=False)
+
+class _Block:
+    """One `with` block; `active` is False from its end on, for tasks that outlive it."""
+
+    def __init__(self, outer: _Block | None) -> None:
+        self.outer, self.active = outer, True
+
+    def keeps(self) -> bool:
+        return self.active or (self.outer is not None and self.outer.keeps())
+
+
+_current: ContextVar[_Block | None] = ContextVar("batchnorm_keep_statistics", default=None)
 
 
 class _Traced:
@@ -41,19 +52,22 @@ class keep_statistics:  # noqa: N801 (named as torch.no_grad is)
     """
 
     def __init__(self) -> None:
-        self._tokens: list[Token[bool]] = []
+        self._tokens: list[Token[_Block | None]] = []
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():
             _Traced.depth += 1
         else:
-            self._tokens.append(_kept.set(True))
+            self._tokens.append(_current.set(_Block(_current.get())))
 
     def __exit__(self, *error: Any) -> None:
         if torch.compiler.is_compiling():
             _Traced.depth -= 1
         else:
-            _kept.reset(self._tokens.pop())
+            block = _current.get()
+            assert block is not None
+            block.active = False
+            _current.reset(self._tokens.pop())
 
 
 def keeps_statistics() -> bool:
@@ -62,11 +76,12 @@ def keeps_statistics() -> bool:
         if torch.compiler.is_exporting() and _keeps():
             return True
         return _Traced.depth > 0
-    return _kept.get()
+    return _keeps()
 
 
 def _keeps() -> bool:
-    return _kept.get()
+    block = _current.get()
+    return block is not None and block.keeps()
 
 
 # Run while torch.export traces: a program has no block around it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from batchnorm.core import config
+from batchnorm.core.config import Renorm
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout
 from batchnorm.core.running import Running
 from batchnorm.jax.call import Arrays, Settings
-from batchnorm.jax.checks import read_values
+from batchnorm.jax.checks import read_values, working_type
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.keras.adjustment import missing_axes
 from batchnorm.keras.backends.shared import refuse_apart, refuse_calls
@@ -21,11 +24,18 @@ from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 
 __all__ = [
+    "ACCUMULATES",
+    "LIMITS_ARE_STATE",
     "RETRACES",
+    "find_graph",
     "find_trace",
     "follows",
+    "loses_context",
     "mark_block",
+    "mark_rule",
     "normalize",
+    "obeys",
+    "read_limits",
     "read_values",
     "refuse_kernel",
     "repeats",
@@ -33,7 +43,10 @@ __all__ = [
 ]
 
 RETRACES = True
+ACCUMULATES = False  # compiled steps hand out new state, and nothing beside it
+LIMITS_ARE_STATE = True  # compiled steps take data as state alone
 _block = jax.make_user_context(None)  # part of the key of each compiled function
+_rule = jax.make_user_context(None)  # as well
 
 
 def resolve_training(training: Any) -> Any:
@@ -71,18 +84,53 @@ def mark_block(trace: Any) -> AbstractContextManager[Any]:
     return marked
 
 
+def mark_rule(block: Any) -> AbstractContextManager[Any]:
+    """As `batchnorm.keras.functional.Backend` says: functions are compiled for all blocks once."""
+    marked: AbstractContextManager[Any] = _rule("keep")
+    return marked
+
+
+def find_graph() -> None:
+    """None: functions are compiled again in a block."""
+    return
+
+
+def loses_context() -> bool:
+    """As `batchnorm.keras.functional.Backend` says."""
+    return False
+
+
+def obeys(block: Any) -> bool:
+    """True: functions that are compiled in a block serve in blocks alone."""
+    return True
+
+
+def read_limits(layer: Any) -> Array | None:
+    """As `batchnorm.keras.functional.Backend` says: those that were ever set."""
+    return None if layer._limits is None else layer._limits.value
+
+
 def normalize(
     x: Array, mask: Any, gamma: Any, beta: Any, running: Running, call: Call
 ) -> tuple[Array, Running | None]:
     """As `batchnorm.keras.functional.Backend` says."""
     mask = None if mask is None else _fit_mask(jnp.asarray(mask), x, call.axes)
-    settings = Settings(call.owner, call.axes, call.options, call.fused, call.axis_name)
+    options, fused = call.options, call.fused
+    if options.renorm is not None and call.limits is not None:
+        if fused:
+            raise ArgumentValueError(
+                "fused=True demands a kernel, but none takes limits of renormalization that "
+                "change. Use fused=None."
+            )
+        limits = call.limits.astype(working_type(x))
+        options, fused = replace(options, renorm=Renorm(options.renorm.decay, *limits)), False
+    settings = Settings(call.owner, call.axes, options, fused, call.axis_name)
     arrays = Arrays(x, mask, gamma, beta, running)
 
     def train() -> tuple[Array, Running]:
         s, t = config.call_adjustment(call.adjustment, tuple(x.shape))
         adjusted = arrays._replace(s=_adjusted("scale", s, x), t=_adjusted("bias", t, x))
-        found = normalize_batch(adjusted, settings)
+        found = normalize_batch(adjusted, settings, update=call.update)
         assert found.running is not None
         return found.y, found.running
 

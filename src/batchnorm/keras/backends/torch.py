@@ -10,18 +10,26 @@ import torch
 from keras.src.backend import in_stateless_scope
 from torch import Tensor
 
+from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout, count_values, make_layout
+from batchnorm.core.merge import Parts
 from batchnorm.core.running import Running
-from batchnorm.keras.backends.shared import refuse_calls
+from batchnorm.keras.backends.shared import ONE_PARTICIPANT, measure_parts, refuse_calls
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
 from batchnorm.torch.call import Settings, Tensors
-from batchnorm.torch.checks import can_read
+from batchnorm.torch.checks import can_read, working_type
 from batchnorm.torch.functional import normalize as normalize_tensors
+from batchnorm.torch.keeping import keep_statistics
+from batchnorm.torch.namespace import XP
 from batchnorm.torch.ranks.synchronizer import find_synchronizer
 from batchnorm.torch.recompute import in_backward
 
+__all__ = ["XP"]  # beside the functions
+
 RETRACES = True  # by the guards of compiled functions
+ACCUMULATES = True
+LIMITS_ARE_STATE = False
 
 
 def resolve_training(training: Any) -> bool:
@@ -59,6 +67,31 @@ def mark_block(trace: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def mark_rule(block: Any) -> AbstractContextManager[Any]:
+    """As `batchnorm.keras.functional.Backend` says; compiled code asks when it runs."""
+    return keep_statistics() if block.ledgers is None else nullcontext()
+
+
+def find_graph() -> None:
+    """None: compiled functions are guarded."""
+    return
+
+
+def loses_context() -> bool:
+    """As `batchnorm.keras.functional.Backend` says."""
+    return False
+
+
+def obeys(block: Any) -> bool:
+    """As `batchnorm.keras.functional.Backend` says."""
+    return block.ledgers is None or follows(block.trace)
+
+
+def read_limits(layer: Any) -> None:
+    """None: the options have them, since Python runs at each call."""
+    return
+
+
 def normalize(
     x: Tensor,
     mask: Any,
@@ -77,6 +110,9 @@ def normalize(
     if pure:
         running = running.map(lambda a: a.detach().clone())
     layout = make_layout(tuple(x.shape), call.axes)
+    steps = running.batches
+    if steps is not None:  # Keras counts in 32 bits
+        running = running._replace(batches=steps.to(torch.int64))
     settings = Settings(
         call.owner,
         call.axes,
@@ -87,8 +123,21 @@ def normalize(
     )
     mask = _fit_mask(mask, x, layout, training)
     tensors = Tensors(x, mask, gamma, beta, None, running)
-    y = normalize_tensors(tensors, settings, training=training, update=training)
+    y = normalize_tensors(tensors, settings, training=training, update=training and call.update)
+    if steps is not None and not pure:
+        steps.copy_(running.batches)
     return y, running if pure else None
+
+
+def measure(x: Tensor, mask: Any, call: Call) -> Parts:
+    """As `batchnorm.keras.functional.Backend` says."""
+    if find_synchronizer(call.synchronized, call.process_group) is not None:
+        raise ArgumentValueError(ONE_PARTICIPANT)
+    layout = make_layout(tuple(x.shape), call.axes, call.options.virtual_batch_size)
+    fitted = _fit_mask(mask, x, layout, training=False)
+    with torch.no_grad():
+        wide = x.to(working_type(x.dtype))
+        return measure_parts(wide, fitted, layout, call.options, XP)
 
 
 def _fit_mask(mask: Any, x: Tensor, layout: Layout, training: bool) -> Tensor | None:

@@ -39,7 +39,7 @@ def normalize_by_batch(step: Step, x: Any, gamma: Any, beta: Any) -> tuple[tf.Te
         inputs,
         _cast_running(step.running, work),
         layout,
-        call.options,
+        step.options,
         merge=make_merge() if call.synchronized else None,
         xp=XP,
     )

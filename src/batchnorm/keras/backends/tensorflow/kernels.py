@@ -57,13 +57,16 @@ def run(step: Step) -> tuple[tf.Tensor, Running]:
     )
     statistics = [a for a in step.running if a is not None]
     masks = [] if step.mask is None else [step.mask]
+    limits = [] if step.limits is None else [step.limits]
     backward = _make_backward(step, known, masks)
 
     @tf.custom_gradient
     def forward(*given: tf.Tensor) -> Any:
         # The array for the backward pass has no shape that the graph knows.
         outputs = _call(
-            partial(passes.forward, known), [*given, *masks, *statistics], [x, None, *statistics]
+            partial(passes.forward, known),
+            [*given, *masks, *limits, *statistics],
+            [x, None, *statistics],
         )
         kept = outputs[1]
 

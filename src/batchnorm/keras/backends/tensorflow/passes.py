@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from batchnorm.core.config import Options
+from batchnorm.core.config import Options, Renorm
 from batchnorm.core.errors import naming
 from batchnorm.core.layout import Layout, make_layout
+from batchnorm.core.running import Scalars, debiased_decay
 from batchnorm.kernels import extension
 from batchnorm.kernels.geometry import find_geometry, row_major_strides, row_mask_shape, view_mask
 from batchnorm.kernels.kept import TYPES
@@ -19,6 +21,7 @@ from batchnorm.kernels.kept import TYPES
 if TYPE_CHECKING:
     from batchnorm.kernels import _cpu
 
+_STEPS = 2  # place of the number of steps among the statistics, where it is counted
 _ALIGNMENT = 64  # bytes; TensorFlow copies arrays that start elsewhere
 
 extension.warn_if_missing()
@@ -48,16 +51,17 @@ def forward(passes: Passes, x: np.ndarray, *arrays: np.ndarray) -> list[np.ndarr
     gamma = next(rest) if passes.scaled else None
     beta = next(rest) if passes.centred else None
     mask = next(rest) if passes.masked else None
+    limits = next(rest) if passes.options.renorm is not None else None
     statistics = [_aligned(a.shape, a.dtype, a) for a in rest]
     prepared, mask = _prepare(passes, x, mask)
-    y, options = _aligned(x.shape, x.dtype), passes.options
+    y, options = _aligned(x.shape, x.dtype), _options_of_step(passes.options, limits, statistics)
     kept = prepared.plan.forward(
         x=x.ctypes.data,
         mask=_address(mask),
         y=y.ctypes.data,
         residual=0,
         residual_row=0,
-        state=_state(gamma, beta, statistics),
+        state=_state(gamma, beta, statistics, options.debias),
         eps=options.eps,
         decay=options.decay,
         batch=True,
@@ -68,6 +72,21 @@ def forward(passes: Passes, x: np.ndarray, *arrays: np.ndarray) -> list[np.ndarr
         kept=None,
     )
     return [y, kept.all().copy(), *statistics]
+
+
+def _options_of_step(
+    options: Options, limits: np.ndarray | None, statistics: list[np.ndarray]
+) -> Options:
+    """The options with the limits and decays of a step."""
+    renorm = options.renorm
+    if renorm is not None and limits is not None:
+        renorm = Renorm(renorm.decay, *map(float, limits))
+    if not options.debias:
+        return replace(options, renorm=renorm)
+    step = int(statistics[_STEPS]) + 1
+    if renorm is not None:
+        renorm = replace(renorm, decay=debiased_decay(renorm.decay, step, Scalars))
+    return replace(options, decay=debiased_decay(options.decay, step, Scalars), renorm=renorm)
 
 
 def backward(
@@ -160,10 +179,12 @@ def _aligned(
 
 
 def _state(
-    gamma: np.ndarray | None, beta: np.ndarray | None, statistics: list[np.ndarray]
+    gamma: np.ndarray | None, beta: np.ndarray | None, statistics: list[np.ndarray], counted: bool
 ) -> extension.State:
-    """The per-channel arrays; `statistics` are mean and var, and renormalization's three."""
-    names = ("running_mean", "running_var", "running_stddev", "renorm_mean", "renorm_stddev")
+    """The arrays of a step; `statistics` as in Running, without those that there are not."""
+    names = ["running_mean", "running_var", "running_stddev", "renorm_mean", "renorm_stddev"]
+    if counted:
+        names.insert(_STEPS, "batches")
     running = dict(zip(names, (a.ctypes.data for a in statistics), strict=False))
     return extension.State(
         gamma=_address(gamma),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
+from batchnorm.core.config import Options, Renorm
 from batchnorm.core.running import Running
 from batchnorm.keras.call import Call
 
@@ -23,6 +24,7 @@ class Step:
         beta: with the channel axes' sizes, or None.
         running: the statistics before the step.
         call: everything else.
+        limits: of renormalization, of shape (3,): rmin, rmax, dmax; or None.
     """
 
     x: tf.Tensor
@@ -31,6 +33,16 @@ class Step:
     beta: tf.Tensor | None
     running: Running
     call: Call
+    limits: tf.Tensor | None = None
+
+    @property
+    def options(self) -> Options:
+        """The options of the core, with the limits as tensors of the working type."""
+        options = self.call.options
+        if options.renorm is None or self.limits is None:
+            return options
+        limits = tf.unstack(tf.cast(self.limits, self.working_type))
+        return replace(options, renorm=Renorm(options.renorm.decay, *limits))
 
     @property
     def given(self) -> list[tf.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from batchnorm.core.running import LONG_RUNNING
 from batchnorm.tools.arrays import flatten, odd_shape
 from batchnorm.tools.fitting import check_finite_casts, fit
 from batchnorm.tools.state import BatchNormState, RenormState
@@ -73,6 +74,7 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
         variance="biased",
         eps=float(layer.epsilon),
         decay=float(layer.momentum),
+        steps=_count_steps(layer),
         renorm=renorm,
         shape=odd_shape(mean.shape),
         stored=keras.backend.standardize_dtype(layer.moving_mean.dtype),
@@ -87,6 +89,9 @@ def put_state(layer: Any, state: BatchNormState) -> None:
     if state.renorm is not None:
         kept = (state.renorm.moving_stddev, state.renorm.renorm_mean, state.renorm.renorm_stddev)
         pairs += [(n, getattr(layer, n), a) for n, a in zip(_RENORM, kept, strict=True)]
+    if current.steps is not None:
+        steps = LONG_RUNNING if state.steps is None else min(state.steps, LONG_RUNNING)
+        pairs.append(("steps", layer.steps, np.asarray(steps)))
     writes = [
         (name, variable, array, keras.ops.convert_to_tensor(array, dtype=variable.dtype))
         for name, variable, array in pairs
@@ -100,6 +105,12 @@ def put_state(layer: Any, state: BatchNormState) -> None:
     for _, variable, _, cast in writes:
         variable.assign(cast)
     _put_options(layer, state)
+
+
+def _count_steps(layer: Any) -> int | None:
+    """The number of steps that a layer with `debias` has counted; others do not count."""
+    steps = getattr(layer, "steps", None)
+    return None if steps is None else int(read_variable(steps))
 
 
 def _put_options(layer: Any, state: BatchNormState) -> None:
