@@ -47,7 +47,7 @@ class Centred(NamedTuple):
 
     @property
     def low(self) -> Array:
-        """What rounding took from `mean`."""
+        """The part of the mean that rounding took from `mean`."""
         return (self.anchor - self.mean) + self.shift
 
     @property

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from batchnorm.core.config import change_clipping
 from batchnorm.core.declaration import check_arguments, list_arguments
 from batchnorm.core.errors import ArgumentValueError, names_errors
 from batchnorm.jax.call import make_settings
@@ -28,7 +27,14 @@ from batchnorm.jax.state import (
 )
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
-from batchnorm.jax.variables import Momentum, PassStatistics, Renormalization, hold_renorm
+from batchnorm.jax.variables import (
+    Momentum,
+    PassStatistics,
+    Renormalization,
+    hold_renorm,
+    set_limits,
+    value_of,
+)
 from batchnorm.kernels.explanation import Explanation, ask
 
 __all__ = ["BatchNorm", "Momentum"]
@@ -267,14 +273,10 @@ class BatchNorm(Modes):
 
         Raises:
             ValueError: a layer without renorm; a negative number; rmin above rmax, as far as values
-                are known when this runs. All limits stay as they were then.
+                are known when this runs. No limit has changed then.
             TypeError: no number.
         """
-        limits = {"rmin": rmin, "rmax": rmax, "dmax": dmax}
-        if self.renorm is None:
-            change_clipping(None, limits)
-        else:
-            self.renorm.clip(limits)
+        set_limits(self.renorm, {"rmin": rmin, "rmax": rmax, "dmax": dmax})
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -296,7 +298,4 @@ class BatchNorm(Modes):
 
     def _read(self, name: str) -> Any:
         """The value of an option, which may be in variables."""
-        value = getattr(self, name)
-        if isinstance(value, Renormalization):
-            return value.read()
-        return value[...] if isinstance(value, nnx.Variable) else value
+        return value_of(getattr(self, name))

@@ -190,7 +190,7 @@ def _complete(part: core.Moments) -> Moments:
 
 
 def _contribution(part: Moments, axis: int) -> Parts:
-    """What a part adds to its step; `axis` is that of its ghost batches."""
+    """The moments that a part adds to its step; `axis` is that of its ghost batches."""
     apart = part.groups == APART
     count, mean, var = part
     centred = centred_from(count, mean, part.low, var, XP)

@@ -81,7 +81,7 @@ def read_arrays(layer: Any, x: Array, mask: Any, training: bool) -> tuple[Arrays
 
 
 def read_running(layer: Any) -> Running:
-    """What a training step moves."""
+    """The statistics that a training step moves."""
     return Running(**{field: variable[...] for field, variable in _held(layer).items()})
 
 

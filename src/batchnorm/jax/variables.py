@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,19 +55,8 @@ class Renormalization(nnx.Pytree):
         """The same in the core's terms."""
         return Renorm(self.decay, **{name: getattr(self, name)[...] for name in LIMITS})
 
-    def clip(self, limits: Mapping[str, Any]) -> None:
-        """Set those that are not None; none is set if one does not do."""
-        known, traced = split_limits(limits)
-        # Values that only the program knows are not compared.
-        changed = change_clipping(Renorm(self.decay, **self._values(traced)), known)
-        for name, value in limits.items():
-            if value is not None:
-                held = getattr(self, name)
-                new = jnp.asarray(traced.get(name, getattr(changed, name)))
-                held[...] = jnp.broadcast_to(new.astype(held[...].dtype), held[...].shape)
-
-    def _values(self, without: Mapping[str, Any]) -> dict[str, float]:
-        """The limits that are known now, as the decimals that were most likely typed."""
+    def known(self, without: Container[str]) -> dict[str, float]:
+        """The limits that have values now, as the decimals that were most likely typed."""
         found = {}
         for name in LIMITS:
             values = read_values(getattr(self, name)[...])
@@ -80,5 +69,25 @@ class Renormalization(nnx.Pytree):
 def hold_renorm(
     renorm: Renorm | None, stack: tuple[int, ...], dtype: Any
 ) -> Renormalization | None:
-    """What a layer keeps of checked options."""
+    """The form in which a layer keeps checked options."""
     return None if renorm is None else Renormalization(renorm, stack, dtype)
+
+
+def set_limits(renorm: Renormalization | None, limits: Mapping[str, Any]) -> None:
+    """Set those that are not None; none is set if one does not do."""
+    known, traced = split_limits(limits)
+    # Values that only the program knows are not compared.
+    held = None if renorm is None else Renorm(renorm.decay, **renorm.known(traced))
+    changed = change_clipping(held, known)
+    for name, value in limits.items():
+        if value is not None:
+            variable = getattr(renorm, name)
+            new = jnp.asarray(traced.get(name, getattr(changed, name))).astype(variable.dtype)
+            variable[...] = jnp.broadcast_to(new, variable.shape)
+
+
+def value_of(option: Any) -> Any:
+    """The value of an option that may be in variables."""
+    if isinstance(option, Renormalization):
+        return option.read()
+    return option[...] if isinstance(option, nnx.Variable) else option
