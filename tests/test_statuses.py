@@ -115,7 +115,7 @@ def test_2_is_a_missing_backend() -> None:
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "command",
     [

@@ -40,7 +40,7 @@ class Way(NamedTuple):
     `refuse` gives the reason why the path does not serve a case, or None. `costly` paths trace,
     compile or interpret each case: `make test` runs a cover of the table on them, `make test-all`
     the rest. `sister`: a path whose code this one shares but for one part, and which runs the
-    cover; `make test` runs a third of the cover here. `sample`: names of the only cases that a
+    cover; `make test` runs a sixth of the cover here. `sample`: names of the only cases that a
     path runs, where a case takes many seconds; `make test` runs a third of them.
     """
 
@@ -62,7 +62,7 @@ class Way(NamedTuple):
             return [case for case in cases if case.name in self.sample[::3]]
         if not self.costly:
             return cases
-        return cover(cases)[:: 3 if self.sister else 1]
+        return cover(cases)[:: 6 if self.sister else 1]
 
 
 def find(name: str) -> Way:

@@ -53,6 +53,7 @@ def _draw(name: str, rng: np.random.Generator) -> Case:
     renorm = pick(None, None, None, {}, {"rmax": 1.2, "rmin": 0.8, "dmax": 0.3})
     gamma = rng.random() < 0.8
     adjusted = ghost is None and rng.random() < 0.15
+    parted = ghost is None and not adjusted and mask != "none" and 0 not in axes
     case = Case(
         name,
         shape,
@@ -74,7 +75,7 @@ def _draw(name: str, rng: np.random.Generator) -> Case:
         debias=pick(False, False, False, True),
         steps=pick(0, 1, 7, 7),
         update=pick(True, True, True, True, False),
-        passes=pick(1, 1, 1, 2, 3) if ghost is None and mask != "none" and 0 not in axes else 1,
+        passes=pick(1, 1, 1, 2, 3) if parted else 1,
     )
     case = replace(case, passes=min(case.passes, max(shape[0], 1)))
     return replace(case, data=_data(case, rows, rng))

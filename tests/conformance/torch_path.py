@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 import tolerances
 from batchnorm import explain
 from batchnorm.kernels.explanation import Explanation
-from batchnorm.torch import BatchNorm
+from batchnorm.torch import BatchNorm, accumulate_statistics, keep_statistics
 from cases import Case, Data, Result, State, make_data
 from comparison import Path
 from paths import Way
@@ -42,7 +45,10 @@ def run(
     if compiled:
         torch._dynamo.reset()
         call = torch.compile(layer, fullgraph=True, backend=compiled)
-    y = call(*arguments)
+    passes = accumulate_statistics(layer) if case.passes > 1 else nullcontext()
+    updates = nullcontext() if case.update else keep_statistics()
+    with passes, updates:
+        y = torch.cat([call(*part) for part in _split(arguments, case.passes)])
     assert y.dtype == x.dtype
     y.backward(torch.tensor(data.dy, dtype=x.dtype, device=device))
     found = {f: _numpy(getattr(layer, b, None)) for f, b in _BUFFERS.items()}
@@ -54,6 +60,18 @@ def run(
         State(**found, batches=layer.num_batches_tracked.item()),
         _numpy(None if residual is None else residual.grad),
     )
+
+
+def _split(arguments: Sequence[torch.Tensor | None], passes: int) -> list[tuple[Any, ...]]:
+    """The arguments of each pass: parts along axis 0, as `cases.split` makes them."""
+    if passes == 1:
+        return [tuple(arguments)]
+    rows = arguments[0].shape[0]
+    bounds = pairwise(np.linspace(0, rows, passes + 1).astype(int).tolist())
+    return [
+        tuple(a if a is None or a.shape[0] != rows else a[begin:end] for a in arguments)
+        for begin, end in bounds
+    ]
 
 
 def explain_graph(case: Case) -> Explanation:
@@ -93,12 +111,16 @@ def _layer(case: Case, data: Data, fused: bool | None, device: str) -> BatchNorm
         dtype=torch.float64 if case.dtype == "float64" else torch.float32,
         virtual_batch_size=case.ghost,
         renorm=case.renorm is not None,
-        renorm_clipping=case.renorm,
+        renorm_clipping=None if case.late_limits else case.renorm,
         adjustment=None if adjusted is None else lambda shape: adjusted,
         activation=case.activation,
         padded_output=case.padded_output,
+        debias=case.debias,
+        single_value=case.single_value,
         fused=fused,
     )
+    if case.late_limits:
+        layer.set_renorm_clipping(**case.renorm)
     with torch.no_grad():
         for parameter, value in ((layer.weight, data.gamma), (layer.bias, data.beta)):
             if parameter is not None:

@@ -205,7 +205,7 @@ def test_masks_reach_both_passes():
 def test_operators_that_read_the_state_of_python_are_kept_out_of_captured_graphs():
     import batchnorm.torch.ranks.array_moments  # noqa: F401
 
-    names = ("ambient_mask", "snapshot", "is_recomputation")
+    names = ("ambient_mask", "snapshot", "leaves_statistics")
     names += ("merge_ranks", "total_over_ranks", "attach")
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
     if tag is None:

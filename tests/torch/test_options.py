@@ -175,7 +175,7 @@ def test_options_of_the_core_are_its_fields(option):
 
 def test_the_record_of_a_call_has_what_is_no_field_of_the_core():
     rest = {option.name for option in OPTIONS if option.core is None} - {"synchronized"}
-    assert rest | {"owner", "options", "synchronizer"} == set(Settings._fields)
+    assert rest | {"owner", "options", "synchronizer", "pending"} == set(Settings._fields)
 
 
 def test_unknown_options_name_the_known_ones():

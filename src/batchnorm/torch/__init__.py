@@ -9,9 +9,11 @@ except ImportError as error:
     ) from error
 
 from batchnorm.core.conversion import Conversion
+from batchnorm.torch.accumulation import accumulate_statistics
 from batchnorm.torch.conversions import register_conversion
 from batchnorm.torch.convert import convert_batchnorm, revert_batchnorm
 from batchnorm.torch.functional import RenormStatistics, batch_norm
+from batchnorm.torch.keeping import keep_statistics
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.torch.masking import padding_mask, sequence_mask
 from batchnorm.torch.ranks.messages import SynchronizationError
@@ -24,8 +26,10 @@ __all__ = [
     "Conversion",
     "RenormStatistics",
     "SynchronizationError",
+    "accumulate_statistics",
     "batch_norm",
     "convert_batchnorm",
+    "keep_statistics",
     "padding_mask",
     "register_conversion",
     "revert_batchnorm",

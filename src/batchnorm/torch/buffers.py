@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.core.config import Renorm
-from batchnorm.core.running import Running, derive_renorm
+from batchnorm.core.config import Renorm, change_clipping
+from batchnorm.core.errors import names_errors
+from batchnorm.core.running import LONG_RUNNING, Running, derive_renorm
 from batchnorm.torch.namespace import XP
 
 _Layer = TypeVar("_Layer", bound="RunningStatistics")
 
 _RENORM_BUFFERS = ("running_stddev", "renorm_mean", "renorm_stddev")
 _STATISTICS = ("running_mean", "running_var", *_RENORM_BUFFERS)
+_LIMITS = "renorm_limits"  # rmin, rmax and dmax as compiled code reads them; not in the state dict
 _warned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # of narrowed statistics, once
 
 
@@ -26,7 +28,11 @@ class RunningStatistics(_BatchNorm):
     """torch's own buffers, always float32 or wider (S16), and three of renormalization (S11)."""
 
     renorm: Renorm | None = None
+    debias: bool = False
     frozen: bool
+    # Of the step that passes inside `accumulate_statistics` belong to (S21).
+    _pending: int | None = None
+    _accumulation_key: int | None = None
     # fairscale's hooks, which switch tracking off in the first pass of a checkpoint, then leave a
     # layer alone: this one knows a recomputation by itself (S9).
     disable_patch_batchnorm = True
@@ -50,17 +56,61 @@ class RunningStatistics(_BatchNorm):
         for name in _RENORM_BUFFERS:
             if (buffer := self._buffers.get(name)) is not None:
                 buffer.fill_(0.0 if name == "renorm_mean" else 1.0)
+        self._fill_limits()
+
+    @names_errors()
+    def set_renorm_clipping(
+        self,
+        *,
+        rmax: float | None = None,
+        rmin: float | None = None,
+        dmax: float | None = None,
+    ) -> None:
+        """Set limits of renormalization, as a schedule does at every step; None leaves one alone.
+
+        r is clipped to [rmin, rmax] and d to [-dmax, dmax]; ∞ lifts a limit. Nothing else changes,
+        and compiled code takes the new limits as data, without compiling again. Set the same on
+        all ranks of a synchronized layer.
+
+        Raises:
+            TypeError: a limit that is no number.
+            ValueError: a negative one, rmax < rmin, or a layer without renormalization.
+
+        Source: S11.
+        """
+        self.renorm = change_clipping(self.renorm, {"rmax": rmax, "rmin": rmin, "dmax": dmax})
+        self._fill_limits()
+
+    def traced_renorm(self) -> Renorm | None:
+        """Renormalization as traced code takes it, with limits that are data."""
+        renorm = self.renorm
+        if renorm is None or torch.compiler.is_exporting():
+            return renorm
+        limits = self._buffers[_LIMITS]
+        assert limits is not None
+        return Renorm(renorm.decay, *limits.unbind())
+
+    def _fill_limits(self) -> None:
+        limits, renorm = self._buffers.get(_LIMITS), self.renorm
+        if limits is not None and renorm is not None:
+            with torch.no_grad():
+                limits.copy_(torch.tensor([renorm.rmin, renorm.rmax, renorm.dmax]))
 
     def _prepare_statistics(self) -> None:
         """Bring torch's buffers into this library's form; those that fit stay as they are."""
         self._widen_statistics()
         if self.renorm is None:
-            for name in _RENORM_BUFFERS:
+            for name in (*_RENORM_BUFFERS, _LIMITS):
                 self._buffers.pop(name, None)
-        elif any(self._buffers.get(name) is None for name in _RENORM_BUFFERS):
+            return
+        if any(self._buffers.get(name) is None for name in _RENORM_BUFFERS):
             derived = self._derive(self.running_mean, self.running_var)
             for name, value in zip(_RENORM_BUFFERS, derived, strict=True):
                 self.register_buffer(name, value)
+        if self._buffers.get(_LIMITS) is None and self.running_mean is not None:
+            limits = torch.empty(3, dtype=torch.float32, device=self.running_mean.device)
+            self.register_buffer(_LIMITS, limits, persistent=False)
+        self._fill_limits()
 
     def _running(self) -> Running | None:
         mean, var = self._statistic("running_mean"), self._statistic("running_var")
@@ -83,6 +133,9 @@ class RunningStatistics(_BatchNorm):
             new = self._buffers.get(name)
             if old is not None and new is not None and _is_narrow(new):
                 self._buffers[name] = old.to(device=new.device)
+        if (limits := self._buffers.get(_LIMITS)) is not None:  # perhaps made anew, on "meta"
+            self._buffers[_LIMITS] = limits.float()
+            self._fill_limits()
         return self
 
     def _load_from_state_dict(
@@ -94,6 +147,9 @@ class RunningStatistics(_BatchNorm):
             if mean is not None and var is not None:
                 for name, value in zip(_RENORM_BUFFERS, self._derive(mean, var), strict=True):
                     state_dict[prefix + name] = value
+        steps = prefix + "num_batches_tracked"
+        if self.debias and self.momentum is not None and steps not in state_dict:
+            state_dict[steps] = torch.tensor(LONG_RUNNING)  # it has forgotten its start (S23)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._widen_statistics()
 

@@ -13,6 +13,7 @@ from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout, check_per_channel, count_values, make_layout
 from batchnorm.core.running import Running
 from batchnorm.torch import checks
+from batchnorm.torch.keeping import keeps_statistics
 from batchnorm.torch.kernels.decision import Decision, decide
 from batchnorm.torch.kernels.tensors import is_plain
 from batchnorm.torch.ranks.synchronizer import Participation, Synchronizer, participate
@@ -49,6 +50,8 @@ class Settings(NamedTuple):
         adjustment: function of x's shape, or None; applies in training (S13).
         fused: None, True or False.
         synchronizer: of training over ranks, or None (S14).
+        pending: key of the step that this call is a pass of, or None (S21).
+        single_value: the rule for a single value per channel (S7).
     """
 
     owner: str
@@ -57,6 +60,8 @@ class Settings(NamedTuple):
     adjustment: config.Adjustment | None
     fused: bool | None
     synchronizer: Synchronizer | None
+    pending: int | None = None
+    single_value: str = "raise"
 
 
 class Call(NamedTuple):
@@ -155,9 +160,11 @@ def make_call(tensors: Tensors, settings: Settings, training: bool, update: bool
     else:
         layout = make_layout(tuple(x.shape), settings.axis, size)
     traced = torch.compiler.is_compiling()
+    update = update and not keeps_statistics()
     call = Call(tensors, settings, training, update, traced, layout, decision, None)
     _check_tensors(call)
-    _check_count(call)
+    if _has_single_values(call):
+        return _follow_rule(call)
     synchronizer = settings.synchronizer
     if synchronizer is None or not training:
         return call
@@ -197,16 +204,26 @@ def _check_running(call: Call, running: Running, channels: tuple[int, ...]) -> N
             checks.check_writable(name, a)
 
 
-def _check_count(call: Call) -> None:
-    """Raise for a single value per channel that is normalized by itself (S7)."""
+def _has_single_values(call: Call) -> bool:
+    """True if the shape alone shows a single value per channel, to be normalized by itself."""
     layout = call.layout
     if call.tensors.mask is not None or layout.groups is not None or not call.by_batch:
-        return
+        return False
     if call.training and call.settings.synchronizer is not None:
-        return
-    if count_values(layout) == 1:
-        raise ArgumentValueError(
-            f"Expected more than 1 value per channel when training; got an input of shape "
-            f"{layout.shape} with channel axes {layout.channel_axes}. Use a larger batch, "
-            "evaluation mode, or a mask."
-        )
+        return False
+    return count_values(layout) == 1
+
+
+def _follow_rule(call: Call) -> Call:
+    """The call by the rule for a single value per channel (S7), which moves no statistics."""
+    rule, layout = call.settings.single_value, call.layout
+    if rule == "beta":
+        return call._replace(update=False)
+    if rule == "running" and call.tensors.running is not None:
+        return call._replace(training=False, update=False)
+    needs = "" if rule == "raise" else " single_value='running' needs running statistics."
+    raise ArgumentValueError(
+        f"Expected more than 1 value per channel when training; got an input of shape "
+        f"{layout.shape} with channel axes {layout.channel_axes}.{needs} Use a larger batch, "
+        'evaluation mode, a mask, or single_value="beta" or "running".'
+    )

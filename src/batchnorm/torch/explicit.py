@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from batchnorm.core.backward import backward_batch, backward_running
-from batchnorm.core.config import Options, check_padded_output
+from batchnorm.core.config import Options, check_flag, check_padded_output
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
 from batchnorm.core.gradient import Gradients
 from batchnorm.core.layout import Layout, make_layout
 from batchnorm.core.running import Running
 from batchnorm.torch import checks
+from batchnorm.torch.keeping import keeps_statistics
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.rollback import write_all
 
@@ -24,6 +25,7 @@ __all__ = ["BatchNorm"]
 
 _OWNER = "explicit.BatchNorm"
 _REDUCTIONS = ("sum", "mean")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class _Pass(NamedTuple):
@@ -47,6 +49,7 @@ class BatchNorm:
         parameter_gradient: "sum" over the batch, the true gradient, or "mean", which divides it
             by the number of real rows.
         padded_output: "normalize" padded rows of the output like real ones, or "zero" them (S4).
+        debias: let the running statistics forget their start of 0 and 1 at the first step (S23).
         **kwargs: ignored, so that the layers of a network can share one set of arguments.
 
     Attributes:
@@ -54,6 +57,7 @@ class BatchNorm:
         gamma, beta: parameters of shape `input_shape` and type `data_type`; `backward` adds to
             their `.grad`, creating it if it is absent.
         running_mean, running_var: of shape `input_shape`, float32 or wider, updated in place.
+        num_batches_tracked: the steps that have updated them, int64.
         input_shape, output_shape, nparams: set by `initialise_layer`.
 
     Raises:
@@ -79,6 +83,7 @@ class BatchNorm:
         *,
         parameter_gradient: str = "sum",
         padded_output: str = "normalize",
+        debias: bool = False,
         **kwargs: Any,
     ) -> None:
         if isinstance(patience, bool) or not isinstance(patience, (int, float)):
@@ -94,6 +99,7 @@ class BatchNorm:
         self.patience = float(patience)
         self.parameter_gradient = parameter_gradient
         self.padded_output = check_padded_output(padded_output)
+        self.debias = check_flag("debias", debias)
         self.input_shape: tuple[int, ...] | None = None
         self._pass: _Pass | None = None
 
@@ -133,6 +139,7 @@ class BatchNorm:
         self.beta = torch.zeros(shape, dtype=data_type, device=device)
         self.running_mean = torch.zeros(shape, dtype=wide, device=device)
         self.running_var = torch.ones(shape, dtype=wide, device=device)
+        self.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=device)
         self._pass = None
 
     @torch.no_grad()
@@ -160,7 +167,7 @@ class BatchNorm:
         self._pass = None  # backward must never see an older pass
         layout = self._check_forward(input, training)
         if training:
-            for name in ("running_mean", "running_var"):
+            for name in _STATISTICS:
                 checks.check_writable(name, getattr(self, name))
         work = checks.working_type(input.dtype)
         mask = checks.to_boolean(checks.check_mask(mask, input.device))
@@ -171,16 +178,18 @@ class BatchNorm:
             self.gamma.to(work, copy=True),
             self.beta.to(work, copy=True),
         )
-        running = Running(
-            self.running_mean.to(work, copy=True), self.running_var.to(work, copy=True)
-        )
+        mean, var, steps = [getattr(self, name) for name in _STATISTICS]
+        running = Running(mean.to(work, copy=True), var.to(work, copy=True), steps)
         options = self._options()
         result: Outcome | Tensor
         if training:
-            result = outcome = forward_batch(inputs, running, layout, options, xp=XP)
+            update = not keeps_statistics()
+            result = outcome = forward_batch(inputs, running, layout, options, update=update, xp=XP)
             inputs, y, moved = inputs._replace(x=None), outcome.y.to(input.dtype), outcome.running
             assert moved is not None
-            write_all([(self.running_mean, moved.mean), (self.running_var, moved.var)])
+            if update:
+                assert moved.batches is not None
+                write_all([(mean, moved.mean), (var, moved.var), (steps, moved.batches)])
         else:
             wide: Tensor = forward_running(inputs, running, layout, options, xp=XP)
             result, y = wide, wide.to(input.dtype)
@@ -255,6 +264,7 @@ class BatchNorm:
             unbiased=True,
             correction=1,
             padded_output=self.padded_output,
+            debias=self.debias,
         )
 
     def _check_initialised(self) -> None:

@@ -48,6 +48,9 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
     padded_output: str = "normalize",
+    num_batches_tracked: Tensor | None = None,
+    debias: bool = False,
+    single_value: str = "raise",
     fused: bool | None = None,
     synchronized: bool = False,
     process_group: Any = None,
@@ -81,6 +84,12 @@ def batch_norm(
         residual: added before the activation, of x's shape (S18).
         activation: None, "relu" or "leaky_relu" (slope 0.01) (S18).
         padded_output: padded rows of y: "normalize", as real ones; "zero", exactly 0 (S4).
+        num_batches_tracked: the number of steps that have updated the running statistics, a 0-d
+            int64 tensor, updated in place.
+        debias: let the running statistics forget their start at the first step, which needs
+            num_batches_tracked (S23).
+        single_value: the rule for an input whose shape alone gives a single value per channel in
+            training: "raise", "beta", or "running" (by the running statistics) (S7).
         fused: None takes the fastest path, True demands a kernel, False plain array code.
         synchronized: in training, normalize by the statistics of all ranks' batches together
             (S14); every rank must make the same calls in the same order.
@@ -122,10 +131,17 @@ def batch_norm(
         ),
         activation=config.check_activation(activation),
         padded_output=config.check_padded_output(padded_output),
+        debias=config.check_flag("debias", debias),
     )
+    if debias and (num_batches_tracked is None or running_mean is None):
+        raise ArgumentValueError(
+            "debias=True needs running statistics and num_batches_tracked, which counts their "
+            "steps; got None."
+        )
     running = None
     if running_mean is not None:
-        running = Running(running_mean, running_var, None, *(renorm or (None, None, None)))
+        statistics = renorm or (None, None, None)
+        running = Running(running_mean, running_var, num_batches_tracked, *statistics)
     elif renorm is not None:
         raise ArgumentValueError("renorm needs running_mean and running_var; got None.")
     checks.check_input(input)
@@ -136,6 +152,7 @@ def batch_norm(
         config.check_adjustment(adjustment, size),
         config.check_fused(fused),
         find_synchronizer(synchronized, process_group),
+        single_value=config.check_single_value(single_value),
     )
     tensors = Tensors(input, mask, weight, bias, residual, running)
     return normalize(tensors, settings, training=training, update=training)

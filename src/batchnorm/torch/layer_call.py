@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm.core import config
-from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
+from batchnorm.core.errors import ArgumentRuntimeError, ArgumentTypeError, ArgumentValueError
 from batchnorm.core.layout import make_layout, normalize_axis
 from batchnorm.torch import checks, jagged, masking
 from batchnorm.torch.call import Settings, Tensors
 from batchnorm.torch.functional import normalize
-from batchnorm.torch.options import CORE, cached_core, make_core
+from batchnorm.torch.keeping import keeps_statistics
+from batchnorm.torch.options import find_options
 from batchnorm.torch.recompute import as_first_pass, in_backward
-
-_PADDED_OUTPUT = CORE.index("padded_output")
 
 
 class Arguments(NamedTuple):
@@ -71,10 +71,12 @@ def gather_arguments(
     settings = Settings(
         type(layer).__name__,
         axis,
-        _find_options(layer, padded_output),
+        find_options(layer, padded_output),
         layer.adjustment,
         layer.fused,
         layer._synchronizer if layer.synchronized else None,
+        layer._pending,
+        layer.single_value,
     )
     return Arguments(
         Tensors(x, mask, weight, bias, residual, running),
@@ -94,6 +96,25 @@ def finish(y: Tensor, given: Arguments, late: bool) -> Tensor:
         return y
     shape = make_layout(tuple(x.shape), given.settings.axis, None).mask_shape(tuple(mask.shape))
     return torch.where((mask.reshape(shape) != 0) | ~given.zeroing, y, 0.0)
+
+
+def check_tracked(layer: Any, options: Mapping[str, Any]) -> None:
+    """Raise if options need running statistics, and the layer keeps none; or count passes now."""
+    if layer._pending is not None:
+        raise ArgumentRuntimeError("options cannot change inside accumulate_statistics.")
+    if layer.running_mean is not None:
+        return
+    for option, needs in (
+        ("renorm", options["renorm"] is not None),
+        ("debias", options["debias"]),
+        ("single_value", options["single_value"] == "running"),
+    ):
+        if needs:
+            value = "'running'" if option == "single_value" else True
+            raise ArgumentValueError(
+                f"{option}={value} needs running statistics, so track_running_stats=True; got "
+                "False."
+            )
 
 
 def check_moving(layer: Any) -> None:
@@ -177,16 +198,6 @@ def _find_parameter(layer: Any, name: str) -> Tensor | None:
     return found
 
 
-def _find_options(layer: Any, padded_output: str) -> config.Options:
-    decay = None if layer.num_batches_tracked is not None else 1.0
-    if layer.momentum is not None:
-        decay = 1.0 - layer.momentum
-    make = make_core if torch.compiler.is_compiling() else cached_core
-    values = [getattr(layer, name) for name in CORE]
-    values[_PADDED_OUTPUT] = padded_output
-    return make(layer.eps, decay, tuple(values))
-
-
 def _find_padding(
     layer: Any, x: Tensor, mask: Tensor | None, needed: bool
 ) -> tuple[Tensor | None, str | Tensor]:
@@ -225,6 +236,8 @@ def note_pass(layer: Any, x: Tensor, given: Arguments) -> bool:
         True if this is the recomputation of such a pass, and moves them (`move_late`).
     """
     if not given.training or given.tensors.running is None or torch.compiler.is_compiling():
+        return False
+    if keeps_statistics():  # as the caller wants, who is no other library
         return False
     passes, again = layer._memory.passes, in_backward()
     if not given.update:

@@ -11,9 +11,9 @@ from torch.fx import Proxy
 
 from batchnorm.core import config
 from batchnorm.core.declaration import check_arguments, check_known, list_arguments
-from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
+from batchnorm.core.errors import ArgumentTypeError, names_errors
 from batchnorm.core.layout import check_axis
-from batchnorm.kernels.explanation import LAST_CALL, Explanation, Refusal, ask
+from batchnorm.kernels.explanation import Explanation
 from batchnorm.torch import layer_call
 from batchnorm.torch.buffers import RunningStatistics
 from batchnorm.torch.call import make_call
@@ -24,7 +24,7 @@ from batchnorm.torch.ranks.groups import check_group
 from batchnorm.torch.ranks.synchronizer import Synchronizer
 from batchnorm.torch.rebuilt import check_reader
 from batchnorm.torch.ways.choice import run
-from batchnorm.torch.ways.last_call import LastCalls
+from batchnorm.torch.ways.last_call import LastCalls, explain_call
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -56,6 +56,10 @@ class BatchNorm(RunningStatistics):
             against the input, applied before weight and bias in training (S13).
         activation: None, "relu" or "leaky_relu" (slope 0.01), applied last (S18).
         padded_output: "normalize" padded rows of the output like real ones, or "zero" them (S4).
+        debias: let the running statistics forget their start of 0 and 1 at the first step (S23).
+        single_value: the rule for inputs whose shape alone gives a single value per channel in
+            training: "raise", "beta" (the output is the bias), or "running" (normalize by the
+            running statistics); such inputs move no statistics (S7).
         fused: None takes the fastest path, True demands a kernel, False plain array code.
         synchronized: normalize in training by the statistics of all ranks' batches together,
             whatever their sizes and masks (S14). All ranks must run the layer, forward and
@@ -104,6 +108,8 @@ class BatchNorm(RunningStatistics):
         adjustment: config.Adjustment | None = None,
         activation: str | None = None,
         padded_output: str = "normalize",
+        debias: bool = False,
+        single_value: str = "raise",
         fused: bool | None = None,
         synchronized: bool = False,
         process_group: Any = None,
@@ -144,11 +150,7 @@ class BatchNorm(RunningStatistics):
     def _set_options(self, arguments: Mapping[str, Any]) -> None:
         layer_call.check_moving(self)
         values = check_arguments(OPTIONS, arguments)
-        if values["renorm"] is not None and self.running_mean is None:
-            raise ArgumentValueError(
-                "renorm=True compares with running statistics and needs "
-                "track_running_stats=True; got False."
-            )
+        layer_call.check_tracked(self, values)
         for name, value in values.items():
             setattr(self, name, value)
         if "_synchronizer" not in self.__dict__:
@@ -215,18 +217,7 @@ class BatchNorm(RunningStatistics):
         graph: bool = False,
     ) -> Explanation:
         """The way that a call takes; `graph`: in a graph of `torch.compile`."""
-        reason = self._memory.refuse(self, x, mask is None and residual is None)
-        if reason is None and not graph:
-            return Explanation(type(self).__name__, LAST_CALL)
-        before = self._memory
-        self._memory = LastCalls()
-        try:
-            found = ask(lambda: BatchNorm.forward(self, x, mask, residual), graph=graph)
-        finally:
-            self._memory = before
-        if reason is None or graph:
-            return found
-        return found._replace(refused=(Refusal(LAST_CALL, reason), *found.refused))
+        return explain_call(self, BatchNorm.forward, (x, mask, residual), graph=graph)
 
     @property
     def process_group(self) -> Any:
@@ -259,11 +250,13 @@ class BatchNorm(RunningStatistics):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the memory of calls, which a copy begins anew."""
-        return {name: value for name, value in self.__dict__.items() if name != "_memory"}
+        """Everything but the memory of calls and of a step's passes, which a copy begins anew."""
+        left_out = ("_memory", "_pending", "_accumulation_key")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        kept = {option.name: option.kept for option in OPTIONS}
+        super().__setstate__(kept | state)  # an older state lacks newer options
         self._memory = LastCalls()
 
     def extra_repr(self) -> str:

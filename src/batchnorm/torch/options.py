@@ -14,7 +14,8 @@ from inspect import Parameter, Signature
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from batchnorm.core import config
 from batchnorm.core.declaration import Option, list_arguments
@@ -39,6 +40,13 @@ def _check_synchronized(given: Mapping[str, Any]) -> bool:
     synchronized = config.check_flag("synchronized", given["synchronized"])
     check_group(synchronized, given["process_group"])
     return synchronized
+
+
+def _agree_renorm(kept: config.Renorm) -> str:
+    # In compiled code the limits are data, which no text can hold.
+    if isinstance(kept.rmin, Tensor):
+        return f"renorm={kept.decay}"
+    return f"renorm={kept.decay}/{kept.rmin}/{kept.rmax}/{kept.dmax}"
 
 
 def _check_adjustment(given: Mapping[str, Any]) -> config.Adjustment | None:
@@ -102,7 +110,7 @@ OPTIONS: list[LayerOption] = [
         _check_renorm,
         parts={"renorm_clipping": None, "renorm_momentum": 0.01},
         core="renorm",
-        agreed=lambda r: f"renorm={r.decay}/{r.rmin}/{r.rmax}/{r.dmax}",
+        agreed=_agree_renorm,
         training_only=True,
         split=_split_renorm,
     ),
@@ -120,6 +128,22 @@ OPTIONS: list[LayerOption] = [
         lambda given: config.check_padded_output(given["padded_output"]),
         kept="normalize",
         core="padded_output",
+    ),
+    LayerOption(
+        "debias",
+        False,
+        lambda given: config.check_flag("debias", given["debias"]),
+        kept=False,
+        core="debias",
+        agreed=lambda debias: f"debias={debias}",
+        training_only=True,
+    ),
+    LayerOption(
+        "single_value",
+        "raise",
+        lambda given: config.check_single_value(given["single_value"]),
+        kept="raise",
+        training_only=True,
     ),
     LayerOption(
         "fused",
@@ -209,6 +233,22 @@ def make_core(eps: float, decay: float | None, values: tuple[Any, ...]) -> confi
 
 
 cached_core = lru_cache(maxsize=1024)(make_core)
+
+
+def find_options(layer: Any, padded_output: str) -> config.Options:
+    """The core's Options of a layer's call; `padded_output`: its own, or that of a block."""
+    decay = None if layer.num_batches_tracked is not None else 1.0
+    if layer.momentum is not None:
+        decay = 1.0 - layer.momentum
+    values = [getattr(layer, name) for name in CORE]
+    values[_PADDED_OUTPUT] = padded_output
+    if not torch.compiler.is_compiling():
+        return cached_core(layer.eps, decay, tuple(values))
+    values[_RENORM] = layer.traced_renorm()
+    return make_core(layer.eps, decay, tuple(values))
+
+
+_PADDED_OUTPUT, _RENORM = CORE.index("padded_output"), CORE.index("renorm")
 
 
 def describe_agreed(options: config.Options) -> list[str]:

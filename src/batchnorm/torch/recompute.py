@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from batchnorm.core.errors import ArgumentRuntimeError
+from batchnorm.core.errors import ArgumentRuntimeError, naming
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
+from batchnorm.torch.keeping import keeps_statistics
 from batchnorm.torch.tracing import uncaptured
 
 _late = threading.local()  # a backward pass may run in any thread
@@ -42,15 +43,15 @@ def recomputation_flag(x: Tensor) -> Tensor | Literal[True] | None:
 
     Returns:
         True or None (no) in eager code. Under a compiler that is known only when the graph
-        runs: a 0-d boolean tensor on x's device.
+        runs: a 0-d boolean tensor on x's device, True inside `keep_statistics` too.
 
-    Source: S9; pytorch#96136.
+    Source: S9, S20; pytorch#96136.
     """
     if not torch.compiler.is_compiling():
         return True if in_backward() and not _is_late() else None
     if torch.compiler.is_exporting():
         return None
-    return _is_recomputation(x.detach())
+    return _leaves_statistics(x.detach())
 
 
 def in_backward() -> bool:
@@ -58,19 +59,41 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def snapshot(statistics: list[Tensor], *, repeatable: bool) -> list[Tensor]:
+def snapshot(running: Running) -> Running:
     """The statistics as they are before this step moves them: copies in compiled code.
-
-    A step that is not `repeatable` cannot be recomputed from statistics that have moved. Eager
-    code remembers the old ones (`PastSteps`); in compiled code, such a step raises RuntimeError
-    when a checkpoint repeats it.
 
     A compiled backward pass recomputes cheap values from buffers, which the forward pass has
     overwritten by then. It does not recompute the outputs of an opaque operator.
     """
     if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return statistics
-    return _snapshot(statistics, repeatable)
+        return running
+    return _unpacked(running, _snapshot(_packed(running)))
+
+
+def before_step(running: Running, moments: Moments, again: Any) -> Running:
+    """The statistics from before the step of a pass with these moments (S9, S11).
+
+    A recomputed pass finds them by its moments, the first one remembers them; `again`: in eager
+    code, if it is a recomputation.
+    """
+    if torch.compiler.is_exporting():
+        return running
+    if torch.compiler.is_compiling():
+        found = _before_step(_packed(running), [a.detach() for a in moments])
+        return _unpacked(running, found)
+    if again:
+        return recall_step(running.renorm_mean, moments)
+    remember_step(running.renorm_mean, moments, running)
+    return running
+
+
+def _packed(running: Running) -> list[Tensor]:
+    return [a for a in running._replace(batches=None) if a is not None]
+
+
+def _unpacked(running: Running, values: list[Tensor]) -> Running:
+    rest = iter(values)
+    return running.map(lambda _: next(rest))
 
 
 class PastSteps:
@@ -123,26 +146,35 @@ def recall_step(key: Tensor | None, moments: Moments) -> Running:
 
 
 @uncaptured("batchnorm::snapshot")
-def _snapshot(statistics: list[Tensor], repeatable: bool) -> list[Tensor]:
-    if not repeatable and in_backward():
-        raise RuntimeError(
-            "BatchNorm: a compiled layer with renormalization cannot be recomputed (activation "
-            "checkpointing), since its statistics have moved; leave it out of the checkpoint, or "
-            "out of the compiled region."
-        )
+def _snapshot(statistics: list[Tensor]) -> list[Tensor]:
     return [a.clone() for a in statistics]
 
 
 @_snapshot.register_fake
-def _(statistics: list[Tensor], repeatable: bool) -> list[Tensor]:
+def _(statistics: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(a) for a in statistics]
 
 
-@uncaptured("batchnorm::is_recomputation")
-def _is_recomputation(x: Tensor) -> Tensor:
-    return torch.full((), in_backward(), dtype=torch.bool, device=x.device)
+@uncaptured("batchnorm::before_step")
+def _before_step(statistics: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
+    mean, var, stddev, renorm_mean, renorm_stddev = statistics
+    running = Running(mean, var, None, stddev, renorm_mean, renorm_stddev)
+    with naming("BatchNorm"):
+        found = before_step(running, Moments(*moments), in_backward())
+    return [a.clone() for a in _packed(found)]
 
 
-@_is_recomputation.register_fake
+@_before_step.register_fake
+def _(statistics: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(a) for a in statistics]
+
+
+@uncaptured("batchnorm::leaves_statistics")
+def _leaves_statistics(x: Tensor) -> Tensor:
+    stays = in_backward() or keeps_statistics()
+    return torch.full((), stays, dtype=torch.bool, device=x.device)
+
+
+@_leaves_statistics.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.bool)

@@ -40,6 +40,7 @@ class Model(keras.Model):
         return self.two(x * real if self.mend else x)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("mend", [True, False])
 @pytest.mark.parametrize("norm", [keras.layers.BatchNormalization, BatchNormalization])

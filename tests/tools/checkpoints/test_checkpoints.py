@@ -281,8 +281,11 @@ def test_message_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     assert "\n" not in message
 
 
-def test_mutated_files_of_every_format_give_states_or_the_one_error(tmp_path: Path) -> None:
-    report = fuzz(tmp_path, cases=600, seed=1)
+@pytest.mark.parametrize("cases", [300, pytest.param(1200, marks=pytest.mark.exhaustive)])
+def test_mutated_files_of_every_format_give_states_or_the_one_error(
+    tmp_path: Path, cases: int
+) -> None:
+    report = fuzz(tmp_path, cases=cases, seed=1)
     assert report.problems == []
     assert report.refused > 100
     assert report.read > 10, "mutations that leave the file readable show that reading was tried"

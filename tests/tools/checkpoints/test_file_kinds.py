@@ -72,6 +72,7 @@ def test_terminal_as_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) 
             read_checkpoint("-")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "orbax"])
 def test_dash_reads_every_format_from_standard_input(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,7 @@ class Task(NamedTuple):
     renorm: tl.constexpr
     unbiased: tl.constexpr
     cumulative: tl.constexpr
+    debias: tl.constexpr
     activation: tl.constexpr
     zero_padding: tl.constexpr  # only where there is a mask
 
@@ -143,6 +144,7 @@ def make_task(options: Options, batch: bool, update: bool, running: bool, masked
         renorm,
         options.unbiased,
         update and options.decay is None,
+        update and options.debias,
         ACTIVATIONS[options.activation],
         masked and options.zero_padding,
     )

@@ -15,6 +15,7 @@ from batchnorm.kernels.kept import STATISTICS
 
 MEAN, LOW, VAR, RSTD, SCALE, OFFSET, R, D = (tl.constexpr(row) for row in STATISTICS.values())
 COUNT = tl.constexpr(len(STATISTICS))
+STEP_BITS = tl.constexpr(62)  # of a number of steps
 
 
 @triton.jit
@@ -122,11 +123,30 @@ def move(a, channels, usable, decay, value):
 
 
 @triton.jit
+def debias(decay, batches):
+    """The weight of the old value at the next step, 1 - (1 - decay) / (1 - decay^t) (S23)."""
+    steps = tl.load(batches) + 1
+    power = tl.full((), 1.0, tl.float64)  # decay^t by its squares
+    square = power * decay
+    for _ in tl.range(0, STEP_BITS):
+        power = tl.where(steps % 2 == 1, power * square, power)
+        square = square * square
+        steps = steps // 2
+    forgotten = 1.0 - power
+    weight = (1.0 - decay) / tl.where(forgotten > 0.0, forgotten, 1.0)
+    return tl.where(forgotten > 0.0, 1.0 - weight, decay)
+
+
+@triton.jit
 def update_running(running, mean, var, unbiased, channels, usable, rates, task):
     """Move the running statistics of usable channels (S9, S10, S11)."""
     eps, decay, renorm_decay, _, _, _ = rates
     if task.cumulative:
         decay = 1.0 - 1.0 / (tl.load(running.batches).to(tl.float64) + 1.0)
+    elif task.debias:
+        decay = debias(decay, running.batches)
+    if task.debias and task.renorm:
+        renorm_decay = debias(renorm_decay, running.batches)
     move(running.mean, channels, usable, decay, mean)
     if task.renorm:
         deviation = tl.sqrt(var + eps)

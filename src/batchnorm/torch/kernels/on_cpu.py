@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from batchnorm.core.running import Running
+from batchnorm.core.config import Options
+from batchnorm.core.running import Running, Scalars, debiased_decay
 from batchnorm.kernels import extension
 from batchnorm.kernels.kept import STATISTICS, TYPES
 from batchnorm.torch.kernels.decision import Decision
@@ -63,6 +65,8 @@ def forward(
     """
     plan: _cpu.Plan = step.decision.plan
     options, mask = step.options, step.mask
+    if options.debias and step.update:
+        options = _debiased(options, step.running)
     return plan.forward(
         x=x.data_ptr(),
         mask=0 if mask is None else mask.data_ptr(),
@@ -79,6 +83,19 @@ def forward(
         threads=torch.get_num_threads(),
         kept=merged,
     )
+
+
+def _debiased(options: Options, running: Running | None) -> Options:
+    """The options of the next step, whose weights are known here (S23)."""
+    assert running is not None
+    assert running.batches is not None
+    steps, renorm = int(running.batches) + 1, options.renorm
+    if renorm is not None:
+        renorm = replace(renorm, decay=debiased_decay(renorm.decay, steps, Scalars))
+    decay = options.decay
+    if decay is not None:
+        decay = debiased_decay(decay, steps, Scalars)
+    return replace(options, decay=decay, renorm=renorm)
 
 
 def backward(step: KernelStep, rows: Rows, found: Gradients, kept: _cpu.Kept) -> None:

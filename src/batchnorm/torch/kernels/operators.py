@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from batchnorm.core import config
-from batchnorm.core.layout import Layout
-from batchnorm.core.moments import Centred, centred_from
 from batchnorm.core.running import Running
 from batchnorm.kernels.kept import STATISTICS
 from batchnorm.torch.call import Call, Tensors
@@ -22,15 +20,14 @@ from batchnorm.torch.kernels.decision import Decision, decide
 from batchnorm.torch.kernels.memory import empty_output, like
 from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted, changes_dy
 from batchnorm.torch.kernels.step import arrange, backward, find_passes, forward
-from batchnorm.torch.namespace import XP
 
 __all__ = ["step"]
 
 
-def step(call: Call) -> tuple[Tensor, Centred]:
-    """y of a call that the kernels have no objection to, and the moments of x.
+def step(call: Call) -> tuple[Tensor, Tensor]:
+    """y of a call that the kernels have no objection to, and the record for `centred_of`.
 
-    The moments are constants to gradients, and have a meaning only if `call.by_batch`.
+    The record is a constant to gradients, and has moments only if `call.by_batch`.
     """
     (x, mask, weight, bias, residual, running), layout = call.tensors, call.layout
     y, kept = _step(
@@ -48,21 +45,7 @@ def step(call: Call) -> tuple[Tensor, Centred]:
         call.by_batch,
         call.settings.fused is True,
     )
-    return y, _moments(kept.detach(), layout, call.working_type)
-
-
-def _moments(kept: Tensor, layout: Layout, work: torch.dtype) -> Centred:
-    """The moments of a step's record as the core takes them, shaped `layout.statistics`.
-
-    In x's working type, in which a variance that overflows is no update (S9).
-    """
-    groups = 1 if layout.groups is None else layout.groups
-    rows, counts = torch.split(kept.to(work), [kept.shape[0] - groups, groups])
-    rows = rows.reshape(len(STATISTICS), *layout.statistics)
-    mean, low, var = (rows[STATISTICS[name]] for name in ("mean", "low", "var"))
-    per_group = [n if a == 1 and layout.groups is not None else 1 for a, n in enumerate(var.shape)]
-    count = counts.reshape(per_group) * torch.ones_like(var)
-    return centred_from(count, mean, low, var, XP)
+    return y, kept.detach()
 
 
 @torch.library.custom_op("batchnorm::step", mutates_args=())

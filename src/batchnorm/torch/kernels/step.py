@@ -12,18 +12,21 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from batchnorm.core import config
-from batchnorm.core.moments import Moments
+from batchnorm.core.layout import Layout
+from batchnorm.core.moments import Centred, Moments, centred_from
 from batchnorm.core.running import Running
+from batchnorm.kernels.kept import STATISTICS
 from batchnorm.torch.call import Tensors
 from batchnorm.torch.kernels import on_cpu
 from batchnorm.torch.kernels.decision import Decision, rearrange
 from batchnorm.torch.kernels.memory import empty_output, like
 from batchnorm.torch.kernels.records import Gradients, KernelStep, Rows, Wanted
+from batchnorm.torch.namespace import XP
 from batchnorm.torch.ranks.kernel_moments import merge_kept, total_of_kernel
 from batchnorm.torch.recompute import remember_step
 from batchnorm.torch.rollback import unmoved_on_failure
 
-__all__ = ["arrange", "backward", "find_moments", "find_passes", "forward"]
+__all__ = ["arrange", "backward", "centred_of", "find_moments", "find_passes", "forward"]
 
 
 def find_passes(decision: Decision) -> Any:
@@ -131,3 +134,17 @@ def _moments(step: KernelStep, kept: Any) -> Moments:
     passes, shape = find_passes(step.decision), step.decision.layout.moments
     mean, var = (passes.row(kept, name).clone().reshape(shape) for name in ("mean", "var"))
     return Moments(passes.count(kept).clone(), mean, var)
+
+
+def centred_of(kept: Tensor, layout: Layout, work: torch.dtype) -> Centred:
+    """The moments of a step's record as the core takes them, shaped `layout.statistics`.
+
+    `kept`: as `pack` gives it; `work`: the type in which an overflow is no update (S9).
+    """
+    groups = 1 if layout.groups is None else layout.groups
+    rows, counts = torch.split(kept.to(work), [kept.shape[0] - groups, groups])
+    rows = rows.reshape(len(STATISTICS), *layout.statistics)
+    mean, low, var = (rows[STATISTICS[name]] for name in ("mean", "low", "var"))
+    per_group = [n if a == 1 and layout.groups is not None else 1 for a, n in enumerate(var.shape)]
+    count = counts.reshape(per_group) * torch.ones_like(var)
+    return centred_from(count, mean, low, var, XP)

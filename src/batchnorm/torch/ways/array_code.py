@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from batchnorm.core import config
-from batchnorm.core.forward import Inputs, Outcome, forward_batch, forward_running
-from batchnorm.core.layout import Layout
+from batchnorm.core.forward import Inputs, forward_batch, forward_running
+from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
 from batchnorm.torch import checks
+from batchnorm.torch.accumulation import leaves_statistics
 from batchnorm.torch.call import Call
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.ranks.array_moments import RankMerge
-from batchnorm.torch.recompute import recall_step, remember_step, snapshot
+from batchnorm.torch.recompute import before_step, snapshot
 from batchnorm.torch.rollback import store
 
 
@@ -44,38 +45,24 @@ def _by_batch(call: Call, inputs: Inputs) -> Tensor:
     layout, options = call.layout, call.options
     x, running = call.tensors.x, call.tensors.running
     merge = None if call.part is None else RankMerge(call.part, options.eps)
-
-    def forward(statistics: Running | None) -> Outcome:
-        return forward_batch(inputs, statistics, layout, options, xp=XP, merge=merge)
-
     if running is None:
-        return forward(None).y.to(x.dtype)
-    before = _in(_before_step(running, layout, options), call.working_type)
-    remembered = call.renormalizes and not call.traced
-    again = remembered and call.again is True
-    if again:
-        # The statistics have moved since the step that is recomputed (S9).
-        with torch.no_grad():
-            moments = forward(before).moments
-        before = recall_step(running.renorm_mean, moments)
-    outcome = forward(before)
-    if remembered and not again:
-        remember_step(running.renorm_mean, outcome.moments, before)
+        return forward_batch(inputs, None, layout, options, xp=XP, merge=merge).y.to(x.dtype)
+    before, recall = running, None
+    if options.renorm is not None:
+        # This step moves them, and may be recomputed after that (S9).
+        def recall(moments: Moments) -> Running:
+            return _in(before_step(running, moments, call.again), call.working_type)
+
+    elif layout.groups is not None and options.activation is not None:
+        before = snapshot(running)  # gradients depend on them
+    before = _in(before, call.working_type)
+    outcome = forward_batch(
+        inputs, before, layout, options, xp=XP, merge=merge, update=call.update, recall=recall
+    )
     y = outcome.y.to(x.dtype)
     if call.update:  # last, since a call that fails moves nothing (S9)
-        store(running, outcome.running, call.again)
+        store(running, outcome.running, leaves_statistics(call, outcome.average))
     return y
-
-
-def _before_step(running: Running, layout: Layout, options: config.Options) -> Running:
-    """The statistics; a snapshot where gradients depend on them, since this step moves them."""
-    renormalizes = options.renorm is not None
-    if not renormalizes and (layout.groups is None or options.activation is None):
-        return running
-    statistics = running._replace(batches=None)
-    copies = iter(snapshot([a for a in statistics if a is not None], repeatable=not renormalizes))
-    kept = (None if a is None else next(copies) for a in statistics)
-    return Running(*kept)._replace(batches=running.batches)
 
 
 def _in(running: Running, dtype: torch.dtype) -> Running:

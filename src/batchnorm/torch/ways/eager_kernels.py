@@ -6,20 +6,24 @@ on shapes and options alone is decided once (`decide`), and the rest is kept sho
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from batchnorm.core.declaration import refuse_options
+from batchnorm.core.forward import average_of
 from batchnorm.torch import options as declared
+from batchnorm.torch.accumulation import leaves_statistics
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels.autograd import run as run_step
 from batchnorm.torch.kernels.records import KernelStep
-from batchnorm.torch.kernels.step import arrange, find_moments, find_passes
+from batchnorm.torch.kernels.step import arrange, centred_of, find_moments, find_passes
 from batchnorm.torch.kernels.tensors import (
     NOT_PLAIN,
     refuse_parameters,
     refuse_residual,
     refuse_tensors,
 )
+from batchnorm.torch.namespace import XP
 from batchnorm.torch.recompute import recall_step
 from batchnorm.torch.tracing import untraced
 
@@ -51,6 +55,7 @@ def run(call: Call) -> Tensor:
     tensors, decision = arrange(call.tensors, call.decision, options)
     x, mask, weight, bias, residual, running = tensors
     passes = find_passes(decision)
+    moves = call.update and running is not None and not again
     step = KernelStep(
         decision,
         mask,
@@ -58,7 +63,7 @@ def run(call: Call) -> Tensor:
         passes.find_state(weight, bias, running),
         options,
         call.by_batch,
-        call.update and running is not None and not again,
+        moves and call.settings.pending is None,
         residual is not None,
         call.part,
     )
@@ -70,4 +75,8 @@ def run(call: Call) -> Tensor:
             step.state = passes.find_state(weight, bias, step.running)
         else:
             step.remembered = True
-    return run_step(step, x, weight, bias, residual)
+    y = run_step(step, x, weight, bias, residual)
+    if moves and not step.update:
+        centred = centred_of(passes.pack(step.kept), decision.layout, torch.float64)
+        leaves_statistics(call, average_of(centred, decision.layout, XP))
+    return y

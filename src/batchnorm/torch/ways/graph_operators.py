@@ -7,11 +7,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm.core.declaration import refuse_options
-from batchnorm.core.forward import move_running
+from batchnorm.core.forward import average_of, move_by_average
 from batchnorm.torch import options as declared
+from batchnorm.torch.accumulation import leaves_statistics
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels import operators
 from batchnorm.torch.kernels.decision import choose
+from batchnorm.torch.kernels.step import centred_of
 from batchnorm.torch.kernels.tensors import (
     NAMES,
     refuse_parameters,
@@ -51,11 +53,14 @@ def refuse(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """y by the operator; the graph moves the running statistics."""
-    y, centred = operators.step(call)
-    running = call.tensors.running
+    y, kept = operators.step(call)
+    running, layout = call.tensors.running, call.layout
     if call.update and running is not None:
-        moved = move_running(running, centred, call.layout, call.options, XP)
-        store(running, moved, call.again)
+        average = average_of(centred_of(kept, layout, call.working_type), layout, XP)
+        moved = move_by_average(running, average, layout, call.options, XP)
+        if call.settings.pending is not None:  # moments to be merged keep all their digits
+            average = average_of(centred_of(kept, layout, torch.float64), layout, XP)
+        store(running, moved, leaves_statistics(call, average))
     return y
 
 

@@ -5,14 +5,17 @@ A step on a small tensor takes microseconds, most of which would go into checks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.core.running import Running
+from batchnorm.kernels.explanation import LAST_CALL, Explanation, Refusal, ask
 from batchnorm.torch.call import Call
 from batchnorm.torch.first_passes import FirstPasses
+from batchnorm.torch.keeping import keeps_statistics
 from batchnorm.torch.kernels import on_cpu
 from batchnorm.torch.kernels.autograd import run, run_unrecorded
 from batchnorm.torch.kernels.records import KernelStep
@@ -73,9 +76,12 @@ class LastCalls:
         if not is_plain_uncompiled(x):
             return None
         if layer.training and (
-            self.passes.untracked or (not layer.track_running_stats and not torch.is_grad_enabled())
+            layer._pending is not None
+            or keeps_statistics()
+            or self.passes.untracked  # which must see it
+            or (not layer.track_running_stats and not torch.is_grad_enabled())
         ):
-            return None  # `passes` must see it
+            return None
         return x.shape, x.stride(), x.dtype, layer.training, x.is_cpu
 
     def refuse(self, layer: nn.Module, x: Tensor, alone: bool) -> str | None:
@@ -86,7 +92,7 @@ class LastCalls:
             return NOT_PLAIN
         key = self.find_key(layer, x)
         if key is None:
-            return "padding_mask is in use, or a backward pass runs"
+            return "padding_mask or another block is open, or a backward pass runs"
         last = self._known.get(key)
         if type(last) is not LastCall:
             return (
@@ -208,3 +214,22 @@ def find_last_call(layer: nn.Module, call: Call) -> LastCall | None:
     if any(a is not None and (a.requires_grad or a.is_inference()) for a in statistics):
         return None
     return LastCall(layer, tensors, call)
+
+
+def explain_call(
+    layer: Any, forward: Callable[..., Tensor], arguments: tuple[Any, ...], *, graph: bool
+) -> Explanation:
+    """The way that a layer's call takes: a repetition, or what its `forward` chooses."""
+    x, *others = arguments
+    before: LastCalls = layer._memory
+    reason = before.refuse(layer, x, all(a is None for a in others))
+    if reason is None and not graph:
+        return Explanation(type(layer).__name__, LAST_CALL)
+    layer._memory = LastCalls()
+    try:
+        found = ask(lambda: forward(layer, *arguments), graph=graph)
+    finally:
+        layer._memory = before
+    if reason is None or graph:
+        return found
+    return found._replace(refused=(Refusal(LAST_CALL, reason), *found.refused))

@@ -1,0 +1,73 @@
+"""Passes that leave the running statistics alone (S20)."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import Any
+
+import torch
+
+__all__ = ["keep_statistics"]
+
+_kept: ContextVar[bool] = ContextVar("batchnorm_keep_statistics", default=False)
+
+
+class _Traced:
+    """Blocks that a compiler has traced into: it knows of their effect when it traces a layer."""
+
+    depth = 0
+
+
+class keep_statistics:  # noqa: N801 (named as torch.no_grad is)
+    """Leave all running statistics as they are, `num_batches_tracked` included, inside the block.
+
+    Everything else is as in training: layers normalize by the batch's own statistics. For a second
+    pass over the same data (sharpness-aware steps, adversarial examples), a teacher's pass, or a
+    generator's step through the discriminator.
+
+    Holds for layers of this library and for `batch_norm`, in the thread (or asyncio task) that made
+    it; ends with the block even on an exception, and nests. Compiled layers read it when they run:
+    it recompiles nothing. A pass that activation checkpointing repeats is not counted either. Ranks
+    merge their statistics as usual.
+
+    Source: S20.
+
+    >>> from batchnorm.torch import BatchNorm
+    >>> layer, x = BatchNorm(2), torch.randn(8, 2)
+    >>> with keep_statistics():
+    ...     y = layer(x)
+    >>> layer.num_batches_tracked.item(), layer.running_mean.tolist()
+    (0, [0.0, 0.0])
+    """
+
+    def __init__(self) -> None:
+        self._tokens: list[Token[bool]] = []
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_compiling():
+            _Traced.depth += 1
+        else:
+            self._tokens.append(_kept.set(True))
+
+    def __exit__(self, *error: Any) -> None:
+        if torch.compiler.is_compiling():
+            _Traced.depth -= 1
+        else:
+            _kept.reset(self._tokens.pop())
+
+
+def keeps_statistics() -> bool:
+    """True if statistics stay; in traced code, as far as the tracer can know."""
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() and _keeps():
+            return True
+        return _Traced.depth > 0
+    return _kept.get()
+
+
+def _keeps() -> bool:
+    return _kept.get()
+
+
+# Run while torch.export traces: a program has no block around it.
+_keeps._dynamo_marked_constant = True  # type: ignore[attr-defined]
