@@ -46,7 +46,7 @@ class RunningStatistics(NamedTuple):
         renorm_mean: statistic that renormalization compares with.
         renorm_stddev: the same.
         steps: int32 scalar, the number of steps that moved something; with it `update_running`
-            debiases (S23). `LONG_RUNNING` for statistics whose steps nobody has counted.
+            debiases (S23). 2**30 for statistics whose steps nobody has counted.
     """
 
     mean: Array

@@ -13,18 +13,11 @@ from jax import Array
 
 from batchnorm.core.declaration import check_arguments, list_arguments
 from batchnorm.core.errors import ArgumentValueError, names_errors
+from batchnorm.jax import state
 from batchnorm.jax.call import make_settings
 from batchnorm.jax.checks import check_input, wide_type
 from batchnorm.jax.modes import Modes
 from batchnorm.jax.options import OPTIONS, check_update
-from batchnorm.jax.state import (
-    add_pass,
-    check_sizes,
-    make_variables,
-    read_arrays,
-    sizes_of,
-    write_running,
-)
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
 from batchnorm.jax.variables import (
@@ -185,11 +178,11 @@ class BatchNorm(Modes):
                     "init needs x to learn the number of features; got None. Pass x, or "
                     "num_features to the constructor."
                 )
-            found = sizes_of(self.axis, jnp.shape(x))
+            found = state.sizes_of(self.axis, jnp.shape(x))
             sizes = found if len(found) > 1 else found[0]
         self.num_features = sizes
         shape = sizes if isinstance(sizes, tuple) else (sizes,)
-        for name, variable in make_variables(self, shape, rngs).items():
+        for name, variable in state.make_variables(self, shape, rngs).items():
             setattr(self, name, variable)
         self.initialized = True
         if not use_running_average:
@@ -231,17 +224,17 @@ class BatchNorm(Modes):
         x, update = check_input(x), check_update(update_statistics)
         if not self.initialized:
             self._initialize_from(x, use_running_average)
-        check_sizes(self, x)
+        state.check_sizes(self, x)
         training = not use_running_average
-        arrays, dtype = read_arrays(self, x, mask, training)
+        arrays, dtype = state.read_arrays(self, x, mask, training)
         settings = make_settings(type(self).__name__, self._read, training=training)
         if not training:
             return normalize_running(arrays, settings).astype(dtype)
         step = normalize_batch(arrays, settings, update=update and self.passes is None)
         if update and self.passes is not None:
-            add_pass(self.passes, step.moments)
+            state.add_pass(self.passes, step.moments)
         elif update:
-            write_running(self, step.running)
+            state.write_running(self, step.running)
         return step.y.astype(dtype)
 
     @names_errors()

@@ -14,7 +14,12 @@ from flax import nnx
 from jax import Array
 
 from batchnorm.core.config import Options, Renorm
-from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, naming
+from batchnorm.core.errors import (
+    ArgumentRuntimeError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    naming,
+)
 from batchnorm.core.running import Running
 from batchnorm.jax.call import make_settings
 from batchnorm.jax.layers import BatchNorm
@@ -43,8 +48,9 @@ def accumulate_statistics(model: nnx.Module) -> Iterator[None]:
 
     Raises:
         TypeError: not a module.
-        ValueError: no `BatchNorm` in it; one that is not initialized, or accumulates already; one
-            stacked along other than leading axes.
+        ValueError: no `BatchNorm` in it; one that is not initialized, or stacked along other than
+            leading axes.
+        RuntimeError: one is in such a block already.
 
     An exception in the block leaves the statistics as they were.
 
@@ -85,7 +91,7 @@ def _find_layers(model: Any) -> list[BatchNorm]:
                 f"layers must be initialized; {name} is not. Call layer.init(key, x) first."
             )
         if layer.passes is not None:
-            raise ArgumentValueError(
+            raise ArgumentRuntimeError(
                 f"blocks cannot be nested; {name} accumulates already. Leave the outer block first."
             )
         stack, sizes = _shape_of(layer)

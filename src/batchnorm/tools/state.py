@@ -8,7 +8,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BatchNormState", "RenormState"]
+from batchnorm.core.running import LONG_RUNNING
+
+__all__ = ["BatchNormState", "RenormState", "count_steps"]
 
 FloatArray = NDArray[np.floating]
 Variance = Literal["biased", "unbiased"]
@@ -49,7 +51,8 @@ class BatchNormState:
             say.
         cumulative: running statistics are the plain average of all batches (torch's
             `momentum=None`); `decay` is None then.
-        steps: number of updates so far, torch's `num_batches_tracked`; None if not kept.
+        steps: number of updates so far, torch's `num_batches_tracked`; None if not kept, or not
+            counted from the start (`count_steps`).
         renorm: batch renormalization's state, or None.
         shape: of the arrays in the source, if that is not (C,): several channel axes, ghost
             batches, or a per-element layer. The arrays here are flattened in C order.
@@ -78,3 +81,8 @@ class BatchNormState:
             if array is not None:
                 return int(array.size)
         return 0
+
+
+def count_steps(steps: int) -> int | None:
+    """Steps that a layer's counter has counted; None if it did not begin at the start (S23)."""
+    return steps if steps < LONG_RUNNING else None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from batchnorm.core.running import LONG_RUNNING
 from batchnorm.tools.arrays import flatten, odd_shape
 from batchnorm.tools.fitting import check_finite_casts, fit
 from batchnorm.tools.frameworks.nnx.stacked import (
@@ -20,7 +21,7 @@ from batchnorm.tools.frameworks.nnx.stacked import (
     slices_of,
     stack_of,
 )
-from batchnorm.tools.state import BatchNormState, RenormState
+from batchnorm.tools.state import BatchNormState, RenormState, count_steps
 
 _NAMES = {"gamma": "scale", "beta": "bias", "mean": "mean", "var": "var"}
 
@@ -70,6 +71,7 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
         beta=_read(module.bias, index),
         variance="biased",
         **options,
+        steps=None if (steps := _steps_of(module)) is None else count_steps(int(steps[index])),
         renorm=renorm,
         shape=odd_shape(mean.shape),
         stored=mean.dtype.name,
@@ -97,6 +99,9 @@ def put_state(layer: Any, state: BatchNormState) -> None:
     check_finite_casts(owner, [(name, array, cast) for name, _, array, cast in writes])
     for _, variable, _, cast in writes:
         _write(variable, index, cast)
+    if (steps := _steps_of(module)) is not None:
+        known = LONG_RUNNING if state.steps is None else min(state.steps, LONG_RUNNING)
+        _write(steps, index, jnp.asarray(known, steps[...].dtype))
     for name, field in OPTIONS.items():
         value, held = getattr(state, field), getattr(module, name)
         if value is None:
@@ -123,6 +128,11 @@ def _check_whole(layer: Any, name: str) -> None:
 def _write(variable: Any, index: Any, value: Any) -> None:
     whole = index is ... or variable[...].ndim == 0
     variable[...] = value if whole else jnp.asarray(variable[...]).at[index].set(value)
+
+
+def _steps_of(module: Any) -> Any:
+    """The counter of a layer that debiases, or None."""
+    return getattr(module, "steps", None) if _is_ours(module) else None
 
 
 def _index_of(layer: Any) -> Any:
