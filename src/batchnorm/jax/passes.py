@@ -97,8 +97,8 @@ def _find_layers(model: Any) -> list[BatchNorm]:
         stack, sizes = _shape_of(layer)
         if layer.mean[...].shape != (*stack, *sizes):
             raise ArgumentValueError(
-                f"layers must be stacked along leading axes; {name} has num_features={sizes} and a "
-                f"mean of shape {layer.mean[...].shape}."
+                f"layers must be stacked along leading axes; {name} has "
+                f"num_features={layer.num_features} and a mean of shape {layer.mean[...].shape}."
             )
         found.append(layer)
     if not found:
