@@ -86,7 +86,8 @@ class BatchNorm(Modes):
         TypeError: an option of the wrong type.
         ValueError: an option out of range, or options that exclude each other.
 
-    Source: S1-S16; Ioffe and Szegedy 2015 (arXiv 1502.03167); Ioffe 2017 (arXiv 1702.03275).
+    Source: S1-S16, S20, S21, S23; Ioffe and Szegedy 2015 (arXiv 1502.03167); Ioffe 2017
+    (arXiv 1702.03275).
     Unlike flax's it takes masks of any shape of S1, keeps its digits at large offsets (S3),
     merges devices by count (S14), survives empty and overflowing batches (S6, S9), and stays
     frozen when told so (S15).

@@ -22,6 +22,7 @@ from batchnorm.jax.namespace import XP
 __all__ = ["APART", "AVERAGED", "Moments", "merge_moments"]
 
 APART, AVERAGED = "apart", "averaged"
+_VALUES = (Array, np.ndarray, np.generic, float)  # anything else stands for one: axes, shardings
 
 
 class Moments(core.Moments):
@@ -50,7 +51,7 @@ class Moments(core.Moments):
         """A mean without its low part has one of 0."""
         made = super().__new__(cls, count, mean, var)
         if low is None:
-            low = jnp.zeros_like(mean) if isinstance(mean, (Array, np.ndarray)) else mean
+            low = jnp.zeros_like(mean) if isinstance(mean, _VALUES) else mean
         made.low, made.groups = low, groups
         return made
 
