@@ -270,6 +270,18 @@ def test_other_statistics_than_the_layers_own_are_refused():
     assert others["num_batches_tracked"] == 0
 
 
+@pytest.mark.parametrize("fused", [None, False])
+def test_functions_that_are_transformed_are_refused(fused):
+    layer, x = BatchNorm(2, fused=fused), torch.randn(4, 2)
+    before = state(layer)
+    with (
+        pytest.raises(RuntimeError, match=r"BatchNorm: .*torch\.func transforms cannot add"),
+        accumulate_statistics(layer),
+    ):
+        torch.func.grad(lambda x: layer(x).square().sum())(x)
+    assert_unmoved(layer, before)
+
+
 def test_export_inside_is_refused():
     layer = BatchNorm(2)
     with (

@@ -44,7 +44,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm.torch import BatchNorm1d
+from batchnorm.torch import BatchNorm1d, accumulate_statistics, keep_statistics
 
 PAGE = (Path(__file__).parents[2] / "docs" / "transformations.md").read_text()
 SECTION = PAGE.split("## PyTorch\n")[1].split("\n## ")[0]
@@ -278,6 +278,24 @@ def accumulated(layer: BatchNorm1d, x: Tensor) -> str:
 
 
 row("gradient accumulation, for its two micro-batches", accumulated=accumulated)
+
+
+def in_one_step(layer: BatchNorm1d, x: Tensor) -> str:
+    with accumulate_statistics(layer):
+        for half in x.chunk(2):
+            differentiate(layer, half)
+    return moves_of(layer, x)
+
+
+def kept(layer: BatchNorm1d, x: Tensor) -> str:
+    with keep_statistics():
+        differentiate(checkpointed(layer), x)
+        differentiate(compiled(layer), x)
+    return moves_of(layer, x)
+
+
+row("the same inside `accumulate_statistics`", in_one_step=in_one_step)
+row("inside `keep_statistics`", kept=kept)
 
 
 @pytest.fixture(autouse=True)

@@ -192,6 +192,11 @@ def leaves_statistics(call: Call, average: BatchAverage) -> Tensor | Literal[Tru
     running = call.tensors.running
     assert running is not None
     _check_own(running.mean, found.running.mean)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise ArgumentRuntimeError(
+            "a function that torch.func transforms cannot add to a step of several passes. Open "
+            "keep_statistics inside it, or transform it outside of accumulate_statistics."
+        )
     found.add(parts, call.working_type)
     return True
 
