@@ -128,6 +128,7 @@ def test_a_state_without_the_counter_has_run_for_long(kind: Any) -> None:
 def test_scans_and_stacked_layers_count_for_themselves() -> None:
     layer = make(momentum=0.5)
 
+    @nnx.jit
     @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
     def scan(layer: Any, x: Any) -> Any:
         return layer, layer(x)
@@ -137,7 +138,7 @@ def test_scans_and_stacked_layers_count_for_themselves() -> None:
     keys = jax.random.split(jax.random.key(0), 2)
     layers = nnx.vmap(lambda key: make(rngs=nnx.Rngs(key)))(keys)
     masks = jnp.stack([jnp.ones(8, bool), jnp.zeros(8, bool)])
-    nnx.vmap(lambda layer, mask: layer(X[0], mask=mask))(layers, masks)
+    nnx.jit(nnx.vmap(lambda layer, mask: layer(X[0], mask=mask)))(layers, masks)
     np.testing.assert_array_equal(layers.steps[...], [1, 0])
     np.testing.assert_allclose(layers.mean[0], X[0].mean(0), **CLOSE)
 

@@ -76,7 +76,7 @@ def test_moments_are_still_a_named_tuple_of_three() -> None:
 def test_moments_are_a_tree_of_four_arrays() -> None:
     x = normal(PASSES, ROWS, CHANNELS)
     axes = Moments(0, 0, 0)
-    every: Any = jax.vmap(lambda x: batch_norm(x)[1], out_axes=axes)(x)
+    every: Any = jax.jit(jax.vmap(lambda x: batch_norm(x)[1], out_axes=axes))(x)
     assert [a.shape for a in jax.tree.leaves(every)] == [(PASSES, CHANNELS)] * 4
     first = jax.tree.map(lambda a: a[0], every)
     assert isinstance(first, Moments)
@@ -91,14 +91,14 @@ def test_moments_are_a_tree_of_four_arrays() -> None:
 
 
 @pytest.mark.parametrize("fused", [None, False])
-@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("offset", [1.0, 1e6])
 def test_passes_are_one_batch_to_the_last_digits(offset: float, fused: bool | None) -> None:
     x = normal(PASSES * 64, CHANNELS, offset=offset)
     bounds = [0, 5, 100, 101, len(x)]
     step = jax.jit(lambda x: batch_norm(x, fused=fused)[1])
     parts = [step(x[a:b]) for a, b in pairwise(bounds)]
     assert_exact(merge_moments(parts), x)
-    if offset:
+    if offset == 1e6:
         plain = merge_moments([Moments(*part) for part in parts])
         assert (np.abs(plain.var / x.var(0) - 1) > 1e-4).any(), "float32 means alone are too coarse"
 

@@ -52,7 +52,8 @@ def test_participants_still_merge() -> None:
     def step(layer: Any, x: Any) -> Any:
         return layer(x, update_statistics=False)
 
-    y = nnx.vmap(step, in_axes=(None, 0), axis_name="device")(layer, X.reshape(2, 4, 3))
+    mapped = nnx.jit(nnx.vmap(step, in_axes=(None, 0), axis_name="device"))
+    y = mapped(layer, X.reshape(2, 4, 3))
     assert_unmoved(layer, before)
     np.testing.assert_allclose(y.reshape(8, 3), make()(X), rtol=1e-5, atol=1e-5)
 

@@ -102,7 +102,7 @@ def test_stacked_layers_have_their_own() -> None:
     )
     np.testing.assert_array_equal(layers.renorm.rmax[...], [2, 2])
     np.testing.assert_array_equal(layers.renorm.dmax[...], [0, 1])
-    y = nnx.vmap(lambda layer: layer(X))(layers)
+    y = nnx.jit(nnx.vmap(lambda layer: layer(X)))(layers)
     for i, dmax in enumerate((0.0, 1.0)):
         alone = make(rmax=2.0, dmax=dmax)(X)
         np.testing.assert_allclose(y[i], alone, rtol=1e-5, atol=1e-5)

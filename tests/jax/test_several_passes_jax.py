@@ -84,8 +84,14 @@ def with_gradients(layer: Any) -> Any:
 WAYS = [in_a_loop, around_compiled_steps, in_a_compiled_step, around_a_scan, with_gradients]
 
 
-@pytest.mark.parametrize("options", [{}, {"renorm": True, "debias": True}], ids=str)
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+RICH = {"renorm": True, "debias": True}
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [(in_a_compiled_step, {}), *((way, RICH) for way in WAYS)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_passes_move_statistics_once_as_one_batch(
     way: Callable[[Any], Any], options: dict[str, Any]
 ) -> None:
@@ -110,8 +116,9 @@ def test_offsets_cost_no_digits() -> None:
     np.testing.assert_allclose(layer.var[...], 0.5 + 0.5 * rows.var(0), rtol=5e-6)
 
 
-@pytest.mark.parametrize("sizes", [(2,), (2, 3)], ids=str)
-def test_stacked_layers_move_once_each(sizes: tuple[int, ...]) -> None:
+def test_stacked_layers_move_once_each() -> None:
+    sizes = (2, 3)
+
     def build(key: Any) -> Any:
         return BatchNorm(4, momentum=0.5, debias=True, rngs=nnx.Rngs(key))
 
@@ -121,7 +128,8 @@ def test_stacked_layers_move_once_each(sizes: tuple[int, ...]) -> None:
     for _ in sizes:
         build, step = nnx.vmap(build), nnx.vmap(step, in_axes=(0, None))
     keys = jax.random.split(jax.random.key(0), sizes)
-    layers, once = build(keys), build(keys)
+    layers, step = nnx.jit(build)(keys), nnx.jit(step)
+    once = nnx.clone(layers)
     with accumulate_statistics(layers):
         for x in X[:2]:
             step(layers, x)
@@ -145,6 +153,7 @@ def test_ghost_batches_are_averaged_over_all_passes() -> None:
 def test_named_axes_merge_each_pass() -> None:
     layer, whole = make(axis_name="device"), make()
     step = nnx.vmap(lambda layer, x: layer(x), in_axes=(None, 0), axis_name="device")
+    step = nnx.jit(step)
     with accumulate_statistics(layer):
         step(layer, X[:, :4])
         step(layer, X[:, 4:])

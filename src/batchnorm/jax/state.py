@@ -103,6 +103,11 @@ def _held(layer: Any) -> dict[str, nnx.BatchStat]:
 
 def add_pass(passes: nnx.BatchStat, moments: Moments) -> None:
     """Merge a pass into those of its step so far (S21)."""
-    before = Moments(*passes[...])._replace(groups=moments.groups and AVERAGED)
+    passes[...] = _merge(passes[...], moments)
+
+
+@jax.jit  # one call instead of dozens where nothing else compiles the model
+def _merge(passes: Array, moments: Moments) -> Array:
+    before = Moments(*passes)._replace(groups=moments.groups and AVERAGED)
     found = merge_moments([before, moments]).map(jax.lax.stop_gradient)
-    passes[...] = jnp.stack([*found, found.low]).astype(passes[...].dtype)
+    return jnp.stack([*found, found.low]).astype(passes.dtype)
