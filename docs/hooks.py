@@ -16,7 +16,7 @@ ZOO = ROOT / "tests/zoo/results.json"
 # Pages link to these by paths that work in the repository, and the site carries them along.
 CARRIED = ("benchmarks/results/*.md", "benchmarks/results/*.png", "examples/*.py")
 _OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|examples)/)")
-_NUMBER = re.compile(r"\bS(1?\d)\b")
+_NUMBER = re.compile(r"\bS(1?\d|2[0-3])\b")
 _TAG = re.compile(r"(<[^>]+>)")
 _OPAQUE = re.compile(r"</?(a|code|pre|h[1-6]|title|script|svg)\b")
 

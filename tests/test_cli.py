@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tools"))
 from files import write_hdf5, write_keras, write_safetensors, write_torch
 
 runner = CliRunner()
-COMMANDS = ("inspect", "convert", "demo", "bench", "info")
+COMMANDS = ("inspect", "convert", "merge", "demo", "bench", "info")
 HEAVY = {"torch", "jax", "flax", "keras", "tensorflow", "matplotlib", "sklearn"}
 
 
@@ -60,6 +60,15 @@ def test_files_are_inspected_without_a_framework(write: object, tmp_path: Path) 
     status, _, modules = run_fresh("inspect", str(path))
     assert status == 0
     assert not modules & HEAVY
+
+
+def test_files_are_merged_without_a_framework(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_safetensors(source)
+    status, _, modules = run_fresh("merge", str(source), str(source), "-o", str(target))
+    assert status == 0
+    assert not modules & HEAVY
+    assert target.exists()
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])

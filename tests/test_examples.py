@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples"
 PAGE = (ROOT / "docs" / "examples.md").read_text()
+PAGES = PAGE + (ROOT / "docs" / "federated.md").read_text()
 LARGEST_PICTURE = 200_000  # bytes
 ERRORS = ("-W", "error")
 
@@ -89,6 +90,23 @@ def test_small_batches_learn_with_every_norm(tmp_path: Path) -> None:
     assert all(accuracy > 80.0 for *_, accuracy in found.values())
 
 
+def test_merged_statistics_are_closer_to_those_of_all_data_than_averaged_ones(
+    tmp_path: Path,
+) -> None:
+    output = run_quickly("federated", tmp_path)
+    own = re.search(r"own statistics: (\S+) ±", output)
+    found = read_table(output)
+    error_of_mean, error_of_deviation, _ = zip(*found.values(), strict=True)
+    assert list(found) == [
+        *("average", "merge"),
+        *("clients recalibrate", "server recalibrates"),
+    ]
+    assert error_of_mean[0] == error_of_mean[1]
+    assert error_of_deviation[1] < 0.9 * error_of_deviation[0]
+    assert max(error_of_mean[2:]) < 0.5 * error_of_mean[1]
+    assert float(own[1]) > max(accuracy for *_, accuracy in found.values())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -116,6 +134,6 @@ def test_page_shows_the_example_by_its_command(name: str) -> None:
     assert f"(../examples/{name}.py)" in PAGE
 
 
-@pytest.mark.parametrize("picture", re.findall(r"\]\((images/\S+)\)", PAGE))
+@pytest.mark.parametrize("picture", re.findall(r"\]\((images/\S+)\)", PAGES))
 def test_picture_of_the_page_is_small(picture: str) -> None:
     assert (ROOT / "docs" / picture).stat().st_size < LARGEST_PICTURE

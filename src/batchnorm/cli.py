@@ -22,6 +22,7 @@ from batchnorm.commands.demo import demo
 from batchnorm.commands.errors import UserError
 from batchnorm.commands.info import info
 from batchnorm.commands.inspect import inspect
+from batchnorm.commands.merge import merge
 from batchnorm.commands.statuses import MEANINGS, run
 from batchnorm.commands.streams import write_error
 
@@ -95,6 +96,10 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "convert resnet50.pt resnet50.h5",
         "convert mlp.msgpack mlp.pt --count 256",
         "convert model.keras batch_norms.safetensors --names torch",
+    ),
+    merge: (
+        "merge client1.pt client2.pt client3.pt -o server.pt --counts 5000,1200,300",
+        "merge epoch8.safetensors epoch9.safetensors -o averaged.safetensors",
     ),
     demo: ("demo", "demo --framework jax --seeds 5 --out picture.png"),
     bench: (

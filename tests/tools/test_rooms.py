@@ -17,6 +17,7 @@ TOP = "batchnorm.tools"
 FRAMEWORKS = ("torch", "jax", "flax", "keras", "tensorflow", "equinox")
 VERBS = {"inspect": "inspection", "recalibrate": "recalibration"}
 VERBS |= {"fold": "folding", "transfer": "transferring", "find_leaks": "inspection.leaks"}
+VERBS |= {"merge": "merging"}
 FOLDERS = tuple(f"{TOP}.frameworks.{name}" for name in ("torch", "nnx", "keras"))
 
 
@@ -107,8 +108,8 @@ def test_looking_for_layers_imports_the_framework_in_use_only() -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(("function", "module", "inner"))))
 def test_verbs_are_functions_in_every_order_of_imports(order: tuple[str, ...]) -> None:
-    inner = {"inspect": "report", "recalibrate": "report", "fold": "report", "transfer": "sides"}
-    inner |= {"find_leaks": "report"}
+    inner = {"inspect": "report", "recalibrate": "report", "fold": "report", "transfer": "remarks"}
+    inner |= {"find_leaks": "report", "merge": "states"}
     code = ""
     for verb, home in VERBS.items():
         statements = {

@@ -10,12 +10,23 @@ import typer
 from batchnorm.commands.errors import UserError
 from batchnorm.commands.files import Checkpoint, Limit, Seconds, reading
 
+__all__ = ["Force", "Names", "convert", "left_out"]
 
-class _Names(str, Enum):
+
+class _Library(str, Enum):
     torch = "torch"
     flax = "flax"
     nnx = "nnx"
     keras = "keras"
+
+
+Names = Annotated[
+    _Library | None,
+    typer.Option(
+        help="Library whose names the arrays get; without it, the usual one of the format."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 
 def convert(
@@ -27,12 +38,7 @@ def convert(
             help="The new file: .safetensors, .pt, .msgpack, .weights.h5 or .h5.",
         ),
     ],
-    names: Annotated[
-        _Names | None,
-        typer.Option(
-            help="Library whose names the arrays get; without it, the usual one of the format."
-        ),
-    ] = None,
+    names: Names = None,
     count: Annotated[
         int | None,
         typer.Option(
@@ -41,7 +47,7 @@ def convert(
             "unbiased variance and the biased one of the others.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
     limit: Limit = 1 << 30,
     seconds: Seconds = 120.0,
 ) -> None:
@@ -66,12 +72,13 @@ def convert(
             seconds=seconds,
         )
     layers = "1 batch norm" if len(done.states) == 1 else f"{len(done.states)} batch norms"
-    print(f"{target}: {layers} written, {done.names}'s names, {_left_out(done.left_out)}")
+    print(f"{target}: {layers} written, {done.names}'s names, {left_out(done.left_out)}")
     for note in done.notes:
         print(f"  note: {note}")
 
 
-def _left_out(count: int) -> str:
+def left_out(count: int) -> str:
+    """The number of arrays that a new file does not hold, as a phrase."""
     if count == 0:
         return "nothing left out"
     return f"{count:,} other {'array' if count == 1 else 'arrays'} left out"

@@ -35,11 +35,15 @@ def merge_averages(parts: Moments, axis: int, xp: Namespace) -> Moments:
     Counts are numbers of groups that are not empty. Each group is normalized by its own moments,
     so that variances are averaged without the spread of the groups' means (S12, S14).
     """
-    count = xp.sum(parts.count, axis=(axis,), keepdims=True)
-    weight = parts.count / xp.where(count > 0, count, 1.0)
-    shape = tuple(n for a, n in enumerate(count.shape) if a != axis % len(count.shape))
-    averages = (xp.sum(weight * a, axis=(axis,), keepdims=True) for a in parts[1:])
-    return Moments(count, *averages).map(lambda a: xp.reshape(a, shape))
+    averages = (average_by_count(a, parts.count, axis, xp) for a in parts[1:])
+    return Moments(xp.sum(parts.count, axis=(axis,), keepdims=False), *averages)
+
+
+def average_by_count(a: Array, count: Array, axis: int, xp: Namespace) -> Array:
+    """The average of arrays stacked along `axis`, weighted by their counts; the axis is dropped."""
+    total = xp.sum(count, axis=(axis,), keepdims=True)
+    weight = count / xp.where(total > 0, total, 1.0)
+    return xp.sum(weight * a, axis=(axis,), keepdims=False)
 
 
 class Parts(NamedTuple):

@@ -10,6 +10,7 @@ _HOME = {
     "find_leaks": "batchnorm.tools.inspection.leaks",
     "fold": "batchnorm.tools.folding",
     "inspect": "batchnorm.tools.inspection",
+    "merge": "batchnorm.tools.merging",
     "recalibrate": "batchnorm.tools.recalibration",
     "transfer": "batchnorm.tools.transferring",
 }

@@ -15,7 +15,7 @@ Count = int | Mapping[str, int] | Callable[[BatchNormState], "int | None"] | Non
 
 
 def convert_variance(
-    state: BatchNormState, kind: Variance | None, count: int | None
+    state: BatchNormState, kind: Variance | None, count: float | None
 ) -> BatchNormState:
     """The state with the variance of that kind, where that is possible.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batchnorm.tools.checkpoints import (
     DEFAULT_LIMIT,
     DEFAULT_SECONDS,
+    Checkpoint,
     CheckpointError,
     read_checkpoint,
 )
@@ -19,7 +21,7 @@ from batchnorm.tools.paths import is_inside, is_same_file
 from batchnorm.tools.state import BatchNormState, Variance
 from batchnorm.tools.text import list_names
 
-__all__ = ["Converted", "convert_checkpoint"]
+__all__ = ["Converted", "check_target", "convert_checkpoint", "read_layers", "write_states"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,55 +75,96 @@ def convert_checkpoint(
         ImportError: .pt needs torch, .h5 needs h5py.
     """
     source, target = os.fspath(source), Path(target)
-    allowed = FORMATS[format_of(target)]
-    names = names or allowed[0]
-    if names not in allowed:
-        raise CheckpointError(
-            f"{target}: such files can have the names of {', '.join(allowed)}; got {names}."
-        )
-    _check_target(target, source, force)
+    names = check_target(target, [source], names, force)
+    found = read_layers(source, limit, seconds)
+    counts = [count_of(state, count) for state in found.layers]
+    done = write_states(target, found.layers, names, counts, force)
+    return replace(done, notes=[*found.notes, *done.notes], left_out=found.others)
+
+
+def read_layers(source: str, limit: int, seconds: float) -> Checkpoint:
+    """A checkpoint with at least one batch norm; arguments and errors as in `read_checkpoint`."""
     found = read_checkpoint(source, limit=limit, seconds=seconds)
     if not found.layers:
         raise CheckpointError(
             f"{source}: it has no batch norm among its {len(found.entries)} arrays."
         )
+    return found
+
+
+def write_states(
+    target: Path,
+    layers: Sequence[BatchNormState],
+    names: Names,
+    counts: Sequence[float | None],
+    force: bool,
+) -> Converted:
+    """Write states, with the kind of variance that a library keeps.
+
+    Args:
+        target, names, force: as `check_target` has found them.
+        layers: the states.
+        counts: for each the values per channel behind its variance, to convert it; None leaves it.
+    """
     wanted: Variance = "unbiased" if names == "torch" else "biased"
     states = []
-    for state in found.layers:
+    for state, count in zip(layers, counts, strict=True):
         kind: Variance = "biased" if state.renorm is not None else wanted
-        states.append(convert_variance(state, kind, count_of(state, count)))
+        states.append(convert_variance(state, kind, count))
     try:
         write_checkpoint(target, states, names, force=force)
     except OSError as error:
         raise CheckpointError(
             f"{target}: it cannot be written: {error.strerror or error}."
         ) from error
-    notes = [*found.notes, *_notes(states, names, wanted)]
-    return Converted(target, names, states, notes, found.others)
+    return Converted(target, names, states, _notes(states, names, wanted), 0)
 
 
-def _check_target(target: Path, source: str, force: bool) -> None:
-    """Raise if the target must not be written, above all if it is the source."""
-    try:
-        there = target.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        there = None  # writing reports a missing folder
-    except OSError as error:
-        raise CheckpointError(f"{target}: it cannot be written: {error.strerror}.") from error
-    if is_same_file(source, target):
+def check_target(target: Path, sources: Sequence[str], names: Names | None, force: bool) -> Names:
+    """The names that a target's arrays get, after a check that it may be written.
+
+    Args:
+        target: its suffix decides the format.
+        sources: files that are read, none of which it may be.
+        names: as in `convert_checkpoint`.
+        force: replace an existing file.
+
+    Raises:
+        CheckpointError: it must not be written, above all if it is a source.
+    """
+    allowed = FORMATS[format_of(target)]
+    names = names or allowed[0]
+    if names not in allowed:
         raise CheckpointError(
-            f"{target}: it is the source, whose other arrays would be lost; give the target "
-            "another name."
+            f"{target}: such files can have the names of {', '.join(allowed)}; got {names}."
         )
-    if source and Path(source).is_dir() and is_inside(target, Path(source)):
-        raise CheckpointError(
-            f"{target}: it lies inside the source, a folder; give it a place elsewhere."
-        )
+    there = _stat(target)
+    for source in sources:
+        if is_same_file(source, target):
+            raise CheckpointError(
+                f"{target}: it is the source, whose other arrays would be lost; give the target "
+                "another name."
+            )
+        if source and Path(source).is_dir() and is_inside(target, Path(source)):
+            raise CheckpointError(
+                f"{target}: it lies inside the source, a folder; give it a place elsewhere."
+            )
     if there is not None and not stat.S_ISREG(there.st_mode):
         what = "a folder" if stat.S_ISDIR(there.st_mode) else "not a regular file"
         raise CheckpointError(f"{target}: it is {what}; give the name of a file.")
     if there is not None and not force:
         raise CheckpointError(f"{target}: it exists; force=True (--force) replaces it.")
+    return names
+
+
+def _stat(target: Path) -> os.stat_result | None:
+    """The target as it is; None where there is none."""
+    try:
+        return target.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # writing reports a missing folder
+    except OSError as error:
+        raise CheckpointError(f"{target}: it cannot be written: {error.strerror}.") from error
 
 
 def _notes(states: list[BatchNormState], names: Names, wanted: Variance) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
-__all__ = ["format_number", "list_names", "plural", "printable"]
+__all__ = ["format_number", "list_names", "plain", "plural", "printable"]
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -51,6 +52,15 @@ def plural(count: int, noun: str) -> str:
     ('1 layer', '1,200 layers')
     """
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def plain(name: str) -> str:
+    """A name without case and separators, which libraries choose differently.
+
+    >>> plain("Layer1/bn_1"), plain("layer1.bn1")
+    ('layer1bn1', 'layer1bn1')
+    """
+    return re.sub(r"[^a-z0-9]+", "", name.lower())
 
 
 def format_number(value: float, digits: int = 3) -> str:

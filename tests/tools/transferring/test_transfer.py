@@ -335,7 +335,7 @@ def test_states_and_checkpoints_are_sources_but_no_targets(tmp_path: Path) -> No
         check_states(transfer(source, target).states)
     single = take_state(torch_model().bn1)
     assert transfer(single, torch.nn.BatchNorm1d(4)).pairs == [("", "")]
-    with pytest.raises(TypeError, match="transfer: source and target must be"):
+    with pytest.raises(TypeError, match="transfer: batch norms can be in models"):
         transfer(single, 3)
 
 
@@ -364,3 +364,37 @@ def test_bounds_of_reading_are_passed_on(tmp_path: Path) -> None:
     torch.save(torch.nn.BatchNorm1d(1000).state_dict(), path)
     with pytest.raises(ValueError, match="limit="):
         transfer(str(path), limit=100)
+
+
+def test_state_dict_of_torch_is_a_source_and_a_target_of_its_own() -> None:
+    check_states(transfer(torch_model().state_dict()).states)
+    check_states(transfer({"epoch": 3, "state_dict": torch_model().state_dict()}).states)
+    model = empty_torch()
+    empty = model.state_dict()
+    done = transfer(torch_model(), empty)
+    check_states(done.states)
+    assert int(done.target["0.num_batches_tracked"]) == 7
+    assert done.target._metadata == empty._metadata
+    assert model[0].running_mean.eq(0).all()
+    model.load_state_dict(done.target)
+    check_states(transfer(model).states)
+
+
+def test_state_of_nnx_keeps_its_variables_and_random_numbers() -> None:
+    target = nnx.List([*empty_nnx(), nnx.Dropout(0.5, rngs=nnx.Rngs(1))])
+    state = nnx.state(target)
+    done = transfer(torch_model(), state, count=COUNT)
+    assert isinstance(done.target, nnx.State)
+    nnx.update(target, done.target)
+    check_states(transfer(target).states, scale=(COUNT - 1) / COUNT, ulps=1)
+    for (path, old), (_, new) in zip(
+        nnx.to_flat_state(state), nnx.to_flat_state(done.target), strict=True
+    ):
+        assert type(new) is type(old), path
+
+
+def test_arrays_of_numpy_in_a_tree_stay_float64() -> None:
+    tree = jax.tree.map(lambda a: np.zeros(a.shape), linen_variables())
+    done = transfer(torch_model(), tree)
+    assert {a.dtype for a in jax.tree.leaves(done.target)} == {np.dtype(np.float64)}
+    assert not any("rounded" in note for note in done.notes)

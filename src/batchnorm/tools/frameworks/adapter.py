@@ -5,7 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from batchnorm.tools.frameworks.records import (
     Called,
@@ -13,11 +16,12 @@ from batchnorm.tools.frameworks.records import (
     FoundLayer,
     Framework,
     Observation,
+    OtherArray,
     Values,
 )
 from batchnorm.tools.state import BatchNormState
 
-__all__ = ["Adapter", "ArrayTree", "Follower", "Following", "Judge", "States"]
+__all__ = ["Adapter", "ArrayTree", "Follower", "Following", "Judge", "Leaves", "States"]
 
 Pairs = Sequence[tuple[str, str]] | None
 
@@ -144,6 +148,21 @@ class Adapter(Protocol):
     def following(self) -> Following:
         """The functions that follow the layers of this framework's models."""
 
+    @abstractmethod
+    def copy(self, model: Any) -> Any:
+        """A model like this one, with arrays of its own.
+
+        Raises:
+            ValueError: it cannot be copied.
+        """
+
+    @abstractmethod
+    def others(self, model: Any) -> list[OtherArray]:
+        """The arrays of numbers that belong to no batch norm, each once; no random numbers' seeds.
+
+        A copy's are in the same order.
+        """
+
     def call(self, model: Any, batch: Any) -> None:
         """Run a model on an array, or on a mapping of keyword arguments."""
         if isinstance(batch, dict):
@@ -183,9 +202,38 @@ class ArrayTree(Protocol):
     notes: Sequence[str]
     has_options: bool
 
-    def replaced(self, changes: Mapping[str, BatchNormState]) -> Any:
-        """A copy with other states for the layers of these names.
+    def others(self) -> Mapping[str, NDArray[Any]]:
+        """The arrays of numbers that belong to no batch norm, half types as float32."""
+
+    def replaced(
+        self,
+        changes: Mapping[str, BatchNormState],
+        others: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    ) -> Any:
+        """A copy with other states for the layers of these names, and other arrays beside them.
 
         Raises:
             ValueError: a state does not fit.
         """
+
+
+class Leaves(Protocol):
+    """A module that reads the arrays in a tree, and makes others like them."""
+
+    def is_array(self, leaf: Any) -> bool:
+        """True for a leaf with a type and a shape."""
+
+    def is_seed(self, leaf: Any) -> bool:
+        """True for what random numbers come from."""
+
+    def type_of(self, leaf: Any) -> str:
+        """The name of the leaf's type, like "float32"."""
+
+    def read(self, leaf: Any) -> NDArray[Any]:
+        """The values, in NumPy; half types as float32."""
+
+    def copy(self, leaf: Any) -> Any:
+        """The same leaf, or a copy of one that can be changed in place."""
+
+    def make(self, values: Any, like: Any) -> Any:
+        """Values as a leaf of the type, shape and place of another."""

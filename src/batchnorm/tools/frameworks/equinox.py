@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from batchnorm.tools.arrays import flatten
 from batchnorm.tools.fitting import check_finite_casts, fit
+from batchnorm.tools.frameworks import array_leaves
 from batchnorm.tools.state import BatchNormState
 
 __all__ = ["Pair", "owns"]
@@ -37,13 +40,43 @@ class Pair:
         self._layers = dict(_find(self._model))
         self.states = [_take(layer, self._state, name) for name, layer in self._layers.items()]
 
-    def replaced(self, changes: Mapping[str, BatchNormState]) -> Any:
-        """A pair like this one, with other states for the layers of these names.
+    def others(self) -> Mapping[str, NDArray[Any]]:
+        """The arrays of numbers that belong to no batch norm."""
+        own = {
+            id(array)
+            for layer in self._layers.values()
+            for index in vars(layer).values()
+            if isinstance(index, eqx.nn.StateIndex)
+            for array in jax.tree_util.tree_leaves(self._state.get(index))
+        }
+        leaves, _ = jax.tree_util.tree_flatten_with_path(
+            (self._model, self._state), is_leaf=_is_batch_norm
+        )
+        return {
+            jax.tree_util.keystr(path): array_leaves.read(leaf)
+            for path, leaf in leaves
+            if array_leaves.is_array(leaf) and not (array_leaves.is_seed(leaf) or id(leaf) in own)
+        }
+
+    def replaced(
+        self,
+        changes: Mapping[str, BatchNormState],
+        others: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    ) -> Any:
+        """A pair like this one, with other states for the layers of these names, and other arrays.
 
         Raises:
             ValueError: a state does not fit.
         """
-        state = jax.tree_util.tree_map(lambda a: a, self._state)  # `set` invalidates the old one
+
+        def renewed(path: Any, leaf: Any) -> Any:
+            values = others.get(jax.tree_util.keystr(path))
+            return leaf if values is None else array_leaves.make(values, leaf)
+
+        # A new state in any case, since `set` invalidates the old one.
+        whole, state = jax.tree_util.tree_map_with_path(
+            renewed, (self._model, self._state), is_leaf=_is_batch_norm
+        )
         new: dict[int, Any] = {}
         for current in self.states:
             if current.name in changes:
@@ -51,7 +84,7 @@ class Pair:
                 fitted = fit(changes[current.name], current)
                 new[id(layer)], state = _put(layer, state, fitted, current)
         model = jax.tree_util.tree_map(
-            lambda node: new.get(id(node), node), self._model, is_leaf=_is_batch_norm
+            lambda node: new.get(id(node), node), whole, is_leaf=_is_batch_norm
         )
         return model, state
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from numpy.typing import NDArray
+
 from batchnorm.core.moments import Moments
 from batchnorm.tools.state import BatchNormState
 
@@ -17,6 +19,7 @@ __all__ = [
     "Framework",
     "Kept",
     "Observation",
+    "OtherArray",
     "Values",
 ]
 
@@ -93,6 +96,20 @@ class Values(NamedTuple):
 
     values: Any
     dtype: str
+
+
+class OtherArray(NamedTuple):
+    """An array of numbers in a model that belongs to no batch norm.
+
+    Attributes:
+        name: its path in the model.
+        read: function that gives its values, in NumPy; half types as float32.
+        write: function that takes values for it, of its shape.
+    """
+
+    name: str
+    read: Callable[[], NDArray[Any]]
+    write: Callable[[NDArray[Any]], None]
 
 
 @dataclass(frozen=True)

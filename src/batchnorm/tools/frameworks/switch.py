@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from batchnorm.tools.frameworks.adapter import Adapter, ArrayTree
+from batchnorm.tools.frameworks.adapter import Adapter, ArrayTree, Leaves
 from batchnorm.tools.frameworks.records import Framework
 
 __all__ = ["adapter_for", "adapter_of", "tree_of"]
@@ -33,7 +33,7 @@ def adapter_for(name: Framework) -> Adapter:
 
 
 def tree_of(model: Any) -> ArrayTree | None:
-    """The batch norms of a pair of Equinox or Haiku or of nested maps; None for anything else."""
+    """The batch norms of nested maps, or of a pair of Equinox or Haiku; None for anything else."""
     if "equinox" in sys.modules:
         from batchnorm.tools.frameworks import equinox
 
@@ -43,5 +43,18 @@ def tree_of(model: Any) -> ArrayTree | None:
         from batchnorm.tools.frameworks import trees
 
         if trees.owns(model):
-            return trees.Tree(model)
+            return trees.Tree(model, _leaves_of(model))
     return None
+
+
+def _leaves_of(model: Any) -> Leaves:
+    """The module for the arrays of a tree, which are all of one library."""
+    if "torch" in sys.modules:
+        from batchnorm.tools.frameworks import trees
+        from batchnorm.tools.frameworks.torch import leaves
+
+        if any(map(leaves.is_array, trees.leaves_in(model))):
+            return leaves
+    from batchnorm.tools.frameworks import array_leaves
+
+    return array_leaves

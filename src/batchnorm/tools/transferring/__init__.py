@@ -8,13 +8,15 @@ from typing import Any
 from batchnorm.tools.checkpoints import DEFAULT_LIMIT, DEFAULT_SECONDS
 from batchnorm.tools.conventions import Count, convert_variance, count_of
 from batchnorm.tools.fitting import check_number, fit
+from batchnorm.tools.sides import open_side, read_source
+from batchnorm.tools.stacking import unstack
 from batchnorm.tools.state import BatchNormState
 from batchnorm.tools.transferring.matching import Names, match
 from batchnorm.tools.transferring.remarks import Remarks, remark, remark_rest, remark_rounding
-from batchnorm.tools.transferring.sides import open_side, read_source
-from batchnorm.tools.transferring.stacking import unstack
 
 __all__ = ["Transferred", "transfer"]
+
+_OWNER = "transfer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +56,12 @@ def transfer(
     everything fits.
 
     Args:
-        source: a model or layer of torch, flax nnx or Keras, theirs or ours; linen's variables;
-            Haiku's `(params, state)`; Equinox's `(model, state)`; the path of a checkpoint; a
-            `Checkpoint`; or `BatchNormState`s.
-        target: a model or layer, which is written in place; or linen's variables, Haiku's or
-            Equinox's pair, of which the result holds a new one. None only reads the source.
+        source: a model or layer of torch, flax nnx or Keras, theirs or ours; a state dict of
+            torch; a state of nnx; linen's variables; Haiku's `(params, state)`; Equinox's
+            `(model, state)`; the path of a checkpoint; a `Checkpoint`; or `BatchNormState`s.
+        target: a model or layer, which is written in place; or a state dict, a state of nnx,
+            linen's variables, Haiku's or Equinox's pair, of which the result holds a new one. None
+            only reads the source.
         names: target name for each source name, as a map or a function; only these layers are
             moved. Without it all layers are, by equal names (but for case and separators), else
             by order, if both sides have the same channels in the same order.
@@ -85,16 +88,16 @@ def transfer(
     >>> transfer(old, new).pairs, new.momentum
     ([('', '')], 0.25)
     """
-    check_number("transfer", "eps", eps)
-    check_number("transfer", "decay", decay, 1.0)
-    found, notes = read_source(source, limit, seconds)
+    check_number(_OWNER, "eps", eps)
+    check_number(_OWNER, "decay", decay, 1.0)
+    found, notes = read_source(_OWNER, source, limit, seconds)
     sources = [_complete(state, eps, decay) for state in found]
     if target is None:
         return Transferred(None, sources, notes=notes)
-    side = open_side(target)
+    side = open_side(_OWNER, target)
     if not sources or not side.states:
         which = "target" if sources else "source"
-        raise ValueError(f"transfer: the {which} has no batch norm.")
+        raise ValueError(f"{_OWNER}: the {which} has no batch norm.")
     if names is None:
         sources = unstack(sources, side.states)
     pairs = match(sources, side.states, names)
@@ -108,7 +111,7 @@ def transfer(
         fit(moved, wanted)
         changes[wanted.name] = moved
     result = side.write(changes)
-    written = {state.name: state for state in open_side(result).states}
+    written = {state.name: state for state in open_side(_OWNER, result).states}
     remark_rounding(remarks, changes, written)
     remark_rest(remarks, sources, side.states, pairs)
     return Transferred(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from batchnorm.tools.state import BatchNormState
-from batchnorm.tools.text import list_names, plural, printable
+from batchnorm.tools.text import list_names, plain, plural, printable
 
-__all__ = ["Names", "match", "plain"]
+__all__ = ["Names", "match"]
 
 Names = Mapping[str, "str | None"] | Callable[[str], "str | None"] | None
 
@@ -73,11 +72,6 @@ def _match_by_map(
     if twice is not None:
         raise ValueError(f"transfer: names has two sources for {twice!r}; give it one.")
     return pairs
-
-
-def plain(name: str) -> str:
-    """A name without case and separators, which libraries choose differently."""
-    return re.sub(r"[^a-z0-9]+", "", name.lower())
 
 
 def _list(side: str, states: Sequence[BatchNormState]) -> str:

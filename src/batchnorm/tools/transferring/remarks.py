@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.tools.sides import Side
 from batchnorm.tools.state import BatchNormState
 from batchnorm.tools.text import list_names
-from batchnorm.tools.transferring.sides import Side
 
 __all__ = ["Remarks", "remark", "remark_rest", "remark_rounding"]
 

@@ -15,6 +15,7 @@ from batchnorm.tools.frameworks.records import (
     FoundLayer,
     Framework,
     Observation,
+    OtherArray,
 )
 
 __all__ = ["ADAPTER"]
@@ -36,6 +37,16 @@ class _Keras(Adapter):
         from batchnorm.tools.frameworks.keras.rehearsing import rehearse
 
         return rehearse(model, layers)
+
+    def copy(self, model: Any) -> Any:
+        from batchnorm.tools.frameworks.keras.others import copy_model
+
+        return copy_model(model)
+
+    def others(self, model: Any) -> list[OtherArray]:
+        from batchnorm.tools.frameworks.keras.others import find_others
+
+        return find_others(model)
 
     def watch(
         self, layers: Sequence[FoundLayer], see: Callable[[Observation], None]

@@ -59,17 +59,17 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
         raise ValueError(
             f"layer {name!r} ({_kind(layer)}) has no weights yet; build the model, or call it once."
         )
-    mean = _numpy(layer.moving_mean)
+    mean = read_variable(layer.moving_mean)
     renorm = None
     if getattr(layer, "renorm", False):
-        renorm = RenormState(*(flatten(_numpy(getattr(layer, n))) for n in _RENORM))  # type: ignore[arg-type]
+        renorm = RenormState(*(flatten(read_variable(getattr(layer, n))) for n in _RENORM))  # type: ignore[arg-type]
     return BatchNormState(
         name=name,
         kind=_kind(layer),
         mean=flatten(mean),
-        var=flatten(_numpy(layer.moving_variance)),
-        gamma=flatten(_numpy(layer.gamma)),
-        beta=flatten(_numpy(layer.beta)),
+        var=flatten(read_variable(layer.moving_variance)),
+        gamma=flatten(read_variable(layer.gamma)),
+        beta=flatten(read_variable(layer.beta)),
         variance="biased",
         eps=float(layer.epsilon),
         decay=float(layer.momentum),
@@ -121,7 +121,8 @@ def _walk(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         yield from _walk(child, f"{path}/{child.name}" if path else child.name, seen)
 
 
-def _numpy(variable: Any) -> Any:
+def read_variable(variable: Any) -> Any:
+    """Its values in NumPy, half types as float32; None for None."""
     if variable is None:
         return None
     value = keras.ops.convert_to_tensor(variable)

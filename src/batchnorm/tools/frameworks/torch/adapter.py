@@ -14,6 +14,7 @@ from batchnorm.tools.frameworks.records import (
     FoundLayer,
     Framework,
     Observation,
+    OtherArray,
 )
 from batchnorm.tools.frameworks.torch import rehearsing, states
 
@@ -41,6 +42,16 @@ class _Torch(Adapter):
         self, model: Any, layers: Sequence[FoundLayer]
     ) -> AbstractContextManager[tuple[Any, Sequence[FoundLayer]]]:
         return rehearsing.rehearse(model, layers)
+
+    def copy(self, model: Any) -> Any:
+        from batchnorm.tools.frameworks.torch.others import copy_model
+
+        return copy_model(model)
+
+    def others(self, model: Any) -> list[OtherArray]:
+        from batchnorm.tools.frameworks.torch.others import find_others
+
+        return find_others(model)
 
     def watch(
         self, layers: Sequence[FoundLayer], see: Callable[[Observation], None]

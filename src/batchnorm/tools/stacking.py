@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from batchnorm.tools.arrays import odd_shape
 from batchnorm.tools.state import BatchNormState, FloatArray, RenormState
-from batchnorm.tools.transferring.matching import plain
+from batchnorm.tools.text import plain
 
 __all__ = ["unstack"]
 
