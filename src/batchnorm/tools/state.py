@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from batchnorm.core.running import LONG_RUNNING
 
-__all__ = ["BatchNormState", "RenormState", "count_steps"]
+__all__ = ["BatchNormState", "RenormState"]
 
 FloatArray = NDArray[np.floating]
 Variance = Literal["biased", "unbiased"]
@@ -51,8 +51,7 @@ class BatchNormState:
             say.
         cumulative: running statistics are the plain average of all batches (torch's
             `momentum=None`); `decay` is None then.
-        steps: number of updates so far, torch's `num_batches_tracked`; None if not kept, or not
-            counted from the start (`count_steps`).
+        steps: number of updates so far, torch's `num_batches_tracked`; None if not kept.
         renorm: batch renormalization's state, or None.
         shape: of the arrays in the source, if that is not (C,): several channel axes, ghost
             batches, or a per-element layer. The arrays here are flattened in C order.
@@ -75,14 +74,19 @@ class BatchNormState:
     stored: str | None = None
 
     @property
+    def counted(self) -> int | None:
+        """The steps, if they were counted from the start; None where nobody knows (S23)."""
+        return None if self.steps is None or self.steps >= LONG_RUNNING else self.steps
+
+    @property
+    def debiasing(self) -> int:
+        """The counter of a layer that debiases: at most, and where there is none, long-running."""
+        return LONG_RUNNING if self.steps is None else min(self.steps, LONG_RUNNING)
+
+    @property
     def channels(self) -> int:
         """Number of channels; 0 where there is neither parameter nor statistic."""
         for array in (self.mean, self.var, self.gamma, self.beta):
             if array is not None:
                 return int(array.size)
         return 0
-
-
-def count_steps(steps: int) -> int | None:
-    """Steps that a layer's counter has counted; None if it did not begin at the start (S23)."""
-    return steps if steps < LONG_RUNNING else None

@@ -317,18 +317,18 @@ def test_arrays_that_flax_has_cut_are_read(tmp_path: Path, monkeypatch: Any) -> 
     assert found.entries["params/bn2/scale"].shape == (5,)
 
 
-@pytest.mark.parametrize(("kept", "known"), [(5, 5), (LONG_RUNNING + 5, None)])
-def test_a_counter_of_steps_is_read(kept: int, known: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "counted"), [(5, 5), (LONG_RUNNING + 5, None)])
+def test_a_counter_of_steps_is_read(steps: int, counted: int | None, tmp_path: Path) -> None:
     from flax import nnx, serialization
 
     from batchnorm.jax import BatchNorm
 
     layer = BatchNorm(3, debias=True, rngs=nnx.Rngs(0))
-    layer.steps[...] = layer.steps[...] + kept
+    layer.steps[...] = layer.steps[...] + steps
     path = tmp_path / "x.msgpack"
     path.write_bytes(serialization.to_bytes({"bn": nnx.to_pure_dict(nnx.state(layer))}))
     (state,) = read_checkpoint(path).layers
-    assert (state.steps, state.channels) == (known, 3)
+    assert (state.steps, state.counted, state.channels) == (steps, counted, 3)
 
 
 @pytest.mark.parametrize("name", ["safetensors", "msgpack"])

@@ -176,10 +176,11 @@ def test_statistics_without_a_counter_have_run_for_long() -> None:
         transfer(flaxs, target, count=COUNT)
     assert int(ours.steps[...]) == theirs.num_batches_tracked == LONG_RUNNING
     ours(jnp.ones((8, 3)))
-    assert take_state(ours).steps is take_state(theirs).steps is None
-    plain = BatchNorm(3)
-    transfer(ours, plain, count=COUNT)
-    assert plain.num_batches_tracked == 0
+    assert take_state(ours).counted is take_state(theirs).counted is None
+    whole = nnx.state(OursNnx(3, debias=True, rngs=nnx.Rngs(0)))
+    assert int(transfer(flaxs, whole, count=COUNT).target["steps"][...]) == LONG_RUNNING
+    again = transfer(ours, OursNnx(3, debias=True, rngs=nnx.Rngs(0)), count=COUNT).target
+    assert int(again.steps[...]) == LONG_RUNNING
 
 
 def test_stacked_layers_have_counters_of_their_own() -> None:

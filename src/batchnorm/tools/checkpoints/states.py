@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from batchnorm.tools.arrays import flatten, odd_shape
 from batchnorm.tools.checkpoints.naming import Group
 from batchnorm.tools.checkpoints.source import Source
-from batchnorm.tools.state import BatchNormState, RenormState, count_steps
+from batchnorm.tools.state import BatchNormState, RenormState
 
 __all__ = ["make_state"]
 
@@ -45,7 +45,7 @@ def make_state(group: Group, source: Source) -> BatchNormState:
         variance="unbiased" if torch and renorm is None else "biased",
         eps=eps,
         decay=decay,
-        steps=count_steps(int(arrays["steps"].reshape(-1)[0])) if "steps" in arrays else None,
+        steps=int(arrays["steps"].reshape(-1)[0]) if "steps" in arrays else None,
         renorm=renorm,
         shape=odd_shape(arrays["mean"].shape),
         stored=stored,

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from batchnorm.core.running import LONG_RUNNING
 from batchnorm.tools.arrays import flatten, odd_shape
 from batchnorm.tools.fitting import check_finite_casts, fit
 from batchnorm.tools.frameworks.nnx.stacked import (
@@ -21,7 +20,7 @@ from batchnorm.tools.frameworks.nnx.stacked import (
     slices_of,
     stack_of,
 )
-from batchnorm.tools.state import BatchNormState, RenormState, count_steps
+from batchnorm.tools.state import BatchNormState, RenormState
 
 _NAMES = {"gamma": "scale", "beta": "bias", "mean": "mean", "var": "var"}
 
@@ -71,7 +70,7 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
         beta=_read(module.bias, index),
         variance="biased",
         **options,
-        steps=None if (steps := _steps_of(module)) is None else count_steps(int(steps[index])),
+        steps=None if (steps := _steps_of(module)) is None else int(steps[index]),
         renorm=renorm,
         shape=odd_shape(mean.shape),
         stored=mean.dtype.name,
@@ -100,8 +99,7 @@ def put_state(layer: Any, state: BatchNormState) -> None:
     for _, variable, _, cast in writes:
         _write(variable, index, cast)
     if (steps := _steps_of(module)) is not None:
-        known = LONG_RUNNING if state.steps is None else min(state.steps, LONG_RUNNING)
-        _write(steps, index, jnp.asarray(known, steps[...].dtype))
+        _write(steps, index, jnp.asarray(state.debiasing, steps[...].dtype))
     for name, field in OPTIONS.items():
         value, held = getattr(state, field), getattr(module, name)
         if value is None:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.core.running import LONG_RUNNING
 from batchnorm.tools.arrays import complement, flatten, odd_shape
 from batchnorm.tools.fitting import check_finite_casts, fit
-from batchnorm.tools.state import BatchNormState, RenormState, Variance, count_steps
+from batchnorm.tools.state import BatchNormState, RenormState, Variance
 
 _RENORM = ("running_stddev", "renorm_mean", "renorm_stddev")
 _FROZEN = ("weight", "bias", "running_mean", "running_var")
@@ -61,7 +60,7 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
         eps=float(getattr(layer, "eps", 1e-5)),
         decay=None if momentum is None else complement(float(momentum)),
         cumulative=isinstance(layer, _BatchNorm) and momentum is None,
-        steps=None if steps is None else count_steps(int(steps)),
+        steps=None if steps is None else int(steps),
         renorm=renorm,
         shape=None if present is None else odd_shape(tuple(present.shape)),
         stored=None if mean is None else str(mean.dtype).removeprefix("torch."),
@@ -99,7 +98,7 @@ def put_state(layer: Any, state: BatchNormState) -> None:
         if tracked is not None and state.steps is not None:
             tracked.fill_(state.steps)
         elif tracked is not None and getattr(layer, "debias", False):
-            tracked.fill_(LONG_RUNNING)  # nobody has counted: the start is forgotten (S23)
+            tracked.fill_(state.debiasing)
     _put_options(layer, state)
 
 
