@@ -113,6 +113,11 @@ struct Step {
     Statistics statistics;
 };
 
+// A whole step forward: `moments`, where the batch normalizes, and `normalize`, with the same bits.
+void forward(const Step& step);
+// A whole step backward: `reduce`, where anything needs it, and `apply`, if dx is wanted.
+void backward(const Step& step, double* sums);
+
 // count, mean and var of x at real rows (S2, S3).
 void moments(const Step& step);
 // Scale and offset from moments or running statistics; running update (S9-S11); y (S4, S18).

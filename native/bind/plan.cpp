@@ -68,8 +68,11 @@ Kept* Plan::forward(const Forward& call) const {
     check_running(step);
     kept->renorm = options.renorm;
     nb::gil_scoped_release release;
-    if (call.batch && call.kept == nullptr) batchnorm::moments(step);
-    batchnorm::normalize(step);
+    if (call.kept == nullptr) {
+        batchnorm::forward(step);
+    } else {
+        batchnorm::normalize(step);
+    }
     return own ? own.release() : kept;
 }
 
@@ -90,8 +93,7 @@ void Plan::backward(const Inputs& in, const Gradients& out, const Kept& kept, bo
     step.options.batch = batch;
     nb::gil_scoped_release release;
     const std::unique_ptr<double[]> sums(new double[sum_count()]);
-    if (batch || step.dgamma || step.dbeta || step.dresidual) batchnorm::reduce(step, sums.get());
-    if (step.dx) batchnorm::apply(step, sums.get());
+    batchnorm::backward(step, sums.get());
 }
 
 Doubles Plan::reduce(const Inputs& in, const Gradients& out, const Kept& kept, int threads) const {

@@ -169,8 +169,7 @@ void forward(const XLA_FFI_CallFrame& frame) {
     const Buffer statistics = call.result(1), count = call.result(2);
     const Workspace workspace(step.layout);
     step.statistics = workspace.statistics();
-    if (options.batch) moments(step);
-    normalize(step);
+    batchnorm::forward(step);
     if (statistics.type == XLA_FFI_DataType_F64) {
         workspace.store(statistics.as<double>(), count.as<double>());
     } else {
@@ -195,8 +194,7 @@ void backward(const XLA_FFI_CallFrame& frame) {
     }
     const auto size = static_cast<std::size_t>(2 * step.layout.statistics());
     const std::unique_ptr<double[]> sums(new double[size]);
-    if (step.options.batch || step.dgamma || step.dbeta) reduce(step, sums.get());
-    if (step.dx) apply(step, sums.get());
+    batchnorm::backward(step, sums.get());
 }
 
 XLA_FFI_Error* handle_forward(XLA_FFI_CallFrame* frame) { return handle(frame, 9, 3, forward); }

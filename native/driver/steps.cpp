@@ -1,4 +1,8 @@
-// The four passes, one after another, each in tasks.
+// The four passes in tasks: one after another, or two of them in one visit to each channel.
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -19,6 +23,20 @@ const Instructions& instructions() { return *the_instructions.load(std::memory_o
 const Passes& passes(const Step& step) {
     return instructions().passes[static_cast<int>(step.type)];
 }
+
+// Bytes of a core's own cache.
+Index cache_bytes() {
+    static const Index bytes = [] {
+        Index found = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+        found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+        return std::max<Index>(found, Index(1) << 19);
+    }();
+    return bytes;
+}
+
+constexpr Index kShared = 8;  // a channel may be as large as some caches of a core, in a shared one
 
 using SumPass = void (*)(const Step&, const Block&, double*, double*);
 using Finish = void (*)(const Step&, Index, double, double, double, double*);
@@ -46,6 +64,21 @@ class Reduction {
             std::fill_n(sum, task.channels, 0.0);
             std::fill_n(sum + size_, task.channels, 0.0);
         });
+    }
+
+    // The same for some channels on this thread, where positions are contiguous: with the same
+    // blocks, and so with the same bits.
+    void run(SumPass pass, Index first, Index end) {
+        for (Index g = 0; g < step_.layout.groups; ++g) {
+            for (Index b = 0; b < blocks_.grid().blocks; ++b) {
+                const Share share = blocks_.share(g, b);
+                double* sum = partial_.get() + 2 * b * size_ + g * step_.layout.channels + first;
+                std::fill_n(sum, end - first, 0.0);
+                std::fill_n(sum + size_, end - first, 0.0);
+                const Block block{g, share.first, share.rows, first, end - first};
+                if (share.rows > 0) pass(step_, block, sum, sum + size_);
+            }
+        }
     }
 
     void totals(Index i, double& sum, double& other) const {
@@ -117,7 +150,123 @@ void for_each_block(const Step& step, F f) {
 
 bool is_empty(const Layout& layout) { return layout.channels == 0; }
 
+// f(i) for every statistic of the channels from first on.
+template <class F>
+void for_statistics(const Layout& layout, Index first, Index end, F f) {
+    for (Index g = 0; g < layout.groups; ++g) {
+        for (Index i = g * layout.channels + first; i < g * layout.channels + end; ++i) f(g, i);
+    }
+}
+
+// Counts and anchors, from which sums begin.
+void begin_moments(const Step& step, const SumBlocks& blocks) {
+    for (Index g = 0; g < step.layout.groups; ++g) {
+        step.statistics.count()[g] = static_cast<double>(blocks.count(g));
+        set_anchors(step, blocks, g);
+    }
+}
+
+// No type is wider than float64, so its sums are taken a second time, around their own mean.
+int rounds_of(const Step& step) { return step.type == Type::f64 ? 2 : 1; }
+
+void finish_moments(const Step& step, const Reduction& reduction, Index first, Index end) {
+    const Statistics& s = step.statistics;
+    for_statistics(step.layout, first, end, [&](Index g, Index i) {
+        double sum, square;
+        reduction.totals(i, sum, square);
+        instructions().finish_moments(s, i, s.count()[g], sum, square);
+    });
+}
+
+void finish_sums(const Step& step, const Reduction& reduction, double* sums, Index first,
+                 Index end) {
+    for_statistics(step.layout, first, end, [&](Index, Index i) {
+        reduction.totals(i, sums[i], sums[step.statistics.size + i]);
+    });
+    instructions().finish_gradients(step, sums, first, end);
+}
+
+void count_batch(const Step& step, bool updated) {
+    if (updated && step.running.batches != nullptr) ++*step.running.batches;
+}
+
+// Channels that one task visits once, so that its second pass finds them in a cache; 0 where
+// passes one after another are better. Bits do not depend on it. `arrays`: of x's size, that both
+// passes touch.
+Index visit_width(const Step& step, Index arrays) {
+    const Layout& layout = step.layout;
+    if (by_rows(step)) return 0;
+    const Index bytes = arrays * layout.outer * layout.inner * kBytes[static_cast<int>(step.type)];
+    if (bytes == 0 || bytes > kShared * cache_bytes()) return 0;
+    const Index elements = layout.outer * layout.channels * layout.inner;
+    const Index threads = threads_for(step, elements).count;
+    const Index even = threads == 1 ? 1 : 4 * threads;  // visits, so that threads share them evenly
+    const Index fitting = std::clamp<Index>(cache_bytes() / bytes, 1, kMaxChannels);
+    const Index width = std::clamp<Index>(layout.channels / even, 1, fitting);
+    return divide_up(layout.channels, width) >= even ? width : 0;
+}
+
+// f(first, end) for channels that are visited once, in parallel.
+template <class F>
+void for_each_visit(const Step& step, Index width, F f) {
+    const Layout& layout = step.layout;
+    const Index elements = layout.outer * layout.channels * layout.inner;
+    run_tasks(divide_up(layout.channels, width), threads_for(step, elements),
+              [&](Index i) { f(i * width, std::min(layout.channels, (i + 1) * width)); });
+}
+
+// f(block) for all positions of some channels.
+template <class F>
+void for_each_group(const Step& step, Index first, Index end, F f) {
+    for (Index g = 0; g < step.layout.groups; ++g) f(Block{g, 0, units(step), first, end - first});
+}
+
 }  // namespace
+
+void forward(const Step& step) {
+    const Index width = step.options.batch ? visit_width(step, step.residual ? 3 : 2) : 0;
+    if (width == 0) {
+        if (step.options.batch) moments(step);
+        return normalize(step);
+    }
+    const KeepSubnormals mode;
+    Reduction reduction(step);
+    begin_moments(step, reduction.blocks());
+    advise_huge_pages(step.y, step);
+    std::atomic<bool> updated{false};
+    for_each_visit(step, width, [&](Index first, Index end) {
+        for (int round = 0; round < rounds_of(step); ++round) {
+            reduction.run(passes(step).moments, first, end);
+            finish_moments(step, reduction, first, end);
+        }
+        if (instructions().finish_channels(step, first, end))
+            updated.store(true, std::memory_order_relaxed);
+        for_each_group(step, first, end,
+                       [&](const Block& block) { passes(step).normalize(step, block); });
+    });
+    count_batch(step, updated.load(std::memory_order_relaxed));
+}
+
+void backward(const Step& step, double* sums) {
+    const bool summed = step.options.batch || step.dgamma || step.dbeta || step.dresidual;
+    const Index arrays = 3 + (step.y ? 1 : 0) + (step.dresidual ? 1 : 0);
+    const Index width = summed && step.dx ? visit_width(step, arrays) : 0;
+    if (width == 0) {
+        if (summed) reduce(step, sums);
+        if (step.dx) apply(step, sums);
+        return;
+    }
+    const KeepSubnormals mode;
+    Reduction reduction(step);
+    advise_huge_pages(step.dresidual, step);
+    advise_huge_pages(step.dx, step);
+    for_each_visit(step, width, [&](Index first, Index end) {
+        reduction.run(passes(step).reduce, first, end);
+        finish_sums(step, reduction, sums, first, end);
+        for_each_group(step, first, end,
+                       [&](const Block& block) { passes(step).apply(step, block, sums); });
+    });
+}
 
 void moments(const Step& step) {
     const KeepSubnormals mode;
@@ -126,25 +275,11 @@ void moments(const Step& step) {
         return;
     }
     Reduction reduction(step);
-    const Statistics& s = step.statistics;
-    for (Index g = 0; g < step.layout.groups; ++g) {
-        s.count()[g] = static_cast<double>(reduction.blocks().count(g));
-        set_anchors(step, reduction.blocks(), g);
-    }
-    // No type is wider than float64, so its sums are taken a second time, around their own mean.
-    const int rounds = step.type == Type::f64 ? 2 : 1;
-    for (int round = 0; round < rounds; ++round) {
+    begin_moments(step, reduction.blocks());
+    for (int round = 0; round < rounds_of(step); ++round) {
         reduction.run(passes(step).moments);
-        for_channels(step, [&](Index first, Index end) {
-            for (Index g = 0; g < step.layout.groups; ++g) {
-                for (Index i = g * step.layout.channels + first; i < g * step.layout.channels + end;
-                     ++i) {
-                    double sum, square;
-                    reduction.totals(i, sum, square);
-                    instructions().finish_moments(s, i, s.count()[g], sum, square);
-                }
-            }
-        });
+        for_channels(step,
+                     [&](Index first, Index end) { finish_moments(step, reduction, first, end); });
     }
 }
 
@@ -156,9 +291,7 @@ void normalize(const Step& step) {
         if (instructions().finish_channels(step, first, end))
             updated.store(true, std::memory_order_relaxed);
     });
-    if (updated.load(std::memory_order_relaxed) && step.running.batches != nullptr) {
-        ++*step.running.batches;
-    }
+    count_batch(step, updated.load(std::memory_order_relaxed));
     advise_huge_pages(step.y, step);
     for_each_block(step, [&](const Block& block) { passes(step).normalize(step, block); });
 }
@@ -169,16 +302,8 @@ void reduce(const Step& step, double* sums) {
     Reduction reduction(step);
     advise_huge_pages(step.dresidual, step);
     reduction.run(passes(step).reduce);
-    for_channels(step, [&](Index first, Index end) {
-        const Index size = step.statistics.size;
-        for (Index g = 0; g < step.layout.groups; ++g) {
-            for (Index i = g * step.layout.channels + first; i < g * step.layout.channels + end;
-                 ++i) {
-                reduction.totals(i, sums[i], sums[size + i]);
-            }
-        }
-        instructions().finish_gradients(step, sums, first, end);
-    });
+    for_channels(step,
+                 [&](Index first, Index end) { finish_sums(step, reduction, sums, first, end); });
 }
 
 void apply(const Step& step, const double* sums) {

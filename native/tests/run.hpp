@@ -187,8 +187,11 @@ class Run {
             in_mode([&] { moments(step); });
             keep_moments(step.statistics);
         }
-        in_mode([&] { normalize(step); });
+        in_mode([&] { apart() ? normalize(step) : batchnorm::forward(step); });
     }
+
+    // True if passes run one after another, with two threads; else a step is one call.
+    bool apart() const { return threads_.count == 2; }
 
     void keep_moments(const Statistics& s) {
         if (p.layout.channels == 0) return;
@@ -205,6 +208,8 @@ class Run {
         if (p.reads_y) step.y = y.array;
         step.dgamma = {dgamma.data(), p.gamma_type}, step.dbeta = {dbeta.data(), p.beta_type};
         double* found = reinterpret_cast<double*>(sums.data());
+        step.options.batch = p.options.batch;
+        if (!apart()) return in_mode([&] { batchnorm::backward(step, found); });
         if (p.options.batch || dgamma || dbeta || dresidual.buffer)
             in_mode([&] { reduce(step, found); });
         if (dx.buffer) in_mode([&] { apply(step, found); });

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchnorm.core.moments import Moments
     from batchnorm.environment import __version__, show_config
+    from batchnorm.memory import limit_memory, release_memory
     from batchnorm.reference import batch_norm, batch_norm_gradient
     from batchnorm.ways import explain
 
@@ -23,6 +24,8 @@ _HOME = {
     "batch_norm": "batchnorm.reference",
     "batch_norm_gradient": "batchnorm.reference",
     "explain": "batchnorm.ways",
+    "limit_memory": "batchnorm.memory",
+    "release_memory": "batchnorm.memory",
     "show_config": "batchnorm.environment",
 }
 
@@ -32,6 +35,8 @@ __all__ = [
     "batch_norm",
     "batch_norm_gradient",
     "explain",
+    "limit_memory",
+    "release_memory",
     "show_config",
 ]
 

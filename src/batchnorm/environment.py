@@ -18,6 +18,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 def show_config() -> None:
     """Print versions and the kernels in use; imports no framework."""
     from batchnorm.kernels.select import extension_status, triton_status
+    from batchnorm.memory import describe_memory
 
     print(f"python      {platform.python_version()} ({platform.machine()}, {platform.system()})")
     for name in _PACKAGES:
@@ -29,5 +30,6 @@ def show_config() -> None:
     status = extension_status()
     kernels = status.reason if status.kernel else f"plain array code: {status.reason}"
     print(f"kernels     {kernels}")
+    print(f"outputs     {describe_memory()}")
     gpu = triton_status()
     print(f"on GPUs     {gpu.reason if gpu.kernel else f'plain array code: {gpu.reason}'}")

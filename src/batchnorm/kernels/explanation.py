@@ -36,7 +36,7 @@ class Explanation(NamedTuple):
         way: "last call" (the kernels as in the call before, without its checks), "kernels",
             "kernels in a compiled graph", "array code", or "one operation of TensorFlow".
         refused: faster ways that do not serve the call, the fastest first.
-        note: a reason why the way may change later, or "".
+        note: a reason why the way may change later, or the memory of outputs, or "".
     """
 
     layer: str
@@ -111,8 +111,8 @@ def report(layer: str, way: str, refused: tuple[tuple[str, str], ...] = (), note
     found = Explanation(layer, way, tuple(Refusal(*pair) for pair in refused), note)
     if _question.get() is not None:
         raise _Answer(found)
-    if LISTENING.logs and found not in _logged:
-        _logged.add(found)
+    if LISTENING.logs and (known := found._replace(note="")) not in _logged:
+        _logged.add(known)
         if not _logger.handlers and not logging.root.handlers:
             _logger.addHandler(logging.StreamHandler())
         _logger.setLevel(min(_logger.level or logging.INFO, logging.INFO))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from batchnorm.core.layout import Layout, make_layout
 from batchnorm.kernels import extension
 from batchnorm.kernels import geometry as memory
 from batchnorm.kernels.select import Choice, select_kernel, triton_status
+from batchnorm.torch.kernels.recycling import LEAST
 from batchnorm.torch.kernels.tensors import NAMES
 
 extension.warn_if_missing()
@@ -32,6 +34,7 @@ class Decision(NamedTuple):
         gapped: there are gaps between the rows of x, which outputs do not have.
         kernel: which kernels, "cpu" or "triton".
         view: of the mask as the kernels read it, or None.
+        large: outputs of the CPU's kernels are worth recycled memory.
     """
 
     layout: Layout
@@ -42,6 +45,7 @@ class Decision(NamedTuple):
     gapped: bool = False
     kernel: str = "cpu"
     view: memory.MaskView | None = None
+    large: bool = False
 
 
 # The kind of x: shape, strides, type and kind of device. The kind of a mask: shape, strides and
@@ -80,7 +84,8 @@ def decide(
     if choice.kernel is None:
         return Decision(layout, choice.reason)
     geometry = memory.find_geometry(layout, strides)
-    unsuited = Decision(layout, None, mask_shape=mask_shape, kernel=choice.kernel)
+    large = device == "cpu" and math.prod(shape) * dtype.itemsize >= LEAST
+    unsuited = Decision(layout, None, mask_shape=mask_shape, kernel=choice.kernel, large=large)
     if geometry is None:
         if _order_to_copy(layout, strides) is None:
             return Decision(layout, f"channel axes {layout.channel_axes} are apart in memory")

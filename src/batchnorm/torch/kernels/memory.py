@@ -7,14 +7,19 @@ from torch import Tensor
 
 from batchnorm.kernels import geometry
 from batchnorm.torch.kernels.decision import Decision
+from batchnorm.torch.kernels.recycling import RECYCLER
 
 
 def empty_output(x: Tensor, decision: Decision) -> Tensor:
     """Memory for an output of x's shape and type, its axes in x's order."""
     if not decision.gapped:
+        if decision.large and RECYCLER.on:
+            return RECYCLER.empty(x.shape, x.stride(), x.dtype)
         return torch.empty_like(x)
     assert decision.geometry is not None
     strides = geometry.dense_strides(decision.geometry, decision.layout.shape)
+    if decision.large and RECYCLER.on:
+        return RECYCLER.empty(x.shape, strides, x.dtype)
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 

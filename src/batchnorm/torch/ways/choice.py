@@ -11,6 +11,7 @@ from batchnorm.kernels import explanation
 from batchnorm.kernels.explanation import LISTENING
 from batchnorm.kernels.select import find_way, refuse_fused
 from batchnorm.torch.call import Call
+from batchnorm.torch.kernels.recycling import RECYCLER
 from batchnorm.torch.ways import array_code, eager_kernels, graph_operators
 
 
@@ -65,12 +66,13 @@ def _explain(call: Call) -> tuple[Way, Way]:
     """The ways of a call, after a report of the one that serves it."""
     ways = find_ways(call.traced or explanation.asks_for_graph())
     way, refused = find_way(ways, lambda way: refuse(way, call))
-    _report(call.owner, way.name, refused)
+    large = way is EAGER_KERNELS and call.decision is not None and call.decision.large
+    _report(call.owner, way.name, refused, large)
     return ways
 
 
-def _report(owner: str, way: str, refused: tuple[tuple[str, str], ...]) -> None:
-    explanation.report(owner, way, refused)
+def _report(owner: str, way: str, refused: tuple[tuple[str, str], ...], large: bool) -> None:
+    explanation.report(owner, way, refused, f"outputs {RECYCLER}" if large else "")
 
 
 # As in graph_operators: run once, while a graph is traced.
