@@ -50,6 +50,11 @@ PerChannel per_channel(const Buffer& buffer) {
     return {buffer.data, type_of(buffer.type)};
 }
 
+double number_at(const Buffer& buffer, Index i) {
+    if (buffer.type == XLA_FFI_DataType_F64) return buffer.as<const double>()[i];
+    return double(buffer.as<const float>()[i]);
+}
+
 // The statistics of a step: doubles in this library, x's working type in XLA's arrays.
 class Workspace {
   public:
@@ -140,8 +145,8 @@ class Call {
     XlaPool pool_;
 };
 
-// Operands: x, mask, gamma, beta, running mean and variance, renormalization's mean and stddev.
-// Results: y, statistics, count.
+// Operands: x, mask, gamma, beta, running mean and variance, renormalization's mean, stddev and
+// limits: rmin, rmax, dmax, so that a program takes any. Results: y, statistics, count.
 void forward(const XLA_FFI_CallFrame& frame) {
     const KeepSubnormals mode;  // the statistics are stored here
     Call call(frame, 0, 1);
@@ -154,9 +159,12 @@ void forward(const XLA_FFI_CallFrame& frame) {
     step.y = call.rows(call.result(0));
     Options& options = step.options;
     options.eps = call.attributes.number("eps");
-    options.rmin = call.attributes.number("rmin");
-    options.rmax = call.attributes.number("rmax");
-    options.dmax = call.attributes.number("dmax");
+    if (options.renorm) {
+        const Buffer limits = call.operand(8);
+        if (limits.elements != 3) throw Refusal("batchnorm: limits must have 3 elements");
+        options.rmin = number_at(limits, 0), options.rmax = number_at(limits, 1);
+        options.dmax = number_at(limits, 2);
+    }
     options.zero_padding = call.attributes.flag("zero_padding");
     const Buffer statistics = call.result(1), count = call.result(2);
     const Workspace workspace(step.layout);
@@ -189,7 +197,7 @@ void backward(const XLA_FFI_CallFrame& frame) {
     batchnorm::backward(step, sums.get());
 }
 
-XLA_FFI_Error* handle_forward(XLA_FFI_CallFrame* frame) { return handle(frame, 8, 3, forward); }
+XLA_FFI_Error* handle_forward(XLA_FFI_CallFrame* frame) { return handle(frame, 9, 3, forward); }
 XLA_FFI_Error* handle_backward(XLA_FFI_CallFrame* frame) { return handle(frame, 5, 3, backward); }
 
 }  // namespace

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ import tolerances
 from batchnorm.core.config import Options, Renorm
 from batchnorm.core.running import Running
 from batchnorm.jax.call import Arrays, Settings
+from batchnorm.jax.moments import merge_moments
+from batchnorm.jax.running import move_statistics
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from cases import Case, Data, Result, State
 from comparison import Path
@@ -24,6 +28,8 @@ def refuse(case: Case) -> str | None:
     """The reason why the front end does not have the case, or None."""
     if case.activation is not None or case.residual:
         return "activation and residual are torch's: XLA fuses what follows a layer"
+    if case.single_value != "raise":
+        return "single_value is torch's; JAX always gives beta"
     return None
 
 
@@ -63,19 +69,17 @@ def _run(case: Case, data: Data, fused: bool | None, axis_name: str | None, call
     dtype = jnp.dtype(case.dtype)
     wide = jnp.float64 if case.dtype == "float64" else jnp.float32
     training = case.mode == "train"
-    renorm = None if case.renorm is None else Renorm(0.99, **case.renorm)
     options = Options(
         eps=case.eps,
         decay=case.decay,
         virtual_batch_size=case.ghost if training else None,
-        renorm=renorm if training else None,
         padded_output=case.padded_output,
+        debias=case.debias,
     )
     kept = {f: a for f, a in zip(State._fields, data.state, strict=True) if a is not None}
     running = Running(
         **{f: _array(a, jnp.int32 if f == "batches" else wide) for f, a in kept.items()}
     )
-    settings = Settings("case", case.axis, options, fused, axis_name)
     rows = {
         "x": _array(data.x, dtype),
         "dy": _array(data.dy, dtype),
@@ -83,23 +87,36 @@ def _run(case: Case, data: Data, fused: bool | None, axis_name: str | None, call
         "s": _array(data.s, wide) if case.adjusted else None,
         "t": _array(data.t, wide) if case.adjusted else None,
     }
+    limits = case.renorm
+    if case.late_limits:  # data of the compiled step
+        limits = {name: _array(limit, wide) for name, limit in (case.renorm or {}).items()}
 
     def step(rows: dict[str, Any], others: Any) -> Any:
-        mask, s, t = rows["mask"], rows["s"], rows["t"]
-        *parameters, running = others
+        *parameters, running, late = others
+        renorm = None
+        if limits is not None and training:
+            renorm = Renorm(0.99, **(late if case.late_limits else limits))
+        settings = Settings("case", case.axis, replace(options, renorm=renorm), fused, axis_name)
 
         def forward(x: Any, gamma: Any, beta: Any) -> Any:
-            arrays = Arrays(x, mask, gamma, beta, running, s, t)
-            if not training:
-                return normalize_running(arrays, settings), running
-            step = normalize_batch(arrays, settings)
-            return step.y, step.running
+            found = []
+            for part in _passes(case, {**rows, "x": x}):
+                arrays = Arrays(part["x"], part["mask"], gamma, beta, running, part["s"], part["t"])
+                if not training:
+                    return normalize_running(arrays, settings), running
+                found.append(normalize_batch(arrays, settings, update=_moves_at_once(case)))
+            after = found[0].running
+            if case.passes > 1 and case.update:
+                moments = merge_moments([step.moments for step in found])
+                after = move_statistics(running, moments, settings.options)
+            return jnp.concatenate([step.y for step in found]), after
 
         y, transpose, state = jax.vjp(forward, rows["x"], *parameters, has_aux=True)
         dx, *gradients = transpose(rows["dy"])
         return y, dx, (gradients, state)
 
-    others = (_array(data.gamma, wide), _array(data.beta, wide), running)
+    late = limits if case.late_limits else None
+    others = (_array(data.gamma, wide), _array(data.beta, wide), running, late)
     y, dx, ((dgamma, dbeta), state) = call(step, rows, others)
     assert y.dtype == dx.dtype == dtype
     assert all(
@@ -107,6 +124,22 @@ def _run(case: Case, data: Data, fused: bool | None, axis_name: str | None, call
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(running), strict=True)
     )
     return Result(*map(_numpy, (y, dx, dgamma, dbeta)), State(*map(_numpy, state)))
+
+
+def _moves_at_once(case: Case) -> bool:
+    return case.update and case.passes == 1
+
+
+def _passes(case: Case, rows: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arrays of each forward pass of the step."""
+    if case.passes == 1 or case.mode != "train":
+        return [rows]
+    bounds = np.linspace(0, case.shape[0], case.passes + 1).astype(int)
+
+    def part(a: Any, begin: int, end: int) -> Any:
+        return a if a is None or a.shape[0] != case.shape[0] else a[begin:end]
+
+    return [{f: part(a, *ends) for f, a in rows.items()} for ends in pairwise(bounds.tolist())]
 
 
 def _array(a: Any, dtype: Any) -> Any:

@@ -66,7 +66,7 @@ def test_an_optimizer_made_before_goes_on() -> None:
     assert not bool(jnp.all(model.norm.scale[...] == before))
 
 
-@pytest.mark.parametrize("options", [{}, {"renorm": True}])
+@pytest.mark.parametrize("options", [{}, {"renorm": True, "debias": True}])
 def test_stacked_layers_are_converted_and_scanned(options: dict[str, Any]) -> None:
     @nnx.vmap(in_axes=0, out_axes=0)
     def make(key: Any) -> Any:
@@ -82,6 +82,8 @@ def test_stacked_layers_are_converted_and_scanned(options: dict[str, Any]) -> No
     if not options:
         np.testing.assert_allclose(y, run(theirs, rows()), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(ours.mean[...], theirs.mean[...], rtol=1e-4, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(ours.steps[...], [1, 1, 1])
     assert ours.momentum[...].shape == (3,)
     assert bool(jnp.isfinite(y).all())
 

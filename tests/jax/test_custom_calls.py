@@ -116,7 +116,7 @@ def test_wide_integers_count_as_real_whichever_bits_are_set() -> None:
 
 LAYOUT = {"outer": 8, "channels": 3, "inner": 1, "groups": 1, "run": 1}
 VIEW = {"repeat": 1, "outer": 0, "inner": 0}
-NUMBERS = {"eps": 1e-5, "rmin": 0.0, "rmax": 0.0, "dmax": 0.0}
+NUMBERS = {"eps": 1e-5}
 
 
 def attributes(**changes: Any) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def attributes(**changes: Any) -> dict[str, Any]:
     return {"layout": named(LAYOUT), "view": named(VIEW), **numbers, **flags, **changes}
 
 
-def call_forward(x: jax.Array, absent: int = 7, **given: Any) -> Any:
+def call_forward(x: jax.Array, absent: int = 8, **given: Any) -> Any:
     none = jnp.zeros((0,), jnp.float32)
     outputs = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -159,6 +159,7 @@ REFUSED = {
     ),
     "no dictionary": ({"layout": np.int64(8)}, "attribute layout must be a dictionary"),
     "half a number": ({"eps": np.float32(1e-5)}, "attribute eps must be a float64"),
+    "renormalization without limits": ({"renorm": np.bool_(True)}, "limits must have 3 elements"),
     "a flag as a number": ({"batch": np.int64(1)}, "attribute batch must be a bool"),
 }
 
@@ -187,7 +188,7 @@ def test_a_call_is_refused_without(name: str) -> None:
 
 @pytest.mark.usefixtures("registered")
 def test_a_call_is_refused_with_other_operands() -> None:
-    with pytest.raises(Exception, match="must have 8 operands and 3 results"):
+    with pytest.raises(Exception, match="must have 9 operands and 3 results"):
         jax.block_until_ready(call_forward(jnp.zeros((8, 3)), absent=5, **attributes()))
 
 
@@ -201,7 +202,7 @@ def test_a_mask_of_floats_is_refused() -> None:
     )
     call = jax.ffi.ffi_call("batchnorm_forward", outputs)
     with pytest.raises(Exception, match="a mask must be of booleans or integers"):
-        jax.block_until_ready(call(jnp.zeros((8, 3)), jnp.ones(8), *[none] * 6, **attributes()))
+        jax.block_until_ready(call(jnp.zeros((8, 3)), jnp.ones(8), *[none] * 7, **attributes()))
 
 
 @pytest.mark.usefixtures("registered")

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from batchnorm.jax import BatchNorm, Momentum
+from batchnorm.jax import BatchNorm, Momentum, RenormLimit
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, sums of a few dozen terms
 
@@ -91,17 +91,21 @@ def test_an_uninitialized_layer_refuses_evaluation_and_traces() -> None:
         ({"use_bias": False}, 4),
         ({"use_scale": False}, 4),
         ({"use_bias": False, "use_scale": False}, 3),
-        ({"renorm": True}, 8),
+        ({"renorm": True}, 11),
+        ({"debias": True}, 6),
     ],
 )
 def test_number_of_leaves(options: Any, leaves: int) -> None:
     layer = make(**options)
     assert len(jax.tree.leaves(layer)) == leaves
+    limits = len(jax.tree.leaves(nnx.state(layer, RenormLimit)))
+    assert limits == (3 if "renorm" in options else 0)
     parameters = 2 - sum(v is False for v in options.values())
     assert len(jax.tree.leaves(nnx.state(layer, nnx.Param))) == parameters
-    assert len(jax.tree.leaves(nnx.state(layer, nnx.BatchStat))) == leaves - parameters - 1
+    statistics = leaves - parameters - limits - 1
+    assert len(jax.tree.leaves(nnx.state(layer, nnx.BatchStat))) == statistics
     assert len(jax.tree.leaves(nnx.state(layer, Momentum))) == 1
-    assert len(jax.tree.leaves(BatchNorm(3, **options))) == 1  # the momentum
+    assert len(jax.tree.leaves(BatchNorm(3, **options))) == 1 + limits  # the momentum, and these
 
 
 @pytest.mark.parametrize("options", [{}, {"renorm": True}, {"use_bias": False}], ids=str)

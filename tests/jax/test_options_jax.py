@@ -172,6 +172,7 @@ LACKING: dict[Any, dict[str, str]] = {
     batch_norm: {
         "momentum": "update_running moves statistics",
         "renorm_momentum": "update_running moves statistics",
+        "debias": "update_running moves statistics, and debiases where they have steps",
     },
     batch_norm_inference: {"fused": "array code always"},
 }

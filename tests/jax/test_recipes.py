@@ -8,11 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from pages import PAGES, python_blocks, run
 
-from batchnorm.jax import BatchNorm, sequence_mask
+from batchnorm.jax import (
+    BatchNorm,
+    RunningStatistics,
+    batch_norm,
+    init_running,
+    sequence_mask,
+    update_running,
+)
 
 RECIPES = {b.heading: b for b in python_blocks(PAGES["docs/recipes-jax.md"], keras=False)}
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32, sums of a few dozen terms
@@ -53,7 +61,7 @@ def check_alone(y: Any, mask: Any, alone: Any) -> None:
 
 
 def test_recipes_are_short() -> None:
-    assert len(RECIPES) == 6
+    assert len(RECIPES) == 12
     for title, block in RECIPES.items():
         assert len([line for line in block.code.splitlines() if line.strip()]) <= 20, title
 
@@ -128,3 +136,79 @@ def test_optax() -> None:
     assert losses[-1] < losses[0]
     assert np.isfinite(model.mean[...]).all()
     assert float(model.momentum[...]) == pytest.approx(0.99)
+
+
+BATCHES = normal(4, 8, 3, seed=3) + 1
+ACCUMULATING = "Accumulating gradients"
+
+
+def check_one_step(running: RunningStatistics, gradient: Any) -> None:
+    """The statistics are those of one batch, and the gradient that of the passes."""
+    whole = update_running(init_running(3), batch_norm(BATCHES.reshape(-1, 3))[1])
+    np.testing.assert_allclose(running.mean, whole.mean, **CLOSE)
+    np.testing.assert_allclose(running.var, whole.var, **CLOSE)
+    # Of mean((scale·x̂ + bias)³) over a pass, 3 channels: mean(x̂³) and mean(x̂²) over its rows.
+    xhat = jnp.stack([batch_norm(x)[0] for x in BATCHES])
+    np.testing.assert_allclose(gradient[0], (xhat**3).mean(1).sum(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradient[1], (xhat**2).mean(1).sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_accumulating_with_linen() -> None:
+    names = run([RECIPES[ACCUMULATING], RECIPES[f"{ACCUMULATING} with flax linen"]])
+    model = names["BatchNormOfPasses"]()
+    variables = model.init(jax.random.key(0), BATCHES[0])
+    variables = {name: variables[name] for name in ("params", "batch_stats")}
+    step = jax.jit(names["train_step"], static_argnums=0)
+    gradient, statistics = step(model, variables, BATCHES)
+    check_one_step(statistics["running"], [gradient["scale"], gradient["bias"]])
+
+
+def test_accumulating_with_equinox() -> None:
+    pytest.importorskip("equinox")
+    names = run([RECIPES[ACCUMULATING], RECIPES[f"{ACCUMULATING} with Equinox"]])
+    model = names["BatchNormOfPasses"](jnp.ones(3), jnp.zeros(3))
+    gradient, running = names["train_step"](model, init_running(3), BATCHES)
+    check_one_step(running, [gradient.scale, gradient.bias])
+
+
+def test_accumulating_with_nnx() -> None:
+    step = run([RECIPES[f"{ACCUMULATING} with flax nnx"]])["train_step"]
+    model = BatchNorm(3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.sgd(1.0), wrt=nnx.Param)
+    step(model, optimizer, BATCHES, jnp.zeros_like(BATCHES))
+    # Of mean(y²) over all of y: 2·mean(x̂²) / 3 by scale, where x̂ is of each pass.
+    xhat = jnp.stack([batch_norm(x)[0] for x in BATCHES])
+    expected = 1 - 2 * (xhat**2).mean((0, 1)) / 3
+    np.testing.assert_allclose(model.scale[...], expected, **CLOSE)
+    whole = BatchNorm(3, rngs=nnx.Rngs(0))
+    whole(BATCHES.reshape(-1, 3))
+    np.testing.assert_allclose(model.var[...], whole.var[...], **CLOSE)
+
+
+def test_schedule_of_renormalization() -> None:
+    names = run([RECIPES["A schedule for renormalization"]])
+    model, limits = names["model"], {}
+    for step in (0.0, 5e3, 25e3, 40e3, 1e6):
+        names["train_step"](model, step, normal(8, 3))
+        limits[step] = [float(getattr(model.renorm, n)[...]) for n in ("rmax", "rmin", "dmax")]
+    assert limits[0.0] == limits[5e3] == [1, 1, 0]
+    np.testing.assert_allclose(limits[25e3], [1 + 40 / 35, 35 / 75, 5], rtol=1e-6)
+    np.testing.assert_allclose([limits[40e3], limits[1e6]], [[3, 1 / 3, 5]] * 2, rtol=1e-6)
+
+
+def test_crossq() -> None:
+    names = run([RECIPES["CrossQ's critic"]])
+    rngs = nnx.Rngs(0)
+    norm = names["make_norm"](5, rngs)
+    critic = nnx.Sequential(norm, nnx.Linear(5, 1, rngs=rngs))
+    now, following, reward = normal(8, 5), normal(8, 5, seed=1) + 1, normal(8, 1, seed=2)
+    step = nnx.jit(nnx.value_and_grad(names["critic_loss"]))
+    value, gradient = step(critic, 0, now, following, reward, 0.9)
+    kernel, bias = critic.layers[1].kernel[...], critic.layers[1].bias[...]
+    joint = batch_norm(jnp.concatenate([now, following]), epsilon=1e-3)[0] @ kernel + bias
+    expected = jnp.mean((joint[:8] - reward - 0.9 * joint[8:]) ** 2)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)  # ordinary batch norm until it is warm
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(gradient))
+    step(critic, 100_000, now, following, reward, 0.9)
+    found = [float(getattr(norm.renorm, n)[...]) for n in ("rmax", "rmin", "dmax")]
+    np.testing.assert_allclose(found, [3, 1 / 3, 5], rtol=1e-6)

@@ -185,15 +185,6 @@ def test_limits_that_are_set_late_reach_compiled_steps() -> None:
     assert (abs(found[0] - found[2]) > 1e-3).all()
 
 
-@pytest.mark.skipif(not JAX, reason="kernels of others read them")
-def test_limits_of_a_demanded_kernel_are_refused() -> None:
-    layer = layer_of(fused=True)
-    layer(X, training=True)
-    layer.set_renorm_clipping(**NONE)
-    with pytest.raises(ValueError, match="none takes limits of renormalization that change"):
-        layer(X, training=True)
-
-
 def test_files_hold_them_if_asked(tmp_path: Path) -> None:
     model = keras.Sequential([keras.Input((3,)), BatchNormalization(renorm=True)])
     plain = len(model.layers[0].get_weights())

@@ -46,6 +46,11 @@ class Centred(NamedTuple):
         return self.anchor + self.shift
 
     @property
+    def low(self) -> Array:
+        """The part of the mean that rounding took from `mean`."""
+        return (self.anchor - self.mean) + self.shift
+
+    @property
     def var(self) -> Array:
         """The biased variance."""
         return (self.power * self.scale) * self.scale

@@ -1,7 +1,7 @@
 """Batch normalization for JAX: pure functions for any library, and a flax nnx layer.
 
-Importing this module imports jax; `BatchNorm`, `Momentum`, `convert_batchnorm` and `load_state`
-import flax when they are first used.
+Importing this module imports jax; `BatchNorm`, `Momentum`, `RenormLimit`, `accumulate_statistics`,
+`convert_batchnorm` and `load_state` import flax when they are first used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib
 from typing import Any
 
 from batchnorm.core.conversion import Conversion
-from batchnorm.core.moments import Moments
 
 try:
     import jax  # noqa: F401
@@ -28,27 +27,33 @@ from batchnorm.jax.functional import (
     update_running,
 )
 from batchnorm.jax.masks import downsample_mask, sequence_mask
+from batchnorm.jax.moments import Moments, merge_moments
 
 __all__ = [
     "BatchNorm",
     "Conversion",
     "Moments",
     "Momentum",
+    "RenormLimit",
     "RenormStatistics",
     "RunningStatistics",
+    "accumulate_statistics",
     "batch_norm",
     "batch_norm_inference",
     "convert_batchnorm",
     "downsample_mask",
     "init_running",
     "load_state",
+    "merge_moments",
     "sequence_mask",
     "update_running",
 ]
 
 _MODULES = {
     "BatchNorm": "layers",
-    "Momentum": "layers",
+    "Momentum": "variables",
+    "RenormLimit": "variables",
+    "accumulate_statistics": "passes",
     "convert_batchnorm": "convert",
     "load_state": "loading",
 }

@@ -126,14 +126,14 @@ def moment_gradient(operands: Operands, static: Static, dmean: Array, dvar: Arra
 
 def _forward(operands: Operands, static: Static) -> Outcome:
     running = _running(operands, static)
-    return forward_batch(
-        operands.inputs(), running, static.layout, static.options, update=False, xp=XP
-    )
+    options = static.options(operands.limits)
+    return forward_batch(operands.inputs(), running, static.layout, options, update=False, xp=XP)
 
 
 def _forward_running(operands: Operands, static: Static) -> Array:
     running = _running(operands, static)
-    return forward_running(operands.inputs(), running, static.layout, static.options, xp=XP)
+    options = static.options(operands.limits)
+    return forward_running(operands.inputs(), running, static.layout, options, xp=XP)
 
 
 def _running(operands: Operands, static: Static) -> Running:

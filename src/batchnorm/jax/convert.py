@@ -9,15 +9,18 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from jax import Array
 
 from batchnorm.core.conversion import Conversion, check_choice, check_report, describe_left
 from batchnorm.core.declaration import check_arguments, check_known, list_arguments
 from batchnorm.core.errors import ArgumentTypeError, names_errors
-from batchnorm.core.running import derive_renorm
-from batchnorm.jax.layers import BatchNorm, Momentum
+from batchnorm.core.running import LONG_RUNNING, derive_renorm
+from batchnorm.jax.checks import wide_type
+from batchnorm.jax.layers import BatchNorm
 from batchnorm.jax.namespace import XP
 from batchnorm.jax.options import OPTIONS
 from batchnorm.jax.state import RENORM
+from batchnorm.jax.variables import Momentum, hold_renorm
 
 __all__ = ["convert_batchnorm"]
 
@@ -42,15 +45,17 @@ def convert_batchnorm(
             library's.
         **options: options of `BatchNorm` for all of them: momentum, epsilon, dtype, axis_name,
             axis_index_groups, virtual_batch_size, renorm, renorm_clipping, renorm_momentum,
-            padded_output, fused, promote_dtype.
+            debias, padded_output, fused, promote_dtype.
 
     Layers stay the very same objects, wherever they are held: in lists, dicts, `nnx.Sequential`,
     several places. So do their variables, so that optimizers go on working; statistics of half
     precision become float32 (S16). Modules whose arrays `nnx.vmap` or `nnx.scan` has stacked along
-    leading axes get a momentum with the same axes, and renormalization's statistics too.
-    The evaluation flag is kept. flax's own `promote_dtype` gives way to S16: y has the input's
-    type, or `dtype`. What else is made from the module's structure, such as a graph definition
-    or a compiled step with `nnx.split` states, must be made anew: `momentum` is a variable.
+    leading axes get a momentum with the same axes, and what options add too. With debias,
+    statistics of 0 and 1 in every channel have seen no step, others countless ones: flax has no
+    counter (S23). The evaluation flag is kept. flax's own `promote_dtype` gives way to S16: y has
+    the input's type, or `dtype`. What else is made from the module's structure, such as a graph
+    definition or a compiled step with `nnx.split` states, must be made anew: `momentum` is a
+    variable.
 
     Returns:
         `module`.
@@ -126,6 +131,7 @@ def _become_ours(layer: Any, attributes: dict[str, Any]) -> None:
     object.__setattr__(layer, "__class__", BatchNorm)
     momentum = attributes.pop("momentum")
     layer.momentum = Momentum(jnp.full(stack, momentum, jnp.float32))
+    attributes["renorm"] = hold_renorm(attributes["renorm"], stack, wide_type(layer.param_dtype))
     for name, value in attributes.items():
         setattr(layer, name, value)
     layer.training, layer.frozen, layer.initialized = not evaluating, False, True
@@ -137,6 +143,14 @@ def _become_ours(layer: Any, attributes: dict[str, Any]) -> None:
         for name, value in zip(RENORM, (stddev, mean, stddev), strict=True):
             # A copy: a donated buffer must belong to one variable only.
             setattr(layer, name, nnx.BatchStat(jnp.array(value, copy=True)))
+    if layer.debias:
+        layer.steps = nnx.BatchStat(_count_steps(layer.mean[...], layer.var[...]))
+
+
+def _count_steps(mean: Array, var: Array) -> Array:
+    """Steps of statistics that nobody has counted: none before the first (S23)."""
+    new = jnp.all((mean == 0) & (var == 1), axis=-1)
+    return jnp.where(new, 0, LONG_RUNNING).astype(jnp.int32)
 
 
 def _check_call(module: Any, options: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from batchnorm.core.config import Renorm
 from batchnorm.core.layout import Layout
 from batchnorm.jax.checks import working_type
 from batchnorm.jax.operands import Static
@@ -94,7 +93,6 @@ def step(*arrays: Array, static: Static) -> Sequence[Array]:
     work = working_type(x)
     groups = 1 if layout.groups is None else layout.groups
     rows = (len(STATISTICS), *layout.moments)
-    limits = static.renorm or Renorm()
     return jax.ffi.ffi_call(
         "batchnorm_forward",
         (
@@ -107,12 +105,9 @@ def step(*arrays: Array, static: Static) -> Sequence[Array]:
         *(_or_nothing(a, work) for a in operands[1:]),
         **_geometry(layout, operands.mask),
         eps=np.float64(static.eps),
-        rmin=np.float64(limits.rmin),
-        rmax=np.float64(limits.rmax),
-        dmax=np.float64(limits.dmax),
         batch=np.bool_(static.batch),
-        renorm=np.bool_(static.renorm is not None),
-        zero_padding=np.bool_(static.options.zero_padding),
+        renorm=np.bool_(static.renorm),
+        zero_padding=np.bool_(static.options(None).zero_padding),
     )
 
 
@@ -136,7 +131,7 @@ def gradient(*arrays: Array, static: Static, wanted: tuple[bool, ...]) -> list[A
         count,
         **_geometry(static.layout, operands.mask),
         batch=np.bool_(static.batch),
-        renorm=np.bool_(static.renorm is not None),
+        renorm=np.bool_(static.renorm),
     )
     return [a for a, want in zip(found, wanted, strict=True) if want]
 

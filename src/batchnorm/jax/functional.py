@@ -12,9 +12,9 @@ from jax import Array, export
 
 from batchnorm.core.errors import names_errors
 from batchnorm.core.layout import make_layout
-from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
 from batchnorm.jax.call import Arrays, check_settings
+from batchnorm.jax.moments import Moments
 from batchnorm.jax.running import move_statistics
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
@@ -37,16 +37,27 @@ class RenormStatistics(NamedTuple):
 
 
 class RunningStatistics(NamedTuple):
-    """Statistics of a layer, each per channel; the last three with renormalization (S9, S11)."""
+    """Statistics of a layer, each per channel (S9); read them by name, since options add fields.
+
+    Args:
+        mean: running mean.
+        var: running variance.
+        stddev: moving standard deviation, with renormalization (S11).
+        renorm_mean: statistic that renormalization compares with.
+        renorm_stddev: the same.
+        steps: int32 scalar, the number of steps that moved something; with it `update_running`
+            debiases (S23). 2**30 for statistics whose steps nobody has counted.
+    """
 
     mean: Array
     var: Array
     stddev: Array | None = None
     renorm_mean: Array | None = None
     renorm_stddev: Array | None = None
+    steps: Array | None = None
 
 
-for _fields in (Moments, RenormStatistics, RunningStatistics):
+for _fields in (RenormStatistics, RunningStatistics):
     # Exported programs may take and return them.
     export.register_namedtuple_serialization(
         _fields, serialized_name=f"batchnorm.{_fields.__name__}"
@@ -68,7 +79,7 @@ def batch_norm(
     running_mean: Any = None,
     running_var: Any = None,
     renorm: RenormStatistics | None = None,
-    renorm_clipping: Mapping[str, float] | None = None,
+    renorm_clipping: Mapping[str, Any] | None = None,
     padded_output: str = "normalize",
     fused: bool | None = None,
 ) -> tuple[Array, Moments]:
@@ -94,7 +105,8 @@ def batch_norm(
         running_mean: `(C,)`; serves channels without real rows only (S6). None: 0.
         running_var: the same; None: 1.
         renorm: statistics that renormalization compares with; asks for it (S11).
-        renorm_clipping: any of "rmin", "rmax", "dmax".
+        renorm_clipping: any of "rmin", "rmax", "dmax"; missing ones are 0, ∞, ∞. Scalar arrays,
+            traced ones too, are data: a schedule compiles once.
         padded_output: "normalize" padded rows of y like real ones, or "zero" them (S4).
         fused: None takes the compiled kernels where they apply (one CPU device, no vmap, no
             named axis, no forward mode), True demands them, False is plain array code.
@@ -103,7 +115,8 @@ def batch_norm(
         y: x's shape and type; padded rows are constants to differentiation, normalized or 0.
         Moments: count, mean and biased variance, each `(C,)`, float32 (float64 for a float64
             x); with ghost batches each has a leading axis of groups, those of all devices of a
-            named axis (which are constants to differentiation). `update_running` takes them.
+            named axis (which are constants to differentiation). `update_running` takes them, and
+            `merge_moments` those of several passes.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -169,7 +182,11 @@ def batch_norm_inference(
 
 
 def init_running(
-    shape: int | tuple[int, ...], *, dtype: Any = jnp.float32, renorm: bool = False
+    shape: int | tuple[int, ...],
+    *,
+    dtype: Any = jnp.float32,
+    renorm: bool = False,
+    debias: bool = False,
 ) -> RunningStatistics:
     """Running statistics before the first step: mean 0, variance and deviations 1.
 
@@ -177,12 +194,13 @@ def init_running(
         shape: C, or the sizes of several channel axes.
         dtype: float32 or float64 (S16).
         renorm: True to keep renormalization's three as well.
+        debias: True to count the steps, so that the start is forgotten at once (S23).
     """
     zeros, ones = jnp.zeros(shape, dtype), jnp.ones(shape, dtype)
     found = RunningStatistics(zeros, ones)
-    if not renorm:
-        return found
-    return found._replace(stddev=ones, renorm_mean=zeros, renorm_stddev=ones)
+    if renorm:
+        found = found._replace(stddev=ones, renorm_mean=zeros, renorm_stddev=ones)
+    return found._replace(steps=jnp.zeros((), jnp.int32)) if debias else found
 
 
 @names_errors("update_running")
@@ -197,9 +215,12 @@ def update_running(
     """Running statistics after a training step.
 
     Args:
-        running: before it. With the last three fields it moves renormalization's too, and keeps
-            the variance through a moving standard deviation (S11).
-        moments: what `batch_norm` returned; of groups, their average counts (S12).
+        running: before it. With renormalization's three fields it moves these too, and keeps the
+            variance through a moving standard deviation (S11). With `steps` it counts a step that
+            moves a channel, and weighs the batch as `debias` says: after the first one the
+            statistics are that batch's (S23).
+        moments: what `batch_norm` or `merge_moments` returned; of groups, their average counts
+            (S12).
         momentum: weight of the *old* value, between 0 and 1, a number or an array.
         epsilon: that of the step; renormalization only.
         renorm_momentum: weight of the old value in renorm_mean and renorm_stddev.
@@ -208,9 +229,9 @@ def update_running(
         RunningStatistics. Channels without real rows, or with moments that are not finite, keep
         their values (S9); gradients do not flow through.
 
-    Source: S9-S12. The biased variance is kept, as everywhere in JAX (S10).
+    Source: S9-S12, S21, S23. The biased variance is kept, as everywhere in JAX (S10).
     """
-    given: dict[str, Any] = {"epsilon": epsilon}
+    given: dict[str, Any] = {"epsilon": epsilon, "debias": running.steps is not None}
     if running.stddev is not None:
         given |= {"renorm": True, "renorm_momentum": renorm_momentum}
     as_array = isinstance(momentum, jax.Array)
@@ -219,9 +240,9 @@ def update_running(
     options = check_settings("update_running", given, training=True).options
     if as_array:
         options = replace(options, decay=momentum)
-    before = Running(running.mean, running.var, None, *running[2:])
+    before = Running(running.mean, running.var, running.steps, *running[2:5])
     found = move_statistics(before, moments, options)
-    return RunningStatistics(found.mean, found.var, *found[3:])
+    return RunningStatistics(found.mean, found.var, *found[3:], found.batches)
 
 
 def _running_of(x: Any, axis: Any, mean: Any, var: Any, renorm: RenormStatistics | None) -> Running:

@@ -11,27 +11,29 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from batchnorm.core.config import Renorm
 from batchnorm.core.declaration import check_arguments, list_arguments
 from batchnorm.core.errors import ArgumentValueError, names_errors
+from batchnorm.jax import state
 from batchnorm.jax.call import make_settings
-from batchnorm.jax.checks import check_input
-from batchnorm.jax.options import OPTIONS
-from batchnorm.jax.state import RENORM, check_sizes, make_variables, read_arrays, sizes_of
+from batchnorm.jax.checks import check_input, wide_type
+from batchnorm.jax.modes import Modes
+from batchnorm.jax.options import OPTIONS, check_update
 from batchnorm.jax.steps import normalize_batch, normalize_running
 from batchnorm.jax.synchronize import Groups
+from batchnorm.jax.variables import (
+    Momentum,
+    PassStatistics,
+    Renormalization,
+    hold_renorm,
+    set_limits,
+    value_of,
+)
 from batchnorm.kernels.explanation import Explanation, ask
 
 __all__ = ["BatchNorm", "Momentum"]
 
-_STATISTICS = ("mean", "var", *RENORM)
 
-
-class Momentum(nnx.Variable):
-    """The weight of the old running value: an array, so that changing it compiles nothing anew."""
-
-
-class BatchNorm(nnx.Module):
+class BatchNorm(Modes):
     """Batch normalization over every axis but the channel axes, for inputs of any rank.
 
     Takes the place of `flax.nnx.BatchNorm`: same arguments, same state (and `momentum`, which
@@ -56,6 +58,8 @@ class BatchNorm(nnx.Module):
         renorm: batch renormalization (S11).
         renorm_clipping: any of "rmin", "rmax", "dmax"; missing ones are 0, ∞, ∞.
         renorm_momentum: weight of the old value in renormalization's statistics.
+        debias: weigh the first steps so that the statistics forget their start at once: after one
+            step they are that batch's (S23).
         padded_output: "normalize" padded rows of y like real ones, or "zero" them, in evaluation
             and frozen too (S4).
         fused: None takes the compiled kernels where they apply, True demands them, False is
@@ -74,13 +78,16 @@ class BatchNorm(nnx.Module):
             where `not training or frozen`; `frozen` survives `eval()` and `train()`.
         momentum: `Momentum`, there from the start and the only place that holds it.
         mean, var: `nnx.BatchStat`; scale, bias: `nnx.Param` or None. With renorm also stddev,
-            renorm_mean, renorm_stddev.
+            renorm_mean, renorm_stddev; with debias steps, an int32 scalar.
+        renorm: None, or what holds `decay` and the limits `rmin`, `rmax`, `dmax`, each a
+            `RenormLimit`; see `set_renorm_clipping`.
 
     Raises:
         TypeError: an option of the wrong type.
         ValueError: an option out of range, or options that exclude each other.
 
-    Source: S1-S16; Ioffe and Szegedy 2015 (arXiv 1502.03167); Ioffe 2017 (arXiv 1702.03275).
+    Source: S1-S16, S20, S21, S23; Ioffe and Szegedy 2015 (arXiv 1502.03167); Ioffe 2017
+    (arXiv 1702.03275).
     Unlike flax's it takes masks of any shape of S1, keeps its digits at large offsets (S3),
     merges devices by count (S14), survives empty and overflowing batches (S6, S9), and stays
     frozen when told so (S15).
@@ -94,7 +101,8 @@ class BatchNorm(nnx.Module):
     num_features: int | tuple[int, ...] | None
     momentum: Momentum
     epsilon: float
-    renorm: Renorm | None
+    debias: bool
+    renorm: Renormalization | None
     mean: nnx.BatchStat
     var: nnx.BatchStat
     scale: nnx.Param | None
@@ -102,6 +110,8 @@ class BatchNorm(nnx.Module):
     stddev: nnx.BatchStat
     renorm_mean: nnx.BatchStat
     renorm_stddev: nnx.BatchStat
+    steps: nnx.BatchStat
+    passes: PassStatistics | None = None
 
     @names_errors()
     def __init__(
@@ -123,6 +133,7 @@ class BatchNorm(nnx.Module):
         renorm: bool = False,
         renorm_clipping: Mapping[str, float] | None = None,
         renorm_momentum: float = 0.99,
+        debias: bool = False,
         padded_output: str = "normalize",
         fused: bool | None = None,
         rngs: Any = None,
@@ -137,6 +148,7 @@ class BatchNorm(nnx.Module):
         named = {name: given[name] for name in list_arguments(OPTIONS) if name in given}
         values = check_arguments(OPTIONS, named)
         values["momentum"] = Momentum(jnp.asarray(values["momentum"], jnp.float32))
+        values["renorm"] = hold_renorm(values["renorm"], (), wide_type(values["param_dtype"]))
         for name, value in values.items():
             setattr(self, name, value)
         self.training = not use_running_average
@@ -167,11 +179,11 @@ class BatchNorm(nnx.Module):
                     "init needs x to learn the number of features; got None. Pass x, or "
                     "num_features to the constructor."
                 )
-            found = sizes_of(self.axis, jnp.shape(x))
+            found = state.sizes_of(self.axis, jnp.shape(x))
             sizes = found if len(found) > 1 else found[0]
         self.num_features = sizes
         shape = sizes if isinstance(sizes, tuple) else (sizes,)
-        for name, variable in make_variables(self, shape, rngs).items():
+        for name, variable in state.make_variables(self, shape, rngs).items():
             setattr(self, name, variable)
         self.initialized = True
         if not use_running_average:
@@ -180,7 +192,12 @@ class BatchNorm(nnx.Module):
 
     @names_errors()
     def __call__(
-        self, x: Any, use_running_average: bool | None = None, *, mask: Any = None
+        self,
+        x: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+        update_statistics: bool = True,
     ) -> Array:
         """Normalize x, and in training move the running statistics.
 
@@ -191,31 +208,35 @@ class BatchNorm(nnx.Module):
             mask: boolean, or integers of 1 and 0, for real rows and padding: x's shape without
                 its channel axes, a prefix of that, or x's rank with sizes of x or 1 (S1). Traced
                 integers count as real where they are not 0.
+            update_statistics: False leaves every running value as it is (S20), the counter of
+                steps too: for a second pass over the same data, or a teacher's.
 
         Returns:
             y, of x's shape, and its type or `dtype`.
 
         Raises:
-            TypeError: an array of the wrong dtype.
+            TypeError: an array of the wrong dtype; a traced update_statistics.
             ValueError: shapes that do not fit; an uninitialized layer in evaluation or under a
                 trace. State is unchanged then.
             NameError: `axis_name` is not bound.
         """
         if use_running_average is None:
             use_running_average = self.use_running_average
-        x = check_input(x)
+        x, update = check_input(x), check_update(update_statistics)
         if not self.initialized:
             self._initialize_from(x, use_running_average)
-        check_sizes(self, x)
+        state.check_sizes(self, x)
         training = not use_running_average
-        arrays, dtype = read_arrays(self, x, mask, training)
+        arrays, dtype = state.read_arrays(self, x, mask, training)
         settings = make_settings(type(self).__name__, self._read, training=training)
         if not training:
             return normalize_running(arrays, settings).astype(dtype)
-        y, _, after = normalize_batch(arrays, settings)
-        for name in _STATISTICS if self.renorm is not None else _STATISTICS[:2]:
-            getattr(self, name)[...] = getattr(after, name)
-        return y.astype(dtype)
+        step = normalize_batch(arrays, settings, update=update and self.passes is None)
+        if update and self.passes is not None:
+            state.add_pass(self.passes, step.moments)
+        elif update:
+            state.write_running(self, step.running)
+        return step.y.astype(dtype)
 
     @names_errors()
     def _explain(self, x: Any, use_running_average: bool | None = None, **rest: Any) -> Explanation:
@@ -227,50 +248,29 @@ class BatchNorm(nnx.Module):
             )
         return ask(lambda: BatchNorm.__call__(self, x, use_running_average, **rest))
 
-    @property
-    def use_running_average(self) -> bool:
-        """True if a call without that argument uses the running statistics.
+    @names_errors()
+    def set_renorm_clipping(
+        self, *, rmax: Any = None, rmin: Any = None, dmax: Any = None
+    ) -> BatchNorm:
+        """Set limits of renormalization's r and d, in place, and nothing else (S11).
 
-        Assigning it, as flax's `train()`, `eval()` and `view` do for whole models, sets
-        `training`; a frozen layer stays frozen.
-        """
-        return not self.training or self.frozen
-
-    @use_running_average.setter
-    def use_running_average(self, value: bool) -> None:
-        self.training = not value
-
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """Used by `nnx.view`, and described by `nnx.view_info`, which wants two spaces.
+        The limits are data: a compiled step takes any, and a schedule compiles once.
 
         Args:
-          use_running_average: use the running statistics, rather than those of the batch.
+            rmax: largest r, a number or a floating scalar, traced ones too; ∞ lifts the limit,
+                None leaves it as it is.
+            rmin: smallest r, likewise.
+            dmax: largest magnitude of d, likewise.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: a layer without renorm; a negative number; rmin above rmax, as far as values
+                are known when this runs. No limit has changed then.
+            TypeError: no number.
         """
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
-
-    def train(self, mode: bool = True, **attributes: Any) -> BatchNorm:
-        """Training mode, or with `mode=False` evaluation; in place. Returns the layer."""
-        self.training = bool(mode)
-        if attributes:
-            self.set_attributes(**attributes, raise_if_not_found=False)
-        return self
-
-    def eval(self, **attributes: Any) -> BatchNorm:
-        """Evaluation mode, in place. Returns the layer."""
-        return self.train(False, **attributes)
-
-    def freeze(self) -> BatchNorm:
-        """Normalize by the running statistics, and leave them alone, in training too (S15).
-
-        In place; survives `train()` and `eval()`, and leaves gradients alone. Returns the layer.
-        """
-        self.frozen = True
-        return self
-
-    def unfreeze(self) -> BatchNorm:
-        """Undo `freeze`, in place. Returns the layer."""
-        self.frozen = False
+        set_limits(self.renorm, {"rmin": rmin, "rmax": rmax, "dmax": dmax})
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -291,6 +291,5 @@ class BatchNorm(nnx.Module):
         self.init(0, x)
 
     def _read(self, name: str) -> Any:
-        """The value of an option, which may be in a variable."""
-        value = getattr(self, name)
-        return value[...] if isinstance(value, nnx.Variable) else value
+        """The value of an option, which may be in variables."""
+        return value_of(getattr(self, name))

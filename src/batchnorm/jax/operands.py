@@ -17,7 +17,7 @@ class Operands(NamedTuple):
     """Arrays of a step, each but x may be None; per-channel ones in the working type.
 
     The running statistics serve empty channels (S6) or, if the call is not by batch statistics,
-    all of them.
+    all of them. `limits` are renormalization's rmin, rmax and dmax (S11).
     """
 
     x: Array
@@ -28,6 +28,7 @@ class Operands(NamedTuple):
     var: Array | None = None
     renorm_mean: Array | None = None
     renorm_stddev: Array | None = None
+    limits: Array | None = None
 
     def inputs(self, s: Array | None = None, t: Array | None = None) -> Inputs:
         """The arrays as the core takes them; s and t are the adjustment's (S13)."""
@@ -43,7 +44,7 @@ class Static(NamedTuple):
         layout: of x.
         eps: added to the variance.
         batch: normalize by the batch's own statistics.
-        renorm: clipping of batch renormalization, or None.
+        renorm: batch renormalization, by the operands' limits.
         padded_output: as in Options.
         demanded: fused=True, so that a device without kernels is an error.
         owner: the layer or function, for errors and explanations.
@@ -53,16 +54,16 @@ class Static(NamedTuple):
     layout: Layout
     eps: float
     batch: bool
-    renorm: Renorm | None
+    renorm: bool
     padded_output: str
     demanded: bool
     owner: str
     present: tuple[bool, ...] = ()
 
-    @property
-    def options(self) -> Options:
-        """The options that a step depends on."""
-        return Options(eps=self.eps, renorm=self.renorm, padded_output=self.padded_output)
+    def options(self, limits: Array | None) -> Options:
+        """The options that a step depends on; `limits` as in Operands."""
+        renorm = None if limits is None else Renorm(rmin=limits[0], rmax=limits[1], dmax=limits[2])
+        return Options(eps=self.eps, renorm=renorm, padded_output=self.padded_output)
 
     def operands(self, arrays: Sequence[Any]) -> Operands:
         """The arrays a primitive was bound to, by name."""

@@ -7,18 +7,19 @@ refusals, folding and the tests of signatures and documentation read these decla
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from batchnorm.core import config
 from batchnorm.core.declaration import Option
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError
 from batchnorm.core.layout import check_axis
-from batchnorm.jax.checks import FLOATING
+from batchnorm.jax.checks import FLOATING, read_values
 from batchnorm.jax.synchronize import Groups
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -59,7 +60,43 @@ def _check_features(given: Mapping[str, Any]) -> int | tuple[int, ...] | None:
 
 def _check_renorm(given: Mapping[str, Any]) -> config.Renorm | None:
     decay = config.check_number("renorm_momentum", given["renorm_momentum"], 0.0, 1.0)
-    return config.check_renorm(given["renorm"], given["renorm_clipping"], decay)
+    clipping: Any = given["renorm_clipping"]
+    traced: dict[str, Any] = {}
+    if isinstance(clipping, Mapping):
+        known, traced = split_limits(clipping)
+        clipping = {**dict.fromkeys(clipping), **known}
+    renorm = config.check_renorm(given["renorm"], clipping, decay)
+    return renorm if renorm is None else replace(renorm, **traced)
+
+
+def split_limits(limits: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Limits of renormalization whose values are known now, and scalar arrays that are traced."""
+    known, traced = {}, {}
+    for name, value in limits.items():
+        if not isinstance(value, Array):
+            known[name] = value
+            continue
+        if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ArgumentTypeError(
+                f"limits of renormalization must be numbers or floating scalars; got {name} of "
+                f"type {value.dtype} and shape {tuple(value.shape)}."
+            )
+        values = read_values(value)
+        if values is None:
+            traced[name] = value
+        else:
+            known[name] = float(values)
+    return known, traced
+
+
+def check_update(value: Any) -> bool:
+    """`update_statistics` if it is a bool (S20)."""
+    if isinstance(value, jax.core.Tracer):
+        raise ArgumentTypeError(
+            "update_statistics must be True or False when a program is traced; got a traced value. "
+            "Make it static (static_argnames), or choose between two calls with jax.lax.cond."
+        )
+    return config.check_flag("update_statistics", value)
 
 
 def check_features(
@@ -156,6 +193,13 @@ OPTIONS: list[LayerOption] = [
         _check_renorm,
         parts={"renorm_clipping": None, "renorm_momentum": 0.99},
         core="renorm",
+        training=True,
+    ),
+    _option(
+        "debias",
+        False,
+        lambda value: config.check_flag("debias", value),
+        core="debias",
         training=True,
     ),
     _option(

@@ -15,24 +15,15 @@ from batchnorm.core.running import Running, average_groups, update_running
 from batchnorm.jax.namespace import XP
 
 
-def move_statistics(
-    running: Running,
-    moments: Moments,
-    options: Options,
-    mean: tuple[Array, Array] | None = None,
-) -> Running:
-    """Running statistics after a step with these moments (S9-S12).
-
-    `mean` is their mean as a sum of two, which holds more digits.
-    """
+def move_statistics(running: Running, moments: Moments, options: Options) -> Running:
+    """Running statistics after a step with these moments (S9-S12)."""
     grouped = moments.mean.ndim > running.mean.ndim
-    high, low = (moments.mean, jnp.zeros_like(moments.mean)) if mean is None else mean
-    centred = centred_from(moments.count, high, low, moments.var, XP)
+    centred = centred_from(*moments[:2], jnp.zeros_like(moments.mean), moments.var, XP)
     average = average_groups(centred.map(jax.lax.stop_gradient), 0 if grouped else None, XP)
     dtype = moments.mean.dtype
     axes = tuple(range(moments.mean.ndim))
     after = update_running(
-        constant_in(dtype, running), average, with_decay_in(dtype, options), axes, XP
+        constant_in(dtype, running), average, arrays_in(dtype, options), axes, XP
     )
     return stored_like(running, after)
 
@@ -42,11 +33,16 @@ def constant_in(dtype: Any, running: Running) -> Running:
     return running.map(lambda a: jax.lax.stop_gradient(jnp.asarray(a).astype(dtype)))
 
 
-def with_decay_in(dtype: Any, options: Options) -> Options:
-    """The options, with a decay that is an array in the working type."""
-    if not isinstance(options.decay, jax.Array):
-        return options
-    return replace(options, decay=options.decay.astype(dtype))
+def arrays_in(dtype: Any, options: Options) -> Options:
+    """The options, with those that are arrays in the working type."""
+
+    def cast(value: Any) -> Any:
+        return value.astype(dtype) if isinstance(value, Array) else value
+
+    if (renorm := options.renorm) is not None:
+        limits = {name: cast(getattr(renorm, name)) for name in ("rmin", "rmax", "dmax")}
+        renorm = replace(renorm, **limits)
+    return replace(options, decay=cast(options.decay), renorm=renorm)
 
 
 def stored_like(old: Running, new: Running) -> Running:

@@ -15,6 +15,7 @@ from batchnorm.core.layout import normalize_axis
 from batchnorm.core.running import Running
 from batchnorm.jax.call import Arrays
 from batchnorm.jax.checks import wide_type
+from batchnorm.jax.moments import AVERAGED, Moments, merge_moments
 
 RENORM = ("stddev", "renorm_mean", "renorm_stddev")
 
@@ -35,6 +36,8 @@ def make_variables(layer: Any, shape: tuple[int, ...], rngs: Any) -> dict[str, A
         for name in RENORM:
             start = jnp.zeros if name == "renorm_mean" else jnp.ones
             found[name] = nnx.BatchStat(start(shape, wide))
+    if layer.debias:
+        found["steps"] = nnx.BatchStat(jnp.zeros((), jnp.int32))
     return found
 
 
@@ -73,7 +76,38 @@ def read_arrays(layer: Any, x: Array, mask: Any, training: bool) -> tuple[Arrays
         dtype = x.dtype
     elif dtype != x.dtype:
         x = x.astype(wide_type(x.dtype, dtype))
-    running = Running(mean, var)
-    if training and layer.renorm is not None:
-        running = Running(mean, var, None, *(getattr(layer, name)[...] for name in RENORM))
+    running = read_running(layer) if training else Running(mean, var)
     return Arrays(x, mask, scale, bias, running), dtype
+
+
+def read_running(layer: Any) -> Running:
+    """The statistics that a training step moves."""
+    return Running(**{field: variable[...] for field, variable in _held(layer).items()})
+
+
+def write_running(layer: Any, running: Running | None) -> None:
+    """The statistics after a step."""
+    for field, variable in _held(layer).items():
+        variable[...] = getattr(running, field)
+
+
+def _held(layer: Any) -> dict[str, nnx.BatchStat]:
+    """The variables that a training step moves, by the core's names."""
+    names = {"mean": "mean", "var": "var"}
+    if layer.debias:
+        names["batches"] = "steps"
+    if layer.renorm is not None:
+        names |= {name: name for name in RENORM}
+    return {field: getattr(layer, name) for field, name in names.items()}
+
+
+def add_pass(passes: nnx.BatchStat, moments: Moments) -> None:
+    """Merge a pass into those of its step so far (S21)."""
+    passes[...] = _merge(passes[...], moments)
+
+
+@jax.jit  # one call instead of dozens where nothing else compiles the model
+def _merge(passes: Array, moments: Moments) -> Array:
+    before = Moments(*passes)._replace(groups=moments.groups and AVERAGED)
+    found = merge_moments([before, moments]).map(jax.lax.stop_gradient)
+    return jnp.stack([*found, found.low]).astype(passes.dtype)

@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from batchnorm.core.config import Renorm
 from batchnorm.core.declaration import refuse_options
 from batchnorm.core.forward import forward_batch, forward_running
-from batchnorm.core.moments import Moments
+from batchnorm.core.moments import centred_from
 from batchnorm.core.running import Running
 from batchnorm.jax import custom_calls
 from batchnorm.jax.call import Call
 from batchnorm.jax.checks import split_axes
+from batchnorm.jax.moments import APART, Moments
 from batchnorm.jax.namespace import XP
 from batchnorm.jax.operands import Operands, Static
 from batchnorm.jax.options import OPTIONS
 from batchnorm.jax.primitives import run_step
-from batchnorm.jax.running import constant_in, move_statistics, stored_like, with_decay_in
+from batchnorm.jax.running import arrays_in, constant_in, move_statistics, stored_like
 from batchnorm.kernels import explanation
 from batchnorm.kernels.kept import STATISTICS
 from batchnorm.kernels.select import find_way
@@ -89,15 +91,18 @@ def _train_by_kernels(call: Call) -> Step:
     operands = _for_kernels(call)
     if options.renorm is None:
         operands = operands._replace(renorm_mean=None, renorm_stddev=None)
+    else:
+        operands = operands._replace(limits=_limits(options.renorm, call.working_type))
     y, rows, counts = run_step(operands, _static(call))
     high, low, var = (rows[STATISTICS[name]] for name in ("mean", "low", "var"))
     groups = () if layout.groups is None else (layout.groups,)
     counts = counts.reshape((*groups, *(1,) * len(layout.channels)))
     # Empty groups were normalized by other statistics, which are not their moments (S6).
     high, low = (jnp.where(counts > 0, a, 0.0) for a in (high, low))
-    moments = Moments(jnp.broadcast_to(counts, layout.moments), high + low, var)
+    centred = centred_from(jnp.broadcast_to(counts, layout.moments), high, low, var, XP)
+    moments = Moments.of(centred, _kind(call), layout.moments)
     if call.update and running is not None:
-        running = move_statistics(running, moments, options, mean=(high, low))
+        running = move_statistics(running, moments, options)
     return Step(call.returned(y), moments, running)
 
 
@@ -111,7 +116,7 @@ def _static(call: Call) -> Static:
         call.layout,
         options.eps,
         call.training,
-        options.renorm if call.training else None,
+        call.training and options.renorm is not None,
         options.padded_output,
         call.demanded,
         call.owner,
@@ -130,6 +135,16 @@ def _for_kernels(call: Call) -> Operands:
     )
 
 
+def _limits(renorm: Renorm, dtype: Any) -> Array:
+    """Renormalization's limits as an operand."""
+    limits = (renorm.rmin, renorm.rmax, renorm.dmax)
+    return jax.lax.stop_gradient(jnp.stack([jnp.asarray(a).astype(dtype) for a in limits]))
+
+
+def _kind(call: Call) -> str | None:
+    return None if call.layout.groups is None else APART
+
+
 def _constant(a: Array | None) -> Array | None:
     return None if a is None else jax.lax.stop_gradient(a)
 
@@ -140,7 +155,7 @@ def _train_by_arrays(call: Call) -> Step:
         call.operands.inputs(s=_cast(arrays.s, work), t=_cast(arrays.t, work)),
         None if before is None else constant_in(work, before),
         call.layout,
-        with_decay_in(work, call.options),
+        arrays_in(work, call.options),
         merge=call.merge,
         update=call.update,
         xp=XP,
@@ -148,7 +163,9 @@ def _train_by_arrays(call: Call) -> Step:
     after = before
     if call.update and before is not None and outcome.running is not None:
         after = stored_like(before, outcome.running)
-    return Step(call.returned(outcome.y), outcome.moments, after)
+    low = jnp.reshape(outcome.average.centred.low, outcome.moments.mean.shape)
+    moments = Moments(*outcome.moments, jax.lax.stop_gradient(low), _kind(call))
+    return Step(call.returned(outcome.y), moments, after)
 
 
 def _evaluate_by_arrays(call: Call) -> Array:

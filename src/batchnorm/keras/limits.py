@@ -39,8 +39,8 @@ class ClippedNormalization(keras.layers.BatchNormalization):
         constructor, unless `save` is True; files of weights never have any.
 
         On JAX the first call adds a variable to `non_trainable_variables`, so that steps that are
-        compiled already are compiled once more; array code serves them from then on. There `fit`
-        holds the state, which a callback gets back by asking for its `model`.
+        compiled already are compiled once more. There `fit` holds the state, which a callback gets
+        back by asking for its `model`.
 
         Args:
             rmax: upper limit of r, at least `rmin`; None leaves it, inf lifts it.

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm.core.running import LONG_RUNNING
+
 __all__ = ["BatchNormState", "RenormState"]
 
 FloatArray = NDArray[np.floating]
@@ -70,6 +72,16 @@ class BatchNormState:
     renorm: RenormState | None = None
     shape: tuple[int, ...] | None = None
     stored: str | None = None
+
+    @property
+    def counted(self) -> int | None:
+        """The steps, if they were counted from the start; None where nobody knows (S23)."""
+        return None if self.steps is None or self.steps >= LONG_RUNNING else self.steps
+
+    @property
+    def debiasing(self) -> int:
+        """The counter of a layer that debiases: at most, and where there is none, long-running."""
+        return LONG_RUNNING if self.steps is None else min(self.steps, LONG_RUNNING)
 
     @property
     def channels(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from files import WRITERS, random_states, torch_model
 from fuzz_checkpoints import fuzz
 
+from batchnorm.core.running import LONG_RUNNING
 from batchnorm.tools.checkpoints import CheckpointError, read_checkpoint
 from batchnorm.torch import BatchNorm
 
@@ -314,6 +315,20 @@ def test_arrays_that_flax_has_cut_are_read(tmp_path: Path, monkeypatch: Any) -> 
     assert b"__msgpack_chunked_array__" in path.read_bytes()
     found = check(path)
     assert found.entries["params/bn2/scale"].shape == (5,)
+
+
+@pytest.mark.parametrize(("steps", "counted"), [(5, 5), (LONG_RUNNING + 5, None)])
+def test_a_counter_of_steps_is_read(steps: int, counted: int | None, tmp_path: Path) -> None:
+    from flax import nnx, serialization
+
+    from batchnorm.jax import BatchNorm
+
+    layer = BatchNorm(3, debias=True, rngs=nnx.Rngs(0))
+    layer.steps[...] = layer.steps[...] + steps
+    path = tmp_path / "x.msgpack"
+    path.write_bytes(serialization.to_bytes({"bn": nnx.to_pure_dict(nnx.state(layer))}))
+    (state,) = read_checkpoint(path).layers
+    assert (state.steps, state.counted, state.channels) == (steps, counted, 3)
 
 
 @pytest.mark.parametrize("name", ["safetensors", "msgpack"])

@@ -18,6 +18,7 @@ import torch
 from files import linen_variables, nnx_model, torch_model
 from flax import nnx
 
+from batchnorm.core.running import LONG_RUNNING
 from batchnorm.jax import BatchNorm as OursNnx
 from batchnorm.tools import merge, transfer
 from batchnorm.tools.models import put_state, take_state
@@ -199,6 +200,19 @@ def test_models_whose_counters_add_up() -> None:
     merged = merge(models)
     assert int(merged[1].num_batches_tracked) == 7
     assert int(models[0][1].num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(3, 7), (LONG_RUNNING, LONG_RUNNING)])
+def test_counters_of_layers_that_debias_add_up(steps: int, expected: int) -> None:
+    layers = [OursNnx(3, debias=True, renorm=True, rngs=nnx.Rngs(0)) for _ in range(2)]
+    for layer, number in zip(layers, (steps, 4), strict=True):
+        layer.steps[...] = jnp.asarray(number, jnp.int32)
+        layer.set_renorm_clipping(rmax=3.0)
+    for kind in (lambda layer: layer, nnx.state):
+        found = merge([kind(layer) for layer in layers], everything=True)
+        merged = found if isinstance(found, nnx.State) else nnx.state(found)
+        assert int(merged["steps"][...]) == expected
+        assert float(merged["renorm"]["rmax"][...]) == 3.0
 
 
 def test_layers_by_themselves_and_the_explicit_one() -> None:

@@ -16,6 +16,7 @@ import torch
 from files import CHANNELS, WRITERS, linen_variables, nnx_model, random_states, torch_model
 from flax import nnx
 
+from batchnorm.core.running import LONG_RUNNING
 from batchnorm.jax import BatchNorm as OursNnx
 from batchnorm.tools import transfer
 from batchnorm.tools.checkpoints import read_checkpoint
@@ -157,6 +158,38 @@ def test_cumulative_average_is_kept_by_torch_and_noted_elsewhere() -> None:
     done = transfer(source, nnx.BatchNorm(3, momentum=0.8, rngs=nnx.Rngs(0)))
     assert done.target.momentum == 0.8
     assert any("averages all batches" in note for note in done.notes)
+
+
+def test_the_counter_of_steps_is_carried() -> None:
+    source = BatchNorm(3, debias=True)
+    source.num_batches_tracked.fill_(5)
+    ours = OursNnx(3, debias=True, rngs=nnx.Rngs(0))
+    transfer(source, ours, count=COUNT)
+    assert int(ours.steps[...]) == 5
+    assert transfer(ours, BatchNorm(3, debias=True), count=COUNT).target.num_batches_tracked == 5
+
+
+def test_statistics_without_a_counter_have_run_for_long() -> None:
+    flaxs = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    ours, theirs = OursNnx(3, debias=True, rngs=nnx.Rngs(0)), BatchNorm(3, debias=True)
+    for target in (ours, theirs):
+        transfer(flaxs, target, count=COUNT)
+    assert int(ours.steps[...]) == theirs.num_batches_tracked == LONG_RUNNING
+    ours(jnp.ones((8, 3)))
+    assert take_state(ours).counted is take_state(theirs).counted is None
+    whole = nnx.state(OursNnx(3, debias=True, rngs=nnx.Rngs(0)))
+    assert int(transfer(flaxs, whole, count=COUNT).target["steps"][...]) == LONG_RUNNING
+    again = transfer(ours, OursNnx(3, debias=True, rngs=nnx.Rngs(0)), count=COUNT).target
+    assert int(again.steps[...]) == LONG_RUNNING
+
+
+def test_stacked_layers_have_counters_of_their_own() -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+    layers = nnx.vmap(lambda key: OursNnx(3, debias=True, rngs=nnx.Rngs(key)))(keys)
+    source = torch.nn.Sequential(BatchNorm(3), BatchNorm(3))
+    source[1].num_batches_tracked.fill_(7)
+    transfer(source, layers, count=COUNT)
+    np.testing.assert_array_equal(layers.steps[...], [0, 7])
 
 
 def test_renormalization_is_carried_derived_or_left_out() -> None:

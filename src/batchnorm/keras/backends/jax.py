@@ -12,7 +12,6 @@ from jax import Array
 
 from batchnorm.core import config
 from batchnorm.core.config import Renorm
-from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout
 from batchnorm.core.running import Running
 from batchnorm.jax.call import Arrays, Settings
@@ -115,16 +114,11 @@ def normalize(
 ) -> tuple[Array, Running | None]:
     """As `batchnorm.keras.functional.Backend` says."""
     mask = None if mask is None else _fit_mask(jnp.asarray(mask), x, call.axes)
-    options, fused = call.options, call.fused
+    options = call.options
     if options.renorm is not None and call.limits is not None:
-        if fused:
-            raise ArgumentValueError(
-                "fused=True demands a kernel, but none takes limits of renormalization that "
-                "change. Use fused=None."
-            )
         limits = call.limits.astype(working_type(x))
-        options, fused = replace(options, renorm=Renorm(options.renorm.decay, *limits)), False
-    settings = Settings(call.owner, call.axes, options, fused, call.axis_name)
+        options = replace(options, renorm=Renorm(options.renorm.decay, *limits))
+    settings = Settings(call.owner, call.axes, options, call.fused, call.axis_name)
     arrays = Arrays(x, mask, gamma, beta, running)
 
     def train() -> tuple[Array, Running]:

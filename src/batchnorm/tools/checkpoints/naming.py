@@ -28,6 +28,7 @@ _FLAX = {
     "var": "var",
     "stddev": "moving_stddev",
     "momentum": "decay",
+    "steps": "steps",
 }
 _KERAS = {
     "gamma": "gamma",

@@ -115,7 +115,8 @@ class Tree:
             "mean": state.mean,
             "var": state.var,
             "decay": state.decay,
-            "steps": state.steps,
+            # Of flax's families only layers that debias have one.
+            "steps": state.debiasing if group.family.startswith("flax") else state.steps,
         }
         if state.renorm is not None:
             values |= vars(state.renorm)

@@ -73,7 +73,7 @@ def _check_negative(case: _Case) -> Iterator[Finding]:
 
 def _check_trained(case: _Case) -> Iterator[Finding]:
     if _is_untouched(case.state):
-        steps = case.state.steps
+        steps = case.state.counted
         after = "" if steps is None else f" after {steps} updates"
         yield Finding("never-trained", "error", f"mean 0 and variance 1 everywhere{after}")
 

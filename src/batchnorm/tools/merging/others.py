@@ -64,9 +64,9 @@ def _align(first: NamedArrays, model: NamedArrays, number: int) -> list[NDArray[
 def _average(name: str, arrays: Sequence[NDArray[Any]], counts: FloatArray) -> NDArray[Any]:
     weighing = np.flatnonzero(counts).tolist()
     used = [arrays[i] for i in weighing]
+    if all(np.array_equal(array, arrays[0]) for array in used):
+        return arrays[0]  # infinite limits of renormalization too
     if any(array.dtype.kind not in "fc" for array in used):
-        if all(np.array_equal(array, arrays[0]) for array in used):
-            return arrays[0]
         raise ArgumentValueError(
             f"{printable(name)!r} holds {arrays[0].dtype.name}, which cannot be averaged, and "
             "differs between the models; make it the same, or leave everything=True out."

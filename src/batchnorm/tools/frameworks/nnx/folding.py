@@ -23,7 +23,14 @@ _SIZES = (32, 8)
 class Passed(nnx.Module):
     """The module in the place of a folded batch norm: takes its arguments, returns x."""
 
-    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+        update_statistics: bool = True,
+    ) -> Any:
         """Return x."""
         return x
 

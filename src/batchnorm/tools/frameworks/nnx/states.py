@@ -70,6 +70,7 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
         beta=_read(module.bias, index),
         variance="biased",
         **options,
+        steps=None if (steps := _steps_of(module)) is None else int(steps[index]),
         renorm=renorm,
         shape=odd_shape(mean.shape),
         stored=mean.dtype.name,
@@ -97,6 +98,8 @@ def put_state(layer: Any, state: BatchNormState) -> None:
     check_finite_casts(owner, [(name, array, cast) for name, _, array, cast in writes])
     for _, variable, _, cast in writes:
         _write(variable, index, cast)
+    if (steps := _steps_of(module)) is not None:
+        _write(steps, index, jnp.asarray(state.debiasing, steps[...].dtype))
     for name, field in OPTIONS.items():
         value, held = getattr(state, field), getattr(module, name)
         if value is None:
@@ -123,6 +126,11 @@ def _check_whole(layer: Any, name: str) -> None:
 def _write(variable: Any, index: Any, value: Any) -> None:
     whole = index is ... or variable[...].ndim == 0
     variable[...] = value if whole else jnp.asarray(variable[...]).at[index].set(value)
+
+
+def _steps_of(module: Any) -> Any:
+    """The counter of a layer that debiases, or None."""
+    return getattr(module, "steps", None) if _is_ours(module) else None
 
 
 def _index_of(layer: Any) -> Any:

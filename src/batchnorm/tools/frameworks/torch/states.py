@@ -97,6 +97,8 @@ def put_state(layer: Any, state: BatchNormState) -> None:
         tracked = getattr(layer, "num_batches_tracked", None)
         if tracked is not None and state.steps is not None:
             tracked.fill_(state.steps)
+        elif tracked is not None and getattr(layer, "debias", False):
+            tracked.fill_(state.debiasing)
     _put_options(layer, state)
 
 

@@ -198,8 +198,8 @@ def _describe(layer: LayerReport, limits: Thresholds) -> str:
         parts.append(f"{state.variance} variance")
     if state.stored is not None:
         parts.append(f"statistics in {printable(state.stored)}")
-    if state.steps is not None:
-        parts.append(plural(state.steps, "update"))
+    if state.counted is not None:
+        parts.append(plural(state.counted, "update"))
     if layer.observed is not None:
         rows = int(np.max(layer.observed.real.count, initial=0.0))
         parts.append(f"observed on {plural(rows, 'row')} in {plural(layer.observed.calls, 'call')}")
