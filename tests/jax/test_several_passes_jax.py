@@ -245,3 +245,11 @@ def test_what_cannot_accumulate_is_refused(
 ) -> None:
     with pytest.raises(kind, match=f"^accumulate_statistics: .*{message}"):
         call()
+
+
+def test_layers_of_flax_in_the_model_are_named() -> None:
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(BatchNorm(2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs))
+    match = r"1 of flax's own layers \(layers\.1\) move in each pass"
+    with pytest.warns(UserWarning, match=match), accumulate_statistics(model):
+        model(jnp.ones((4, 2)))

@@ -73,6 +73,15 @@ def check_report(report: Any) -> list[Conversion]:
     return [] if report is None else report
 
 
+def describe_foreign(names: Sequence[str], framework: str, most: int = 3) -> str:
+    """Layers of the framework's own in a block whose passes are one step, for a warning (S21)."""
+    shown = ", ".join(names[:most]) + ", ..." * (len(names) > most)
+    return (
+        f"{len(names)} of {framework}'s own layers ({shown}) move in each pass. "
+        "convert_batchnorm(model) changes them over."
+    )
+
+
 def describe_left(report: Iterable[Conversion], most: int = 5) -> str:
     """Layers that were left alone, with their reasons, for a warning; "" if there are none."""
     reasons: dict[str, list[str]] = {}

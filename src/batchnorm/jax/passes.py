@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from batchnorm.core.config import Options, Renorm
+from batchnorm.core.conversion import describe_foreign
 from batchnorm.core.errors import (
     ArgumentRuntimeError,
     ArgumentTypeError,
@@ -81,11 +83,12 @@ def accumulate_statistics(model: nnx.Module) -> Iterator[None]:
 def _find_layers(model: Any) -> list[BatchNorm]:
     if not isinstance(model, nnx.Module):
         raise ArgumentTypeError(f"model must be a flax.nnx.Module; got {type(model).__name__}.")
-    found = []
+    found, foreign = [], []
     for path, layer in nnx.iter_modules(model):
-        if not isinstance(layer, BatchNorm):
-            continue
         name = ".".join(map(str, path)) or "the model"
+        if not isinstance(layer, BatchNorm):
+            foreign += [name] * isinstance(layer, nnx.BatchNorm)
+            continue
         if not layer.initialized:
             raise ArgumentValueError(
                 f"layers must be initialized; {name} is not. Call layer.init(key, x) first."
@@ -105,6 +108,11 @@ def _find_layers(model: Any) -> list[BatchNorm]:
         raise ArgumentValueError(
             "model must hold a batchnorm.jax.BatchNorm; got none. convert_batchnorm(model) makes "
             "them of flax's."
+        )
+    if foreign:
+        warnings.warn(
+            f"accumulate_statistics: {describe_foreign(foreign, 'flax')}",
+            stacklevel=4,  # the `with` statement
         )
     return found
 

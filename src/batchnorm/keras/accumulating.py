@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import keras
 
+from batchnorm.core.conversion import describe_foreign
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.layers import BatchNormalization
@@ -108,8 +109,7 @@ def _find_layers(model: Any) -> list[Any]:
     ]
     if stock:
         warnings.warn(
-            f"{_OWNER}: layers {', '.join(map(repr, stock))} are Keras's own and move at each "
-            "pass. Convert them with convert_batchnorm.",
+            f"{_OWNER}: {describe_foreign(stock, 'Keras')}",
             stacklevel=5,
         )
     return layers

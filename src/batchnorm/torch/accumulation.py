@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.core.accumulate import average_of_step, contribution, merge_passes
+from batchnorm.core.conversion import describe_foreign
 from batchnorm.core.errors import (
     ArgumentRuntimeError,
     ArgumentTypeError,
@@ -147,9 +148,7 @@ def _open_all(model: Any) -> list[Any]:
         )
     if foreign:
         warnings.warn(
-            f"accumulate_statistics: {len(foreign)} of torch's own layers ({', '.join(foreign[:3])}"
-            f"{', ...' if len(foreign) > 3 else ''}) move in each pass. "
-            "batchnorm.torch.convert_batchnorm(model) changes them over.",
+            f"accumulate_statistics: {describe_foreign(foreign, 'torch')}",
             stacklevel=5,  # the `with` statement
         )
     for layer in layers.values():
