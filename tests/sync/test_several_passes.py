@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from batchnorm.torch import BatchNorm, accumulate_statistics, keep_statistics
+from batchnorm.torch import BatchNorm, BatchNorm1d, accumulate_statistics, keep_statistics
 from processes import results
 
 OPTIONS = {
@@ -69,3 +72,31 @@ def test_ranks_merge_without_an_update_too(worlds):
         assert torch.equal(y, again)
         assert kept["num_batches_tracked"] == 0
         assert not kept["running_mean"].any()
+
+
+def train_in_parallel(rank: int, size: int, synchronized: bool) -> tuple[dict, dict, list[Tensor]]:
+    """A step of two micro-batches: statistics, the expected ones, and gradients."""
+    torch.manual_seed(0)
+    norm = BatchNorm1d(3, synchronized=synchronized, momentum=0.5)
+    model = nn.Sequential(nn.Linear(4, 3), norm)
+    whole, parallel = copy.deepcopy(norm), DistributedDataParallel(model)
+    generator = torch.Generator().manual_seed(rank)
+    first, last = torch.randn(2, 6, 4, generator=generator)
+    with accumulate_statistics(parallel):
+        with parallel.no_sync():
+            parallel(first).square().sum().backward()
+        parallel(last).square().sum().backward()
+    found = copy.deepcopy(norm.state_dict())
+    with keep_statistics():  # here rank 0 sends its buffers to all, as always
+        parallel(last + 1.0)
+    assert norm.num_batches_tracked == 1
+    whole(model[0](torch.cat([first, last])))
+    return found, whole.state_dict(), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_distributed_data_parallel(worlds, synchronized):
+    found = results(worlds[2].run(train_in_parallel, [(r, 2, synchronized) for r in range(2)]))
+    for state, expected, gradients in found:
+        torch.testing.assert_close(state, expected)
+        torch.testing.assert_close(gradients, found[0][2])
