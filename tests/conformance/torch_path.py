@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ import tolerances
 from batchnorm import explain
 from batchnorm.kernels.explanation import Explanation
 from batchnorm.torch import BatchNorm, accumulate_statistics, keep_statistics
-from cases import Case, Data, Result, State, make_data
+from cases import Case, Data, Result, State, make_data, split
 from comparison import Path
 from paths import Way
 
@@ -40,7 +38,8 @@ def run(
     """Run a case through `BatchNorm`; `compiled` names a torch.compile backend."""
     layer = _layer(case, data, fused, device)
     layer.synchronized = synchronized
-    x, _, residual = arguments = _arguments(case, data, device)
+    parts = [_arguments(*part, device) for part in split(case, data)]
+    dtype = getattr(torch, case.dtype)
     call: Any = layer
     if compiled:
         torch._dynamo.reset()
@@ -48,30 +47,22 @@ def run(
     passes = accumulate_statistics(layer) if case.passes > 1 else nullcontext()
     updates = nullcontext() if case.update else keep_statistics()
     with passes, updates:
-        y = torch.cat([call(*part) for part in _split(arguments, case.passes)])
-    assert y.dtype == x.dtype
-    y.backward(torch.tensor(data.dy, dtype=x.dtype, device=device))
+        y = torch.cat([call(*part) for part in parts])
+    assert y.dtype == dtype
+    y.backward(torch.tensor(data.dy, dtype=dtype, device=device))
+    dx, dresidual = (
+        None if column[0] is None else torch.cat([a.grad for a in column])
+        for column in (list(zip(*parts, strict=True))[i] for i in (0, 2))
+    )
     found = {f: _numpy(getattr(layer, b, None)) for f, b in _BUFFERS.items()}
     return Result(
         _numpy(y),
-        _numpy(x.grad),
+        _numpy(dx),
         _numpy(None if layer.weight is None else layer.weight.grad),
         _numpy(None if layer.bias is None else layer.bias.grad),
         State(**found, batches=layer.num_batches_tracked.item()),
-        _numpy(None if residual is None else residual.grad),
+        _numpy(dresidual),
     )
-
-
-def _split(arguments: Sequence[torch.Tensor | None], passes: int) -> list[tuple[Any, ...]]:
-    """The arguments of each pass: parts along axis 0, as `cases.split` makes them."""
-    if passes == 1:
-        return [tuple(arguments)]
-    rows = arguments[0].shape[0]
-    bounds = pairwise(np.linspace(0, rows, passes + 1).astype(int).tolist())
-    return [
-        tuple(a if a is None or a.shape[0] != rows else a[begin:end] for a in arguments)
-        for begin, end in bounds
-    ]
 
 
 def explain_graph(case: Case) -> Explanation:
@@ -160,7 +151,7 @@ def _path(tolerance: float = tolerances.FLOAT32, **options: Any) -> Path:
 
 def refuse_operators(case: Case) -> str | None:
     """The reason why compiled graphs hold array code for the case, or None."""
-    if case.mode != "train":
+    if case.mode != "train" or case.single_value == "running":
         return "evaluation is array code in graphs"
     if case.renorm is not None:
         return "renormalization is array code in graphs"

@@ -60,12 +60,14 @@ def test_merging_is_associative_and_does_not_depend_on_order(sizes, offset, dtyp
         merge(*reversed(parts)),
     ]
     first, *others = (moments(way) for way in ways)
-    std = np.sqrt(first[2])
+    # Far below the rounding of x, 0.03 at 1e6, a variance is noise: rows of one value.
+    var_of = np.maximum(first[2], 1e-3)
+    std = np.sqrt(var_of)
     tol = 100 * ROUNDING[dtype]  # of a handful of merges, each of a dozen roundings
     for count, mean, var in others:
         np.testing.assert_array_equal(count, first[0])
-        np.testing.assert_array_less(np.abs(mean - first[1]), tol * std + 1e-300)
-        np.testing.assert_array_less(np.abs(var - first[2]), tol * first[2] + 1e-300)
+        np.testing.assert_array_less(np.abs(mean - first[1]), tol * std)
+        np.testing.assert_array_less(np.abs(var - first[2]), tol * var_of)
 
 
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6), seed=st.integers(0, 2**16))

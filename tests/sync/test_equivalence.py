@@ -15,7 +15,15 @@ from comparison import Path, check
 from processes import World, results
 from splitting import random_split
 
-TRAINING = [case for case in CASES if case.mode == "train" and case.ghost is None]
+# Several passes are in test_several_passes; a single value is none where other ranks have more.
+TRAINING = [
+    case
+    for case in CASES
+    if case.mode == "train"
+    and case.ghost is None
+    and case.passes == 1
+    and case.single_value == "raise"
+]
 # The mean of float64 data is sent rounded to float64; S3 sets no bound for that.
 EXACT = [case for case in TRAINING if (case.dtype, case.data[:6]) != ("float64", "offset")]
 

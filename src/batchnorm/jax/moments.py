@@ -126,6 +126,7 @@ def merge_moments(parts: Moments | Sequence[Moments]) -> Moments:
 
     Source: S12, S14, S21; Chan, Golub and LeVeque 1983, equation 2.1b.
 
+    >>> from batchnorm.jax import batch_norm
     >>> x = jnp.array([[1.0], [3.0], [5.0], [7.0]])
     >>> parts = [batch_norm(half)[1] for half in (x[:2], x[2:])]
     >>> count, mean, var = merge_moments(parts)

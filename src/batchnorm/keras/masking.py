@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from batchnorm.core.errors import (
     names_errors,
     naming,
 )
+from batchnorm.keras.blocks import OpenBlocks
 from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.masks import to_boolean
 from batchnorm.keras.resolution import at_resolution
@@ -63,19 +63,17 @@ class Found(NamedTuple):
 _current: ContextVar[Block | None] = ContextVar("batchnorm_keras_padding_mask", default=None)
 
 
-class _Usage:
-    """The blocks in all threads; a compiler guards on the attribute `in_use`."""
+class _Usage(OpenBlocks):
+    """The blocks, and the layers that no block reached."""
 
     def __init__(self) -> None:
-        self.in_use = False
+        super().__init__()
         # Layers of compiled functions, or of threads, that no block reached: without a mask, and
         # with one of their own.
         self.missed: WeakSet[Any] = WeakSet()
         self.masked: WeakSet[Any] = WeakSet()
         # Layers that took something, with the traces; True beside it for the value of padded rows.
         self.taken: WeakKeyDictionary[Any, tuple[Any, bool]] = WeakKeyDictionary()
-        self._open = 0
-        self._lock = threading.Lock()
 
     def miss(self, layer: Any, masked: bool) -> None:
         with self._lock:
@@ -88,11 +86,6 @@ class _Usage:
         every = unmasked if block.mask is not None or block.padded_output is not None else []
         every += masked if block.padded_output is not None else []
         return next(iter(every), None)
-
-    def count(self, change: int) -> None:
-        with self._lock:
-            self._open += change
-            self.in_use = self._open > 0
 
 
 _usage = _Usage()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +13,7 @@ import keras
 from keras.src.backend import in_symbolic_scope
 
 from batchnorm.core.errors import ArgumentRuntimeError, naming
+from batchnorm.keras.blocks import OpenBlocks
 from batchnorm.keras.functional import BACKEND, Graph
 from batchnorm.keras.ledger import Ledger, slots
 
@@ -61,21 +61,7 @@ USUAL, KEPT = Rule(), Rule(moves=False)
 _current: ContextVar[Block | None] = ContextVar("batchnorm_keras_moving", default=None)
 
 
-class _Usage:
-    """The number of blocks in all threads; a compiler guards on the attribute `in_use`."""
-
-    def __init__(self) -> None:
-        self.in_use = False
-        self._open = 0
-        self._lock = threading.Lock()
-
-    def count(self, change: int) -> None:
-        with self._lock:
-            self._open += change
-            self.in_use = self._open > 0
-
-
-_usage = _Usage()
+_usage = OpenBlocks()
 
 
 @contextmanager
