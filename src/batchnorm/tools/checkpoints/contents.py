@@ -45,7 +45,7 @@ def load_contents(
     roles = [_roles(group, state, source, budget) for group, state in pairs]
     used = {name for names in roles for name in names.values()}
     names = dict.fromkeys([*source.entries, *source.skipped])
-    left = {name: None for name in names if _is_optimizers(name, source)}
+    left = {name: None for name in names if _is_an_optimizers(name, source)}
     for name, what in source.skipped.items():
         if name not in left:
             raise budget.error(f"{shown(name)} is {what}, which cannot be averaged; {_REMEDY}.")
@@ -57,22 +57,28 @@ def load_contents(
     for name in kept:
         if name not in used:
             dtype = loaded_type(source.entries[name].dtype)
-            others[name] = np.ascontiguousarray(source.load(name), dtype)
+            array = np.ascontiguousarray(source.load(name), dtype)
+            others[name] = array.reshape(source.entries[name].shape)
     details = source.details()
     notes = details.omitted.notes()
     if left:
         what = "array of an optimizer is" if len(left) == 1 else "arrays of optimizers are"
         some = ", ".join(map(shown, [*left][:3]))
         notes.insert(0, f"{len(left):,} {what} left out: {some}.")
-    return Contents(roles, others, paths, details.texts), notes
+    texts = {key: text for key, text in details.texts.items() if not _is_in_optimizer(key[0])}
+    return Contents(roles, others, paths, texts), notes
 
 
-def _is_optimizers(name: str, source: Source) -> bool:
+def _is_an_optimizers(name: str, source: Source) -> bool:
     """True for an array of an optimizer's state, which has a map of its own beside the weights."""
     if source.format == "hdf5":
-        return name.partition("/")[0] in _KERAS_OPTIMIZER
+        return _is_in_optimizer(name)
     path = source.paths.get(name, ())
     return len(path) > 1 and bool(_OPTIMIZER.match(str(path[0])))
+
+
+def _is_in_optimizer(place: str) -> bool:
+    return place.partition("/")[0] in _KERAS_OPTIMIZER
 
 
 def _roles(group: Group, state: BatchNormState, source: Source, budget: Budget) -> dict[str, str]:

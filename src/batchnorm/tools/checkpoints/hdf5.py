@@ -33,6 +33,7 @@ from batchnorm.tools.checkpoints.source import (
 __all__ = ["read", "read_keras"]
 
 _WEIGHTS_GROUP = "model_weights"
+_TRAINING = "training_config"  # names an optimizer, whose arrays are left out
 _WEIGHTS, _CONFIG = "model.weights.h5", "config.json"
 
 
@@ -153,14 +154,14 @@ def _text_attribute(item: Any, name: str, budget: Budget) -> str | None:
     if name not in item.attrs:
         return None
     attribute = item.attrs.get_id(name)
-    budget.check_header(attribute.get_storage_size(), f"attribute {name!r}")
     if attribute.shape != () or attribute.dtype.kind not in "OS":
         return None
+    budget.check_header(attribute.get_storage_size(), f"attribute {shown(name)}")
     value = item.attrs[name]
     if not isinstance(value, (bytes, str)):
         return None
     text = value.decode() if isinstance(value, bytes) else str(value)
-    budget.check_header(len(text), f"attribute {name!r}")
+    budget.check_header(len(text), f"attribute {shown(name)}")
     return text
 
 
@@ -175,7 +176,7 @@ def _read_details(root: Any, budget: Budget) -> Details:
             text: str | list[str] | None = _text_attribute(item, name, budget)
             if text is None:
                 text = _texts_attribute(item, name, budget)
-            if text is None:
+            if text is None or name == _TRAINING:
                 omitted.add(f"{path}@{name}")
                 continue
             size += sum(map(len, (path, name, *([text] if isinstance(text, str) else text))))
@@ -185,14 +186,17 @@ def _read_details(root: Any, budget: Budget) -> Details:
 
 
 def _texts_attribute(item: Any, name: str, budget: Budget) -> list[str] | None:
-    """A list of texts of a fixed length; None for anything else."""
+    """A list of texts; None for anything else."""
     attribute = item.attrs.get_id(name)
-    budget.check_header(attribute.get_storage_size(), f"attribute {name!r}")
     if attribute.shape == (0,):  # Keras writes an empty list as numbers
         return []
-    if attribute.shape is None or len(attribute.shape) != 1 or attribute.dtype.kind != "S":
+    if attribute.shape is None or len(attribute.shape) != 1:
         return None
-    return [text.decode() for text in item.attrs[name].tolist()]
+    if h5py.check_string_dtype(attribute.dtype) is None:
+        return None
+    budget.check_header(attribute.get_storage_size(), f"attribute {shown(name)}")
+    texts = np.asarray(item.attrs[name]).tolist()
+    return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
 
 
 def _layer_names(root: Any, budget: Budget) -> list[str]:
