@@ -69,8 +69,8 @@ def stored(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     if dtype == "bfloat16":
         import ml_dtypes
 
-        return array.astype(ml_dtypes.bfloat16)
-    return array.astype(dtype, copy=False)
+        return np.asarray(array.astype(ml_dtypes.bfloat16))
+    return np.asarray(array.astype(dtype, copy=False))
 
 
 def rewrite(target: Path, checkpoint: Checkpoint, arrays: Arrays) -> None:
