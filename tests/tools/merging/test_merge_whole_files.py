@@ -81,7 +81,7 @@ def test_what_is_left_out_of_a_file_is_said(pair: list[Path], tmp_path: Path) ->
     )
     assert "bn1: means up to" in lines[1]
     for path in pair:
-        optimizer = "2 arrays of optimizers are left out: 'optimizer.state.0.step', "
+        optimizer = "2 arrays of optimizers or callbacks are left out: 'optimizer.state.0.step', "
         assert f"  note: {path}: {optimizer}'optimizer.state.0.exp_avg'." in lines
         values = "2 values that are no arrays are left out: 'epoch', 'optimizer.param_groups.0.lr'"
         assert f"  note: {path}: {values}." in lines
@@ -160,8 +160,40 @@ def test_flax_files_merge_as_variables_do(tmp_path: Path) -> None:
     ):
         ours, theirs = written[collection][layer][role], wanted[collection][layer][role]
         np.testing.assert_array_equal(ours, theirs)
-    assert "1 array of an optimizer is left out: 'opt_state/0/mu'." in done.written.notes[0]
+    assert (
+        "1 array of an optimizer or callback is left out: 'opt_state/0/mu'."
+        in done.written.notes[0]
+    )
     assert "1 value that is no array is left out: 'step'." in done.written.notes[1]
+
+
+def test_checkpoint_of_lightning_gives_its_weights(tmp_path: Path) -> None:
+    """Paths of files, and what callbacks and optimizers keep, differ from run to run."""
+    for offset in (0.0, 2.0):
+        score = {"best_model_score": torch.tensor(offset), f"/{offset}": torch.tensor(offset)}
+        whole = {
+            "state_dict": state_of(offset),
+            "callbacks": {"ModelCheckpoint": score},
+            "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(int(offset) + 1)}}}],
+        }
+        torch.save(whole, tmp_path / f"{offset}")
+    done = merge_checkpoints(
+        [tmp_path / "0.0", tmp_path / "2.0"], tmp_path / "c.pt", everything=True
+    )
+    written = torch.load(tmp_path / "c.pt")
+    assert list(written) == ["state_dict"]
+    assert list(written["state_dict"]) == list(state_of())
+    assert "3 arrays of optimizers or callbacks are left out" in done.written.notes[0]
+
+
+def test_keys_that_are_numbers_are_not_written_as_texts(tmp_path: Path) -> None:
+    import msgpack
+
+    array = msgpack.ExtType(1, msgpack.packb(((1,), "float32", b"\0\0\0\0")))
+    (tmp_path / "a").write_bytes(msgpack.packb({"layers": {0: {"kernel": array}}}))
+    assert list(read_checkpoint(tmp_path / "a").entries) == ["layers/0/kernel"]
+    with pytest.raises(CheckpointError, match="under a key that is a number"):
+        read_checkpoint(tmp_path / "a", everything=True)
 
 
 def test_models_of_weight_0_may_hold_anything(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 # The arrays of a layer that its state holds.
 ROLES = ("gamma", "beta", "mean", "var", "packed", "steps", *RENORM)
 
-_OPTIMIZER = re.compile(r"optim|opt(_|$)", re.IGNORECASE)  # of torch and flax
+# Maps of torch and flax beside the weights; callbacks of Lightning hold the best loss, as a tensor.
+_OPTIMIZER = re.compile(r"optim|opt(_|$)|(callbacks|loops|lr_schedulers)$", re.IGNORECASE)
 _KERAS_OPTIMIZER = ("optimizer", "optimizer_weights")
 _MARKS = {"torch": ".", "msgpack": "/"}
 _REMEDY = "leave everything=True (--all) out, which then handles the batch norms alone"
@@ -62,7 +63,9 @@ def load_contents(
     details = source.details()
     notes = details.omitted.notes()
     if left:
-        what = "array of an optimizer is" if len(left) == 1 else "arrays of optimizers are"
+        what = "array of an optimizer or callback is"
+        if len(left) > 1:
+            what = "arrays of optimizers or callbacks are"
         some = ", ".join(map(shown, [*left][:3]))
         notes.insert(0, f"{len(left):,} {what} left out: {some}.")
     texts = {key: text for key, text in details.texts.items() if not _is_in_optimizer(key[0])}

@@ -38,6 +38,10 @@ class _Array:
     data: bytes
 
 
+class _Number(str):
+    """A key that is a number, as text."""
+
+
 def read(file: BinaryIO, budget: Budget) -> Source:
     """The arrays of an open file; names are paths, joined by slashes."""
     size = os.fstat(file.fileno()).st_size
@@ -73,7 +77,11 @@ def read(file: BinaryIO, budget: Budget) -> Source:
 
 def _unpack(data: bytes, budget: Budget, ext_hook: Any = msgpack.ExtType) -> Any:
     def make_map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-        found = {str(key): value for key, value in pairs if isinstance(key, (str, int))}
+        found = {
+            key if isinstance(key, str) else _Number(key): value
+            for key, value in pairs
+            if isinstance(key, (str, int))
+        }
         if len(found) != len(pairs):
             raise budget.error("a key of the msgpack data appears twice, or is no text.")
         return found
@@ -133,7 +141,8 @@ def _find_arrays(
             for key, item in value.items():
                 if isinstance(item, (_Array, dict)):
                     child = budget.check_name(f"{name}/{key}" if name else key)
-                    yield from find(child, (*path, key), item)
+                    part = int(key) if isinstance(key, _Number) else key
+                    yield from find(child, (*path, part), item)
                 else:
                     omitted.add(f"{name}/{key}" if name else key)
 
