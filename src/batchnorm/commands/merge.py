@@ -39,8 +39,8 @@ def merge(
         typer.Option(
             "--all",
             help="Write all other arrays too, averaged by the same weights. All files must have "
-            "the same arrays, and TARGET their format: only batch norms are renamed. Optimizers' "
-            "arrays are left out.",
+            "the same arrays, and TARGET their format: only batch norms are renamed. Arrays "
+            "of optimizers and callbacks are left out.",
         ),
     ] = False,
     force: Force = False,

@@ -58,7 +58,8 @@ def read_checkpoint(
         limit: most bytes of arrays to read, and of standard input. Headers may have a
             thirty-second of it.
         seconds: most seconds to read for.
-        everything: load all other arrays as well, within the same bounds, but not the optimizers'.
+        everything: load all other arrays as well, within the same bounds, but not those of
+            optimizers and callbacks.
 
     Returns:
         A `Checkpoint`: its `layers` are `BatchNormState`s, its `entries` every array's shape and

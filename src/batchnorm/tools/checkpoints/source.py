@@ -67,7 +67,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Contents:
-    """All arrays of a file but those of an optimizer, and the texts beside them.
+    """All arrays of a file but those of optimizers and callbacks, and the texts beside them.
 
     Args:
         roles: for each layer its arrays' names, by field of its state; "packed" for mean and

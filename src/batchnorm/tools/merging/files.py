@@ -54,7 +54,8 @@ def merge_checkpoints(
         names: as in `convert_checkpoint`; not with `everything`.
         everything: write all other arrays as well, averaged by the same weights in float64 as in
             `merge`, with the first source's names and types. All sources have the same arrays and
-            the target's format. Optimizers' arrays and values that are no arrays are left out.
+            the target's format. Arrays of optimizers and callbacks, and values that are no
+            arrays, are left out.
         force: replace an existing file.
         limit, seconds: for each source, as in `read_checkpoint`.
 
