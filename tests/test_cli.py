@@ -62,13 +62,29 @@ def test_files_are_inspected_without_a_framework(write: object, tmp_path: Path) 
     assert not modules & HEAVY
 
 
-def test_files_are_merged_without_a_framework(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--all",)])
+def test_files_are_merged_without_a_framework(options: tuple[str, ...], tmp_path: Path) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     write_safetensors(source)
-    status, _, modules = run_fresh("merge", str(source), str(source), "-o", str(target))
+    status, _, modules = run_fresh("merge", str(source), str(source), "-o", str(target), *options)
     assert status == 0
     assert not modules & HEAVY
     assert target.exists()
+
+
+def test_all_arrays_merge_from_standard_input(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_safetensors(source)
+    arguments = ["merge", "-", str(source), "-o", str(target), "--all"]
+    done = runner.invoke(app, arguments, input=source.read_bytes())
+    assert done.exit_code == 0, done.output
+    assert "2 batch norms and 0 other arrays of 2 files merged" in done.output
+
+
+def test_help_says_that_all_arrays_keep_their_names() -> None:
+    output = " ".join(runner.invoke(app, ["merge", "--help"]).output.replace("│", " ").split())
+    assert "--all" in output
+    assert "TARGET their format: only batch norms are renamed" in output
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])

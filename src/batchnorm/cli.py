@@ -99,7 +99,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     merge: (
         "merge client1.pt client2.pt client3.pt -o server.pt --counts 5000,1200,300",
-        "merge epoch8.safetensors epoch9.safetensors -o averaged.safetensors",
+        "merge epoch8.safetensors epoch9.safetensors -o averaged.safetensors --all",
     ),
     demo: ("demo", "demo --framework jax --seeds 5 --out picture.png"),
     bench: (

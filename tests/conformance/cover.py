@@ -24,6 +24,8 @@ _MEETS = {
     "decay": {"mode", "masked"},
     "debias": {"mode", "masked"},
     "update": {"mode", "masked"},
+    "late_limits": {"mode", "masked"},
+    "single_value": {"mode"},
     "passes": {"mode", "masked", "float64"},
 }
 

@@ -90,6 +90,7 @@ def test_moments_are_a_tree_of_four_arrays() -> None:
     }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("offset", [1.0, 1e6])
 def test_passes_are_one_batch_to_the_last_digits(offset: float, fused: bool | None) -> None:
@@ -208,6 +209,7 @@ def test_one_merge_at_the_end_is_one_for_each_pass() -> None:
         assert_exact(jax.tree.map(lambda a: a[1], found), x.reshape(-1, CHANNELS))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("fused", [None, False])
 def test_gradients_are_those_of_the_whole_batch(fused: bool | None) -> None:
     x, (a, b) = normal(ROWS, CHANNELS), normal(2, CHANNELS, seed=1)

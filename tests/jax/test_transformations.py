@@ -108,7 +108,7 @@ def test_vmap_over_cotangents_alone(fused: bool | None) -> None:
     assert_close(found, jax.tree.map(lambda *a: jnp.stack(a), *expected))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.exhaustive
 @PATHS
 def test_gradient_of_a_jacobian_penalty(fused: bool | None) -> None:
     def penalty(x: Any, fused: bool | None) -> Any:

@@ -23,6 +23,7 @@ if BACKEND not in KINDS:
     pytest.skip("torch has one device a process", allow_module_level=True)
 
 
+@pytest.mark.exhaustive  # half a minute; processes are tests of tests/sync
 def test_devices_of_one_process() -> None:
     """Runs in a process of its own, since devices are counted at the start."""
     done = subprocess.run(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from adversaries_stored import (
+    hdf5_attributes,
     hdf5_links,
     hdf5_sizes,
     odd_keras_configs,
@@ -211,7 +212,7 @@ ADVERSARIES: Mapping[str, tuple[Write, ...]] = {
     ),
     "old.pt": (shared_lists,),
     "msgpack": (long_msgpack_keys, deep_msgpack, extensions_in_extensions, odd_chunks),
-    "weights.h5": (hdf5_links, hdf5_sizes),
+    "weights.h5": (hdf5_links, hdf5_sizes, hdf5_attributes),
     "keras": (odd_keras_configs,),
     "orbax": (orbax_keys, orbax_links, orbax_references),
 }

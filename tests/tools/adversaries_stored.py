@@ -75,6 +75,25 @@ def hdf5_sizes(path: Path, rng: Random) -> None:
             file.create_group(f"g{i}")
 
 
+def hdf5_attributes(path: Path, rng: Random) -> None:
+    """Attributes that are long, many, of odd types, or no texts."""
+    import h5py
+
+    values: list[Any] = ["x" * rng.choice((10, 1 << 22)), b"\xff", "\x1b[2J", 3.5, [1, 2]]
+    values += [h5py.Empty("S3"), h5py.Empty("f4"), [], [["a"]], ["ab"] * 3, [b"\xff"]]
+    values += [np.zeros(3, [("a", "f4")]), np.array(["a", "b" * 999], h5py.string_dtype())]
+    with h5py.File(path, "w") as file:
+        for leaf in ("gamma", "beta", "moving_mean", "moving_variance"):
+            file[f"bn/{leaf}"] = np.ones(3, np.float32)
+        for place in ("/", "bn", "bn/gamma"):
+            names = [f"a{i}" for i in range(rng.choice((1, 20, 500)))]
+            names += ["name", "layer_names", "weight_names", "n" * rng.choice((1, 40_000))]
+            for name in rng.sample(names, rng.randrange(1, len(names))):
+                file[place].attrs[name] = rng.choice(values)
+        file["there"] = 1.0
+        file["there"].attrs["reference"] = file["bn"].ref
+
+
 def odd_keras_configs(path: Path, rng: Random) -> None:
     """A config that is deep, of wrong types, or of very many layers."""
     import h5py

@@ -34,6 +34,15 @@ def merge(
         ),
     ] = None,
     names: Names = None,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Write all other arrays too, averaged by the same weights. All files must have "
+            "the same arrays, and TARGET their format: only batch norms are renamed. Arrays "
+            "of optimizers and callbacks are left out.",
+        ),
+    ] = False,
     force: Force = False,
     limit: Limit = 1 << 30,
     seconds: Seconds = 120.0,
@@ -41,7 +50,8 @@ def merge(
     """Merge the batch norms of several checkpoints: federated clients, averaged checkpoints.
 
     Means are averaged, variances with the distances of the means, gamma and beta by the same
-    weights; counters are summed. Only the batch norms are written. No code of a file is run.
+    weights; counters are summed. Only the batch norms are written, unless --all is given. No code
+    of a file is run.
     """
     if not out:
         raise UserError("--out: the name is empty; give a path.")
@@ -55,16 +65,17 @@ def merge(
             out,
             counts=numbers,
             names=None if names is None else names.value,
+            everything=everything,
             force=force,
             limit=limit,
             seconds=seconds,
         )
     written = done.written
     layers = "1 batch norm" if len(done.layers) == 1 else f"{len(done.layers)} batch norms"
-    print(
-        f"{out}: {layers} of {len(files)} files merged, {written.names}'s names, "
-        f"{left_out(written.left_out)}"
-    )
+    if everything:
+        layers += f" and {done.others:,} other {'array' if done.others == 1 else 'arrays'}"
+    kept = "the first file's names" if written.names is None else f"{written.names}'s names"
+    print(f"{out}: {layers} of {len(files)} files merged, {kept}, {left_out(written.left_out)}")
     for layer in done.layers:
         print(f"  {layer}")
     for note in written.notes:

@@ -30,14 +30,14 @@ class Converted:
 
     Args:
         path: of the new file.
-        names: the library whose names its arrays have.
+        names: the library whose names its arrays have; None for the source's own names.
         states: its batch norms.
         notes: values that are not exact, or were not carried over.
-        left_out: number of the source's arrays that belong to no batch norm.
+        left_out: number of the source's arrays that are not in it.
     """
 
     path: Path
-    names: Names
+    names: Names | None
     states: list[BatchNormState]
     notes: list[str]
     left_out: int
@@ -82,9 +82,9 @@ def convert_checkpoint(
     return replace(done, notes=[*found.notes, *done.notes], left_out=found.others)
 
 
-def read_layers(source: str, limit: int, seconds: float) -> Checkpoint:
+def read_layers(source: str, limit: int, seconds: float, *, everything: bool = False) -> Checkpoint:
     """A checkpoint with at least one batch norm; arguments and errors as in `read_checkpoint`."""
-    found = read_checkpoint(source, limit=limit, seconds=seconds)
+    found = read_checkpoint(source, limit=limit, seconds=seconds, everything=everything)
     if not found.layers:
         raise CheckpointError(
             f"{source}: it has no batch norm among its {len(found.entries)} arrays."

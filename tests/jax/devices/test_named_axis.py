@@ -110,6 +110,7 @@ def test_gradients_through_shard_map_equal_those_of_one_device(
     assert_close(found, expected)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", MASKS)
 def test_pmap_equals_one_device(name: str) -> None:
     x = normal(16, 3) + 100.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -11,6 +12,7 @@ import pytest
 
 from batchnorm.keras import BatchNormalization
 from batchnorm.tools import merge
+from batchnorm.tools.merging.files import merge_checkpoints
 from batchnorm.tools.models import find_layers
 
 
@@ -107,3 +109,36 @@ def test_other_layers_are_refused() -> None:
     other = keras.Sequential([keras.Input((3,)), BatchNormalization(name="norm")])
     with pytest.raises(ValueError, match=r"^merge: all models must have the same batch norms; mod"):
         merge([net(0), other])
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".h5"])
+def test_files_of_whole_models_merge_as_models_do(suffix: str, tmp_path: Path) -> None:
+    models, paths = [], [tmp_path / f"{name}{suffix}" for name in "ab"]
+    for seed, path in enumerate(paths):
+        keras.utils.clear_session()  # the same names, as in a process of its own
+        inputs = keras.Input((2,))
+        x = keras.layers.BatchNormalization(epsilon=0.25)(keras.layers.Dense(3)(inputs))
+        model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Dropout(0.5)(x)))
+        rng = np.random.default_rng(seed)
+        model.set_weights([rng.uniform(0.5, 2.0, w.shape) for w in model.weights])
+        model.compile("adam")
+        model.optimizer.build(model.trainable_variables)
+        (model.save_weights if suffix == ".weights.h5" else model.save)(path)
+        models.append(model)
+    target = tmp_path / f"c{suffix}"
+    done = merge_checkpoints(paths, target, counts=[1, 3], everything=True)
+    wanted = merge(models, [1, 3], everything=True)
+    if suffix == ".h5":
+        merged = keras.models.load_model(target)  # its config is kept
+        assert merged.layers[2].epsilon == 0.25
+        assert any("'@training_config'" in note for note in done.written.notes)
+    else:
+        merged = merge(models)  # not compiled, so that it asks for no optimizer
+        merged.load_weights(target)
+    for ours, theirs in zip(values(merged), values(wanted), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (done.others, done.written.left_out) == (4, 14)
+    assert "14 arrays of optimizers or callbacks are left out" in done.written.notes[0]
+    other = tmp_path / ("d.h5" if suffix == ".weights.h5" else "d.weights.h5")
+    with pytest.raises(ValueError, match=f"a file like {suffix}; only batch norms are converted"):
+        merge_checkpoints(paths, other, everything=True)

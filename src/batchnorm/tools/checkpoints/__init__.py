@@ -1,4 +1,4 @@
-"""Reading the batch norms of checkpoints that may be damaged or hostile."""
+"""Reading the batch norms, or all arrays, of checkpoints that may be damaged or hostile."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from batchnorm.tools.checkpoints.limits import (
     CheckpointError,
     check_bounds,
 )
-from batchnorm.tools.checkpoints.source import Checkpoint, Entry
+from batchnorm.tools.checkpoints.source import Checkpoint, Contents, Entry
 
 __all__ = [
     "DEFAULT_LIMIT",
     "DEFAULT_SECONDS",
     "Checkpoint",
     "CheckpointError",
+    "Contents",
     "Entry",
     "read_checkpoint",
 ]
@@ -41,12 +42,13 @@ def read_checkpoint(
     *,
     limit: int = DEFAULT_LIMIT,
     seconds: float = DEFAULT_SECONDS,
+    everything: bool = False,
 ) -> Checkpoint:
     """Read the batch norms of a file, whichever library wrote it.
 
-    Only batch norms are loaded; of other arrays names, shapes and types are read. Nothing in the
-    file is executed, and nothing outside it, or outside its folder, is opened. A separate process
-    reads it, with bounded memory and time.
+    Only batch norms are loaded, if not asked otherwise; of other arrays names, shapes and types
+    are read. Nothing in the file is executed, and nothing outside it, or outside its folder, is
+    opened. A separate process reads it, with bounded memory and time.
 
     Args:
         path: a `.safetensors`; a `.pt` or `.pth` of `torch.save` with weights; a `.keras`,
@@ -56,23 +58,27 @@ def read_checkpoint(
         limit: most bytes of arrays to read, and of standard input. Headers may have a
             thirty-second of it.
         seconds: most seconds to read for.
+        everything: load all other arrays as well, within the same bounds, but not those of
+            optimizers and callbacks.
 
     Returns:
         A `Checkpoint`: its `layers` are `BatchNormState`s, its `entries` every array's shape and
-        type.
+        type. With `everything` its `contents` are a `Contents`.
 
     Raises:
         CheckpointError: the file is missing, no regular file, damaged, beyond `limit` or
-            `seconds`, or of no known format; or the package that reads it is missing.
+            `seconds`, or of no known format; or the package that reads it is missing. With
+            `everything`: an array whose type or place cannot be kept.
         ValueError: `limit` or `seconds` is not positive.
     """
     check_bounds(limit, seconds)
     name = os.fspath(path)
     budget = Budget(Path(name), limit)
     if name == _STANDARD_INPUT:
-        return read_isolated(budget, seconds, _standard_input(budget))
+        stream = _standard_input(budget)
+        return read_isolated(budget, seconds, stream, everything=everything)
     _check_kind(name, budget)
-    return read_isolated(budget, seconds)
+    return read_isolated(budget, seconds, everything=everything)
 
 
 def _check_kind(name: str, budget: Budget) -> None:

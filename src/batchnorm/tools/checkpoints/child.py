@@ -31,31 +31,33 @@ def main(arguments: list[str]) -> int:
 
     Args:
         arguments: the path; "path" or "stream", if the file is the standard input; bytes of
-            arrays and seconds that reading may take.
+            arrays and seconds that reading may take; "everything" to load all arrays.
     """
-    path, source, limit, seconds = arguments
+    path, source, limit, seconds, *more = arguments
     budget = Budget(Path(path), int(limit))
     answer = os.dup(1)
     os.dup2(2, 1)  # a library that prints does not spoil the answer
     try:
-        data = _read(budget, source, float(seconds))
+        parts = _read(budget, source, float(seconds), *more)
     except ImportError as error:
         remedy = "install it with: pip install 'batchnorm[files]'"
-        data = serial.refusal(f"reading it needs a package: {error}; {remedy}")
+        parts = [serial.refusal(f"reading it needs a package: {error}; {remedy}")]
     except MemoryError:
-        data = serial.refusal(
-            f"reading it takes more memory than a limit of {limit} allows; {RAISE_LIMIT}"
-        )
+        parts = [
+            serial.refusal(
+                f"reading it takes more memory than a limit of {limit} allows; {RAISE_LIMIT}"
+            )
+        ]
     except OSError as error:  # of a standard input that cannot be read
-        data = serial.refusal(f"it cannot be read: {error.strerror or error}.")
+        parts = [serial.refusal(f"it cannot be read: {error.strerror or error}.")]
     except CheckpointError as error:
-        data = serial.refusal(str(error).removeprefix(str(budget.error(""))))
+        parts = [serial.refusal(str(error).removeprefix(str(budget.error(""))))]
     with os.fdopen(answer, "wb") as file:
-        file.write(data)
+        file.writelines(parts)
     return 0
 
 
-def _read(budget: Budget, source: str, seconds: float) -> bytes:
+def _read(budget: Budget, source: str, seconds: float, what: str = "") -> list[serial.Part]:
     _bound_memory(_LIBRARIES + COPIES * budget.limit)
     _bound("RLIMIT_CPU", math.ceil(seconds) + 1)
     _bound("RLIMIT_CORE", 0)
@@ -66,7 +68,7 @@ def _read(budget: Budget, source: str, seconds: float) -> bytes:
     if kind not in _COMPRESSED:
         loaded = min(loaded, MEMORY_PER_BYTE * path.stat().st_size)
     _bound_memory(SLACK + loaded + path.stat().st_size)  # the file itself may be mapped
-    return serial.encode(read_here(path, kind, budget))
+    return serial.encode(read_here(path, kind, budget, everything=what == "everything"))
 
 
 def _spool(budget: Budget) -> Path:

@@ -19,11 +19,21 @@ from numpy.typing import NDArray
 from batchnorm.tools.checkpoints.archives import Archive, Bytes
 from batchnorm.tools.checkpoints.groups import natural
 from batchnorm.tools.checkpoints.limits import Budget, shown
-from batchnorm.tools.checkpoints.source import ITEM_SIZES, Catalog, Entry, LayerConfig, Source
+from batchnorm.tools.checkpoints.source import (
+    ITEM_SIZES,
+    Catalog,
+    Details,
+    Entry,
+    LayerConfig,
+    Omitted,
+    Source,
+    Texts,
+)
 
 __all__ = ["read", "read_keras"]
 
 _WEIGHTS_GROUP = "model_weights"
+_TRAINING = "training_config"  # names an optimizer, whose arrays are left out
 _WEIGHTS, _CONFIG = "model.weights.h5", "config.json"
 
 
@@ -63,7 +73,16 @@ def read(file: Any, budget: Budget, config: Bytes | None = None) -> Source:
             raise budget.error(f"{shown(name)} was never written; the file is incomplete.")
         return np.asarray(dataset[...])
 
-    return Source("hdf5", entries, load, configs, labels, catalog.skipped, walk.notes())
+    return Source(
+        "hdf5",
+        entries,
+        load,
+        configs,
+        labels,
+        catalog.skipped,
+        walk.notes(),
+        details=lambda: _read_details(root, budget),
+    )
 
 
 def read_keras(file: BinaryIO, budget: Budget) -> Source:
@@ -135,13 +154,49 @@ def _text_attribute(item: Any, name: str, budget: Budget) -> str | None:
     if name not in item.attrs:
         return None
     attribute = item.attrs.get_id(name)
-    budget.check_header(attribute.get_storage_size(), f"attribute {name!r}")
+    if attribute.shape != () or attribute.dtype.kind not in "OS":
+        return None
+    budget.check_header(attribute.get_storage_size(), f"attribute {shown(name)}")
     value = item.attrs[name]
-    if isinstance(value, np.ndarray):
+    if not isinstance(value, (bytes, str)):
         return None
     text = value.decode() if isinstance(value, bytes) else str(value)
-    budget.check_header(len(text), f"attribute {name!r}")
+    budget.check_header(len(text), f"attribute {shown(name)}")
     return text
+
+
+def _read_details(root: Any, budget: Budget) -> Details:
+    """The attributes of all groups and datasets that are texts or lists of texts."""
+    texts: Texts = {}
+    omitted, size, seen = Omitted(), 0, 0
+    for path, item in [("", root), *_Walk(budget).items(root)]:
+        for name in item.attrs:
+            seen += 1
+            budget.check_values(seen)
+            text: str | list[str] | None = _text_attribute(item, name, budget)
+            if text is None:
+                text = _texts_attribute(item, name, budget)
+            if text is None or name == _TRAINING:
+                omitted.add(f"{path}@{name}")
+                continue
+            size += sum(map(len, (path, name, *([text] if isinstance(text, str) else text))))
+            budget.check_header(size, "the texts of all attributes")
+            texts[path, name] = text
+    return Details(texts, omitted)
+
+
+def _texts_attribute(item: Any, name: str, budget: Budget) -> list[str] | None:
+    """A list of texts; None for anything else."""
+    attribute = item.attrs.get_id(name)
+    if attribute.shape == (0,):  # Keras writes an empty list as numbers
+        return []
+    if attribute.shape is None or len(attribute.shape) != 1:
+        return None
+    if h5py.check_string_dtype(attribute.dtype) is None:
+        return None
+    budget.check_header(attribute.get_storage_size(), f"attribute {shown(name)}")
+    texts = np.asarray(item.attrs[name]).tolist()
+    return [text.decode() if isinstance(text, bytes) else str(text) for text in texts]
 
 
 def _layer_names(root: Any, budget: Budget) -> list[str]:

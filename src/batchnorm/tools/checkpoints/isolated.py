@@ -32,16 +32,20 @@ _PIECE = 1 << 20
 _OUT_OF_TIME = -24  # ended by SIGXCPU, which Windows does not have
 
 
-def read_isolated(budget: Budget, seconds: float, stream: Any = None) -> Checkpoint:
+def read_isolated(
+    budget: Budget, seconds: float, stream: Any = None, *, everything: bool = False
+) -> Checkpoint:
     """`read_here` in a child with bounded memory and time.
 
     Args:
         budget: of the file, whose path it has.
         seconds: after which the child is ended.
         stream: the file itself, with a descriptor or as bytes, instead of its path.
+        everything: load all arrays.
     """
     source = "path" if stream is None else "stream"
     arguments = [str(budget.path), source, str(budget.limit), str(seconds)]
+    arguments += ["everything"] if everything else []
     # A child that is killed cannot remove its temporary files.
     with tempfile.TemporaryDirectory(prefix="batchnorm-") as place:
         if isinstance(stream, bytes):

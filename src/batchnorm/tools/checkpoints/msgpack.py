@@ -14,7 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.tools.checkpoints.limits import Budget, CheckpointError, shown
-from batchnorm.tools.checkpoints.source import ITEM_SIZES, Catalog, Entry, Source, from_bytes
+from batchnorm.tools.checkpoints.source import (
+    ITEM_SIZES,
+    Catalog,
+    Details,
+    Entry,
+    Keys,
+    Omitted,
+    Source,
+    from_bytes,
+)
 
 __all__ = ["read"]
 
@@ -29,6 +38,10 @@ class _Array:
     data: bytes
 
 
+class _Number(str):
+    """A key that is a number, as text."""
+
+
 def read(file: BinaryIO, budget: Budget) -> Source:
     """The arrays of an open file; names are paths, joined by slashes."""
     size = os.fstat(file.fileno()).st_size
@@ -37,12 +50,13 @@ def read(file: BinaryIO, budget: Budget) -> Source:
     if not isinstance(root, dict):
         raise budget.error("the msgpack data is not a map.")
     catalog: Catalog[list[_Array]] = Catalog(budget)
-    for name, shape, parts in _find_arrays(root, budget):
+    omitted = Omitted()
+    for name, path, shape, parts in _find_arrays(root, budget, omitted):
         dtype = parts[0].dtype if parts else ""
         if dtype in ITEM_SIZES:
-            catalog.add(name, Entry(shape, dtype), parts)
+            catalog.add(name, Entry(shape, dtype), parts, path)
         else:
-            catalog.skip(name, f"of type {dtype}")
+            catalog.skip(name, f"of type {dtype}", path)
 
     def load(name: str) -> NDArray[Any]:
         entry, parts = catalog.entries[name], catalog.places[name]
@@ -50,12 +64,24 @@ def read(file: BinaryIO, budget: Budget) -> Source:
         flat = [from_bytes(p.data, Entry((math.prod(p.shape),), entry.dtype)) for p in parts]
         return np.concatenate(flat).reshape(entry.shape)
 
-    return Source("msgpack", catalog.entries, load, skipped=catalog.skipped, notes=catalog.notes())
+    return Source(
+        "msgpack",
+        catalog.entries,
+        load,
+        skipped=catalog.skipped,
+        notes=catalog.notes(),
+        paths=catalog.paths,
+        details=lambda: Details(omitted=omitted),
+    )
 
 
 def _unpack(data: bytes, budget: Budget, ext_hook: Any = msgpack.ExtType) -> Any:
     def make_map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-        found = {str(key): value for key, value in pairs if isinstance(key, (str, int))}
+        found = {
+            key if isinstance(key, str) else _Number(key): value
+            for key, value in pairs
+            if isinstance(key, (str, int))
+        }
         if len(found) != len(pairs):
             raise budget.error("a key of the msgpack data appears twice, or is no text.")
         return found
@@ -97,24 +123,30 @@ def _make_array(code: int, data: bytes, budget: Budget) -> _Array | None:
 
 
 def _find_arrays(
-    root: dict[str, Any], budget: Budget
-) -> Iterator[tuple[str, tuple[int, ...], list[_Array]]]:
-    """Names, shapes and parts of the arrays, in the order of the file."""
+    root: dict[str, Any], budget: Budget, omitted: Omitted
+) -> Iterator[tuple[str, Keys, tuple[int, ...], list[_Array]]]:
+    """Names, keys, shapes and parts of the arrays, in the order of the file.
+
+    `omitted` gets the keys of values that are no arrays.
+    """
     seen = count()
 
-    def find(name: str, value: Any, depth: int) -> Iterator[Any]:
-        budget.check_values(next(seen), depth)
+    def find(name: str, path: Keys, value: Any) -> Iterator[Any]:
+        budget.check_values(next(seen), len(path))
         if isinstance(value, _Array):
-            yield name, value.shape, [value]
+            yield name, path, value.shape, [value]
         elif _CHUNKED in value:
-            yield name, *_join(value, name, budget)
+            yield name, path, *_join(value, name, budget)
         else:
             for key, item in value.items():
                 if isinstance(item, (_Array, dict)):
                     child = budget.check_name(f"{name}/{key}" if name else key)
-                    yield from find(child, item, depth + 1)
+                    part = int(key) if isinstance(key, _Number) else key
+                    yield from find(child, (*path, part), item)
+                else:
+                    omitted.add(f"{name}/{key}" if name else key)
 
-    yield from find("", root, 0)
+    yield from find("", (), root)
 
 
 def _join(value: dict[str, Any], name: str, budget: Budget) -> tuple[tuple[int, ...], list[_Array]]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from batchnorm.tools.checkpoints.archives import DAMAGED, Archive
+from batchnorm.tools.checkpoints.contents import load_contents
 from batchnorm.tools.checkpoints.folders import Folder
-from batchnorm.tools.checkpoints.limits import Budget, CheckpointError
+from batchnorm.tools.checkpoints.limits import Budget, CheckpointError, one_line
 from batchnorm.tools.checkpoints.naming import find_groups
 from batchnorm.tools.checkpoints.source import Checkpoint, Source
 from batchnorm.tools.checkpoints.states import make_state
@@ -72,7 +73,7 @@ def prepare(kind: Format) -> Any:
     return getattr(importlib.import_module(f"batchnorm.tools.checkpoints.{module}"), name)
 
 
-def read_here(path: Path, kind: Format, budget: Budget) -> Checkpoint:
+def read_here(path: Path, kind: Format, budget: Budget, *, everything: bool = False) -> Checkpoint:
     """Read a file in this process, without protection from the format's parser."""
     try:
         with _open(path, kind, budget) as source:
@@ -80,7 +81,11 @@ def read_here(path: Path, kind: Format, budget: Budget) -> Checkpoint:
             layers = [make_state(group, source) for group in groups]
             used = {name for group in groups for name in group.roles.values()}
             others = len(source.entries) - len(used)
-            return Checkpoint(budget.path, kind, dict(source.entries), layers, notes, others)
+            entries, contents = dict(source.entries), None
+            if everything:
+                contents, left = load_contents(source, groups, layers, budget)
+                notes += map(one_line, left)
+            return Checkpoint(budget.path, kind, entries, layers, notes, others, contents)
     except CheckpointError:
         raise
     except _DAMAGE as error:

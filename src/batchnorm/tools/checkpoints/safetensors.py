@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from batchnorm.tools.checkpoints.limits import Budget, shown
-from batchnorm.tools.checkpoints.source import Catalog, Entry, Source
+from batchnorm.tools.checkpoints.source import Catalog, Details, Entry, Source
 
 __all__ = ["read"]
 
@@ -60,4 +60,7 @@ def read(file: BinaryIO, budget: Budget) -> Source:
         array = np.asarray(opened.get_tensor(name))
         return array.astype(np.float32) if catalog.entries[name].dtype == "bfloat16" else array
 
-    return Source("safetensors", catalog.entries, load, skipped=catalog.skipped)
+    def details() -> Details:
+        return Details({("", key): text for key, text in (opened.metadata() or {}).items()})
+
+    return Source("safetensors", catalog.entries, load, skipped=catalog.skipped, details=details)

@@ -9,18 +9,26 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.tools.checkpoints.archives import Archive, Bytes
-from batchnorm.tools.checkpoints.limits import MOST_VISITS, Budget, shown
+from batchnorm.tools.checkpoints.limits import Budget, shown
 from batchnorm.tools.checkpoints.pickles import Made, Named, PickleError, run
-from batchnorm.tools.checkpoints.source import ITEM_SIZES, Catalog, Entry, Source, from_bytes
+from batchnorm.tools.checkpoints.source import (
+    ITEM_SIZES,
+    Catalog,
+    Details,
+    Entry,
+    Omitted,
+    Source,
+    from_bytes,
+)
+from batchnorm.tools.checkpoints.torch_tree import named, object_name, walk
 
 __all__ = ["read"]
 
@@ -40,8 +48,6 @@ _PROTOCOL = 1001  # of the form from before torch 1.6
 _TENSOR = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 _WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"
-_DICTS = ("collections.OrderedDict", "collections.defaultdict")
-_MOST_LISTED = 1000  # longer lists hold numbers, not models
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,15 @@ def read(file: BinaryIO, budget: Budget) -> Source:
     except PickleError as error:
         raise budget.error(f"the pickle inside is {error}.") from error
     catalog, notes = _collect(root, budget)
-    if not catalog.entries and (made := _object_name(root)):
+
+    def details() -> Details:
+        omitted = Omitted()
+        for name, _, value in walk(root, budget, omitted):
+            if name not in catalog.entries and name not in catalog.skipped:
+                omitted.add(f"{name} ({object_name(value)})")
+        return Details(omitted=omitted)
+
+    if not catalog.entries and (made := object_name(root)):
         raise budget.error(
             f"it holds a pickled {made}, not weights. Save model.state_dict() instead."
         )
@@ -86,6 +100,8 @@ def read(file: BinaryIO, budget: Budget) -> Source:
         load,
         skipped=catalog.skipped,
         notes=[*catalog.notes(), *notes],
+        paths=catalog.paths,
+        details=details,
     )
 
 
@@ -170,14 +186,14 @@ def _collect(root: Any, budget: Budget) -> tuple[Catalog[_Tensor], list[str]]:
     """Tensors by name, and notes about models that were pickled whole."""
     catalog: Catalog[_Tensor] = Catalog(budget)
     whole: list[str] = []
-    for name, value in _walk(root, budget):
+    for name, path, value in walk(root, budget):
         tensor = _as_tensor(value)
         if tensor is not None and tensor.storage.dtype is not None:
-            catalog.add(name, Entry(tensor.shape, tensor.storage.dtype), tensor)
+            catalog.add(name, Entry(tensor.shape, tensor.storage.dtype), tensor, path)
         elif tensor is not None:
-            catalog.skip(name, f"of type {tensor.storage.kind}")
-        elif "_rebuild" in (made := _object_name(value) or ""):
-            catalog.skip(name, f"a tensor of {made}")
+            catalog.skip(name, f"of type {tensor.storage.kind}", path)
+        elif "_rebuild" in (made := object_name(value) or ""):
+            catalog.skip(name, f"a tensor of {made}", path)
         elif isinstance(value.state, dict) and "_modules" in value.state:
             whole.append(f"{shown(name)} ({made})")
     notes = []
@@ -190,34 +206,6 @@ def _collect(root: Any, budget: Budget) -> tuple[Catalog[_Tensor], list[str]]:
     return catalog, notes
 
 
-def _walk(root: Any, budget: Budget) -> Iterator[tuple[str, Made]]:
-    """Names and objects in nested dictionaries and lists; keys are joined by dots."""
-    seen = count()
-
-    def walk(name: str, value: Any, depth: int) -> Iterator[tuple[str, Made]]:
-        budget.check_values(next(seen), depth, MOST_VISITS)
-        items = _items(value)
-        if items is None:
-            yield name, value
-        for key, item in items or ():
-            if isinstance(item, (dict, list, tuple, Made)):
-                child = budget.check_name(f"{name}.{key}" if name else str(key))
-                yield from walk(child, item, depth + 1)
-
-    yield from walk("", root, 0)
-
-
-def _items(value: Any) -> list[tuple[Any, Any]] | None:
-    """Keys and values of a collection; None for any other object."""
-    if isinstance(value, Made):
-        if _named(value.maker) not in _DICTS:
-            return None
-        value = value.items or {}
-    if isinstance(value, dict):
-        return [(key, item) for key, item in value.items() if isinstance(key, (str, int))]
-    return list(enumerate(value)) if len(value) <= _MOST_LISTED else []
-
-
 def _as_tensor(value: Made) -> _Tensor | None:
     maker, arguments = value.maker, value.arguments
     if isinstance(maker, Named) and maker.name == _WITH_ATTRIBUTES:
@@ -228,7 +216,7 @@ def _as_tensor(value: Made) -> _Tensor | None:
         return None
     if maker.name in _PARAMETER:
         inner = arguments[0]
-        plain = isinstance(inner, Made) and _named(inner.maker) in _TENSOR
+        plain = isinstance(inner, Made) and named(inner.maker) in _TENSOR
         return _as_tensor(inner) if plain else None
     if maker.name not in _TENSOR or len(arguments) < 4:
         return None
@@ -271,16 +259,3 @@ def _is_contiguous(tensor: _Tensor) -> bool:
             return False
         expected *= n
     return True
-
-
-def _object_name(value: Any) -> str | None:
-    """The class or function that makes a pickled object; None for a collection."""
-    if not isinstance(value, Made) or _named(value.maker) in _DICTS:
-        return None
-    first = value.arguments[0] if isinstance(value.arguments, tuple) and value.arguments else None
-    rebuilt = _named(value.maker) == "copyreg._reconstructor"
-    return _named(first if rebuilt else value.maker)
-
-
-def _named(value: Any) -> str | None:
-    return value.name if isinstance(value, Named) else None

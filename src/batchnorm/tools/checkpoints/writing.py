@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,16 @@ from numpy.typing import NDArray
 from batchnorm.tools.checkpoints.limits import CheckpointError, shown
 from batchnorm.tools.state import BatchNormState
 
-__all__ = ["FORMATS", "NAMES", "Names", "format_of", "write_checkpoint"]
+__all__ = [
+    "FORMATS",
+    "NAMES",
+    "Names",
+    "format_of",
+    "nested",
+    "replacing",
+    "write_checkpoint",
+    "write_msgpack",
+]
 
 Names = Literal["torch", "flax", "nnx", "keras"]
 NAMES: tuple[Names, ...] = ("torch", "flax", "nnx", "keras")
@@ -101,17 +111,25 @@ def write_checkpoint(
                 raise CheckpointError(f"{path}: two layers would be named {layer}.")
             names_taken.add(mark.join(key))
             arrays[key] = array
+    with replacing(path) as part:
+        _WRITERS[suffix](part, arrays)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place at the end unless there is an error."""
     try:
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
         raise CheckpointError(f"{path}: it cannot be written: {error.strerror}.") from error
     os.close(handle)
+    part = Path(name)
     try:
-        _WRITERS[suffix](Path(part), arrays)
-        Path(part).chmod(0o666 & ~_umask())
-        Path(part).replace(path)
+        yield part
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def _arrays(state: BatchNormState, names: Names) -> list[tuple[Path_, NDArray[Any]]]:
@@ -155,19 +173,26 @@ def _write_torch(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
     torch.save({".".join(k): torch.from_numpy(np.array(a)) for k, a in arrays.items()}, path)
 
 
-def _write_msgpack(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
+def write_msgpack(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
     """In the form that `flax.serialization.msgpack_restore` reads."""
     import msgpack
 
+    def pack(array: NDArray[Any]) -> Any:
+        data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        return msgpack.ExtType(_FLAX_ARRAY, msgpack.packb((array.shape, array.dtype.name, data)))
+
+    path.write_bytes(msgpack.packb(nested({key: pack(array) for key, array in arrays.items()})))
+
+
+def nested(values: Mapping[Path_, Any]) -> dict[str, Any]:
+    """Maps within maps, by the keys that lead to each value."""
     tree: dict[str, Any] = {}
-    for key, array in arrays.items():
+    for key, value in values.items():
         node = tree
         for part in key[:-1]:
             node = node.setdefault(part, {})
-        data = array.astype(array.dtype.newbyteorder("<")).tobytes()
-        parts = msgpack.packb((array.shape, array.dtype.name, data))
-        node[key[-1]] = msgpack.ExtType(_FLAX_ARRAY, parts)
-    path.write_bytes(msgpack.packb(tree))
+        node[key[-1]] = value
+    return tree
 
 
 def _write_weights(path: Path, arrays: Mapping[Path_, NDArray[Any]]) -> None:
@@ -206,7 +231,7 @@ _WRITERS: Mapping[str, Callable[[Path, Mapping[Path_, NDArray[Any]]], None]] = {
     ".safetensors": _write_safetensors,
     ".pt": _write_torch,
     ".pth": _write_torch,
-    ".msgpack": _write_msgpack,
+    ".msgpack": write_msgpack,
     ".weights.h5": _write_weights,
     ".h5": _write_named_weights,
 }

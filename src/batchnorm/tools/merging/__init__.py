@@ -155,6 +155,7 @@ def _others_of(model: Any) -> NamedArrays:
     if _has_states_alone(model):
         raise ArgumentValueError(
             "everything=True needs models, state dicts or trees, since checkpoints are read for "
-            f"their batch norms alone; got {type(model).__name__}."
+            "their batch norms alone here; merge_checkpoints and `batchnorm merge --all` merge all "
+            f"arrays of files; got {type(model).__name__}."
         )
     return open_side(_OWNER, model).others()

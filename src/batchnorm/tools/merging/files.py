@@ -1,4 +1,4 @@
-"""The batch norms of several checkpoints, merged and written as one file."""
+"""The batch norms, or all arrays, of several checkpoints, merged and written as one file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from batchnorm.tools.checkpoints import DEFAULT_LIMIT, DEFAULT_SECONDS
 from batchnorm.tools.checkpoints.writing import Names
 from batchnorm.tools.convert import Converted, check_target, read_layers, write_states
 from batchnorm.tools.merging import Counts, MergedLayer, merge_layers
+from batchnorm.tools.merging.counts import check_one_for_all
+from batchnorm.tools.merging.whole_files import check_files, names_of, write_merged
 
 __all__ = ["MergedFile", "merge_checkpoints"]
 
@@ -23,10 +25,12 @@ class MergedFile:
     Args:
         written: the file, its states, and what it does not hold.
         layers: how far the sources were apart in each.
+        others: number of the arrays in no batch norm's state that it holds.
     """
 
     written: Converted
     layers: list[MergedLayer]
+    others: int = 0
 
 
 @names_errors("merge")
@@ -36,17 +40,22 @@ def merge_checkpoints(
     *,
     counts: Counts = None,
     names: Names | None = None,
+    everything: bool = False,
     force: bool = False,
     limit: int = DEFAULT_LIMIT,
     seconds: float = DEFAULT_SECONDS,
 ) -> MergedFile:
-    """Merge the batch norms of checkpoints, and write them as a new one.
+    """Merge the batch norms, or all arrays, of checkpoints, and write them as a new one.
 
     Args:
         sources: two or more, each as in `convert_checkpoint`.
         target: another file, as in `convert_checkpoint`.
         counts: as in `merge`; with them the variance becomes of the kind that the names imply.
-        names: as in `convert_checkpoint`.
+        names: as in `convert_checkpoint`; not with `everything`.
+        everything: write all other arrays as well, averaged by the same weights in float64 as in
+            `merge`, with the first source's names and types. All sources have the same arrays and
+            the target's format. Arrays of optimizers and callbacks, and values that are no
+            arrays, are left out.
         force: replace an existing file.
         limit, seconds: for each source, as in `read_checkpoint`.
 
@@ -54,8 +63,9 @@ def merge_checkpoints(
         The new file and its contents; read the `notes`. Its `left_out` is that of the first source.
 
     Raises:
-        ValueError: as `merge`.
-        CheckpointError: as `convert_checkpoint`.
+        ValueError: as `merge`. With `everything`: sources of other arrays, `names`.
+        CheckpointError: as `convert_checkpoint`. With `everything`: an array that cannot be kept,
+            a target of another format.
         ImportError: .pt needs torch, .h5 needs h5py.
     """
     paths = [os.fspath(source) for source in sources]
@@ -65,9 +75,22 @@ def merge_checkpoints(
         raise ArgumentValueError("only one of the files can be standard input, '-'.")
     target = Path(target)
     chosen = check_target(target, paths, names, force)
-    found = [read_layers(path, limit, seconds) for path in paths]
-    states, layers, rows = merge_layers([checkpoint.layers for checkpoint in found], counts)
-    done = write_states(target, states, chosen, rows, force)
+    if everything and names is not None:
+        raise ArgumentValueError(
+            f"names (--names) must be left out with everything=True (--all), since only batch "
+            f"norms are renamed; got {names}."
+        )
+    found = [read_layers(path, limit, seconds, everything=everything) for path in paths]
     notes = [f"{path}: {note}" for path, c in zip(paths, found, strict=True) for note in c.notes]
+    if everything:
+        check_files(paths, found, target)
+    states, layers, rows = merge_layers([checkpoint.layers for checkpoint in found], counts)
+    if everything:
+        weights = check_one_for_all(counts, len(paths))
+        others, more = write_merged(target, paths, found, states, weights)
+        left = len(found[0].entries) - len(names_of(found[0]))
+        done = Converted(target, None, states, [*notes, *more], left)
+        return MergedFile(done, layers, others)
+    done = write_states(target, states, chosen, rows, force)
     done = replace(done, notes=[*notes, *done.notes], left_out=found[0].others)
     return MergedFile(done, layers)

@@ -14,25 +14,29 @@ from batchnorm.numpy_namespace import XP
 from batchnorm.tools.merging.layers import numberless
 from batchnorm.tools.sides import NamedArrays
 from batchnorm.tools.state import FloatArray
-from batchnorm.tools.text import list_names, printable
+from batchnorm.tools.text import list_names, plural, printable
 
 __all__ = ["average_others"]
 
 
-def average_others(models: Sequence[NamedArrays], counts: FloatArray) -> NamedArrays:
+def average_others(
+    models: Sequence[NamedArrays], counts: FloatArray, names: Sequence[str] = ()
+) -> NamedArrays:
     """Weighted averages in float64; what is not floating must be the same in all models.
 
     Args:
         models: names and arrays of each, in the order of the model.
         counts: of the models, float64.
+        names: of the models, for messages; files have such.
 
     Raises:
         ArgumentValueError: other arrays, values that are not finite, integers that differ.
     """
     first = models[0]
+    names = names or ["the first", *(f"model {number}" for number in range(1, len(models)))]
     aligned = [_align(first, arrays, number) for number, arrays in enumerate(models)]
     return [
-        (name, _average(name, [arrays[i] for arrays in aligned], counts))
+        (name, _average(name, [arrays[i] for arrays in aligned], counts, names))
         for i, (name, _) in enumerate(first)
     ]
 
@@ -61,20 +65,27 @@ def _align(first: NamedArrays, model: NamedArrays, number: int) -> list[NDArray[
     return arrays
 
 
-def _average(name: str, arrays: Sequence[NDArray[Any]], counts: FloatArray) -> NDArray[Any]:
+def _average(
+    name: str, arrays: Sequence[NDArray[Any]], counts: FloatArray, names: Sequence[str]
+) -> NDArray[Any]:
     weighing = np.flatnonzero(counts).tolist()
     used = [arrays[i] for i in weighing]
-    if all(np.array_equal(array, arrays[0]) for array in used):
+    differs = [i for i in weighing if not np.array_equal(arrays[i], arrays[0])]
+    if not differs:
         return arrays[0]  # infinite limits of renormalization too
     if any(array.dtype.kind not in "fc" for array in used):
         raise ArgumentValueError(
             f"{printable(name)!r} holds {arrays[0].dtype.name}, which cannot be averaged, and "
-            "differs between the models; make it the same, or leave everything=True out."
+            f"differs between {names[0]} and {names[differs[0]]}; make it the same, or leave "
+            "everything=True (--all) out."
         )
     wide = np.stack([a.astype(np.complex128 if a.dtype.kind == "c" else np.float64) for a in used])
-    if not np.isfinite(wide).all():
-        raise ArgumentValueError(
-            f"{printable(name)!r} must be finite in all models to be averaged."
-        )
+    for i, array in zip(weighing, wide, strict=True):
+        wrong = array[~np.isfinite(array)]
+        if wrong.size:
+            raise ArgumentValueError(
+                f"{printable(name)!r} must be finite in all models to be averaged; {names[i]} has "
+                f"{wrong[0]:g} in {wrong.size:,} of {plural(array.size, 'value')}."
+            )
     weight = counts[weighing].reshape(-1, *(1 for _ in wide.shape[1:]))
     return average_by_count(wide, weight, 0, XP)
