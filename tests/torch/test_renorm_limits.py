@@ -92,3 +92,16 @@ def test_bad_limits_change_nothing(limits, kind, message):
 def test_a_layer_without_renormalization_has_none():
     with pytest.raises(ValueError, match=r"BatchNorm: .*renorm=False"):
         BatchNorm(3).set_renorm_clipping(rmax=2.0)
+
+
+def test_a_layer_that_was_pickled_without_them_gets_them():
+    layer = BatchNorm(3, renorm=True, renorm_clipping={"rmax": 2.0})
+    state = layer.__getstate__()
+    state["_buffers"] = {n: a for n, a in state["_buffers"].items() if n != "renorm_limits"}
+    for name in ("debias", "single_value"):
+        del state[name]
+    old = BatchNorm.__new__(BatchNorm)
+    old.__setstate__(state)
+    assert old.renorm_limits.tolist() == [0.0, 2.0, math.inf]
+    assert (old.debias, old.single_value) == (False, "raise")
+    assert old(torch.randn(8, 3)).shape == (8, 3)

@@ -100,7 +100,7 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     Args:
         model: or one layer; its layers of this library that keep running statistics.
 
-    Memory: three numbers for each channel, whatever the number of passes.
+    Memory: five numbers for each channel, whatever the number of passes.
 
     Raises:
         TypeError: `model` is no module.

@@ -256,8 +256,9 @@ class BatchNorm(RunningStatistics):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         kept = {option.name: option.kept for option in OPTIONS}
-        super().__setstate__(kept | state)  # an older state lacks newer options
+        super().__setstate__(kept | state)  # an older state lacks newer options and buffers
         self._memory = LastCalls()
+        self._prepare_statistics()
 
     def extra_repr(self) -> str:
         """torch's description, and every option that differs from its default."""
