@@ -71,6 +71,39 @@ def test_a_state_without_the_counter_has_run_for_long():
     torch.testing.assert_close(layer.running_mean, 0.1 * x.mean(0))
 
 
+def test_statistics_that_nobody_has_counted_have_run_for_long():
+    stock = nn.BatchNorm1d(2)
+    stock.running_mean.fill_(3.0)  # as weights of other frameworks, whose counter is 0
+    loaded = BatchNorm(2, debias=True)
+    loaded.load_state_dict(stock.state_dict())
+    told = BatchNorm(2)
+    told.load_state_dict(stock.state_dict())
+    told.configure(debias=True)
+    converted = convert_batchnorm(stock, debias=True)
+    for layer in (loaded, told, converted):
+        assert layer.num_batches_tracked == LONG_RUNNING
+        layer(torch.zeros(8, 2))
+        torch.testing.assert_close(layer.running_mean, torch.full((2,), 2.7))
+    assert convert_batchnorm(nn.BatchNorm1d(2), debias=True).num_batches_tracked == 0
+
+
+def test_frozen_copies_have_no_counter():
+    class FrozenBatchNorm2d(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, value in (
+                ("weight", 1),
+                ("bias", 0),
+                ("running_mean", 2),
+                ("running_var", 3),
+            ):
+                self.register_buffer(name, torch.full((2,), float(value)))
+
+    layer = convert_batchnorm(FrozenBatchNorm2d(), frozen_copies=True, debias=True)
+    layer.unfreeze().train()(torch.zeros(2, 2, 4, 4))
+    torch.testing.assert_close(layer.running_mean, torch.full((2,), 1.8))
+
+
 def test_compiled_and_repeated_calls_count_alike():
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -99,6 +99,7 @@ class RunningStatistics(_BatchNorm):
     def _prepare_statistics(self) -> None:
         """Bring torch's buffers into this library's form; those that fit stay as they are."""
         self._widen_statistics()
+        self._settle_counter()
         if self.renorm is None:
             for name in (*_RENORM_BUFFERS, _LIMITS):
                 self._buffers.pop(name, None)
@@ -152,6 +153,23 @@ class RunningStatistics(_BatchNorm):
             state_dict[steps] = torch.tensor(LONG_RUNNING)  # it has forgotten its start (S23)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._widen_statistics()
+        self._settle_counter()
+
+    def _settle_counter(self) -> None:
+        """Let statistics that nobody has counted, but that have moved, be long-running (S23).
+
+        Weights that come from other frameworks have a counter of 0, and frozen copies have none.
+        """
+        mean, var = self._buffers.get("running_mean"), self._buffers.get("running_var")
+        if not self.debias or self.momentum is None or mean is None or var is None or mean.is_meta:
+            return
+        steps = self._buffers.get("num_batches_tracked")
+        if steps is None:
+            steps = torch.tensor(0, device=mean.device)
+            self._buffers["num_batches_tracked"] = steps
+        if steps == 0 and bool((mean != 0).any() | (var != 1).any()):
+            with torch.no_grad():
+                steps.fill_(LONG_RUNNING)
 
     def restore_width(self) -> None:
         """Make float32 again what somebody has narrowed past the layer, as by `.data = ` (S16).

@@ -73,16 +73,16 @@ class keep_statistics:  # noqa: N801 (named as torch.no_grad is)
 def keeps_statistics() -> bool:
     """True if statistics stay; in traced code, as far as the tracer can know."""
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() and _keeps():
+        if torch.compiler.is_exporting() and in_block():
             return True
         return _Traced.depth > 0
-    return _keeps()
+    return in_block()
 
 
-def _keeps() -> bool:
+def in_block() -> bool:
     block = _current.get()
     return block is not None and block.keeps()
 
 
 # Run while torch.export traces: a program has no block around it.
-_keeps._dynamo_marked_constant = True  # type: ignore[attr-defined]
+in_block._dynamo_marked_constant = True  # type: ignore[attr-defined]

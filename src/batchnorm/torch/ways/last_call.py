@@ -15,7 +15,7 @@ from batchnorm.core.running import Running
 from batchnorm.kernels.explanation import LAST_CALL, Explanation, Refusal, ask
 from batchnorm.torch.call import Call
 from batchnorm.torch.first_passes import FirstPasses
-from batchnorm.torch.keeping import keeps_statistics
+from batchnorm.torch.keeping import in_block
 from batchnorm.torch.kernels import on_cpu
 from batchnorm.torch.kernels.autograd import run, run_unrecorded
 from batchnorm.torch.kernels.records import KernelStep
@@ -77,7 +77,7 @@ class LastCalls:
             return None
         if layer.training and (
             layer._pending is not None
-            or keeps_statistics()
+            or in_block()
             or self.passes.untracked  # which must see it
             or (not layer.track_running_stats and not torch.is_grad_enabled())
         ):
