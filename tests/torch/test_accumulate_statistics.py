@@ -282,6 +282,34 @@ def test_functions_that_are_transformed_are_refused(fused):
     assert_unmoved(layer, before)
 
 
+def test_statistics_that_are_replaced_inside_are_refused():
+    model = nn.Sequential(BatchNorm(2), BatchNorm(2))
+    before = state(model)
+
+    def replace():
+        with accumulate_statistics(model):
+            model(torch.randn(4, 2))
+            model[1].double()
+
+    with pytest.raises(RuntimeError, match=r"accumulate_statistics: .*other running statistics"):
+        replace()
+    torch.testing.assert_close(state(model), before, check_dtype=False)
+
+
+def test_blocks_of_one_kind_share_a_graph():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = nn.Sequential(*(BatchNorm(2) for _ in range(10))).requires_grad_(False)
+    for layer in model:
+        layer.compile(fullgraph=True, backend=counter)
+    for _ in range(2):
+        with accumulate_statistics(model):
+            model(torch.randn(4, 2))
+            model(torch.randn(4, 2))
+    assert [layer.num_batches_tracked.item() for layer in model] == [2] * 10
+    assert counter.frame_count == 1
+
+
 def test_export_inside_is_refused():
     layer = BatchNorm(2)
     with (

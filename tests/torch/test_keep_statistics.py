@@ -78,6 +78,21 @@ def test_a_block_may_be_opened_again():
     assert layer.num_batches_tracked == 4
 
 
+def test_blocks_may_end_in_another_order_than_they_began():
+    def hold():
+        with keep_statistics():
+            yield
+
+    layer, first, second = trained(), hold(), hold()
+    next(first), next(second)
+    first.close()
+    layer(torch.randn(8, 3))
+    assert layer.num_batches_tracked == 3
+    second.close()
+    layer(torch.randn(8, 3))
+    assert layer.num_batches_tracked == 4
+
+
 def test_other_threads_move_their_statistics():
     layer, x = trained(), torch.randn(8, 3)
     with keep_statistics():

@@ -21,6 +21,7 @@ from batchnorm.core.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     names_errors,
+    naming,
 )
 from batchnorm.core.merge import Parts
 from batchnorm.core.running import BatchAverage, Running, update_running
@@ -72,6 +73,7 @@ class Accumulation:
         """Each statistic with its value after the step; none if there was no pass."""
         if self.parts is None:
             return []
+        _check_own(self.layer.running_mean, self.running.mean)
         parts = _poisoned(self.parts, self.work)
         average = average_of_step(parts, self.pooled, XP)
         wide = self.running.map(lambda a: a.to(parts.power.dtype))
@@ -105,8 +107,8 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: `model` is no module.
         ValueError: it has no layer of this library that keeps running statistics.
-        RuntimeError: a layer is in such a block already; a pass gets other statistics than the
-            layer's own (`torch.func.functional_call`); torch.export inside the block.
+        RuntimeError: a layer is in such a block already; its statistics are replaced inside, or an
+            eager pass gets others (`torch.func.functional_call`); torch.export inside the block.
 
     Source: S21; Chan, Golub and LeVeque 1983, equation 2.1b.
 
@@ -120,12 +122,12 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     layers = _open_all(model)
     try:
         yield
-        with torch.no_grad():
+        with torch.no_grad(), naming("accumulate_statistics"):
             write_all(pair for layer in layers for pair in _open[layer._pending].moved())
     finally:
         for layer in layers:
             del _open[layer._pending]
-            del layer._pending
+            del layer._pending, layer._traced_pending
 
 
 @names_errors("accumulate_statistics")
@@ -152,10 +154,9 @@ def _open_all(model: Any) -> list[Any]:
             stacklevel=5,  # the `with` statement
         )
     for layer in layers.values():
-        if layer._accumulation_key is None:
-            layer._accumulation_key = next(_keys)
-        _open[layer._accumulation_key] = Accumulation(layer, layer._running())
-        layer._pending = layer._accumulation_key
+        layer._pending = next(_keys)
+        layer.__dict__["_traced_pending"] = torch.tensor(layer._pending)
+        _open[layer._pending] = Accumulation(layer, layer._running())
     return list(layers.values())
 
 
@@ -178,18 +179,17 @@ def leaves_statistics(call: Call, average: BatchAverage) -> Tensor | Literal[Tru
     It is recomputed, or one of several passes of a step, to which its moments are added here. In
     traced code a 0-d boolean tensor, known when the graph runs; None: it moves them.
     """
-    key = call.settings.pending
+    key, running = call.settings.pending, call.tensors.running
     if key is None:
         return call.again
+    assert running is not None
     parts = _contribution(call, average)
-    if call.traced:
+    if isinstance(key, Tensor):
         stacked = torch.stack(list(parts))
         return _note_pass(call.tensors.x.detach(), stacked, key, _number(), call.working_type)
     found = _open.get(key)
     if found is None or call.again is True:
         return call.again
-    running = call.tensors.running
-    assert running is not None
     _check_own(running.mean, found.running.mean)
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise ArgumentRuntimeError(
@@ -231,9 +231,9 @@ def _check_own(given: Tensor, own: Tensor) -> None:
     """Raise for statistics that are not the layer's; on another device, a replica has copies."""
     if given.device == own.device and given.data_ptr() != own.data_ptr():
         raise ArgumentRuntimeError(
-            "a pass inside accumulate_statistics has other running statistics than the layer had "
-            "when the block began (torch.func.functional_call, or buffers that were replaced). "
-            "Call the model itself, and leave its buffers in place."
+            "inside accumulate_statistics a layer has other running statistics than when the block "
+            "began (torch.func.functional_call, a cast, or buffers that were replaced). Call the "
+            "model itself, and leave its buffers in place."
         )
 
 
@@ -247,8 +247,8 @@ _number._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @uncaptured("batchnorm::note_pass")
-def _note_pass(x: Tensor, parts: Tensor, key: int, number: int, work: torch.dtype) -> Tensor:
-    found = _open.get(key)
+def _note_pass(x: Tensor, parts: Tensor, key: Tensor, number: int, work: torch.dtype) -> Tensor:
+    found = _open.get(int(key))
     again, kept = in_backward(), keeps_statistics()
     if found is not None and not again and not kept:
         found.add(Parts(*parts.unbind()), work)
@@ -257,5 +257,5 @@ def _note_pass(x: Tensor, parts: Tensor, key: int, number: int, work: torch.dtyp
 
 
 @_note_pass.register_fake
-def _(x: Tensor, parts: Tensor, key: int, number: int, work: torch.dtype) -> Tensor:
+def _(x: Tensor, parts: Tensor, key: Tensor, number: int, work: torch.dtype) -> Tensor:
     return x.new_empty((), dtype=torch.bool)

@@ -30,9 +30,10 @@ class RunningStatistics(_BatchNorm):
     renorm: Renorm | None = None
     debias: bool = False
     frozen: bool
-    # Of the step that passes inside `accumulate_statistics` belong to (S21).
+    # Inside `accumulate_statistics`, the key of the step that passes belong to (S21): for compiled
+    # code a 0-d tensor, whose value nothing guards on, so that layers share a graph.
     _pending: int | None = None
-    _accumulation_key: int | None = None
+    _traced_pending: Tensor | None = None
     # fairscale's hooks, which switch tracking off in the first pass of a checkpoint, then leave a
     # layer alone: this one knows a recomputation by itself (S9).
     disable_patch_batchnorm = True
@@ -154,6 +155,10 @@ class RunningStatistics(_BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._widen_statistics()
         self._settle_counter()
+        limits, mean = self._buffers.get(_LIMITS), self._buffers.get("running_mean")
+        if limits is not None and mean is not None and limits.device != mean.device:
+            self._buffers[_LIMITS] = torch.empty_like(limits, device=mean.device)
+            self._fill_limits()
 
     def _settle_counter(self) -> None:
         """Let statistics that nobody has counted, but that have moved, be long-running (S23).
@@ -164,6 +169,8 @@ class RunningStatistics(_BatchNorm):
         if not self.debias or self.momentum is None or mean is None or var is None or mean.is_meta:
             return
         steps = self._buffers.get("num_batches_tracked")
+        if type(mean) is not Tensor or (steps is not None and type(steps) is not Tensor):
+            return  # FakeTensor, which has no values
         if steps is None:
             steps = torch.tensor(0, device=mean.device)
             self._buffers["num_batches_tracked"] = steps

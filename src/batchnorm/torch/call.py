@@ -50,7 +50,8 @@ class Settings(NamedTuple):
         adjustment: function of x's shape, or None; applies in training (S13).
         fused: None, True or False.
         synchronizer: of training over ranks, or None (S14).
-        pending: key of the step that this call is a pass of, or None (S21).
+        pending: key of the step that this call is a pass of, in traced code a 0-d tensor; or None
+            (S21).
         single_value: the rule for a single value per channel (S7).
     """
 
@@ -60,7 +61,7 @@ class Settings(NamedTuple):
     adjustment: config.Adjustment | None
     fused: bool | None
     synchronizer: Synchronizer | None
-    pending: int | None = None
+    pending: int | Tensor | None = None
     single_value: str = "raise"
 
 

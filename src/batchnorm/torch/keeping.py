@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -52,22 +52,26 @@ class keep_statistics:  # noqa: N801 (named as torch.no_grad is)
     """
 
     def __init__(self) -> None:
-        self._tokens: list[Token[_Block | None]] = []
+        self._entered: list[_Block] = []
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():
             _Traced.depth += 1
         else:
-            self._tokens.append(_current.set(_Block(_current.get())))
+            block = _Block(_current.get())
+            self._entered.append(block)
+            _current.set(block)
 
     def __exit__(self, *error: Any) -> None:
         if torch.compiler.is_compiling():
             _Traced.depth -= 1
         else:
-            block = _current.get()
-            assert block is not None
-            block.active = False
-            _current.reset(self._tokens.pop())
+            self._entered.pop().active = False
+            # Blocks of generators may end in another order than they began.
+            inner = _current.get()
+            while inner is not None and not inner.active:
+                inner = inner.outer
+            _current.set(inner)
 
 
 def keeps_statistics() -> bool:

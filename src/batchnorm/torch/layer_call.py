@@ -75,7 +75,7 @@ def gather_arguments(
         layer.adjustment,
         layer.fused,
         layer._synchronizer if layer.synchronized else None,
-        layer._pending,
+        layer._traced_pending if torch.compiler.is_compiling() else layer._pending,
         layer.single_value,
     )
     return Arguments(

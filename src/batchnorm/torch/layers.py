@@ -251,7 +251,7 @@ class BatchNorm(RunningStatistics):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the memory of calls and of a step's passes, which a copy begins anew."""
-        left_out = ("_memory", "_pending", "_accumulation_key")
+        left_out = ("_memory", "_pending", "_traced_pending")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

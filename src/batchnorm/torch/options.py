@@ -242,7 +242,8 @@ def find_options(layer: Any, padded_output: str) -> config.Options:
         decay = 1.0 - layer.momentum
     values = [getattr(layer, name) for name in CORE]
     values[_PADDED_OUTPUT] = padded_output
-    if not torch.compiler.is_compiling():
+    stacked = layer.renorm is not None and torch._C._functorch.peek_interpreter_stack() is not None
+    if not torch.compiler.is_compiling() and not stacked:
         return cached_core(layer.eps, decay, tuple(values))
     values[_RENORM] = layer.traced_renorm()
     return make_core(layer.eps, decay, tuple(values))

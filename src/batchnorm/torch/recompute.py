@@ -130,7 +130,8 @@ def remember_step(key: Tensor | None, moments: Moments, before: Running) -> None
     if _is_late():
         return
     kept = Running(*(None if a is None else a.clone() for a in before))
-    _past.setdefault(key, PastSteps()).record((a.detach() for a in moments), kept)
+    # Clones: a compiled graph uses the memory of an operator's arguments again.
+    _past.setdefault(key, PastSteps()).record((a.detach().clone() for a in moments), kept)
 
 
 def recall_step(key: Tensor | None, moments: Moments) -> Running:

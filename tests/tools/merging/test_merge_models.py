@@ -296,7 +296,7 @@ def test_shared_layers_and_tied_weights_are_merged_once() -> None:
             r"'conv.weight' must have the same shape in all models; model 1 has \(4, 3, 5, 5\)",
         ),
         (lambda m: m.conv.bias.data.fill_(torch.nan), {}, "'conv.bias' must be finite"),
-        (lambda m: None, {"counts": {"bn1": [1, 1], "bn2": [1, 1]}}, "needs one count for each"),
+        (lambda m: None, {"counts": {"bn1": [2, 2], "bn2": [2, 2]}}, "needs one count for each"),
     ],
 )
 def test_other_arrays_that_cannot_be_averaged_are_refused(
@@ -385,3 +385,20 @@ def test_haiku_models_with_other_numbers_of_updates_merge_as_settled() -> None:
     counters = {int(tree["counter"]) for tree in merged[1].values()}
     assert counters == {int(t["counter"]) for t in fill(haiku_net(0), 0)[1].values()}
     assert min(counters) > 5
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [0.5, 0.5], [1.5, 20]])
+def test_weights_in_the_place_of_rows_are_refused(counts: list[float]) -> None:
+    layers = [torch.nn.BatchNorm1d(2) for _ in range(2)]
+    with pytest.raises(ValueError, match="counts must be numbers of rows, at least 2"):
+        merge(layers, counts=counts)
+
+
+def test_sums_of_counters_stay_numbers_of_64_bits() -> None:
+    layers = [torch.nn.BatchNorm1d(2) for _ in range(3)]
+    for layer in layers:
+        layer.num_batches_tracked.fill_(2**61)
+    merged = layers
+    for _ in range(3):
+        merged = [merge(merged, counts=[4] * len(merged))] * 3
+    assert merged[0].num_batches_tracked == 2**62

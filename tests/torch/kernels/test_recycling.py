@@ -91,6 +91,19 @@ def test_a_resized_storage_is_not_used_again(recycler):
     assert empty(recycler).untyped_storage().nbytes() == BYTES
 
 
+def test_a_storage_whose_size_numpy_has_fixed_is_not_used_again(recycler):
+    empty(recycler).numpy()
+    y = empty(recycler)
+    y.untyped_storage().resize_(0)
+    assert y.untyped_storage().nbytes() == 0
+
+
+def test_the_default_device_does_not_matter():
+    layer, x = BatchNorm(16), torch.randn(SHAPE)
+    with torch.device("meta"):
+        assert layer(x).device.type == "cpu"
+
+
 def test_shared_memory_is_not_used_again(recycler):
     y = empty(recycler).fill_(1.0)
     y.share_memory_()

@@ -70,9 +70,9 @@ def merge(
 
     Arithmetic is in float64 and rounded once. torch's unbiased variances are made biased first
     and unbiased afterwards where counts are given (S10), exactly if these are rows; with numbers
-    of samples the factor n/(n - 1) is off by less than one part in n. Without counts variances
-    merge as they are. Renormalization's deviations merge by their squares (S11). The statistics of
-    Haiku and Equinox count as settled, as after `transfer`.
+    of samples the factor n/(n - 1) is off by up to one part in the smallest n. Without counts
+    variances merge as they are. Renormalization's deviations merge by their squares (S11). The
+    statistics of Haiku and Equinox count as settled, as after `transfer`.
 
     Source: S22; Chan, Golub and LeVeque 1983.
 

@@ -19,7 +19,7 @@ from batchnorm.tools.text import printable
 
 __all__ = ["MergedLayer", "merge_states"]
 
-_MOST_STEPS = 2**63 - 1  # of torch's counter
+_MOST_STEPS = 2**62  # sums of sums, as in rounds of federated training, stay here
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def merge_states(
             the kind that they are.
 
     Raises:
-        ArgumentValueError: the sum of the counters of steps overflows.
+        ArgumentValueError: counts below 2 where variances are unbiased.
 
     Source: S22. Deviations of renormalization merge as their squares, which are variances plus
     eps; eps is a constant, so it need not be known.
@@ -70,6 +70,7 @@ def merge_states(
     used = [states[i] for i in weighing]  # the others' values take no part, whatever they are
     count = np.ones(len(used)) if counts is None else counts[weighing]
     if counts is not None:
+        _check_rows(used, count, owner_of(first))
         pairs = zip(used, count, strict=True)
         used = [convert_variance(_wide(state), "biased", rows) for state, rows in pairs]
     mean, var, report = first.mean, first.var, (0.0, 0.0)
@@ -92,6 +93,16 @@ def merge_states(
     if counts is not None:
         merged = convert_variance(merged, first.variance, float(count.sum()))
     return _narrow(merged, first), MergedLayer(first.name, first.channels, *report)
+
+
+def _check_rows(used: Sequence[BatchNormState], count: FloatArray, owner: str) -> None:
+    """Raise for weights in the place of rows, which unbiased variances cannot take (S10)."""
+    for state, rows in zip(used, count, strict=True):
+        if state.variance == "unbiased" and state.var is not None and rows < 2 and state.var.any():
+            raise ArgumentValueError(
+                f"{owner}: counts must be numbers of rows, at least 2 behind an unbiased variance "
+                f"that is not 0 (S10); got {rows:g}. Multiply weights by the rows behind them."
+            )
 
 
 def _merge(count: FloatArray, means: FloatArray, variances: FloatArray) -> Moments:
@@ -133,12 +144,7 @@ def _sum_steps(states: Sequence[BatchNormState], first: BatchNormState) -> int |
     steps = [state.steps for state in states if state.steps is not None]
     if first.steps is None or not steps:
         return first.steps
-    if sum(steps) > _MOST_STEPS:
-        raise ArgumentValueError(
-            f"{owner_of(first)}: the sum of the counters of steps, {sum(steps)}, overflows 64 "
-            "bits; set them to smaller numbers."
-        )
-    return sum(steps)
+    return min(sum(steps), _MOST_STEPS)
 
 
 def _stack(states: Sequence[BatchNormState], name: str) -> FloatArray:

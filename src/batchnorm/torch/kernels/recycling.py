@@ -65,8 +65,9 @@ class _Block:
 
     @property
     def intact(self) -> bool:
-        """False if somebody has resized the storage, or moved it into shared memory."""
-        return not self.storage.is_shared() and self.storage.nbytes() == self.size
+        """False if somebody has resized or shared the storage, or fixed its size as NumPy does."""
+        unchanged = self.storage.nbytes() == self.size and self.storage.resizable()
+        return unchanged and not self.storage.is_shared()
 
 
 class Recycler:
@@ -99,7 +100,9 @@ class Recycler:
     def empty(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor as `torch.empty_strided` makes, in memory without gaps."""
         size = torch.Size(shape).numel() * dtype.itemsize
-        found = torch.empty(0, dtype=dtype)
+        found = torch.empty(0, dtype=dtype, device="cpu")
+        if type(found) is not Tensor:  # in a mode that makes others
+            return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
         with self._lock:
             block = self._find(size)
             if block is not None:
