@@ -489,18 +489,21 @@ def test_padding_mask_leaves_compiled_evaluation_alone():
 
 
 @pytest.mark.parametrize("outer", ["checkpoint", "compile"])
-def test_compiled_renorm_in_a_checkpoint_finds_the_statistics_of_its_first_pass(outer):
+@pytest.mark.parametrize(
+    "backend", [EAGER_BACKEND, pytest.param("inductor", marks=pytest.mark.exhaustive)]
+)
+def test_compiled_renorm_in_a_checkpoint_finds_the_statistics_of_its_first_pass(outer, backend):
     options = {"renorm": True, "renorm_clipping": {"rmax": 1.1, "dmax": 0.3}, "momentum": 0.5}
     compiled, eager = (BatchNorm(3, **options) for _ in range(2))
     if outer == "checkpoint":
-        inner = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+        inner = torch.compile(compiled, fullgraph=True, backend=backend)
         call = lambda x: checkpoint(inner, x, use_reentrant=False)  # noqa: E731
         waiting = 2  # statistics move on before the first backward pass
     else:
         call = torch.compile(
             lambda x: checkpoint(compiled, x, use_reentrant=False),
             fullgraph=True,
-            backend="aot_eager",
+            backend=backend,
         )
         waiting = 1  # torch keeps buffers for the backward pass of such a graph
     for _ in range(3):

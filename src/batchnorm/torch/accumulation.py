@@ -97,7 +97,8 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     batches of any other kind of parts. Passes may have masks, come in any order and from any
     thread; of synchronized layers each counts with the moments of all ranks. With ghost batches the
     averages of the groups are averaged. Renormalization compares every pass with the statistics
-    from before the block. If the block raises, nothing moves.
+    from before the block; with activation checkpointing, call backward at least after 16 passes.
+    If the block raises, nothing moves.
 
     Args:
         model: or one layer; its layers of this library that keep running statistics.
