@@ -93,20 +93,26 @@ class Result(NamedTuple):
 
 def split(case: Case, data: Data) -> list[tuple[Case, Data]]:
     """The case in its passes, each with its part of x; the running statistics are the same."""
-    bounds = np.linspace(0, case.shape[0], case.passes + 1).astype(int)
-
-    def part(a: np.ndarray | None, begin: int, end: int) -> np.ndarray | None:
-        return a if a is None or a.shape[0] != case.shape[0] else a[begin:end]
-
     found = []
-    for begin, end in pairwise(bounds):
-        arrays = {f: part(getattr(data, f), begin, end) for f in _PER_ROW}
-        shape = (int(end - begin), *case.shape[1:])
+    for arrays in split_arrays(case, {f: getattr(data, f) for f in _PER_ROW}):
+        shape = arrays["x"].shape
         found.append((replace(case, shape=shape, passes=1), data._replace(**arrays)))
     return found
 
 
 _PER_ROW = ("x", "mask", "real", "residual", "s", "t", "dy")
+
+
+def split_arrays(case: Case, arrays: dict[str, Any]) -> list[dict[str, Any]]:
+    """Arrays of any library for each pass; those without x's axis 0 are the same in all."""
+    if case.passes == 1:
+        return [arrays]
+    rows = case.shape[0]
+    bounds = np.linspace(0, rows, case.passes + 1).astype(int).tolist()
+    return [
+        {f: a if a is None or a.shape[0] != rows else a[begin:end] for f, a in arrays.items()}
+        for begin, end in pairwise(bounds)
+    ]
 
 
 def make_data(case: Case) -> Data:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from batchnorm.jax.call import Arrays, Settings
 from batchnorm.jax.moments import merge_moments
 from batchnorm.jax.running import move_statistics
 from batchnorm.jax.steps import normalize_batch, normalize_running
-from cases import Case, Data, Result, State
+from cases import Case, Data, Result, State, split_arrays
 from comparison import Path
 from paths import Way
 
@@ -132,14 +131,7 @@ def _moves_at_once(case: Case) -> bool:
 
 def _passes(case: Case, rows: dict[str, Any]) -> list[dict[str, Any]]:
     """The arrays of each forward pass of the step."""
-    if case.passes == 1 or case.mode != "train":
-        return [rows]
-    bounds = np.linspace(0, case.shape[0], case.passes + 1).astype(int)
-
-    def part(a: Any, begin: int, end: int) -> Any:
-        return a if a is None or a.shape[0] != case.shape[0] else a[begin:end]
-
-    return [{f: part(a, *ends) for f, a in rows.items()} for ends in pairwise(bounds.tolist())]
+    return split_arrays(case, rows) if case.mode == "train" else [rows]
 
 
 def _array(a: Any, dtype: Any) -> Any:

@@ -113,17 +113,10 @@ def forward_batch(
     return Outcome(y, moments, running, centred, affine, average)
 
 
-def move_running(
-    running: Running, centred: Centred, layout: Layout, options: Options, xp: Namespace
-) -> Running:
-    """The running statistics, per channel, after a step that found these moments (S9)."""
-    return move_by_average(running, average_of(centred, layout, xp), layout, options, xp)
-
-
 def move_by_average(
     running: Running, average: BatchAverage, layout: Layout, options: Options, xp: Namespace
 ) -> Running:
-    """The running statistics, per channel, after a step with this average."""
+    """The running statistics, per channel, after a step with this average (S9)."""
     return _moved(expand_running(running, layout, xp), average, layout, options, xp)
 
 

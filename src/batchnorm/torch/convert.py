@@ -52,8 +52,7 @@ def convert_batchnorm(
             layer that was converted, or left alone (`after` is None, `reason` says why).
         **options: options of `BatchNorm` for all of them: eps, momentum, virtual_batch_size,
             renorm, renorm_clipping, renorm_momentum, adjustment, activation, padded_output,
-            debias, single_value,
-            fused, synchronized, process_group.
+            debias, single_value, fused, synchronized, process_group.
 
     Parameters and buffers stay the very same objects (half-precision statistics become float32,
     S16), so optimizers go on working; so do the training flag and all hooks, and the hooks of

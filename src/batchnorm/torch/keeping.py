@@ -84,6 +84,7 @@ def keeps_statistics() -> bool:
 
 
 def in_block() -> bool:
+    """True if eager code of this thread runs in a block."""
     block = _current.get()
     return block is not None and block.keeps()
 

@@ -1,8 +1,8 @@
 """Output memory that is used again after its tensor is freed.
 
-The system maps fresh pages and fills them with zeros when a kernel first writes them, which takes
-longer than the kernel's own work. So the storages of large outputs stay here when nobody else holds
-them, and serve later outputs of the same size.
+The system maps fresh pages and fills them with zeros when a kernel first writes them, on top of the
+kernel's own work. So the storages of large outputs stay here when nobody else holds them, and serve
+later outputs of the same size.
 
 The storages are torch's own, of exactly the size of a tensor: views, `resize_`, `share_memory_`,
 pickling, `torch.save`, DLPack and NumPy work as with any other tensor. A storage that wraps memory
