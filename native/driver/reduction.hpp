@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <vector>
 
 #include "batchnorm.hpp"
+#include "passes/soundness.hpp"
 #include "tasks.hpp"
 
 namespace batchnorm {
@@ -29,44 +31,46 @@ class Reduction {
         : step_(step),
           blocks_(step),
           size_(step.layout.statistics()),
-          partial_(new double[static_cast<std::size_t>(2 * blocks_.grid().blocks * size_)]) {}
+          partial_(new double[static_cast<std::size_t>(2 * blocks_.grid().blocks * size_)]),
+          narrow_(static_cast<std::size_t>(step.layout.groups)) {
+        for (Index g = 0; g < step.layout.groups; ++g)
+            narrow_[static_cast<std::size_t>(g)] = sums_narrowly(step.type, blocks_.count(g));
+    }
 
     const SumBlocks& blocks() const { return blocks_; }
 
-    void run(SumPass pass) {
+    // For channels [first, end); bits depend neither on these bounds, where positions are
+    // contiguous, nor on the threads. `wide`: in double whatever the count.
+    void run(SumPass pass, Index first, Index end, const Threads& threads, bool wide = false) {
         const Grid& grid = blocks_.grid();
-        const Index elements = step_.layout.outer * step_.layout.channels * step_.layout.inner;
-        run_tasks(grid.tasks(), threads_for(step_, elements), [&](Index i) {
-            const Index block = i / grid.parts % grid.blocks;
-            const Block task = blocks_.block(i, blocks_.share(i / grid.parts / grid.blocks, block));
-            const Index at = task.group * step_.layout.channels + task.channel;
-            double* sum = partial_.get() + 2 * block * size_ + at;
-            if (task.rows > 0) return pass(step_, task, sum, sum + size_);
-            std::fill_n(sum, task.channels, 0.0);
-            std::fill_n(sum + size_, task.channels, 0.0);
+        const Index parts = divide_up(end - first, grid.width);
+        run_tasks(parts * grid.groups * grid.blocks, threads, [&](Index i) {
+            const Index g = i / parts / grid.blocks, b = i / parts % grid.blocks;
+            const Share share = blocks_.share(g, b);
+            const Index channel = first + i % parts * grid.width;
+            const Block block{g,
+                              share.first,
+                              share.rows,
+                              channel,
+                              std::min(grid.width, end - channel),
+                              wide || !is_narrow(g)};
+            double* sum = partial_.get() + 2 * b * size_ + g * step_.layout.channels + channel;
+            if (block.rows > 0) return pass(step_, block, sum, sum + size_);
+            std::fill_n(sum, block.channels, 0.0);
+            std::fill_n(sum + size_, block.channels, 0.0);
         });
     }
 
-    // The same for some channels on this thread, where positions are contiguous: with the same
-    // blocks, and so with the same bits.
-    void run(SumPass pass, Index first, Index end) {
-        for (Index g = 0; g < step_.layout.groups; ++g) {
-            for (Index b = 0; b < blocks_.grid().blocks; ++b) {
-                const Share share = blocks_.share(g, b);
-                double* sum = partial_.get() + 2 * b * size_ + g * step_.layout.channels + first;
-                std::fill_n(sum, end - first, 0.0);
-                std::fill_n(sum + size_, end - first, 0.0);
-                const Block block{g, share.first, share.rows, first, end - first};
-                if (share.rows > 0) pass(step_, block, sum, sum + size_);
-            }
-        }
-    }
+    bool is_narrow(Index group) const { return narrow_[static_cast<std::size_t>(group)] != 0; }
 
-    void totals(Index i, double& sum, double& other) const {
-        sum = other = 0.0;
+    // Both sums of n statistics from `first` on.
+    void totals(Index first, Index n, double* sum, double* other) const {
+        std::fill_n(sum, n, 0.0);
+        std::fill_n(other, n, 0.0);
         for (Index b = 0; b < blocks_.grid().blocks; ++b) {
-            sum += partial_[static_cast<std::size_t>(2 * b * size_ + i)];
-            other += partial_[static_cast<std::size_t>((2 * b + 1) * size_ + i)];
+            const double* one = partial_.get() + 2 * b * size_ + first;
+            for (Index i = 0; i < n; ++i) sum[i] += one[i];
+            for (Index i = 0; i < n; ++i) other[i] += one[size_ + i];
         }
     }
 
@@ -75,72 +79,7 @@ class Reduction {
     SumBlocks blocks_;
     Index size_;
     std::unique_ptr<double[]> partial_;
+    std::vector<char> narrow_;  // by group: in float32 where that is sound
 };
-
-// The first real row of each group, as anchors.
-inline void set_anchors(const Step& step, const SumBlocks& blocks, Index group) {
-    const Layout& layout = step.layout;
-    double* mean = step.statistics.row(Statistics::mean) + group * layout.channels;
-    double* low = step.statistics.row(Statistics::low) + group * layout.channels;
-    std::fill_n(low, layout.channels, 0.0);
-    if (blocks.count(group) == 0) {
-        std::fill_n(mean, layout.channels, 0.0);
-        return;
-    }
-    const Index unit = blocks.first_real(group), per_row = by_rows(step) ? 1 : layout.inner;
-    Index o = 0;
-    for_each_run(layout, group, unit / per_row, 1, [&](Index row, Index) {
-        o = row;
-        return true;
-    });
-    if (layout.inner == 1) {
-        return instructions().load({step.x.data, step.type}, o * step.x.stride, layout.channels,
-                                   mean);
-    }
-    for (Index c = 0; c < layout.channels; ++c) {
-        const Index at = o * step.x.stride + c * layout.inner + unit % per_row;
-        instructions().load({step.x.data, step.type}, at, 1, mean + c);
-    }
-}
-
-// f(i) for every statistic of the channels from first on.
-template <class F>
-void for_statistics(const Layout& layout, Index first, Index end, F f) {
-    for (Index g = 0; g < layout.groups; ++g) {
-        for (Index i = g * layout.channels + first; i < g * layout.channels + end; ++i) f(g, i);
-    }
-}
-
-// Counts and anchors, from which sums begin.
-inline void begin_moments(const Step& step, const SumBlocks& blocks) {
-    for (Index g = 0; g < step.layout.groups; ++g) {
-        step.statistics.count()[g] = static_cast<double>(blocks.count(g));
-        set_anchors(step, blocks, g);
-    }
-}
-
-// No type is wider than float64, so its sums are taken a second time, around their own mean.
-inline int rounds_of(const Step& step) { return step.type == Type::f64 ? 2 : 1; }
-
-inline void finish_moments(const Step& step, const Reduction& reduction, Index first, Index end) {
-    const Statistics& s = step.statistics;
-    for_statistics(step.layout, first, end, [&](Index g, Index i) {
-        double sum, square;
-        reduction.totals(i, sum, square);
-        instructions().finish_moments(s, i, s.count()[g], sum, square);
-    });
-}
-
-inline void finish_sums(const Step& step, const Reduction& reduction, double* sums, Index first,
-                        Index end) {
-    for_statistics(step.layout, first, end, [&](Index, Index i) {
-        reduction.totals(i, sums[i], sums[step.statistics.size + i]);
-    });
-    instructions().finish_gradients(step, sums, first, end);
-}
-
-inline void count_batch(const Step& step, bool updated) {
-    if (updated && step.running.batches != nullptr) ++*step.running.batches;
-}
 
 }  // namespace batchnorm

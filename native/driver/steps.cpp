@@ -5,7 +5,7 @@
 #include "batchnorm.hpp"
 #include "float_mode.hpp"
 #include "huge_pages.hpp"
-#include "reduction.hpp"
+#include "sums.hpp"
 
 namespace batchnorm {
 
@@ -26,8 +26,7 @@ template <class F>
 void for_each_block(const Step& step, F f) {
     const Layout& layout = step.layout;
     const Grid grid(step, units(step), kWideLanes);
-    const Index elements = layout.outer * layout.channels * layout.inner;
-    run_tasks(grid.tasks(), threads_for(step, elements), [&](Index forward) {
+    run_tasks(grid.tasks(), threads_of(step), [&](Index forward) {
         const Index i = grid.tasks() - 1 - forward;
         const Index part = i % grid.parts, first = part * grid.width;
         const Share share = even_share(units(step), grid.blocks, i / grid.parts % grid.blocks);
@@ -47,13 +46,11 @@ void moments(const Step& step) {
         std::fill_n(step.statistics.count(), step.layout.groups, 0.0);
         return;
     }
-    Reduction reduction(step);
-    begin_moments(step, reduction.blocks());
-    for (int round = 0; round < rounds_of(step); ++round) {
-        reduction.run(passes(step).moments);
-        for_channels(step,
-                     [&](Index first, Index end) { finish_moments(step, reduction, first, end); });
-    }
+    Moments moments(step);
+    const Threads threads = threads_of(step);
+    moments.sum(0, step.layout.channels, threads);
+    for_channels(step, [&](Index first, Index end) { moments.finish(first, end); });
+    moments.repeat(0, step.layout.channels, threads);
 }
 
 void normalize(const Step& step) {
@@ -72,11 +69,15 @@ void normalize(const Step& step) {
 void reduce(const Step& step, double* sums) {
     const KeepSubnormals mode;
     if (is_empty(step.layout)) return;
-    Reduction reduction(step);
+    GradientSums found(step, sums);
+    const Threads threads = threads_of(step);
     advise_huge_pages(step.dresidual, step);
-    reduction.run(passes(step).reduce);
-    for_channels(step,
-                 [&](Index first, Index end) { finish_sums(step, reduction, sums, first, end); });
+    found.sum(0, step.layout.channels, threads);
+    for_channels(step, [&](Index first, Index end) { found.finish(first, end); });
+    found.repeat(0, step.layout.channels, threads);
+    for_channels(step, [&](Index first, Index end) {
+        instructions().finish_gradients(step, sums, first, end);
+    });
 }
 
 void apply(const Step& step, const double* sums) {

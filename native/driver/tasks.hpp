@@ -12,7 +12,7 @@
 namespace batchnorm {
 
 constexpr Index kMaxBlocks = 64;            // of rows, for one group and one part of the channels
-constexpr Index kTaskElements = 1 << 14;    // a task takes some µs at least
+constexpr Index kTaskElements = 1 << 15;    // a task takes some µs at least
 constexpr Index kThreadElements = 1 << 15;  // less than this for each thread: fewer threads
 
 inline Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
@@ -22,6 +22,11 @@ inline Threads threads_for(const Step& step, Index elements) {
     Threads threads = step.options.threads;
     threads.count = static_cast<int>(std::min<Index>(threads.count, most));
     return threads;
+}
+
+inline Threads threads_of(const Step& step) {
+    const Layout& layout = step.layout;
+    return threads_for(step, layout.outer * layout.channels * layout.inner);
 }
 
 // The cut of one pass: parts of the channels, times blocks of the positions of each group.
@@ -72,7 +77,7 @@ class MaskCounts {
                 Index& found = counts_[static_cast<std::size_t>(i)];
                 found = 0;
                 for_each_entry(i / scans_, i % scans_, [&](const unsigned char* keep, Index n) {
-                    for (Index e = 0; e < n; ++e) found += keep[e];
+                    found += sum(keep, n);
                     return true;
                 });
             });
@@ -90,9 +95,17 @@ class MaskCounts {
         while (wanted >= count(group, scan)) wanted -= count(group, scan++);
         Index position = even_share(units(step_), scans_, scan).first;
         for_each_entry(group, scan, [&](const unsigned char* keep, Index n) {
-            for (Index e = 0; e < n; ++e, ++position) {
-                if (keep[e] && wanted-- == 0) return false;
+            constexpr Index kPart = 32;
+            for (Index p = 0; p < n; p += kPart) {
+                const Index end = std::min(n, p + kPart), found = sum(keep + p, end - p);
+                if (wanted < found) {
+                    for (Index e = p;; ++e) {
+                        if (keep[e] && wanted-- == 0) return position += e, false;
+                    }
+                }
+                wanted -= found;
             }
+            position += n;
             return true;
         });
         return position;
@@ -100,6 +113,12 @@ class MaskCounts {
 
   private:
     static constexpr Index kMaxScans = 64;
+
+    static Index sum(const unsigned char* keep, Index n) {
+        unsigned found = 0;
+        for (Index e = 0; e < n; ++e) found += keep[e];
+        return found;
+    }
 
     Index count(Index group, Index scan) const {
         return counts_[static_cast<std::size_t>(group * scans_ + scan)];
@@ -132,14 +151,9 @@ class SumBlocks {
         return real_units(group) * (by_rows(step_) ? step_.layout.inner : 1);
     }
 
-    Index first_real(Index group) const { return counts_ ? counts_->find(group, 0) : 0; }
-
-    // Task i's block; the blocks' first rows come from `starts`.
-    Block block(Index i, const Share& share) const {
-        const Index part = i % grid_.parts, first = part * grid_.width;
-        const Index group = i / grid_.parts / grid_.blocks;
-        return {group, share.first, share.rows, first,
-                std::min(grid_.width, step_.layout.channels - first)};
+    // The unit of real unit number `wanted` of a group, which must exist.
+    Index find(Index group, Index wanted) const {
+        return counts_ ? counts_->find(group, wanted) : wanted;
     }
 
     Share share(Index group, Index block) const {

@@ -9,7 +9,7 @@
 #include "batchnorm.hpp"
 #include "float_mode.hpp"
 #include "huge_pages.hpp"
-#include "reduction.hpp"
+#include "sums.hpp"
 
 namespace batchnorm {
 
@@ -37,8 +37,7 @@ Index visit_width(const Step& step, Index arrays) {
     if (by_rows(step)) return 0;
     const Index bytes = arrays * layout.outer * layout.inner * kBytes[static_cast<int>(step.type)];
     if (bytes == 0 || bytes > kShared * cache_bytes()) return 0;
-    const Index elements = layout.outer * layout.channels * layout.inner;
-    const Index threads = threads_for(step, elements).count;
+    const Index threads = threads_of(step).count;
     const Index even = threads == 1 ? 1 : 4 * threads;  // visits, so that threads share them evenly
     const Index fitting = std::clamp<Index>(cache_bytes() / bytes, 1, kMaxChannels);
     const Index width = std::clamp<Index>(layout.channels / even, 1, fitting);
@@ -48,10 +47,9 @@ Index visit_width(const Step& step, Index arrays) {
 // f(first, end) for channels that are visited once, in parallel.
 template <class F>
 void for_each_visit(const Step& step, Index width, F f) {
-    const Layout& layout = step.layout;
-    const Index elements = layout.outer * layout.channels * layout.inner;
-    run_tasks(divide_up(layout.channels, width), threads_for(step, elements),
-              [&](Index i) { f(i * width, std::min(layout.channels, (i + 1) * width)); });
+    const Index channels = step.layout.channels;
+    run_tasks(divide_up(channels, width), threads_of(step),
+              [&](Index i) { f(i * width, std::min(channels, (i + 1) * width)); });
 }
 
 // f(block) for all positions of some channels.
@@ -69,15 +67,13 @@ void forward(const Step& step) {
         return normalize(step);
     }
     const KeepSubnormals mode;
-    Reduction reduction(step);
-    begin_moments(step, reduction.blocks());
+    Moments moments(step);
     advise_huge_pages(step.y, step);
     std::atomic<bool> updated{false};
     for_each_visit(step, width, [&](Index first, Index end) {
-        for (int round = 0; round < rounds_of(step); ++round) {
-            reduction.run(passes(step).moments, first, end);
-            finish_moments(step, reduction, first, end);
-        }
+        moments.sum(first, end, Threads{});
+        moments.finish(first, end);
+        moments.repeat(first, end, Threads{});
         if (instructions().finish_channels(step, first, end))
             updated.store(true, std::memory_order_relaxed);
         for_each_group(step, first, end,
@@ -96,12 +92,14 @@ void backward(const Step& step, double* sums) {
         return;
     }
     const KeepSubnormals mode;
-    Reduction reduction(step);
+    GradientSums found(step, sums);
     advise_huge_pages(step.dresidual, step);
     advise_huge_pages(step.dx, step);
     for_each_visit(step, width, [&](Index first, Index end) {
-        reduction.run(passes(step).reduce, first, end);
-        finish_sums(step, reduction, sums, first, end);
+        found.sum(first, end, Threads{});
+        found.finish(first, end);
+        found.repeat(first, end, Threads{});
+        instructions().finish_gradients(step, sums, first, end);
         for_each_group(step, first, end,
                        [&](const Block& block) { passes(step).apply(step, block, sums); });
     });

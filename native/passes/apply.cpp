@@ -1,6 +1,7 @@
 // Gradient application: dx from g and its sums (S8, S18).
 #include "gate.hpp"
 #include "padded_rows.hpp"
+#include "pieces.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
@@ -62,21 +63,20 @@ void apply_padded_row(const Step& s, Index o, Index offset, Index n) {
             s.options.activation);
 }
 
-// Rows in one line: several where all arrays are contiguous, which is faster with few channels.
-template <class T>
-Index rows_together(const Step& s) {
+// Rows in one line: several where all arrays are contiguous.
+Index rows_in_line(const Step& s) {
     const Index width = s.layout.channels * s.layout.inner;
     const Array all[] = {s.x, s.y, s.dy, s.dx, s.dresidual};
     for (const Array& a : all) {
         if (a && a.stride != width) return 1;
     }
-    return rows_per_line(width);
+    return s.mask ? rows_per_line(width) : rows_together(width);
 }
 
 template <class T>
 void apply_rows(const Step& s, const Block& b, const double* sums) {
     const Index span = s.layout.inner, width = b.channels * span, first = b.channel * span;
-    const Index joined = b.channels == s.layout.channels ? rows_together<T>(s) : 1;
+    const Index joined = b.channels == s.layout.channels ? rows_in_line(s) : 1;
     const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width,
                                               s.options.batch ? sums : nullptr);
     const Source<T> from(s);
@@ -104,33 +104,27 @@ template <class T>
 void apply_positions(const Step& s, const Block& b, const double* sums) {
     const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels, s.options.batch ? sums : nullptr);
     const Source<T> from(s);
-    Selection<T> real;
-    for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
-        const Index step = s.mask ? piece_of(length) : length;
-        for (Index i = first; i < first + length; i += step) {
-            const Index n = first + length - i < step ? first + length - i : step;
-            real.read(s.mask, o, i, n);
-            for (Index c = 0; c < b.channels; ++c) {
-                const Index offset = (b.channel + c) * s.layout.inner + i;
-                T* dx = element<T>(s.dx, o, offset);
-                if (real.none) {
-                    set_zero(dx, n);
+    for_each_piece(s, b, true, [&](Index o, Index i, Index, const Piece& piece) {
+        for (Index c = 0; c < b.channels; ++c) {
+            const Index offset = (b.channel + c) * s.layout.inner + i;
+            T* dx = element<T>(s.dx, o, offset);
+            const T *g = element<const T>(from.g, o, offset), *x = element<const T>(s.x, o, offset),
+                    *y = element<const T>(s.y, o, offset);
+            for (const auto& [first, end, kind] : piece) {
+                if (kind == Piece::padding) {
+                    set_zero(dx + first, end - first);
                     continue;
                 }
-                const T *g = element<const T>(from.g, o, offset),
-                        *x = element<const T>(s.x, o, offset);
-                const T* y = element<const T>(s.y, o, offset);
                 // Padded positions are zeroed while their part of dx is in the nearest cache.
-                const Index part = real.all ? n : kBlanked;
-                for (Index p = 0; p < n; p += part) {
-                    const Index m = n - p < part ? n - p : part;
-                    apply_chunks<0>(s, g + p, x + p, at(y, p), dx + p, m, from.gated,
+                const Index part = kind == Piece::real ? end - first : kBlanked;
+                for (Index p = first; p < end; p += part) {
+                    const Index n = end - p < part ? end - p : part;
+                    apply_chunks<0>(s, g + p, x + p, at(y, p), dx + p, n, from.gated,
                                     lanes.from(c));
-                    if (!real.all) real.select(dx + p, T{}, dx + p, m, p);
+                    if (kind == Piece::mixed) zero_padding(dx + p, piece.keep(p), n);
                 }
             }
         }
-        return true;
     });
 }
 

@@ -7,9 +7,13 @@ namespace batchnorm::BATCHNORM_ISA {
 namespace {
 
 template <class T>
-void load_all(const void* data, Index first, Index n, double* out) {
+void load_all(const void* data, Index first, Index n, double* out, Index stride) {
     const T* in = static_cast<const T*>(data) + first;
-    for (Index i = 0; i < n; ++i) out[i] = widen(in[i]);
+    if (stride == 1) {
+        for (Index i = 0; i < n; ++i) out[i] = widen(in[i]);
+    } else {
+        for (Index i = 0; i < n; ++i) out[i] = widen(in[i * stride]);
+    }
 }
 
 template <class T>
@@ -20,16 +24,16 @@ void store_all(void* data, Index first, Index n, const double* in) {
 
 }  // namespace
 
-void load(const PerChannel& array, Index first, Index n, double* out) {
+void load(const PerChannel& array, Index first, Index n, double* out, Index stride) {
     switch (array.type) {
         case Type::f16:
-            return load_all<Half>(array.data, first, n, out);
+            return load_all<Half>(array.data, first, n, out, stride);
         case Type::bf16:
-            return load_all<Bfloat>(array.data, first, n, out);
+            return load_all<Bfloat>(array.data, first, n, out, stride);
         case Type::f32:
-            return load_all<float>(array.data, first, n, out);
+            return load_all<float>(array.data, first, n, out, stride);
         case Type::f64:
-            return load_all<double>(array.data, first, n, out);
+            return load_all<double>(array.data, first, n, out, stride);
     }
 }
 
@@ -50,20 +54,51 @@ void store(const PerChannel& array, Index first, Index n, const double* in) {
 
 }  // namespace
 
-void finish_moments(const Statistics& s, Index i, double count, double sum, double square) {
-    double& mean = s.row(Statistics::mean)[i];
-    double& low = s.row(Statistics::low)[i];
-    double& var = s.row(Statistics::var)[i];
-    if (count <= 0) {
-        mean = low = var = 0.0;
-        return;
+namespace {
+
+// Functions of their own, since only a function's arguments can be declared not to overlap.
+void find_moments(Index n, double count, const double* __restrict sum,
+                  const double* __restrict square, double* __restrict mean, double* __restrict low,
+                  double* __restrict var) {
+    for (Index i = 0; i < n; ++i) {
+        const double anchor = mean[i], shift = sum[i] / count, moved = anchor + shift;
+        const double back = moved - anchor;  // Knuth's two-sum: mean + low is anchor + shift
+        low[i] = (anchor - (moved - back)) + (shift - back);
+        mean[i] = moved;
+        const double found = square[i] / count - shift * shift;
+        var[i] = found < 0 || count == 1 ? 0.0 : found;
     }
-    const double anchor = mean, shift = sum / count;
-    mean = anchor + shift;
-    const double moved = mean - anchor;  // Knuth's two-sum: mean + low is anchor + shift, exactly
-    low = (anchor - (mean - moved)) + (shift - moved);
-    var = square / count - shift * shift;
-    if (var < 0 || count == 1) var = 0.0;
+}
+
+// Marks unsound sums, and leaves their anchors as they are.
+void find_narrow_moments(Index n, double count, const double* __restrict sum,
+                         const double* __restrict square, double* __restrict mean,
+                         double* __restrict low, double* __restrict var) {
+    for (Index i = 0; i < n; ++i) {
+        const double anchor = mean[i], shift = sum[i] / count, mean_square = square[i] / count;
+        const double moved = anchor + shift, back = moved - anchor;
+        const double found = mean_square - shift * shift;
+        const bool sound = is_sound(anchor, shift, mean_square);
+        low[i] = sound ? (anchor - (moved - back)) + (shift - back) : 0.0;
+        mean[i] = sound ? moved : anchor;
+        var[i] = !sound ? kUnsound : found < 0 ? 0.0 : found;
+    }
+}
+
+}  // namespace
+
+void finish_moments(const Statistics& s, Index first, Index n, double count, const double* sum,
+                    const double* square, bool narrow) {
+    double* mean = s.row(Statistics::mean) + first;
+    double* low = s.row(Statistics::low) + first;
+    double* var = s.row(Statistics::var) + first;
+    if (count <= 0) {
+        for (Index i = 0; i < n; ++i) mean[i] = low[i] = var[i] = 0.0;
+    } else if (narrow) {
+        find_narrow_moments(n, count, sum, square, mean, low, var);
+    } else {
+        find_moments(n, count, sum, square, mean, low, var);
+    }
 }
 
 namespace {
@@ -178,7 +213,6 @@ bool update_running(const Step& step, Index first, Index n, const Averages& aver
     return true;
 }
 
-// A function of its own, since only a function's arguments can be declared not to overlap.
 // rstd is 0 where var + eps is at most `least`: such a channel counts as constant (S7).
 void find_affine(const double* __restrict var, const double* __restrict gamma,
                  const double* __restrict beta, double eps, double least, Index n,

@@ -3,14 +3,17 @@
 #pragma once
 
 #include "batchnorm.hpp"
+#include "soundness.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// Elements [first, first + n) as doubles.
-void load(const PerChannel& array, Index first, Index n, double* out);
+// n elements from `first` on, `stride` apart, as doubles.
+void load(const PerChannel& array, Index first, Index n, double* out, Index stride = 1);
 
-// Mean and variance from sums around an anchor, the mean so far (S2, S3).
-void finish_moments(const Statistics& statistics, Index i, double count, double sum, double square);
+// Mean and variance of n statistics from sums around an anchor, the mean so far (S2, S3). Narrow
+// sums that are not sound leave kUnsound as the variance, and the anchor.
+void finish_moments(const Statistics& statistics, Index first, Index n, double count,
+                    const double* sum, const double* square, bool narrow);
 
 // rstd, scale and offset of channels [first, end) in every group, and the running update.
 // Returns true if any channel was updated (S6, S7, S9-S12).

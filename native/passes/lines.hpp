@@ -6,17 +6,18 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// Per lane (kStep 1) or one for the whole line (kStep 0), in the type of the arithmetic. The mean
-// is hi + lo, since at a large offset one number would not hold it (S3).
+// Per lane (kStep 1) or one for the whole line (kStep 0), in the type of the arithmetic. `mean` is
+// the mean as one such number, from which x has an exact difference at a large offset; what that
+// rounding took from the mean is in `offset` and `shift` (S3).
 template <class F>
 struct Coefficients {
-    const F *hi, *lo, *scale, *offset;  // y = ((x - hi) - lo) scale + offset
-    const F *rstd, *along, *shift;      // dx = (g + xhat along + shift) scale
+    const F *mean, *scale, *offset;  // y = (x - mean) scale + offset
+    const F *along, *shift;          // dx = (g + (x - mean) along + shift) scale
 };
 
 template <int kStep, class F>
 inline F affine(F x, const Coefficients<F>& k, Index i) {
-    return ((x - k.hi[i * kStep]) - k.lo[i * kStep]) * k.scale[i * kStep] + k.offset[i * kStep];
+    return (x - k.mean[i * kStep]) * k.scale[i * kStep] + k.offset[i * kStep];
 }
 
 // `y <= 0` rather than `y > 0`, so that NaN stays NaN; 0 itself is on the negative side (S18).
@@ -100,8 +101,8 @@ inline void apply_line(const F* g, const F* x, F* __restrict dx, Index n, bool b
                        const Coefficients<F>& k) {
     if (batch) {
         for (Index i = 0; i < n; ++i) {
-            F xhat = ((x[i] - k.hi[i * kStep]) - k.lo[i * kStep]) * k.rstd[i * kStep];
-            dx[i] = (g[i] + (xhat * k.along[i * kStep] + k.shift[i * kStep])) * k.scale[i * kStep];
+            const F along = (x[i] - k.mean[i * kStep]) * k.along[i * kStep];
+            dx[i] = (g[i] + (along + k.shift[i * kStep])) * k.scale[i * kStep];
         }
     } else {
         for (Index i = 0; i < n; ++i) dx[i] = g[i] * k.scale[i * kStep];
@@ -154,15 +155,13 @@ inline const T* at(const T* p, Index i) {
 
 template <class F>
 inline Coefficients<F> at(const Coefficients<F>& k, Index i) {
-    return {at(k.hi, i),   at(k.lo, i),    at(k.scale, i), at(k.offset, i),
-            at(k.rstd, i), at(k.along, i), at(k.shift, i)};
+    return {at(k.mean, i), at(k.scale, i), at(k.offset, i), at(k.along, i), at(k.shift, i)};
 }
 
 // Coefficients of a block, one for each lane: channels repeat along a line of several rows.
 template <class F, Index kLanes>
 struct Lanes {
-    F hi[kLanes], lo[kLanes], scale[kLanes], offset[kLanes];
-    F rstd[kLanes], along[kLanes], shift[kLanes];
+    F mean[kLanes], scale[kLanes], offset[kLanes], along[kLanes], shift[kLanes];
 
     Lanes(const Step& step, const Block& block, Index lanes, const double* sums = nullptr) {
         const Statistics& s = step.statistics;
@@ -171,44 +170,58 @@ struct Lanes {
         const double count = s.count()[block.group];
         const double weight = count > 0 ? 1.0 / count : 0.0;
         if (lanes == 0) return;
-        if (span == 1) {
-            for (Index l = 0; l < width; ++l) set(s, l, first + l);
-            if (sums != nullptr) {
-                for (Index l = 0; l < width; ++l) set_sums(s, l, first + l, weight, sums);
-            }
-        } else {
-            for (Index l = 0; l < width; ++l) {
-                set(s, l, first + l / span);
-                if (sums != nullptr) set_sums(s, l, first + l / span, weight, sums);
-            }
+        for (Index c = 0; c < block.channels; ++c) {
+            set(s, c * span, first + c);
+            if (sums != nullptr) set_sums(s, c * span, first + c, weight, sums);
+        }
+        if (span > 1) {
+            F* const all[] = {mean, scale, offset, along, shift};
+            for (int i = 0; i < (sums != nullptr ? 5 : 3); ++i)
+                spread(all[i], block.channels, span);
         }
         for (Index l = width; l < lanes; ++l) {
             const Index c = l - width;
-            hi[l] = hi[c], lo[l] = lo[c], scale[l] = scale[c], offset[l] = offset[c];
-            if (sums != nullptr) rstd[l] = rstd[c], along[l] = along[c], shift[l] = shift[c];
+            mean[l] = mean[c], scale[l] = scale[c], offset[l] = offset[c];
+            if (sums != nullptr) along[l] = along[c], shift[l] = shift[c];
         }
     }
 
     BATCHNORM_INLINE void set(const Statistics& s, Index l, Index c) {
-        const double mean = s.row(Statistics::mean)[c];
-        hi[l] = F(mean);
-        lo[l] = F((mean - double(hi[l])) + s.row(Statistics::low)[c]);
+        mean[l] = F(s.row(Statistics::mean)[c]);
         scale[l] = F(s.row(Statistics::scale)[c]);
-        offset[l] = F(s.row(Statistics::offset)[c]);
+        const double rest = rest_of_mean(s, l, c) * s.row(Statistics::scale)[c];
+        offset[l] = F(s.row(Statistics::offset)[c] - rest);
     }
 
     BATCHNORM_INLINE void set_sums(const Statistics& s, Index l, Index c, double weight,
                                    const double* sums) {
-        const double factor = s.row(Statistics::rstd)[c];
-        rstd[l] = F(factor);
-        along[l] = F(-weight * factor * sums[s.size + c]);
-        shift[l] = F(-weight * sums[c]);  // cancels the gradient of a single row to the bit (S7)
+        const double rstd = s.row(Statistics::rstd)[c];
+        const double slope = -weight * rstd * rstd * sums[s.size + c];
+        along[l] = F(slope);
+        // Cancels the gradient of a single row to the bit (S7).
+        shift[l] = F(-weight * sums[c] - rest_of_mean(s, l, c) * slope);
+    }
+
+    // Every lane of a channel gets the value of its first.
+    static void spread(F* all, Index channels, Index span) {
+        for (Index c = 0; c < channels; ++c) {
+            const F value = all[c * span];
+            for (Index l = c * span, end = l + span; l < end; ++l) all[l] = value;
+        }
+    }
+
+    // What the mean as one number of type F leaves out.
+    BATCHNORM_INLINE double rest_of_mean(const Statistics& s, Index l, Index c) const {
+        const double value = s.row(Statistics::mean)[c];
+        return (value - double(mean[l])) + s.row(Statistics::low)[c];
     }
 
     Coefficients<F> from(Index l = 0) const {
-        return {hi + l, lo + l, scale + l, offset + l, rstd + l, along + l, shift + l};
+        return {mean + l, scale + l, offset + l, along + l, shift + l};
     }
 };
+
+constexpr Index kLongLine = 512;
 
 // The number of rows in one line: with few channels several rows, which fill whole tiles.
 inline Index rows_per_line(Index channels) {
@@ -217,6 +230,10 @@ inline Index rows_per_line(Index channels) {
     for (Index odd = channels; odd % 2 == 0 && rows > 1; odd /= 2) rows /= 2;
     return rows * channels <= kMaxLanes ? rows : 1;
 }
+
+// The same for passes without sums, over arrays whose rows lie side by side: coefficients are
+// loaded lane by lane anyway, and long lines save calls.
+inline Index rows_together(Index width) { return width > kLongLine / 2 ? 1 : kLongLine / width; }
 
 // Element `offset` of outer row o; null where the array is.
 template <class T>

@@ -2,7 +2,7 @@
 #include <type_traits>
 
 #include "padded_rows.hpp"
-#include "sums.hpp"
+#include "pieces.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
@@ -49,7 +49,8 @@ void rows_of_channels(const Step& s, const Block& b) {
     const Index span = s.layout.inner, width = b.channels * span, first = b.channel * span;
     const bool dense = b.channels == s.layout.channels && s.x.stride == width &&
                        s.y.stride == width && (!s.residual || s.residual.stride == width);
-    const Index joined = dense ? rows_per_line(width) : 1;
+    const bool padded = zeroes_padding(s);
+    const Index joined = !dense ? 1 : padded ? rows_per_line(width) : rows_together(width);
     const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width);
     const auto k = lanes.from();
     const auto compute = [&](Index o, Index rows) {
@@ -59,7 +60,7 @@ void rows_of_channels(const Step& s, const Block& b) {
     const auto fetch = [&](Index o) { fetch_line(element<const T>(s.x, o, first), width); };
     const auto pad = [&](Index o) { set_zero(element<T>(s.y, o, first), width); };
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
-        if (zeroes_padding(s)) {
+        if (padded) {
             for_padded_rows(s.mask, o, n, joined, fetch, compute, pad);
             return true;
         }
@@ -68,69 +69,33 @@ void rows_of_channels(const Step& s, const Block& b) {
     });
 }
 
-// The stretches of a piece that are real, that are padding, and that have both.
-template <class T>
-struct Stretches {
-    static constexpr Index kLeast = 256;
-    enum Kind { padding, real, mixed };
-    struct Stretch {
-        Index first, end;
-        Kind kind;
-    };
-
-    Selection<T> selection;
-    Stretch all[kPiece / kLeast + 1];
-    int count = 0;
-
-    void read(const Mask& mask, Index o, Index i, Index n) {
-        selection.read(mask, o, i, n);
-        count = 0;
-        if (selection.all || selection.none) return add(0, n, selection.all ? real : padding);
-        for (Index p = 0; p < n; p += kLeast) {
-            const Index end = n - p < kLeast ? n : p + kLeast;
-            BitsOf<T> every = BitsOf<T>(~0), some = 0;
-            for (Index e = p; e < end; ++e) every &= selection.bits[e], some |= selection.bits[e];
-            add(p, end, every != 0 ? real : some == 0 ? padding : mixed);
-        }
-    }
-
-    void add(Index first, Index end, Kind kind) {
-        if (count > 0 && all[count - 1].kind == kind) {
-            all[count - 1].end = end;
-        } else {
-            all[count++] = {first, end, kind};
-        }
-    }
-};
-
 template <class T, class F>
 void padded_positions(const Step& s, const Block& b, F compute) {
-    Stretches<T> found;
-    for_each_stretch(s.layout, b, [&](Index o, Index first, Index length) {
-        const Index step = piece_of(length);
-        for (Index i = first; i < first + length; i += step) {
-            found.read(s.mask, o, i, first + length - i < step ? first + length - i : step);
-            const Index begin = found.all[found.all[0].kind == Stretches<T>::padding].first;
-            for (Index c = 0; c < b.channels; ++c) {
-                T* y = element<T>(s.y, o, (b.channel + c) * s.layout.inner + i);
-                // Padding between channels breaks the streams that hardware prefetches.
-                if (c + 1 < b.channels && found.count > 1)
-                    fetch_line(
-                        element<const T>(s.x, o, (b.channel + c + 1) * s.layout.inner + i + begin),
-                        s.layout.inner);
-                for (int j = 0; j < found.count; ++j) {
-                    const auto& [from, end, kind] = found.all[j];
-                    if (kind == Stretches<T>::padding) {
-                        set_zero(y + from, end - from);
-                    } else {
-                        const bool whole = kind == Stretches<T>::real;
-                        compute(c, o, i + from, end - from,
-                                whole ? nullptr : found.selection.bits + from);
-                    }
+    BitsOf<T> bits[kPiece];
+    for_each_piece(s, b, false, [&](Index o, Index i, Index, const Piece& piece) {
+        const bool one = piece.is(Piece::real) || piece.is(Piece::padding);
+        const Index begin = piece.begin()->kind == Piece::padding && !one ? piece.begin()->end : 0;
+        for (const auto& [from, end, kind] : piece) {
+            if (kind != Piece::mixed) continue;
+            for (Index p = from; p < end; ++p)
+                bits[p] = *piece.keep(p) != 0 ? BitsOf<T>(~0) : BitsOf<T>(0);
+        }
+        for (Index c = 0; c < b.channels; ++c) {
+            T* y = element<T>(s.y, o, (b.channel + c) * s.layout.inner + i);
+            // Padding between channels breaks the streams that hardware prefetches.
+            if (c + 1 < b.channels && !one)
+                fetch_line(
+                    element<const T>(s.x, o, (b.channel + c + 1) * s.layout.inner + i + begin),
+                    s.layout.inner);
+            for (const auto& [from, end, kind] : piece) {
+                if (kind == Piece::padding) {
+                    set_zero(y + from, end - from);
+                } else {
+                    compute(c, o, i + from, end - from,
+                            kind == Piece::real ? nullptr : bits + from);
                 }
             }
         }
-        return true;
     });
 }
 

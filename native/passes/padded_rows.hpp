@@ -52,7 +52,7 @@ template <class Fetch, class Compute, class Pad>
 inline void for_padded_rows(const Mask& mask, Index o, Index n, Index joined, Fetch fetch,
                             Compute compute, Pad pad) {
     if (joined == 1) return for_single_rows(mask, o, n, fetch, compute, pad);
-    unsigned char keep[64];  // kTile are used; GCC 12 warns that it reads whole vectors
+    unsigned char keep[kLongLine];  // kTile are used; GCC 12 warns that it reads whole vectors
     for (Index r = 0; r < n; r += joined) {
         const Index m = n - r < joined ? n - r : joined;
         read_rows(mask, o + r, m, keep);

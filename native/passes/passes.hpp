@@ -25,9 +25,9 @@ struct Instructions {
     const char* name;
     Passes passes[4];  // by Type
     // From channels.hpp.
-    void (*load)(const PerChannel& array, Index first, Index n, double* out);
-    void (*finish_moments)(const Statistics& statistics, Index i, double count, double sum,
-                           double square);
+    void (*load)(const PerChannel& array, Index first, Index n, double* out, Index stride);
+    void (*finish_moments)(const Statistics& statistics, Index first, Index n, double count,
+                           const double* sum, const double* square, bool narrow);
     bool (*finish_channels)(const Step& step, Index first, Index end);
     void (*finish_gradients)(const Step& step, const double* sums, Index first, Index end);
 };

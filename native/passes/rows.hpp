@@ -9,6 +9,7 @@ namespace batchnorm {
 // channels; see `units`. In sums over masked rows of channels `rows` counts real rows only.
 struct Block {
     Index group, first, rows, channel, channels;
+    bool wide = false;  // sums every element in double
 };
 
 namespace {  // each file, with its own compiler flags, has its own copy

@@ -1,4 +1,7 @@
-// Sums over the real rows of a block, in tiles of double lanes whose order is fixed (S17).
+// Sums over the real rows of a block, in tiles of lanes whose order is fixed (S17).
+//
+// Narrow sums add groups of float32 lanes, pairwise, and the groups in double; wide ones add every
+// element in double. soundness.hpp says which.
 //
 // Where rows of channels are contiguous, every lane adds its rows one after the other, padded
 // ones left out: a masked array and the packed one give the same bits (S5).
@@ -9,13 +12,16 @@
 namespace batchnorm::BATCHNORM_ISA {
 
 constexpr int kBatch = 16;  // lines that a lane's sums take in before they go back to memory
+constexpr int kGroup = 8;   // lines, or tiles, that are added in float32
+
+static_assert(kBatch % kGroup == 0);
 
 // Calls f(rows, n) with the real outer rows of a block; `unit` divides every n except the last
 // one.
 template <class F>
 inline void for_real_rows(const Step& s, const Block& b, Index unit, F f) {
     constexpr Index kScan = 256;
-    Index list[kScan + kTile];
+    Index list[kScan + kTile * kGroup];
     unsigned char keep[kScan];
     Index n = 0, left = b.rows;
     const Index to_scan = s.mask ? s.layout.rows() - b.first : b.rows;
@@ -68,10 +74,22 @@ struct Gather {
         return line;
     }
 
+    // Lines lie at equal distances where rows do: in order, and not joined or side by side.
+    bool even(const Step& s) const {
+        return !s.mask && s.layout.groups == 1 && (joined == 1 || array.stride == width);
+    }
+
     bool contiguous(const Index* rows) const {
         return array.stride == width && rows[joined - 1] - rows[0] == joined - 1;
     }
 };
+
+// Lines that are walked tile by tile in batches which fit the nearest cache.
+inline Index even_batch(Index lanes, Index bytes) {
+    constexpr Index kNear = 1 << 14;
+    const Index lines = kNear / (lanes * bytes) / kGroup * kGroup;
+    return lines < kBatch ? kBatch : lines;
+}
 
 // Prefetches the lines of the next batch in the order of memory, a cache line at each call: sums
 // walk a batch tile by tile, across its rows, an order that no hardware prefetcher follows.
@@ -134,19 +152,23 @@ struct LaneSums {
 };
 
 // A per-channel row of statistics, one value for each lane, and 0 up to the end of the tile.
+template <class F>
 struct LaneValues {
-    alignas(64) double at[kMaxLanes + kTile];
+    alignas(64) F at[kMaxLanes + kTile];
 
     LaneValues(const double* values, Index channels, Index span, Index joined) {
-        Index l = 0;
-        for (Index r = 0; r < joined; ++r, l += channels * span) {
-            if (span == 1) {
-                for (Index c = 0; c < channels; ++c) at[l + c] = values[c];
-            } else {
-                for (Index i = 0; i < channels * span; ++i) at[l + i] = values[i / span];
+        const Index width = channels * span;
+        if (span == 1) {
+            for (Index c = 0; c < channels; ++c) at[c] = F(values[c]);
+        } else {
+            for (Index c = 0; c < channels; ++c) {
+                const F value = F(values[c]);
+                for (Index i = c * span, end = i + span; i < end; ++i) at[i] = value;
             }
         }
-        for (Index end = l + kTile; l < end; ++l) at[l] = 0.0;
+        Index l = width;
+        for (Index end = joined * width; l < end; ++l) at[l] = at[l - width];
+        for (Index end = l + kTile; l < end; ++l) at[l] = F(0);
     }
 };
 
@@ -156,6 +178,83 @@ inline Tile load_some(const T* p, Index n, T pad = T{}) {
     T tile[kTile];
     for (Index i = 0; i < kTile; ++i) tile[i] = i < n ? p[i] : pad;
     return load(tile);
+}
+
+template <class T>
+constexpr bool kCanBeNarrow = sizeof(T) < 8;
+
+// Two running sums of a tile, in registers.
+struct TileSums {
+    Doubles first[kVectors], second[kVectors];
+
+    BATCHNORM_INLINE TileSums(const double* a, const double* b) {
+        for (int i = 0; i < kVectors; ++i) {
+            first[i] = load_doubles(a + i * kDoubles);
+            second[i] = load_doubles(b + i * kDoubles);
+        }
+    }
+
+    BATCHNORM_INLINE void store(double* a, double* b) const {
+        for (int i = 0; i < kVectors; ++i) {
+            store_doubles(a + i * kDoubles, first[i]);
+            store_doubles(b + i * kDoubles, second[i]);
+        }
+    }
+
+    // Adds float vector number i of a tile.
+    BATCHNORM_INLINE void add(int i, Floats a, Floats b) {
+        first[2 * i] = plus(first[2 * i], low_doubles(a));
+        first[2 * i + 1] = plus(first[2 * i + 1], high_doubles(a));
+        second[2 * i] = plus(second[2 * i], low_doubles(b));
+        second[2 * i + 1] = plus(second[2 * i + 1], high_doubles(b));
+    }
+};
+
+struct Two {
+    Floats first, second;
+};
+
+// The terms r to r + n - 1 of two sums, added pairwise: an error of log2(n) roundings, and none
+// where all terms are equal.
+template <int n, class Term>
+BATCHNORM_INLINE Two add_pairwise(const Term& term, Index r, int i) {
+    if constexpr (n == 1) {
+        return term(r, i);
+    } else {
+        const Two a = add_pairwise<n / 2>(term, r, i), b = add_pairwise<n / 2>(term, r + n / 2, i);
+        return {a.first + b.first, plus(a.second, b.second)};
+    }
+}
+
+template <int n, class Term>
+BATCHNORM_INLINE void add_group(TileSums& sums, const Term& term, Index r) {
+    for (int i = 0; i < kFloatVectors; ++i) {
+        const Two both = add_pairwise<n>(term, r, i);
+        sums.add(i, both.first, both.second);
+    }
+}
+
+// Adds the terms of n tiles in float32; term(r, i) is those of float vector number i of tile r.
+template <class Term>
+BATCHNORM_INLINE void add_narrow(Index n, double* first, double* second, const Term& term) {
+    TileSums sums(first, second);
+    Index r = 0;
+#pragma GCC unroll 1
+    for (; r + kGroup <= n; r += kGroup) add_group<kGroup>(sums, term, r);
+    if ((n & 4) != 0) add_group<4>(sums, term, r), r += 4;
+    if ((n & 2) != 0) add_group<2>(sums, term, r), r += 2;
+    if ((n & 1) != 0) add_group<1>(sums, term, r);
+    sums.store(first, second);
+}
+
+// Up to a tile of elements as float32, and `pad` after them and where `keep`, if given, is 0.
+template <class T>
+BATCHNORM_INLINE void load_rest(const T* p, Index n, const unsigned char* keep, float pad,
+                                float* out) {
+    for (Index i = 0; i < kTile; ++i) out[i] = pad;
+    for (Index i = 0; i < n; ++i) {
+        if (keep == nullptr || keep[i] != 0) out[i] = float(widen(p[i]));
+    }
 }
 
 // Positions of one channel: lanes are positions 0 to 15, 16 to 31, ... of every stretch.
@@ -170,81 +269,25 @@ struct PositionSums {
     }
 
     void fold(Index channels, double* sum, double* other) const {
-        for (Index c = 0; c < channels; ++c) {
-            double a[kTile], b[kTile];
-            for (int l = 0; l < kTile; ++l) a[l] = first[c][l], b[l] = second[c][l];
-            for (int half = kTile / 2; half > 0; half /= 2) {
-                for (int l = 0; l < half; ++l) a[l] += a[l + half], b[l] += b[l + half];
-            }
-            sum[c] = a[0], other[c] = b[0];
-        }
-    }
-};
-
-// Under a mask a stretch of positions is cut into equal pieces, each read with its mask: long ones,
-// since hardware prefetching starts again with each channel, but short enough for the cache.
-constexpr Index kPiece = 4096;
-
-inline Index piece_of(Index length) {
-    const Index pieces = (length + kPiece - 1) / kPiece;
-    return ((length + pieces - 1) / pieces + kTile - 1) / kTile * kTile;
-}
-
-// The mask at a piece's positions, as bit patterns that select elements.
-template <class T>
-struct Selection {
-    using Bits = BitsOf<T>;
-    Bits bits[kPiece];
-    bool all = true, none = false;
-
-    void read(const Mask& mask, Index o, Index i, Index n) {
-        if (!mask) return;
-        unsigned char keep[kPiece];
-        read_mask(mask, o / mask.repeat * mask.outer + i * mask.inner, mask.inner, n, keep);
-        unsigned char every = 1, some = 0;
-        for (Index p = 0; p < n; ++p) every &= keep[p], some |= keep[p];
-        all = every != 0, none = some == 0;
-        if (all || none) return;
-        for (Index p = 0; p < n; ++p) bits[p] = keep[p] ? ~Bits(0) : Bits(0);
+        for (Index c = 0; c < channels; ++c) sum[c] = fold(first[c]), other[c] = fold(second[c]);
     }
 
-    // Copies `in` at real positions and `other` elsewhere, from position `first` of the piece on;
-    // `in` and `out` may be the same.
-    BATCHNORM_INLINE void select(const T* in, T other, T* out, Index n, Index first = 0) const {
-        Bits fill;
-        __builtin_memcpy(&fill, &other, sizeof fill);
-        for (Index p = 0; p < n; ++p) {
-            Bits value;
-            __builtin_memcpy(&value, in + p, sizeof value);
-            value = (value & bits[first + p]) | (fill & ~bits[first + p]);
-            __builtin_memcpy(out + p, &value, sizeof value);
-        }
-    }
-};
-
-// Tiles of a piece: tile r unchanged, or, under a mask, with `pad` at padded positions.
-template <class T>
-struct AllTiles {
-    const T* p;
-    T pad;
-    BATCHNORM_INLINE Tile at(Index r) const { return load(p + r * kTile); }
-    Tile rest(Index r, Index n) const { return load_some(p + r * kTile, n, pad); }
-};
-
-template <class T>
-struct RealTiles {
-    const T* p;
-    T pad;
-    const Selection<T>& real;
-    BATCHNORM_INLINE Tile at(Index r) const {
-        T tile[kTile];
-        real.select(p + r * kTile, pad, tile, kTile, r * kTile);
-        return load(tile);
-    }
-    Tile rest(Index r, Index n) const {
-        T tile[kTile];
-        real.select(p + r * kTile, pad, tile, n, r * kTile);
-        return load_some(tile, n, pad);
+  private:
+    // Halves are added until one number is left.
+    static BATCHNORM_INLINE double fold(const double* lanes) {
+        static_assert(kTile == 16);
+        typedef double Eight __attribute__((vector_size(64)));
+        typedef double Four __attribute__((vector_size(32)));
+        typedef double Two __attribute__((vector_size(16)));
+        Eight low, high;
+        __builtin_memcpy(&low, lanes, sizeof low);
+        __builtin_memcpy(&high, lanes + 8, sizeof high);
+        const Eight eight = low + high;
+        const Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+                          __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+        const Two two =
+            __builtin_shufflevector(four, four, 0, 1) + __builtin_shufflevector(four, four, 2, 3);
+        return two[0] + two[1];
     }
 };
 

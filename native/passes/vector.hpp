@@ -41,11 +41,15 @@ constexpr int kDoubles = 4;
 constexpr int kDoubles = 2;
 #endif
 
+constexpr int kFloats = 2 * kDoubles;
+
 typedef double Doubles __attribute__((vector_size(kDoubles * 8)));
+typedef float Floats __attribute__((vector_size(kFloats * 4)));
 
 // Sums run in tiles of this many lanes on every machine, so that bits are the same on all.
 constexpr int kTile = 16;
 constexpr int kVectors = kTile / kDoubles;
+constexpr int kFloatVectors = kTile / kFloats;
 
 struct Tile {
     Doubles v[kVectors];
@@ -89,6 +93,70 @@ inline Doubles plus(Doubles a, Doubles b) {
     return _mm256_fmadd_pd(b, _mm256_set1_pd(1.0), a);
 #else
     return a + b;
+#endif
+}
+
+inline Floats plus(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(b, _mm512_set1_ps(1.0f), a);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(b, _mm256_set1_ps(1.0f), a);
+#else
+    return a + b;
+#endif
+}
+
+inline Floats load_floats(const float* p) {
+    Floats v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Floats all_floats(float value) { return Floats{} + value; }
+
+// The two halves of a vector as doubles.
+inline Doubles low_doubles(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
+#elif defined(__AVX__)
+    return _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+#elif defined(__SSE2__)
+    return _mm_cvtps_pd(v);
+#else
+    Doubles d;
+    for (int i = 0; i < kDoubles; ++i) d[i] = v[i];
+    return d;
+#endif
+}
+
+inline Doubles high_doubles(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif defined(__AVX__)
+    return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+#elif defined(__SSE2__)
+    return _mm_cvtps_pd(_mm_movehl_ps(v, v));
+#else
+    Doubles d;
+    for (int i = 0; i < kDoubles; ++i) d[i] = v[i + kDoubles];
+    return d;
+#endif
+}
+
+// v where `keep` is not 0, and 0 elsewhere.
+inline Floats keep_lanes(Floats v, const unsigned char* keep) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep));
+    return _mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), v);
+#elif defined(__AVX2__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(keep));
+    const __m256i padded = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_setzero_si256());
+    return _mm256_andnot_ps(_mm256_castsi256_ps(padded), v);
+#else
+    typedef std::int32_t Bits __attribute__((vector_size(kFloats * 4)));
+    Bits bits;
+    for (int i = 0; i < kFloats; ++i) bits[i] = keep[i] != 0 ? -1 : 0;
+    return Floats(Bits(v) & bits);
 #endif
 }
 
@@ -167,6 +235,34 @@ inline void narrow(const float* in, Half* out, Index n) {
     for (; i < n; ++i) narrow(in[i], out[i]);
 }
 #endif
+
+inline Floats load_floats(const Half* p) {
+#if defined(__AVX512F__)
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_maskz_cvtph_ps(0xffff, h);
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    Floats v;
+    for (int i = 0; i < kFloats; ++i) v[i] = widen(p[i]);
+    return v;
+#endif
+}
+
+inline Floats load_floats(const Bfloat* p) {
+#if defined(__AVX512F__)
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, b);
+    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16));
+#elif defined(__AVX2__)
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16));
+#else
+    Floats v;
+    for (int i = 0; i < kFloats; ++i) v[i] = widen(p[i]);
+    return v;
+#endif
+}
 
 template <>
 inline Tile load(const Half* p) {

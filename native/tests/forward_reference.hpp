@@ -2,6 +2,7 @@
 // with the error that each result may have.
 #pragma once
 
+#include "passes/soundness.hpp"
 #include "problem.hpp"
 
 namespace batchnorm::tests {
@@ -126,11 +127,15 @@ class ForwardReference {
             sum += d * d;
         }
         k.var = k.count == 1 ? 0 : sum / k.count;  // S7
-        // Sums run in double. float64 takes them around the mean; the others around some real
+        // float64 takes its sums around the mean; the others, if few, in double around some real
         // row, whose distance from the mean may cost a factor of the count in the variance.
         const bool wide = p.type == Type::f64;
         k.var_error = wide ? Real(1e-12L) : 1e-13L * (10 + k.count);
         k.mean_error = (wide ? 3e-13L : 1e-10L) * std::sqrt(k.var) + mean_rounding(k.mean);
+        if (!sums_narrowly(p.type, static_cast<Index>(k.count))) return;
+        // As derived in passes/soundness.hpp.
+        k.var_error += (6 * (1 + kFar) + 8 * std::sqrt(kFar * (1 + kFar))) * half_ulp(Type::f32);
+        k.mean_error += 4 * std::sqrt(1 + kFar) * half_ulp(Type::f32) * std::sqrt(k.var);
     }
 
     // The mean is carried in two numbers of the arithmetic; sums of gradients take it in double.

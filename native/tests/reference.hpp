@@ -83,18 +83,20 @@ class Reference : public ForwardReference {
         return sums;
     }
 
-    // Products and sums are in double; only the slope is rounded to the type of the arithmetic.
-    Real sum_error() const {
+    // Few products and sums are in double; only the slope is rounded to the type of the arithmetic.
+    // In float32 x - mean, the product and three additions are rounded, each by one unit.
+    Real sum_error(const Channel& k) const {
         const bool sloped = p.options.activation == Activation::leaky_relu;
-        return sloped ? 4 * unit + 1e-12L : p.type == Type::f64 ? 1e-12L : 1e-11L;
+        const Real few = sloped ? 4 * unit + 1e-12L : p.type == Type::f64 ? 1e-12L : 1e-11L;
+        return few + (sums_narrowly(p.type, static_cast<Index>(k.count)) ? 5 * unit : 0);
     }
 
     void add_gradients(Index g, Index c) {
         if (rows(g).empty()) return;
         const Channel& k = channel(g, c);
         const Sums s = sum_gradients(g, c);
-        const Real g_error = sum_error() * s.size_g + s.doubt_g;
-        const Real gx_error = sum_error() * s.size_gx + s.doubt_gx + k.var_error * s.size_gx +
+        const Real g_error = sum_error(k) * s.size_g + s.doubt_g;
+        const Real gx_error = sum_error(k) * s.size_gx + s.doubt_gx + k.var_error * s.size_gx +
                               k.mean_error * k.rstd * std::fabs(s.g);
         const auto at = static_cast<std::size_t>(c);
         dbeta.value[at] += s.g, dbeta.error[at] += g_error;
