@@ -115,9 +115,8 @@ class GradientSums {
     void repeat(Index first, Index end, const Threads& threads) {
         const auto fails = [&](Index g, Index i) {
             if (!reduction_.is_narrow(g)) return false;
-            const double rstd = step_.statistics.row(Statistics::rstd)[i];
-            const double count = step_.statistics.count()[g];
-            return !is_sound_gradient(count, rstd, sums_[i], sums_[step_.statistics.size + i]);
+            return !is_sound_gradient(step_.statistics.count()[g], sums_[i],
+                                      sums_[step_.statistics.size + i]);
         };
         for_failed(step_.layout, first, end, fails, [&](Index from, Index to) {
             reduction_.run(passes(step_).reduce, from, to, threads, true);

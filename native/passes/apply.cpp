@@ -12,55 +12,52 @@ bool has_gradient(const Step& s) {
     return s.dresidual && (sizeof(T) > 2 || s.options.activation == Activation::relu);
 }
 
-template <int kStep, class T>
-void apply_chunks(const Step& s, const T* g, const T* x, const T* y, T* dx, Index n, bool gated,
-                  const Coefficients<Compute<T>>& k) {
-    Compute<T> gate_buffer[kChunk];
-    Access<T> of_g, of_x, to;
-    const bool reads_x = s.options.batch;
-    const Index limit = gated ? kChunk : Access<T>::kLimit;
-    for (Index i = 0; i < n;) {
-        const Index m = n - i < limit ? n - i : limit;
-        const Coefficients<Compute<T>> here = kStep ? at(k, i) : k;
-        const Compute<T>* gs = gate_buffer;
-        if (gated) {
-            gate<kStep>(g + i, x + i, at(y, i), gate_buffer, m, here, s.options.activation);
+// One line of dx. `act`: that of the gate; `keep`: not 0 where an element is real, null: all are.
+template <bool kByLane, class T, class L>
+void apply_line(const Step& s, const T* dy, const T* x, const T* y, T* dx, Index n,
+                Activation gated, const L& lanes, Index c, const unsigned char* keep = nullptr) {
+    with_activation(gated, [&](auto act) {
+        const auto run = [&](auto finish) BATCHNORM_INLINE_LAMBDA {
+            for_vectors<T, kByLane>(
+                lanes, c, n, [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+                    const auto g = gate_vector<act.value>(dy + i, at(x, i), at(y, i), io, k);
+                    io.store(dx + i, finish(i, g, k, io));
+                });
+        };
+        if (!s.options.batch) {
+            run([=](Index i, auto g, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+                const auto v = g * k.scale;
+                return keep == nullptr ? v : io.keep(v, keep + i);
+            });
+        } else if (keep == nullptr) {
+            run([=](Index i, auto g, const auto& k, auto io)
+                    BATCHNORM_INLINE_LAMBDA { return gradient(g, io.load(x + i), k); });
         } else {
-            gs = of_g.read(g + i, m);
+            run([=](Index i, auto g, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+                return io.keep(gradient(g, io.load(x + i), k), keep + i);
+            });
         }
-        apply_line<kStep>(gs, of_x.read(reads_x ? x + i : nullptr, m), to.target(dx + i), m,
-                          s.options.batch, here);
-        to.write(dx + i, m);
-        i += m;
-    }
+    });
 }
 
 template <class T>
 struct Source {
-    bool gated;
+    Activation gate;  // that is still to be taken
     Array g;
 
     explicit Source(const Step& s)
-        : gated(s.options.activation != Activation::none && !has_gradient<T>(s)),
+        : gate(has_gradient<T>(s) ? Activation::none : s.options.activation),
           g(has_gradient<T>(s) ? s.dresidual : s.dy) {}
 };
 
-template <class T>
-void apply_row(const Step& s, const Source<T>& from, Index o, Index offset, Index n,
-               const Coefficients<Compute<T>>& k) {
-    apply_chunks<1>(s, element<const T>(from.g, o, offset), element<const T>(s.x, o, offset),
-                    element<const T>(s.y, o, offset), element<T>(s.dx, o, offset), n, from.gated,
-                    k);
-}
-
-template <class T>
-void apply_padded_row(const Step& s, Index o, Index offset, Index n) {
+template <class T, class L>
+void apply_padded_row(const Step& s, Index o, Index offset, Index n, const L& lanes) {
     set_zero(element<T>(s.dx, o, offset), n);
     if (!s.dresidual) return;
     T* dresidual = element<T>(s.dresidual, o, offset);
     if (s.options.zero_padding) return set_zero(dresidual, n);
-    gate_to(element<const T>(s.dy, o, offset), element<const T>(s.y, o, offset), dresidual, n,
-            s.options.activation);
+    gate_line<true>(element<const T>(s.dy, o, offset), element<const T>(s.x, o, offset),
+                    element<const T>(s.y, o, offset), dresidual, n, lanes, 0, s.options.activation);
 }
 
 // Rows in one line: several where all arrays are contiguous.
@@ -81,13 +78,15 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
                                               s.options.batch ? sums : nullptr);
     const Source<T> from(s);
     const auto compute = [&](Index o, Index rows) {
-        apply_row<T>(s, from, o, first, rows * width, lanes.from());
+        apply_line<true>(s, element<const T>(from.g, o, first), element<const T>(s.x, o, first),
+                         element<const T>(s.y, o, first), element<T>(s.dx, o, first), rows * width,
+                         from.gate, lanes, 0);
     };
     const auto fetch = [&](Index o) {
         fetch_line(element<const T>(from.g, o, first), width);
         fetch_line(element<const T>(s.x, o, first), width);
     };
-    const auto pad = [&](Index o) { apply_padded_row<T>(s, o, first, width); };
+    const auto pad = [&](Index o) { apply_padded_row<T>(s, o, first, width, lanes); };
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
         if (s.mask) {
             for_padded_rows(s.mask, o, n, joined, fetch, compute, pad);
@@ -97,8 +96,6 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
         return true;
     });
 }
-
-constexpr Index kBlanked = 512;
 
 template <class T>
 void apply_positions(const Step& s, const Block& b, const double* sums) {
@@ -115,14 +112,9 @@ void apply_positions(const Step& s, const Block& b, const double* sums) {
                     set_zero(dx + first, end - first);
                     continue;
                 }
-                // Padded positions are zeroed while their part of dx is in the nearest cache.
-                const Index part = kind == Piece::real ? end - first : kBlanked;
-                for (Index p = first; p < end; p += part) {
-                    const Index n = end - p < part ? end - p : part;
-                    apply_chunks<0>(s, g + p, x + p, at(y, p), dx + p, n, from.gated,
-                                    lanes.from(c));
-                    if (kind == Piece::mixed) zero_padding(dx + p, piece.keep(p), n);
-                }
+                apply_line<false>(s, g + first, x + first, at(y, first), dx + first, end - first,
+                                  from.gate, lanes, c,
+                                  kind == Piece::real ? nullptr : piece.keep(first));
             }
         }
     });

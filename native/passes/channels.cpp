@@ -52,10 +52,6 @@ void store(const PerChannel& array, Index first, Index n, const double* in) {
     }
 }
 
-}  // namespace
-
-namespace {
-
 // Functions of their own, since only a function's arguments can be declared not to overlap.
 void find_moments(Index n, double count, const double* __restrict sum,
                   const double* __restrict square, double* __restrict mean, double* __restrict low,

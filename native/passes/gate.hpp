@@ -5,34 +5,28 @@
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// act'(y) dy for one line, in the type of the arithmetic.
-template <int kStep, Activation kAct, class T>
-void gate_chunks(const T* dy, const T* x, const T* y, Compute<T>* g, Index n,
-                 const Coefficients<Compute<T>>& k) {
-    Access<T> from, of_x, of_y;
-    for (Index i = 0; i < n; i += Access<T>::kLimit) {
-        const Index m = n - i < Access<T>::kLimit ? n - i : Access<T>::kLimit;
-        gate_line<kStep, kAct>(from.read(dy + i, m), of_x.read(at(y ? nullptr : x, i), m),
-                               of_y.read(at(y, i), m), g + i, m, kStep ? at(k, i) : k);
+// One vector of act'(y) dy, from y itself or, where y is null, from y computed again from x.
+template <Activation kAct, class T, class IO>
+BATCHNORM_INLINE Vector<T> gate_vector(const T* dy, const T* x, const T* y, IO io,
+                                       const Coefficients<Vector<T>>& k) {
+    const Vector<T> g = io.load(dy);
+    if constexpr (kAct == Activation::none) {
+        return g;
+    } else {
+        return gate<kAct>(g, y != nullptr ? io.load(y) : affine(io.load(x), k));
     }
 }
 
-template <int kStep, class T>
-void gate(const T* dy, const T* x, const T* y, Compute<T>* g, Index n,
-          const Coefficients<Compute<T>>& k, Activation act) {
-    if (act == Activation::none) return widen(dy, g, n);
-    if (act == Activation::relu) return gate_chunks<kStep, Activation::relu>(dy, x, y, g, n, k);
-    return gate_chunks<kStep, Activation::leaky_relu>(dy, x, y, g, n, k);
-}
-
-template <class T>
-void gate_to(const T* dy, const T* y, T* out, Index n, Activation act) {
-    Compute<T> g[kChunk];
-    for (Index i = 0; i < n; i += kChunk) {
-        const Index m = n - i < kChunk ? n - i : kChunk;
-        gate<0>(dy + i, static_cast<const T*>(nullptr), y + i, g, m, {}, act);
-        narrow(g, out + i, m);
-    }
+// A line of it: in the type of the arithmetic, or rounded to that of x.
+template <bool kByLane, class T, class L, class G>
+void gate_line(const T* dy, const T* x, const T* y, G* g, Index n, const L& lanes, Index c,
+               Activation activation) {
+    with_activation(activation, [&](auto act) {
+        for_vectors<T, kByLane>(
+            lanes, c, n, [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+                io.store(g + i, gate_vector<act.value>(dy + i, at(x, i), at(y, i), io, k));
+            });
+    });
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -1,167 +1,81 @@
 // The computation on one line of contiguous elements: the only place of per-element formulas.
 #pragma once
 
+#include "lanes.hpp"
 #include "passes.hpp"
-#include "vector.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 
-// Per lane (kStep 1) or one for the whole line (kStep 0), in the type of the arithmetic. `mean` is
-// the mean as one such number, from which x has an exact difference at a large offset; what that
-// rounding took from the mean is in `offset` and `shift` (S3).
-template <class F>
+// A vector of each. `mean` is the mean as one number of the arithmetic, from which x has an exact
+// difference at a large offset; what that rounding took from the mean is in `offset` and `shift`
+// (S3).
+template <class V>
 struct Coefficients {
-    const F *mean, *scale, *offset;  // y = (x - mean) scale + offset
-    const F *along, *shift;          // dx = (g + (x - mean) along + shift) scale
+    V mean, scale, offset;  // y = (x - mean) scale + offset
+    V along, shift;         // dx = (g + (x - mean) along + shift) scale
 };
 
-template <int kStep, class F>
-inline F affine(F x, const Coefficients<F>& k, Index i) {
-    return (x - k.mean[i * kStep]) * k.scale[i * kStep] + k.offset[i * kStep];
+template <class V>
+BATCHNORM_INLINE V affine(V x, const Coefficients<V>& k) {
+    return (x - k.mean) * k.scale + k.offset;
 }
 
 // `y <= 0` rather than `y > 0`, so that NaN stays NaN; 0 itself is on the negative side (S18).
-template <Activation kAct, class F>
-inline F activate(F y) {
-    if (kAct == Activation::none) return y;
-    F negative = kAct == Activation::relu ? F(0) : y * F(kNegativeSlope);
-    return y <= 0 ? negative : y;
-}
-
-template <Activation kAct, class F>
-inline F gate(F dy, F y) {
-    F negative = kAct == Activation::relu ? F(0) : dy * F(kNegativeSlope);
-    return y <= 0 ? negative : dy;
-}
-
-template <int kStep, Activation kAct, class F>
-inline void normalize_line(const F* x, const F* residual, F* __restrict y, Index n,
-                           const Coefficients<F>& k) {
-    if (residual) {
-        for (Index i = 0; i < n; ++i)
-            y[i] = activate<kAct>(affine<kStep>(x[i], k, i) + residual[i]);
+template <Activation kAct, class V>
+BATCHNORM_INLINE V select(V y, V value) {
+    if constexpr (kAct == Activation::none) {
+        return value;
+    } else if constexpr (kAct == Activation::relu) {
+        return y <= 0 ? V{} : value;
     } else {
-        for (Index i = 0; i < n; ++i) y[i] = activate<kAct>(affine<kStep>(x[i], k, i));
+        return y <= 0 ? value * all_lanes(decltype(y[0] + y[0])(kNegativeSlope)) : value;
     }
 }
 
-// The bits of an element, to select it or 0 without a branch.
-template <int kBytes>
-struct BitsType;
-template <>
-struct BitsType<2> {
-    using type = std::uint16_t;
-};
-template <>
-struct BitsType<4> {
-    using type = std::uint32_t;
-};
-template <>
-struct BitsType<8> {
-    using type = std::uint64_t;
-};
-template <class T>
-using BitsOf = typename BitsType<sizeof(T)>::type;
-
-template <class T>
-BATCHNORM_INLINE T keep_bits(T value, BitsOf<T> bits) {
-    BitsOf<T> found;
-    __builtin_memcpy(&found, &value, sizeof found);
-    found &= bits;
-    __builtin_memcpy(&value, &found, sizeof found);
-    return value;
+template <Activation kAct, class V>
+BATCHNORM_INLINE V activate(V y) {
+    return select<kAct>(y, y);
 }
 
-// As `normalize_line`, and 0 where the bits are 0.
-template <int kStep, Activation kAct, class F>
-inline void normalize_real(const F* x, const F* residual, F* __restrict y, Index n,
-                           const Coefficients<F>& k, const BitsOf<F>* bits) {
-    if (residual) {
-        for (Index i = 0; i < n; ++i)
-            y[i] = keep_bits(activate<kAct>(affine<kStep>(x[i], k, i) + residual[i]), bits[i]);
-    } else {
-        for (Index i = 0; i < n; ++i)
-            y[i] = keep_bits(activate<kAct>(affine<kStep>(x[i], k, i)), bits[i]);
-    }
+template <Activation kAct, class V>
+BATCHNORM_INLINE V gate(V dy, V y) {
+    return select<kAct>(y, dy);
 }
 
-// g = act'(y) dy, from y itself or, where y is null, from y computed again from x.
-template <int kStep, Activation kAct, class F>
-inline void gate_line(const F* dy, const F* x, const F* y, F* __restrict g, Index n,
-                      const Coefficients<F>& k) {
-    if (y) {
-        for (Index i = 0; i < n; ++i) g[i] = gate<kAct>(dy[i], y[i]);
-    } else {
-        for (Index i = 0; i < n; ++i) g[i] = gate<kAct>(dy[i], affine<kStep>(x[i], k, i));
-    }
+template <class V>
+BATCHNORM_INLINE V gradient(V g, V x, const Coefficients<V>& k) {
+    return (g + ((x - k.mean) * k.along + k.shift)) * k.scale;
 }
 
-template <int kStep, class F>
-inline void apply_line(const F* g, const F* x, F* __restrict dx, Index n, bool batch,
-                       const Coefficients<F>& k) {
-    if (batch) {
-        for (Index i = 0; i < n; ++i) {
-            const F along = (x[i] - k.mean[i * kStep]) * k.along[i * kStep];
-            dx[i] = (g[i] + (along + k.shift[i * kStep])) * k.scale[i * kStep];
-        }
-    } else {
-        for (Index i = 0; i < n; ++i) dx[i] = g[i] * k.scale[i * kStep];
+template <Activation kAct>
+struct Constant {
+    static constexpr Activation value = kAct;
+};
+
+// Calls f with the activation as a constant.
+template <class F>
+BATCHNORM_INLINE void with_activation(Activation activation, F f) {
+    switch (activation) {
+        case Activation::none:
+            return f(Constant<Activation::none>{});
+        case Activation::relu:
+            return f(Constant<Activation::relu>{});
+        case Activation::leaky_relu:
+            return f(Constant<Activation::leaky_relu>{});
     }
 }
-
-// An array in the type of the arithmetic: itself, or a converted copy of one chunk.
-constexpr Index kChunk = 256;
-
-template <class T>
-struct Staged {
-    Compute<T> chunk[kChunk];
-    const Compute<T>* read(const T* p, Index n) {
-        if (p == nullptr) return nullptr;
-        widen(p, chunk, n);
-        return chunk;
-    }
-    Compute<T>* target(T*) { return chunk; }
-    void write(T* p, Index n) { narrow(chunk, p, n); }
-    static constexpr Index kLimit = kChunk;
-};
-
-template <class T>
-struct Direct {
-    const T* read(const T* p, Index) { return p; }
-    T* target(T* p) { return p; }
-    void write(T*, Index) {}
-    static constexpr Index kLimit = INT64_MAX;
-};
-
-template <class T>
-struct AccessType {
-    using type = Staged<T>;
-};
-template <>
-struct AccessType<float> {
-    using type = Direct<float>;
-};
-template <>
-struct AccessType<double> {
-    using type = Direct<double>;
-};
-template <class T>
-using Access = typename AccessType<T>::type;
 
 template <class T>
 inline const T* at(const T* p, Index i) {
     return p == nullptr ? nullptr : p + i;
 }
 
-template <class F>
-inline Coefficients<F> at(const Coefficients<F>& k, Index i) {
-    return {at(k.mean, i), at(k.scale, i), at(k.offset, i), at(k.along, i), at(k.shift, i)};
-}
-
 // Coefficients of a block, one for each lane: channels repeat along a line of several rows.
 template <class F, Index kLanes>
 struct Lanes {
-    F mean[kLanes], scale[kLanes], offset[kLanes], along[kLanes], shift[kLanes];
+    using V = Vector<F>;
+    static constexpr Index kAll = kLanes + kWidth<F>;  // the last vector may be read as a whole
+    F mean[kAll], scale[kAll], offset[kAll], along[kAll], shift[kAll];
 
     Lanes(const Step& step, const Block& block, Index lanes, const double* sums = nullptr) {
         const Statistics& s = step.statistics;
@@ -216,10 +130,35 @@ struct Lanes {
         return (value - double(mean[l])) + s.row(Statistics::low)[c];
     }
 
-    Coefficients<F> from(Index l = 0) const {
-        return {mean + l, scale + l, offset + l, along + l, shift + l};
+    // From lane l on.
+    BATCHNORM_INLINE Coefficients<V> from(Index l) const {
+        return {load_lanes(mean + l), load_lanes(scale + l), load_lanes(offset + l),
+                load_lanes(along + l), load_lanes(shift + l)};
+    }
+    // Lane l everywhere.
+    BATCHNORM_INLINE Coefficients<V> all(Index l) const {
+        return {all_lanes(mean[l]), all_lanes(scale[l]), all_lanes(offset[l]), all_lanes(along[l]),
+                all_lanes(shift[l])};
     }
 };
+
+// Calls f(i, coefficients, access) for the vectors of n elements: those of channel number c, or,
+// where `kByLane`, with coefficients lane by lane.
+template <class T, bool kByLane, class L, class F>
+BATCHNORM_INLINE void for_vectors(const L& lanes, Index c, Index n, const F& f) {
+    constexpr Index kStep = kWidth<T>;
+    const auto all = lanes.all(c);
+    const auto at = [&](Index i) BATCHNORM_INLINE_LAMBDA {
+        if constexpr (kByLane) {
+            return lanes.from(i);
+        } else {
+            return all;
+        }
+    };
+    Index i = 0;
+    for (; i + kStep <= n; i += kStep) f(i, at(i), Whole{});
+    if (i < n) f(i, at(i), Part{n - i});
+}
 
 constexpr Index kLongLine = 512;
 

@@ -184,7 +184,7 @@ void add_stretch(X x, Index n, double mean, double* first, double* second) {
 template <class T>
 void add_narrow_stretch(const T* x, const unsigned char* keep, Index n, float mean, double* first,
                         double* second) {
-    const Floats anchor = all_floats(mean);
+    const Floats anchor = all_lanes(mean);
     const Index tiles = n / kTile, done = tiles * kTile;
     if (keep == nullptr) {
         add_narrow_tiles(tiles, first, second, [&](Index r, int i) BATCHNORM_INLINE_LAMBDA {

@@ -1,45 +1,32 @@
 // y from x and the coefficients of each channel (S4, S18).
-#include <type_traits>
-
 #include "padded_rows.hpp"
 #include "pieces.hpp"
 
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
 
-// `bits` of real elements, which others lose; null: all stay.
-template <int kStep, Activation kAct, class T>
-void line(const T* x, const T* residual, T* y, Index n, const Coefficients<Compute<T>>& k,
-          const BitsOf<T>* bits) {
-    Access<T> from, extra, to;
-    for (Index i = 0; i < n; i += Access<T>::kLimit) {
-        const Index m = n - i < Access<T>::kLimit ? n - i : Access<T>::kLimit;
-        const auto *in = from.read(x + i, m), *added = extra.read(at(residual, i), m);
-        const auto here = kStep ? at(k, i) : k;
-        if constexpr (std::is_same_v<T, Compute<T>>) {
-            if (bits != nullptr) {
-                normalize_real<kStep, kAct>(in, added, y + i, m, here, bits + i);
-                continue;
-            }
+// `keep`: not 0 where an element is real; null: all stay.
+template <bool kByLane, class T, class L>
+void line(const T* x, const T* residual, T* y, Index n, const L& lanes, Index c,
+          Activation activation, const unsigned char* keep = nullptr) {
+    with_activation(activation, [&](auto act) {
+        const auto value = [=](Index i, const auto& k, auto io)
+                               BATCHNORM_INLINE_LAMBDA { return affine(io.load(x + i), k); };
+        if (residual == nullptr && keep == nullptr) {
+            for_vectors<T, kByLane>(lanes, c, n,
+                                    [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+                                        io.store(y + i, activate<act.value>(value(i, k, io)));
+                                    });
+        } else {
+            for_vectors<T, kByLane>(lanes, c, n,
+                                    [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+                                        auto v = value(i, k, io);
+                                        if (residual != nullptr) v = v + io.load(residual + i);
+                                        v = activate<act.value>(v);
+                                        io.store(y + i, keep == nullptr ? v : io.keep(v, keep + i));
+                                    });
         }
-        normalize_line<kStep, kAct>(in, added, to.target(y + i), m, here);
-        to.write(y + i, m);
-        if (bits == nullptr) continue;
-        for (Index p = i; p < i + m; ++p) y[p] = keep_bits(y[p], bits[p]);
-    }
-}
-
-template <int kStep, class T>
-void line(const T* x, const T* residual, T* y, Index n, const Coefficients<Compute<T>>& k,
-          Activation act, const BitsOf<T>* bits = nullptr) {
-    switch (act) {
-        case Activation::none:
-            return line<kStep, Activation::none>(x, residual, y, n, k, bits);
-        case Activation::relu:
-            return line<kStep, Activation::relu>(x, residual, y, n, k, bits);
-        case Activation::leaky_relu:
-            return line<kStep, Activation::leaky_relu>(x, residual, y, n, k, bits);
-    }
+    });
 }
 
 bool zeroes_padding(const Step& s) { return s.mask && s.options.zero_padding; }
@@ -52,10 +39,9 @@ void rows_of_channels(const Step& s, const Block& b) {
     const bool padded = zeroes_padding(s);
     const Index joined = !dense ? 1 : padded ? rows_per_line(width) : rows_together(width);
     const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width);
-    const auto k = lanes.from();
     const auto compute = [&](Index o, Index rows) {
-        line<1>(element<const T>(s.x, o, first), element<const T>(s.residual, o, first),
-                element<T>(s.y, o, first), rows * width, k, s.options.activation);
+        line<true>(element<const T>(s.x, o, first), element<const T>(s.residual, o, first),
+                   element<T>(s.y, o, first), rows * width, lanes, 0, s.options.activation);
     };
     const auto fetch = [&](Index o) { fetch_line(element<const T>(s.x, o, first), width); };
     const auto pad = [&](Index o) { set_zero(element<T>(s.y, o, first), width); };
@@ -71,15 +57,9 @@ void rows_of_channels(const Step& s, const Block& b) {
 
 template <class T, class F>
 void padded_positions(const Step& s, const Block& b, F compute) {
-    BitsOf<T> bits[kPiece];
     for_each_piece(s, b, false, [&](Index o, Index i, Index, const Piece& piece) {
         const bool one = piece.is(Piece::real) || piece.is(Piece::padding);
         const Index begin = piece.begin()->kind == Piece::padding && !one ? piece.begin()->end : 0;
-        for (const auto& [from, end, kind] : piece) {
-            if (kind != Piece::mixed) continue;
-            for (Index p = from; p < end; ++p)
-                bits[p] = *piece.keep(p) != 0 ? BitsOf<T>(~0) : BitsOf<T>(0);
-        }
         for (Index c = 0; c < b.channels; ++c) {
             T* y = element<T>(s.y, o, (b.channel + c) * s.layout.inner + i);
             // Padding between channels breaks the streams that hardware prefetches.
@@ -92,7 +72,7 @@ void padded_positions(const Step& s, const Block& b, F compute) {
                     set_zero(y + from, end - from);
                 } else {
                     compute(c, o, i + from, end - from,
-                            kind == Piece::real ? nullptr : bits + from);
+                            kind == Piece::real ? nullptr : piece.keep(from));
                 }
             }
         }
@@ -102,10 +82,10 @@ void padded_positions(const Step& s, const Block& b, F compute) {
 template <class T>
 void channels_of_positions(const Step& s, const Block& b) {
     const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels);
-    const auto compute = [&](Index c, Index o, Index i, Index n, const BitsOf<T>* bits) {
+    const auto compute = [&](Index c, Index o, Index i, Index n, const unsigned char* keep) {
         const Index offset = (b.channel + c) * s.layout.inner + i;
-        line<0>(element<const T>(s.x, o, offset), element<const T>(s.residual, o, offset),
-                element<T>(s.y, o, offset), n, lanes.from(c), s.options.activation, bits);
+        line<false>(element<const T>(s.x, o, offset), element<const T>(s.residual, o, offset),
+                    element<T>(s.y, o, offset), n, lanes, c, s.options.activation, keep);
     };
     if (zeroes_padding(s)) return padded_positions<T>(s, b, compute);
     for_each_stretch(s.layout, b, [&](Index o, Index i, Index n) {

@@ -112,8 +112,9 @@ struct RealTiles {
 // 0 where `keep` is.
 template <class T>
 inline void zero_padding(T* p, const unsigned char* keep, Index n) {
-    for (Index i = 0; i < n; ++i)
-        p[i] = keep_bits(p[i], keep[i] != 0 ? BitsOf<T>(~0) : BitsOf<T>(0));
+    for (Index i = 0; i < n; ++i) {
+        if (keep[i] == 0) p[i] = T{};
+    }
 }
 
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -40,11 +40,11 @@ BATCHNORM_INLINE bool is_sound(double anchor, double shift, double mean_square) 
     return constant | spread;
 }
 
-// Products below 2^-126 are off by up to 2^-150, and so is their mean. In units of g that is
-// 2^-150 rstd, which is nothing if a mean of g, or of g x̂, says that some g is 2^24 times as large.
-BATCHNORM_INLINE bool is_sound_gradient(double count, double rstd, double sum, double product) {
-    const double least = rstd * count * 0x1p-126, along = rstd * product;
-    const bool large = (sum >= least) | (-sum >= least) | (along >= least) | (-along >= least);
+// Products below 2^-126 are off by up to 2^-150, and so is their mean: too much unless that mean is
+// 2^24 times as large.
+BATCHNORM_INLINE bool is_sound_gradient(double count, double sum, double product) {
+    const double least = count * 0x1p-126;
+    const bool large = (product >= least) | (-product >= least);
     return large & (sum - sum == 0) & (product - product == 0);
 }
 

@@ -112,8 +112,6 @@ inline Floats load_floats(const float* p) {
     return v;
 }
 
-inline Floats all_floats(float value) { return Floats{} + value; }
-
 // The two halves of a vector as doubles.
 inline Doubles low_doubles(Floats v) {
 #if defined(__AVX512F__)
@@ -140,23 +138,6 @@ inline Doubles high_doubles(Floats v) {
     Doubles d;
     for (int i = 0; i < kDoubles; ++i) d[i] = v[i + kDoubles];
     return d;
-#endif
-}
-
-// v where `keep` is not 0, and 0 elsewhere.
-inline Floats keep_lanes(Floats v, const unsigned char* keep) {
-#if defined(__AVX512F__)
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep));
-    return _mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), v);
-#elif defined(__AVX2__)
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(keep));
-    const __m256i padded = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_setzero_si256());
-    return _mm256_andnot_ps(_mm256_castsi256_ps(padded), v);
-#else
-    typedef std::int32_t Bits __attribute__((vector_size(kFloats * 4)));
-    Bits bits;
-    for (int i = 0; i < kFloats; ++i) bits[i] = keep[i] != 0 ? -1 : 0;
-    return Floats(Bits(v) & bits);
 #endif
 }
 
@@ -235,34 +216,6 @@ inline void narrow(const float* in, Half* out, Index n) {
     for (; i < n; ++i) narrow(in[i], out[i]);
 }
 #endif
-
-inline Floats load_floats(const Half* p) {
-#if defined(__AVX512F__)
-    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_maskz_cvtph_ps(0xffff, h);
-#elif defined(__F16C__)
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-    Floats v;
-    for (int i = 0; i < kFloats; ++i) v[i] = widen(p[i]);
-    return v;
-#endif
-}
-
-inline Floats load_floats(const Bfloat* p) {
-#if defined(__AVX512F__)
-    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, b);
-    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16));
-#elif defined(__AVX2__)
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16));
-#else
-    Floats v;
-    for (int i = 0; i < kFloats; ++i) v[i] = widen(p[i]);
-    return v;
-#endif
-}
 
 template <>
 inline Tile load(const Half* p) {

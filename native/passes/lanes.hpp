@@ -1,0 +1,157 @@
+// Vectors in the type of the arithmetic: their loads from and stores to every element type, and
+// the lanes of a mask.
+#pragma once
+
+#include "vector.hpp"
+
+namespace batchnorm::BATCHNORM_ISA {
+
+template <class T>
+struct VectorType {
+    using type = Floats;
+};
+template <>
+struct VectorType<double> {
+    using type = Doubles;
+};
+template <class T>
+using Vector = typename VectorType<T>::type;
+template <class T>
+constexpr int kWidth = sizeof(Vector<T>) / sizeof(Compute<T>);
+
+inline Floats all_lanes(float value) { return Floats{} + value; }
+inline Doubles all_lanes(double value) { return Doubles{} + value; }
+
+inline Floats load_floats(const Half* p) {
+#if defined(__AVX512F__)
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_maskz_cvtph_ps(0xffff, h);
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    Floats v;
+    for (int i = 0; i < kFloats; ++i) v[i] = widen(p[i]);
+    return v;
+#endif
+}
+
+inline Floats load_floats(const Bfloat* p) {
+#if defined(__AVX512F__)
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, b);
+    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16));
+#elif defined(__AVX2__)
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16));
+#else
+    Floats v;
+    for (int i = 0; i < kFloats; ++i) v[i] = widen(p[i]);
+    return v;
+#endif
+}
+
+inline Floats load_lanes(const float* p) { return load_floats(p); }
+inline Floats load_lanes(const Half* p) { return load_floats(p); }
+inline Floats load_lanes(const Bfloat* p) { return load_floats(p); }
+inline Doubles load_lanes(const double* p) { return load_doubles(p); }
+
+inline void store_lanes(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store_lanes(double* p, Doubles v) { __builtin_memcpy(p, &v, sizeof v); }
+
+inline void store_lanes(Half* p, Floats v) {
+#if defined(__AVX512F__)
+    const __m256i h = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+#elif defined(__F16C__)
+    const __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
+#else
+    for (int i = 0; i < kFloats; ++i) narrow(v[i], p[i]);
+#endif
+}
+
+// As `narrow`: the processors' own conversions flush subnormals.
+inline void store_lanes(Bfloat* p, Floats v) {
+    typedef std::uint32_t Bits __attribute__((vector_size(kFloats * 4)));
+    const Bits bits = Bits(v);
+    const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const Bits found = v != v ? (bits >> 16 | 0x40u) : rounded;
+#if defined(__AVX512F__)
+    const __m256i b = _mm512_maskz_cvtepi32_epi16(0xffff, __m512i(found));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), b);
+#else
+    for (int i = 0; i < kFloats; ++i) p[i].bits = std::uint16_t(found[i]);
+#endif
+}
+
+// v where `keep` is not 0, and 0 elsewhere.
+inline Floats keep_lanes(Floats v, const unsigned char* keep) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep));
+    return _mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), v);
+#elif defined(__AVX2__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(keep));
+    const __m256i padded = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_setzero_si256());
+    return _mm256_andnot_ps(_mm256_castsi256_ps(padded), v);
+#else
+    typedef std::int32_t Bits __attribute__((vector_size(kFloats * 4)));
+    Bits bits;
+    for (int i = 0; i < kFloats; ++i) bits[i] = keep[i] != 0 ? -1 : 0;
+    return Floats(Bits(v) & bits);
+#endif
+}
+
+inline Doubles keep_lanes(Doubles v, const unsigned char* keep) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(keep));
+    return _mm512_maskz_mov_pd(__mmask8(_mm_test_epi8_mask(bytes, bytes)), v);
+#else
+    typedef std::int64_t Bits __attribute__((vector_size(kDoubles * 8)));
+    Bits bits;
+    for (int i = 0; i < kDoubles; ++i) bits[i] = keep[i] != 0 ? -1 : 0;
+    return Doubles(Bits(v) & bits);
+#endif
+}
+
+// How a vector of elements is read and written: whole, or only its first n.
+struct Whole {
+    template <class T>
+    BATCHNORM_INLINE Vector<T> load(const T* p) const {
+        return load_lanes(p);
+    }
+    template <class T>
+    BATCHNORM_INLINE void store(T* p, Vector<T> v) const {
+        store_lanes(p, v);
+    }
+    template <class V>
+    BATCHNORM_INLINE V keep(V v, const unsigned char* keep) const {
+        return keep_lanes(v, keep);
+    }
+};
+
+struct Part {
+    Index n;
+
+    template <class T>
+    BATCHNORM_INLINE Vector<T> load(const T* p) const {
+        T some[kWidth<T>] = {};
+        for (Index i = 0; i < kWidth<T>; ++i) {
+            if (i < n) some[i] = p[i];
+        }
+        return load_lanes(some);
+    }
+    template <class T>
+    BATCHNORM_INLINE void store(T* p, Vector<T> v) const {
+        T some[kWidth<T>];
+        store_lanes(some, v);
+        for (Index i = 0; i < n; ++i) p[i] = some[i];
+    }
+    template <class V>
+    BATCHNORM_INLINE V keep(V v, const unsigned char* keep) const {
+        unsigned char some[kTile] = {};
+        for (Index i = 0; i < n; ++i) some[i] = keep[i];
+        return keep_lanes(v, some);
+    }
+};
+
+}  // namespace batchnorm::BATCHNORM_ISA
