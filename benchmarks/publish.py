@@ -25,6 +25,7 @@ from targets import JAX, TORCH
 
 Record = dict[str, Any]
 _EVEN = 0.995  # times as fast, rounded to two digits
+_NO_SLOWER = 1.05  # over eager code; the difference is not seen from run to run
 ROOT = Path(__file__).parent.parent
 _ROWS = (  # of README's table: case, title and rival
     ("rows", "training step, (262144, 64)", "torch"),
@@ -122,16 +123,21 @@ def _list_headlines(record: Record) -> Iterator[str]:
 def _describe(record: Record) -> str:
     machine, versions = record["machine"], record["versions"]
     speed = copy_speed(record, "rows")
+    copies = (
+        ""
+        if trips(record, "rows") is None
+        else " Trips: the time over that of one copy of x into an array that is kept, here "
+        f"{speed:.3g} GB/s."
+    )
     return (
         f"Medians of one run, float32, {machine['threads']} cores of {machine['processor']} "
         f"({machine['instructions']}), torch {versions['torch']}. With huge pages: against a torch "
-        "whose allocator asks for them (`THP_MEM_ALLOC_ENABLE=1`). Trips: the time over that of "
-        f"one copy of x into an array that is kept, here {speed:.3g} GB/s."
+        "whose allocator asks for them (`THP_MEM_ALLOC_ENABLE=1`)." + copies
     )
 
 
 def _list_losses(record: Record) -> str:
-    """The cases without options that torch does faster, as it comes or with huge pages."""
+    """Cases without options that torch does faster, and those that are slower when compiled."""
     found = []
     for suffix, rival in (("", "torch"), (HUGE, "torch with huge pages")):
         slower = []
@@ -142,6 +148,14 @@ def _list_losses(record: Record) -> str:
                 slower.append(f"{kind}{case.title}: {value:.2f}")
         if slower:
             found.append(f"Times as fast as {rival}, where that is faster: {'; '.join(slower)}.")
+    compiled = []
+    for case in CASES:
+        value = quotient(record, case.name, "ours, compiled", "ours")
+        if value is not None and value > _NO_SLOWER:
+            kind = "inference, " if case.inference else ""
+            compiled.append(f"{kind}{case.title}: {value:.2f}")
+    if compiled:
+        found.append(f"Time under `torch.compile` over eager, where more: {'; '.join(compiled)}.")
     return " ".join(found)
 
 
