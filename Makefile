@@ -11,7 +11,7 @@ FILES ?= 3000
 CASES ?= 300
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test test-all test-zoo mutants lint format bench bench-gpu dist docs pictures sanitize clean
+.PHONY: demo test test-all test-zoo mutants lint format bench bench-quick bench-pages bench-gpu dist docs pictures sanitize clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -67,6 +67,14 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/run_jax.py
 	$(BIN)/python benchmarks/run_keras.py
+
+# The targets' cases in about a minute, and the verdict on each.
+bench-quick: $(VENV)/.installed
+	$(BIN)/python benchmarks/quick.py
+
+# Tables, picture, README's and the site's figures from benchmarks/results/*.json, without measuring.
+bench-pages: $(VENV)/.installed
+	$(BIN)/python benchmarks/publish.py
 
 # Needs a CUDA device; writes benchmarks/results/gpu.json. Without one: --check-only.
 bench-gpu: $(VENV)/.installed

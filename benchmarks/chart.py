@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib
 
-from targets import HUGE, RESULTS, quotient
+from judging import HUGE, RESULTS, quotient
 
 matplotlib.use("Agg")  # before pyplot: there may be no screen
 
@@ -20,12 +20,13 @@ from matplotlib import pyplot as plt
 
 # Okabe and Ito's colours, which differ for colour-blind eyes and in grey.
 _COLOURS = {"": "#0072B2", HUGE: "#56B4E9"}
-_LABELS = {"": "default allocation", HUGE: "huge pages for both (THP_MEM_ALLOC_ENABLE=1)"}
+_LABELS = {"": "torch as it comes", HUGE: "torch with huge pages (THP_MEM_ALLOC_ENABLE=1)"}
 _LOSS = "#D55E00"
 _HEADLINES = {  # case: label and rival
     "rows": ("(262144, 64)", "torch"),
     "channels-last": ("(32, 256, 56, 56), channels last", "torch"),
     "channels-first": ("(32, 256, 56, 56)", "torch"),
+    "deep": ("(64, 512, 14, 14)", "torch"),
     "volume": ("(8, 64, 16, 64, 64)", "torch"),
     "small": ("(32, 64)", "torch"),
     "relu": ("(262144, 64), ReLU", "torch"),
@@ -44,7 +45,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     for offset, suffix in ((-0.2, ""), (0.2, HUGE)):
         for place, name in enumerate(names):
             rival = _HEADLINES[name][1]
-            value = quotient(record, name, f"{rival}{suffix}", f"ours{suffix}")
+            value = quotient(record, name, f"{rival}{suffix}", "ours")
             if value is not None:
                 _draw_bar(axis, place + offset, value, suffix)
     axis.axvline(1.0, color="black", linewidth=1.2)

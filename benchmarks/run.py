@@ -1,54 +1,58 @@
 """Speed and accuracy of the compiled CPU kernels, against torch, checked and interleaved.
 
     python benchmarks/run.py                      # all of it; writes benchmarks/results/
-    python benchmarks/run.py --quick --check      # a few cases, a few rounds; writes nothing
+    python benchmarks/run.py --quick              # the targets' cases, a few rounds; writes nothing
     python benchmarks/run.py --case mask --case small --output /tmp/figures
 
-Each variant's results are compared with float64 before it is timed. torch reads the variable
-that has it allocate huge pages when it starts, so that a second process measures those.
+Each variant's results are compared with float64 before it is timed; in a quick run those of each
+eighth channel. torch with huge pages is a process of its own, which takes turns with this one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from batchnorm.benchmark.case import Case, count_bytes
+from batchnorm.benchmark.huge_pages import HugePages, time_anywhere
+from batchnorm.benchmark.memory import measure_memory
 from batchnorm.benchmark.problem import make_problem
 from batchnorm.benchmark.runner import describe_run, measure, measure_accuracy, write_record
-from batchnorm.benchmark.torch_steps import make_variants, name_rival
+from batchnorm.benchmark.single_passes import measure_passes
+from batchnorm.benchmark.torch_steps import make_variants
 from batchnorm.torch import BatchNorm
-from cases import select_cases
-from chart import draw
-from report import print_report, write_markdown
-from targets import HUGE, RESULTS, judge, print_targets
+from cases import select_cases, select_variants
+from judging import RESULTS, judge, print_targets
+from publish import write_pages
+from report import print_report
+from targets import TORCH
 
-_VARIABLE = "THP_MEM_ALLOC_ENABLE"
-_SECONDS, _LEAST = 5.0, 15  # of taking turns for a case, and rounds at least
-_QUICK_SECONDS, _QUICK_LEAST = 0.3, 3
+
+class _Effort(NamedTuple):
+    """Seconds of taking turns for a case, rounds at least, and which channels are checked."""
+
+    seconds: float
+    least: int
+    every: int
+
+
+_FULL, _QUICK = _Effort(4.0, 15, 1), _Effort(0.4, 5, 8)
 
 
 def main() -> None:
     """Measure, print, write."""
     options = _parse()
     cases = select_cases(options.case, options.quick)
-    if options.part is not None:
-        options.part.write_text(json.dumps(_measure_all(cases, options.quick, huge=True)))
-        return
     console = Console(width=None if sys.stdout.isatty() else 140)
-    record = _record(options, cases)
+    record = measure_all(cases, quick=options.quick)
     print_report(record, console)
     if options.check:
         print_targets(record["targets"])
@@ -58,8 +62,9 @@ def main() -> None:
     if output is None:
         console.print("Not all cases in full: nothing is written without --output.")
         return
-    _write(record, output)
-    console.print(f"Written: cpu.json, cpu.md and cpu.png in {output}")
+    output.mkdir(parents=True, exist_ok=True)
+    write_record(record, output / "cpu.json")
+    console.print("Written:", *write_pages(output))
 
 
 def _parse() -> argparse.Namespace:
@@ -74,42 +79,52 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="print which targets are met")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results go")
-    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # the process of huge pages
     options = parser.parse_args()
     if not select_cases(options.case, options.quick):
         parser.error(f"no case has a name like {options.case}; see benchmarks/cases.py")
     return options
 
 
-def _record(options: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
+def measure_all(cases: list[Case], *, quick: bool) -> dict[str, Any]:
+    """The record of a run.
+
+    Args:
+        cases: to measure.
+        quick: fewer rounds, variants and channels that are checked.
+    """
     start = time.perf_counter()
     record = describe_run("benchmarks/run.py", torch.get_num_threads(), "torch")
-    record["cases"] = _measure_all(cases, options.quick, huge=False)
-    for name, case in _measure_with_huge_pages(options).items():
-        record["cases"][name]["variants"] |= case["variants"]
+    with HugePages() as pages:
+        record["cases"] = {case.name: _measure(case, pages, quick) for case in cases}
+    effort = _QUICK if quick else _FULL
+    record["passes"] = measure_passes(effort.seconds, effort.least)
     record["accuracy"] = measure_accuracy(_LAYERS)
-    record["targets"] = judge(record)
+    record["targets"] = judge(record, TORCH)
     record["seconds"] = round(time.perf_counter() - start)
     return record
 
 
-def _measure_all(cases: list[Case], quick: bool, *, huge: bool) -> dict[str, Any]:
-    """Records of cases; with huge pages only the library's way and its rival's."""
-    seconds, least = (_QUICK_SECONDS, _QUICK_LEAST) if quick else (_SECONDS, _LEAST)
-    found = {}
-    for case in cases:
-        start = time.perf_counter()
-        suffix, only = (HUGE, ("ours", name_rival(case)[0])) if huge else ("", ())
-        problem = make_problem(case)
-        variants = make_variants(problem, only)
-        size = count_bytes(case, problem.mask)
-        limit = seconds / 2 if huge else seconds
-        figures = measure(problem, variants, limit, least, size=size)
-        found[case.name] = _describe(case, size) | {
-            "variants": {name + suffix: values for name, values in figures.items()}
-        }
-        spent = time.perf_counter() - start
-        print(f"{case.name}{suffix}: {spent:.1f} s", file=sys.stderr, flush=True)
+def _measure(case: Case, pages: HugePages, quick: bool) -> dict[str, Any]:
+    start = time.perf_counter()
+    effort = _QUICK if quick else _FULL
+    elsewhere = pages.offer(case, effort.every) if case.huge else {}
+    problem = make_problem(case)
+    variants = make_variants(problem, select_variants(case, quick)) | elsewhere
+    size = count_bytes(case, problem.mask)
+    figures = measure(
+        problem,
+        variants,
+        effort.seconds,
+        effort.least,
+        size=size,
+        clock=time_anywhere,
+        every=effort.every,
+    )
+    found = _describe(case, size) | {"variants": figures}
+    if case.memory:
+        found["memory"] = measure_memory(problem)
+    spent = time.perf_counter() - start
+    print(f"{case.name}: {spent:.1f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -136,24 +151,6 @@ _LAYERS = {  # of the accuracy table
     "plain": _run_layer(lambda: BatchNorm(8, fused=False)),
     "torch": _run_layer(lambda: nn.BatchNorm1d(8)),
 }
-
-
-def _measure_with_huge_pages(options: argparse.Namespace) -> dict[str, Any]:
-    """The same cases in a process whose torch allocates huge pages."""
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / "part.json"
-        command = [sys.executable, __file__, "--part", str(part)]
-        command += ["--quick"] if options.quick else []
-        command += [word for name in options.case for word in ("--case", name)]
-        subprocess.run(command, env=os.environ | {_VARIABLE: "1"}, check=True)
-        return json.loads(part.read_text())
-
-
-def _write(record: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(record, folder / "cpu.json")
-    (folder / "cpu.md").write_text(write_markdown(record))
-    draw(record, folder / "cpu.png")
 
 
 if __name__ == "__main__":

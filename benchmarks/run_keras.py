@@ -23,36 +23,13 @@ from batchnorm.benchmark.case import Case
 from batchnorm.benchmark.machine import count_cores
 from batchnorm.benchmark.problem import make_problem
 from batchnorm.benchmark.runner import describe_run, measure, write_record
+from cases import KERAS_CASES
+from judging import RESULTS
+from publish import write_pages
+from report_others import write_keras
 
-RESULTS = Path(__file__).parent / "results"
 BACKENDS = ("tensorflow", "jax", "torch")
 _SECONDS, _LEAST = 2.0, 7  # of taking turns for a case, and rounds at least
-_ROWS, _IMAGE = (262144, 64), (32, 56, 56, 256)
-
-
-def _make_case(name: str, shape: tuple[int, ...], mode: str = "training", **mask: Any) -> Case:
-    return Case(name, name, shape, mode, axis=-1, eps=1e-3, **mask)
-
-
-CASES = (
-    _make_case("rows", _ROWS),
-    _make_case("rows, half padded", _ROWS, padded=0.5),
-    _make_case("rows, padded at the end", _ROWS, padded=0.5, at_end=True),
-    _make_case("image", _IMAGE),
-    _make_case("rows, inference", _ROWS, "inference"),
-    _make_case("image, inference", _IMAGE, "inference"),
-)
-# Times as fast as Keras's own layer, at least.
-_TARGETS = {
-    "tensorflow": {
-        "rows": 1.5,
-        "rows, half padded": 1.8,
-        "rows, padded at the end": 2.5,
-        "image": 1.0,
-    },
-    "jax": {"rows": 2.0, "rows, half padded": 2.5, "image": 2.0},
-    "torch": {"rows": 5.0, "rows, half padded": 5.0, "image": 5.0},
-}
 
 
 def main() -> None:
@@ -62,18 +39,17 @@ def main() -> None:
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # a backend's process
     options = parser.parse_args()
     if options.part is not None:
-        options.part.write_text(json.dumps({c.name: _measure(c) for c in CASES}))
+        options.part.write_text(json.dumps({c.name: _measure(c) for c in KERAS_CASES}))
         return
     packages = ("keras", "tensorflow-cpu", "jax", "torch")
     record = describe_run("benchmarks/run_keras.py", count_cores(), *packages)
     record["backends"] = {
         name: _measure_backend(name) for name in BACKENDS if options.backend in (None, name)
     }
-    text = _write_markdown(record)
-    print(text)
+    print(write_keras(record))
     if options.backend is None:
         write_record(record, RESULTS / "keras.json")
-        (RESULTS / "keras.md").write_text(text)
+        write_pages(RESULTS)
 
 
 def _measure_backend(name: str) -> dict[str, Any]:
@@ -92,28 +68,6 @@ def _measure(case: Case) -> dict[str, Any]:
     found = measure(problem, make_variants(problem), _SECONDS, _LEAST)
     print(f"{os.environ['KERAS_BACKEND']}, {case.name}: {found}", file=sys.stderr, flush=True)
     return found
-
-
-def _write_markdown(record: dict[str, Any]) -> str:
-    machine, versions = record["machine"], record["versions"]
-    lines = [
-        "# Keras on the CPU",
-        "",
-        f"`{record['command']}` on {machine['cores']} cores of {machine['processor']}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items())
-        + ". Medians in milliseconds, float32, variants in turns.",
-        "",
-        "| backend | case | ours | Keras's own | times as fast | wanted |",
-        "|---|---|---|---|---|---|",
-    ]
-    for backend, cases in record["backends"].items():
-        for name, found in cases.items():
-            ours, theirs = found["ours"]["ms"], found["keras"]["ms"]
-            wanted = _TARGETS[backend].get(name, 1.0)
-            lines.append(
-                f"| {backend} | {name} | {ours} | {theirs} | {theirs / ours:.2f} | {wanted} |"
-            )
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,165 +1,180 @@
-"""The figures that the library is held to, and the verdict on a run.
+"""The figures that the library is held to.
 
-python benchmarks/targets.py [FILE]     # of benchmarks/results/cpu.json, without measuring
+python benchmarks/targets.py     # the committed results', without measuring
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from cases import CASES
+from judging import (
+    HUGE,
+    RESULTS,
+    Target,
+    against_flax,
+    judge,
+    most,
+    of,
+    of_accuracy,
+    of_memory,
+    of_pass,
+    over_copies,
+    print_targets,
+    worst,
+)
 
-Record = dict[str, Any]
-Found = tuple[float, str] | None
-RESULTS = Path(__file__).parent / "results"
-HUGE = ", huge pages"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A figure, and its least value, or its greatest where `at_most`."""
-
-    what: str
-    floor: float
-    find: Callable[[Record], Found]
-    at_most: bool = False
-
-    def judge(self, record: Record) -> Record:
-        """The target as the JSON has it; `measured` and `met` are None for cases left out."""
-        found = self.find(record)
-        entry: Record = {"what": self.what, "floor": self.floor, "at most": self.at_most}
-        if found is None:
-            return entry | {"measured": None, "where": "", "met": None}
-        value, where = found
-        met = value <= self.floor if self.at_most else value >= self.floor
-        return entry | {"measured": float(f"{value:.3g}"), "where": where, "met": met}
+_INFERENCE = [case.name for case in CASES if case.inference and case.padded is None]
+_LARGE_INFERENCE = [name for name in _INFERENCE if name != "turns"]
+_ZEROED = [case.name for case in CASES if case.inference and case.padded is not None]
+_SMALL = ("small", "small-128", "small-512", "small-image", "one-row")
+_PLAIN = [case.name for case in CASES if case.plain]
 
 
-def quotient(record: Record, case: str, above: str, below: str) -> float | None:
-    """The time of one variant of a case over that of another; None if not measured."""
-    variants = record["cases"].get(case, {}).get("variants", {})
-    if above not in variants or below not in variants:
-        return None
-    return float(variants[above]["ms"] / variants[below]["ms"])
+def _step(case: str, title: str, copies: float, fast: float, torch: float) -> tuple[Target, ...]:
+    """A large training step over four copies of x, and against torch's."""
+    what = f"step {title}"
+    return (
+        Target(f"{what} over 4 copies", copies, over_copies([case], 4), True, fast, case),
+        Target(f"{what} against torch", torch, of(case, "torch"), case=case),
+    )
 
 
-def judge(record: Record) -> list[Record]:
-    """Every target."""
-    return [target.judge(record) for target in TARGETS]
+def _huge(case: str, title: str, bound: float) -> Target:
+    what = f"step {title} against torch with huge pages"
+    return Target(what, bound, of(case, f"torch{HUGE}"), case=case)
 
 
-def print_targets(entries: Iterable[Record]) -> None:
-    """One line each: ok, short, or not measured."""
-    for e in entries:
-        state = {True: "ok", False: "short", None: "not measured"}[e["met"]]
-        measured = "" if e["measured"] is None else f"measured {e['measured']:g}"
-        bound = f"{'at most' if e['at most'] else 'floor'} {e['floor']:g}"
-        where = f" ({e['where']})" if e["where"] else ""
-        print(f"{state:<13}{e['what']:<66}{bound:<16}{measured}{where}")
+def _masked(case: str, title: str, bound: float) -> Target:
+    what = f"half padded over unmasked, {title}"
+    return Target(what, bound, of(case, "ours", "ours, no mask"), True, case=case)
 
 
-def _of(case: str, above: str, below: str = "ours") -> Callable[[Record], Found]:
-    def find(record: Record) -> Found:
-        value = quotient(record, case, above, below)
-        return None if value is None else (value, "")
-
-    return find
-
-
-def _worst(names: Iterable[str]) -> Callable[[Record], Found]:
-    def find(record: Record) -> Found:
-        found = [(quotient(record, name, "torch", "ours"), name) for name in names]
-        return min(((value, name) for value, name in found if value is not None), default=None)
-
-    return find
-
-
-def _most_zeroed(record: Record) -> Found:
-    names = [case.name for case in CASES if case.inference and case.padded is not None]
-    found = [(quotient(record, name, "ours, zeroed", "ours"), name) for name in names]
-    return max(((value, name) for value, name in found if value is not None), default=None)
-
-
-def _accuracy(record: Record) -> Found:
-    errors = record.get("accuracy", {}).get("1e+06")
-    return None if errors is None else (errors["ours"], "")
-
-
-TARGETS = (
-    Target("(262144, 64), times as fast as torch", 4.0, _of("rows", "torch")),
+# Those of `make bench-quick`.
+HEADLINES = (
+    *_step("rows", "(262144, 64)", 1.2, 1.6, 2.5),
+    _huge("rows", "(262144, 64)", 1.4),
+    *_step("channels-last", "(32, 256, 56, 56), channels last", 1.25, 1.6, 2.2),
+    *_step("channels-first", "(32, 256, 56, 56)", 0.85, 1.1, 3.5),
+    _huge("channels-first", "(32, 256, 56, 56)", 2.2),
+    *_step("deep", "(64, 512, 14, 14)", 0.85, 1.1, 2.5),
+    _huge("deep", "(64, 512, 14, 14)", 2.2),
+    *_step("volume", "(8, 64, 16, 64, 64)", 0.95, 1.3, 3.0),
+    _masked("mask-50", "(262144, 64) at random", 1.05),
+    _masked("mask-image", "(32, 256, 56, 56) at random", 1.05),
+    _masked("mask-volume", "(8, 64, 16, 64, 64) at random", 1.05),
+    _masked("mask-end", "(262144, 64) at the end", 0.8),
+    _masked("mask-image-end", "(32, 256, 56, 56) at the end", 0.8),
+    _masked("mask-volume-end", "(8, 64, 16, 64, 64) at the end", 0.8),
     Target(
-        "(262144, 64), the same with huge pages for both",
-        1.25,
-        _of("rows", f"torch{HUGE}", f"ours{HUGE}"),
-    ),
-    Target("half padded, times as fast as packing", 12.0, _of("mask-50", "pack")),
-    Target("half padded, against the compiled formula", 2.5, _of("mask-50", "formula, compiled")),
-    Target("channels last, times as fast as BatchNorm2d", 2.2, _of("channels-last", "torch")),
-    Target("channels first, times as fast as BatchNorm2d", 2.2, _of("channels-first", "torch")),
-    Target("ReLU, times as fast as separate operators", 3.5, _of("relu", "torch")),
-    Target("add and ReLU, times as fast as separate operators", 3.5, _of("add-relu", "torch")),
-    Target("3-D, times as fast as BatchNorm3d", 2.0, _of("volume", "torch")),
-    Target(
-        "inference, worst of the large shapes, against torch",
-        1.5,
-        _worst(case.name for case in CASES if case.inference and case.padded is None),
-    ),
-    Target(
-        "any shape, no option, the worst of all, against torch",
-        0.9,
-        _worst(case.name for case in CASES if case.plain),
-    ),
-    Target(
-        "(262144, 64), reused buffers, times the plain copy",
-        1.15,
-        _of("rows", "ours, reused buffers", "copy"),
+        "step in cache, (32, 64, 28, 28), over 4 copies",
+        2.5,
+        over_copies(["in-cache"], 4),
         at_most=True,
+        case="in-cache",
+    ),
+    *(
+        Target(f"one core, in cache: {name} over a copy of one array", bound, of_pass(name), True)
+        for name, bound in (("moments", 1.2), ("normalize", 1.3), ("reduce", 2.0), ("apply", 2.0))
+    ),
+    Target("inference over 1 copy, worst", 1.3, over_copies(_LARGE_INFERENCE, 1), at_most=True),
+    Target("inference against torch, worst", 1.0, worst(_LARGE_INFERENCE, "torch")),
+    Target(
+        "inference against torch with huge pages, worst",
+        1.0,
+        worst(_LARGE_INFERENCE, f"torch{HUGE}"),
+    ),
+    Target("(32, 64) against torch", 0.9, of("small", "torch"), case="small"),
+    Target("(128, 256) against torch", 0.9, of("small-128", "torch"), case="small-128"),
+    Target("(512, 128) against torch", 0.9, of("small-512", "torch"), case="small-512"),
+    Target("(16, 64, 8, 8) against torch", 0.9, of("small-image", "torch"), case="small-image"),
+    Target("(1, 4096), evaluation, against torch", 0.9, of("one-row", "torch"), case="one-row"),
+    Target(
+        "(32, 64), (31, 64) in turn, evaluation, against torch",
+        0.8,
+        of("turns", "torch"),
+        case="turns",
     ),
     Target(
-        "(262144, 64), fresh buffers, times the plain copy",
-        1.7,
-        _of("rows", "ours", "copy"),
-        at_most=True,
-    ),
-    Target(
-        "half padded, times the step without a mask",
+        "torch.compile over eager, worst",
         1.05,
-        _of("mask-50", "ours", "ours, no mask"),
+        most([case.name for case in CASES if case.compiled], "ours, compiled", "ours"),
         at_most=True,
     ),
     Target(
-        "image half padded, times the step without a mask",
-        1.05,
-        _of("mask-image", "ours", "ours, no mask"),
-        at_most=True,
+        "torch.compile, small, against torch's layer compiled, worst",
+        1.0,
+        worst(_SMALL, "torch, compiled", "ours, compiled"),
     ),
+    Target("peak memory of a step over torch's in place, worst", 1.02, of_memory, at_most=True),
+    Target("error of y at mean 1e6, deviation 1", 5e-6, of_accuracy, at_most=True),
+)
+# Those of `make bench` besides.
+OTHERS = (
+    Target("half padded, times as fast as packing", 12.0, of("mask-50", "pack")),
+    Target("half padded, against the compiled formula", 2.5, of("mask-50", "formula, compiled")),
+    Target("ReLU, times as fast as separate operators", 3.5, of("relu", "torch")),
+    Target("add and ReLU, times as fast as separate operators", 3.5, of("add-relu", "torch")),
+    Target("any shape, no option, against torch, worst", 0.9, worst(_PLAIN, "torch")),
     Target(
-        "half padded, zeros at padding, times normalized padding",
+        "half padded, zeros at padding, times normalized padding, worst",
         1.02,
-        _of("mask-50", "ours, zeroed", "ours"),
-        at_most=True,
-    ),
-    Target(
-        "image half padded, zeros at padding, times normalized padding",
-        1.02,
-        _of("mask-image", "ours, zeroed", "ours"),
+        most(("mask-50", "mask-image"), "ours, zeroed", "ours"),
         at_most=True,
     ),
     Target(
         "inference, zeros at padding, worst, times no mask",
         1.05,
-        _most_zeroed,
+        most(_ZEROED, "ours, zeroed", "ours"),
         at_most=True,
     ),
-    Target("error of y at mean 1e6, deviation 1", 5e-6, _accuracy, at_most=True),
 )
+TORCH = (*HEADLINES, *OTHERS)
+
+JAX_HEADLINES = (
+    Target("JAX (32, 64) against flax", 0.95, against_flax("small"), case="small"),
+    Target(
+        "JAX (262144, 64), half padded, against flax",
+        2.7,
+        against_flax("rows-mask"),
+        case="rows-mask",
+    ),
+)
+JAX = (
+    *JAX_HEADLINES,
+    *(
+        Target(f"JAX {title} against flax", bound, against_flax(case), case=case)
+        for case, title, bound in (
+            ("rows", "(262144, 64)", 2.4),
+            ("image", "(32, 56, 56, 256)", 2.4),
+            ("image-mask", "(32, 56, 56, 256), half padded,", 2.7),
+            ("small-mask", "(32, 64), half padded,", 0.9),
+            ("inference-rows", "(262144, 64), inference,", 1.0),
+            ("inference-image", "(32, 56, 56, 256), inference,", 1.0),
+        )
+    ),
+    Target(
+        "JAX half padded over unmasked, worst",
+        1.05,
+        most(("rows-mask", "image-mask"), "ours", "ours, no mask"),
+        at_most=True,
+    ),
+    Target("JAX error of y at mean 1e6, deviation 1", 5e-6, of_accuracy, at_most=True),
+)
+
+# Times as fast as Keras's own layer, at least; 1 where nothing is said.
+KERAS = {
+    "tensorflow": {
+        "rows": 1.5,
+        "rows, half padded": 1.8,
+        "rows, padded at the end": 2.5,
+        "image": 1.0,
+    },
+    "jax": {"rows": 2.0, "rows, half padded": 2.5, "image": 2.0},
+    "torch": {"rows": 5.0, "rows, half padded": 5.0, "image": 5.0},
+}
 
 
 if __name__ == "__main__":
-    _path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "cpu.json"
-    print_targets(judge(json.loads(_path.read_text())))
+    for _name, _targets in (("cpu", TORCH), ("jax", JAX)):
+        print_targets(judge(json.loads((RESULTS / f"{_name}.json").read_text()), _targets))

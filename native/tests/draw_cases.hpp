@@ -53,6 +53,18 @@ inline Layout draw_layout(Random& random, bool huge) {
     return layout;
 }
 
+// A layout whose channels are visited once even by eight threads: positions are contiguous, and
+// there are channels and elements enough for each of them.
+inline Layout draw_visited_layout(Random& random) {
+    Layout layout;
+    layout.inner = random.pick<Index>({130, 257, 1025});
+    layout.channels = 36 + random.below(40);
+    layout.groups = random.pick<Index>({1, 1, 2});
+    const Index least = 9 * (Index(1) << 15) / (layout.inner * layout.channels * layout.groups);
+    layout.outer = (least + 1) * layout.groups;
+    return layout;
+}
+
 inline Options draw_options(Random& random) {
     Options o;
     o.eps = random.pick({1e-5, 1e-3, 1e-8, 1e-12});
@@ -149,18 +161,33 @@ inline void settle_options(Random& random, Case& c) {
     place.wants_dresidual = possible && place.wants_dx && random.chance(0.5);
 }
 
-inline Case draw_case(std::uint64_t seed) {
-    Random random(seed);
-    Case c;
-    c.seed = seed;
-    c.placement.huge = random.chance(0.04);
+// All else of a case that has its seed and layout.
+inline void complete(Random& random, Case& c) {
     c.problem.type = draw_type(random);
-    c.problem.layout = draw_layout(random, c.placement.huge);
     c.problem.options = draw_options(random);
     c.placement.masked = random.chance(0.6);
     draw_mask(random, c);
     draw_values(random, c);
     settle_options(random, c);
+}
+
+inline Case draw_case(std::uint64_t seed) {
+    Random random(seed);
+    Case c;
+    c.seed = seed;
+    c.placement.huge = random.chance(0.04);
+    c.problem.layout = draw_layout(random, c.placement.huge);
+    complete(random, c);
+    return c;
+}
+
+inline Case draw_visited_case(std::uint64_t seed) {
+    Random random(seed);
+    Case c;
+    c.seed = seed;
+    c.problem.layout = draw_visited_layout(random);
+    complete(random, c);
+    c.problem.options.batch = true;
     return c;
 }
 

@@ -1,8 +1,9 @@
 // Randomized test of the kernels, without Python: fuzz [cases [seed]].
 //
 // Every case is compared with a naive reference, and with itself on every instruction set and on
-// several numbers of threads, to the bit. Case number k of seed s is case 0 of seed s + k, so
-// that `fuzz 1 SEED` repeats the one that failed.
+// several numbers of threads, to the bit; two threads run pass after pass, other numbers a whole
+// step in one call. Case number k of seed s is case 0 of seed s + k, so that `fuzz 1 SEED` repeats
+// the one that failed.
 #include <csignal>
 #include <cstdio>
 
@@ -12,6 +13,7 @@
 namespace batchnorm::tests {
 namespace {
 
+constexpr std::uint64_t kCasesPerVisited = 50;  // the latter are large
 constexpr int kThreadNumbers[] = {1, 2, 3, 8, 16};
 
 // The elements of an array that lie in real rows.
@@ -112,6 +114,10 @@ void check_all(std::uint64_t cases, std::uint64_t seed) {
         const Case c = draw_case(seed + k);
         set_doing(describe(c));
         check_case(c, sets);
+        if (k % kCasesPerVisited != 0) continue;
+        const Case visited = draw_visited_case(seed + k);
+        set_doing("channels visited once by all threads: " + describe(visited));
+        check_case(visited, sets);
     }
     use_instructions(sets.back());
     set_doing("steps at the same time");

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from batchnorm.benchmark.case import Case, count_bytes
+from batchnorm.benchmark.case import Case, count_bytes, count_copied_bytes
 from batchnorm.benchmark.machine import count_cores, describe_machine, describe_versions
 from batchnorm.benchmark.problem import make_problem
 from batchnorm.benchmark.runner import measure
@@ -94,8 +94,9 @@ def _measure(framework: str, case: Case, seconds: float) -> dict[str, dict[str, 
     steps = importlib.import_module(f"batchnorm.benchmark.{framework}_steps")
     rival, title = steps.name_rival(case)
     problem = make_problem(case)
+    copies = count_bytes(case.bare) // count_copied_bytes(case)
     made = steps.make_variants(problem, ("ours", rival))
-    named = {"batchnorm": made["ours"], title: made[rival], "copy": make_copy(problem)}
+    named = {"batchnorm": made["ours"], title: made[rival], "copy": make_copy(problem, copies)}
     variants = measure(problem, named, seconds, _LEAST)
     del variants["copy"]["error"]  # it is a copy, or none
     return variants

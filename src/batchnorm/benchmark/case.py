@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["Case", "count_bytes"]
+__all__ = ["Case", "count_bytes", "count_copied_bytes"]
 
 ELEMENT = {"float32": 4, "bfloat16": 2}
 LINE = 64  # bytes that memory hands out at a time
@@ -30,9 +30,13 @@ class Case:
         at_end: the padded rows are the last samples, instead of random rows.
         activation: applied after the normalization; None or "relu".
         residual: one is added before the activation.
-        copied: plain copies of the same size, and steps into kept memory, are timed too.
+        turns: a step is two calls, the second one with a sample less.
+        reused: steps into kept memory are timed too.
         quick: `--quick` measures it.
         compiled: this library's layer is timed under torch.compile too.
+        rival_compiled: and so is the framework's own layer.
+        huge: the framework's own layer is timed with huge pages too.
+        memory: the memory that a step takes is measured too.
     """
 
     name: str
@@ -47,9 +51,13 @@ class Case:
     at_end: bool = False
     activation: str | None = None
     residual: bool = False
-    copied: bool = False
+    turns: bool = False
+    reused: bool = False
     quick: bool = False
     compiled: bool = False
+    rival_compiled: bool = False
+    huge: bool = True
+    memory: bool = False
 
     @property
     def channels(self) -> int:
@@ -92,7 +100,14 @@ def count_bytes(case: Case, mask: Any = None) -> int:
         read = _share_of_lines(case, mask)
         passes = 1 + read if case.inference else 3 + 5 * read
         masks = int(mask.size) * (1 if case.inference else 3)
+    if case.turns:
+        passes *= 2 - 1 / case.shape[0]
     return int(passes * math.prod(case.shape) * ELEMENT[case.dtype]) + masks
+
+
+def count_copied_bytes(case: Case) -> int:
+    """Bytes that a copy of x reads and writes."""
+    return 2 * math.prod(case.shape) * ELEMENT[case.dtype]
 
 
 def _share_of_lines(case: Case, mask: Any) -> float:

@@ -11,7 +11,7 @@ from flax import linen, nnx
 
 from batchnorm.benchmark.case import Case
 from batchnorm.benchmark.problem import Problem
-from batchnorm.benchmark.variant import Variant
+from batchnorm.benchmark.variant import Variant, make_copy
 from batchnorm.jax import (
     BatchNorm,
     RunningStatistics,
@@ -52,11 +52,14 @@ def make_variants(problem: Problem, only: tuple[str, ...] = ()) -> dict[str, Var
     if mask is not None:
         makers["ours, no mask"] = lambda: _module_step(problem, BatchNorm, x, dy, None)
     results = ("y",) if case.inference else _RESULTS
-    return {
+    found = {
         name: Variant(make(), results, name.startswith("ours"), name == "ours, no mask")
         for name, make in makers.items()
         if not only or name in only
     }
+    if not only or "copy" in only:
+        found["copy"] = make_copy(problem)
+    return found
 
 
 def name_rival(case: Case) -> tuple[str, str]:

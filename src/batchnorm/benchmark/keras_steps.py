@@ -9,7 +9,7 @@ import keras
 
 from batchnorm.benchmark.case import Case
 from batchnorm.benchmark.problem import Problem
-from batchnorm.benchmark.variant import Variant
+from batchnorm.benchmark.variant import Variant, make_copy
 from batchnorm.keras import BatchNormalization
 
 __all__ = ["make_variants", "name_rival"]
@@ -47,6 +47,8 @@ def make_variants(problem: Problem, only: tuple[str, ...] = ()) -> dict[str, Var
         step = make_step(layer, x, dys[name], mask, case.inference)
         results = ("y",) if case.inference else ("y", "dx")
         found[name] = Variant(step, results, name == "ours")
+    if not only or "copy" in only:
+        found["copy"] = make_copy(problem)
     return found
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.benchmark.case import count_bytes
+from batchnorm.benchmark.case import count_bytes, count_copied_bytes
 from batchnorm.benchmark.machine import describe_machine, describe_versions
 from batchnorm.benchmark.problem import Problem, solve
-from batchnorm.benchmark.timing import Clock, summarize, take_turns, time_calls
+from batchnorm.benchmark.timing import Clock, round_to, summarize, take_turns, time_calls
 from batchnorm.benchmark.variant import Variant, check
 from batchnorm.reference import batch_norm
 
@@ -30,6 +30,7 @@ def measure(
     *,
     size: int | None = None,
     clock: Clock = time_calls,
+    every: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Each variant's figures, once all of them are right.
 
@@ -40,32 +41,46 @@ def measure(
         least: least number of rounds, however long they take.
         size: bytes that the job must move; None counts padded rows like real ones.
         clock: measures calls of a step.
+        every: check each so many channels only.
 
     Returns:
-        For each variant: median, quartiles, GB/s, rounds, error.
+        For each variant: median, quartiles, GB/s, rounds, error; and, if one of them copies,
+        `trips`, the time over that of one copy of x.
 
     Raises:
         RuntimeError: as `check`.
         ValueError: as `check`.
     """
-    errors = check_all(problem, variants)
+    errors = check_all(problem, variants, every)
     times = take_turns({name: v.step for name, v in variants.items()}, seconds, least, clock)
     whole = count_bytes(problem.case.bare)
     size = count_bytes(problem.case) if size is None else size
     figures = {}
     for name, variant in variants.items():
-        moved = whole if variant.copies or variant.unmasked else size
+        moved = whole if variant.unmasked else size
+        if variant.copies:
+            moved = variant.copies * count_copied_bytes(problem.case)
         figures[name] = summarize(times[name], moved)
         figures[name]["error"] = float(f"{errors[name]:.1e}")
+    _add_trips(figures, variants)
     return figures
 
 
-def check_all(problem: Problem, variants: dict[str, Variant]) -> dict[str, float]:
+def _add_trips(figures: dict[str, dict[str, Any]], variants: dict[str, Variant]) -> None:
+    copy = next((name for name, v in variants.items() if v.copies), None)
+    if copy is not None:
+        one = figures[copy]["ms"] / variants[copy].copies
+        for found in figures.values():
+            found["trips"] = round_to(found["ms"] / one, 3)
+
+
+def check_all(problem: Problem, variants: dict[str, Variant], every: int = 1) -> dict[str, float]:
     """Each variant's error.
 
     Args:
         problem: the problem that they solve.
         variants: by name.
+        every: check each so many channels only.
 
     Raises:
         RuntimeError: as `check`.
@@ -76,7 +91,7 @@ def check_all(problem: Problem, variants: dict[str, Variant]) -> dict[str, float
         chosen = {name: v for name, v in variants.items() if v.unmasked == unmasked}
         if chosen:
             solved = problem.unmasked if unmasked else problem
-            expected = solve(solved)
+            expected = solve(solved, every)
             errors |= {name: check(name, v, solved, expected) for name, v in chosen.items()}
     return errors
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Clock", "round_to", "summarize", "take_turns", "time_calls"]
+__all__ = ["Clock", "Step", "round_to", "summarize", "take_turns", "time_calls"]
 
 Step = Callable[[], object]
 Clock = Callable[[Step, int], float]  # of a step and a number of calls: seconds a call

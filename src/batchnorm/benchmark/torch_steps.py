@@ -4,81 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchnorm.benchmark.case import Case
 from batchnorm.benchmark.problem import Problem
+from batchnorm.benchmark.torch_job import Job, pick_layer, place
 from batchnorm.benchmark.torch_passes import make_step
+from batchnorm.benchmark.torch_rivals import activate, formula, pack
 from batchnorm.benchmark.variant import Variant
-from batchnorm.torch import BatchNorm
 
 __all__ = ["make_variants", "name_rival"]
-
-_LAYERS: dict[int, Any] = {
-    2: nn.BatchNorm1d,
-    3: nn.BatchNorm1d,
-    4: nn.BatchNorm2d,
-    5: nn.BatchNorm3d,
-}
-
-
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """A problem's tensors, in memory that torch allocated, and the layers on them.
-
-    Attributes:
-        problem: the source of the tensors.
-        device: of the tensors.
-        fused: option of this library's layers.
-        x, dy, residual, mask, real: as in `Problem`.
-    """
-
-    problem: Problem
-    device: str
-    fused: bool | None
-    x: Tensor
-    dy: Tensor
-    residual: Tensor | None
-    mask: Tensor | None
-    real: Tensor | None
-
-    @property
-    def case(self) -> Case:
-        """The problem's case."""
-        return self.problem.case
-
-    def load(self, layer: Any) -> Any:
-        """The layer with the problem's parameters and statistics, in the case's mode."""
-        layer = layer.to(self.device)
-        p = self.problem
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(p.gamma))
-            layer.bias.copy_(torch.from_numpy(p.beta))
-            layer.running_mean.copy_(torch.from_numpy(p.mean))
-            layer.running_var.copy_(torch.from_numpy(p.var))
-        return layer.train(self.case.mode == "training")
-
-    def ours(self, padded_output: str = "normalize") -> BatchNorm:
-        """This library's layer."""
-        case = self.case
-        layer = BatchNorm(
-            case.channels,
-            case.eps,
-            axis=1,
-            activation=case.activation,
-            padded_output=padded_output,
-            fused=self.fused,
-        )
-        return self.load(layer)
-
-    def theirs(self) -> Any:
-        """torch's own layer."""
-        case = self.case
-        return self.load(_pick_layer(len(case.shape))(case.channels, case.eps))
 
 
 def make_variants(
@@ -94,7 +33,7 @@ def make_variants(
     """
     if "torch._dynamo" in sys.modules:  # steps compiled for another case are in nobody's way
         torch._dynamo.reset()
-    job = _place(problem, device, fused)
+    job = place(problem, device, fused)
     makers = _list_makers(job)
     return {name: make() for name, make in makers.items() if not only or name in only}
 
@@ -105,64 +44,40 @@ def name_rival(case: Case) -> tuple[str, str]:
     Raises:
         ValueError: torch has no layer for the shape.
     """
-    layer = _pick_layer(len(case.shape))
+    layer = pick_layer(len(case.shape))
     if case.padded is None or case.inference:
         return "torch", f"torch.nn.{layer.__name__}"
     return "pack", "torch on x[mask], scattered"
 
 
-def _pick_layer(rank: int) -> Any:
-    if rank not in _LAYERS:
-        raise ValueError(f"bench: torch has batch norms for 2 to 5 axes; got a shape of {rank}.")
-    return _LAYERS[rank]
-
-
-def _place(problem: Problem, device: str, fused: bool | None) -> _Job:
-    case = problem.case
-    memory = torch.channels_last if case.channels_last else torch.contiguous_format
-    dtype = getattr(torch, case.dtype)
-
-    def copy(a: Any) -> Any:
-        if a is None:
-            return None
-        made = torch.empty(a.shape, dtype=dtype, device=device, memory_format=memory)
-        return made.copy_(torch.from_numpy(a))
-
-    mask = real = None
-    if problem.mask is not None:
-        mask = torch.tensor(problem.mask, device=device)
-        real = mask.unsqueeze(1)
-    x, dy, residual = (copy(a) for a in (problem.x, problem.dy, problem.residual))
-    return _Job(problem, device, fused, x, dy, residual, mask, real)
-
-
-def _list_makers(job: _Job) -> dict[str, Callable[[], Variant]]:
+def _list_makers(job: Job) -> dict[str, Callable[[], Variant]]:
     case = job.case
     found: dict[str, Callable[[], Variant]] = {"ours": lambda: _ours(job)}
     if case.inference:
         found["torch"] = lambda: _infer(job, job.theirs())
     elif case.padded is not None:
-        formula = _formula(job)
-        found["pack"] = lambda: _step(job, _pack(job), job.mask)
-        found["formula"] = lambda: _step(job, formula, job.real)
-        found["formula, compiled"] = lambda: _step(job, _compile(formula), job.real)
+        elementwise = formula(job)
+        found["pack"] = lambda: _step(job, pack(job), job.mask)
+        found["formula"] = lambda: _step(job, elementwise, job.real)
+        found["formula, compiled"] = lambda: _step(job, _compile(elementwise), job.real)
     elif case.activation is not None:
-        found["torch"] = lambda: _step(job, _activate(job.theirs(), in_place=False))
-        found["torch, in place"] = lambda: _step(job, _activate(job.theirs(), in_place=True))
+        found["torch"] = lambda: _step(job, activate(job.theirs(), in_place=False))
+        found["torch, in place"] = lambda: _step(job, activate(job.theirs(), in_place=True))
         if job.x.is_cuda:
             found["torch, compiled"] = lambda: _step(
-                job, _compile(_activate(job.theirs(), in_place=False))
+                job, _compile(activate(job.theirs(), in_place=False))
             )
     else:
         found["torch"] = lambda: _step(job, job.theirs())
-        if case.copied and job.x.is_cpu and not job.fused:
+        if case.reused and job.x.is_cpu and not job.fused:
             found["ours, reused buffers"] = lambda: Variant(
                 make_step(job.x, job.dy, job.ours(), case.eps), ours=True
             )
     if case.compiled:
         found["ours, compiled"] = lambda: _ours(job, compiled=True)
-    if case.copied:
-        found["copy"] = lambda: _copy(job)
+    if case.rival_compiled:
+        found["torch, compiled"] = lambda: _theirs_compiled(job)
+    found["copy"] = lambda: _copy(job)
     if case.padded is not None:
         found["ours, zeroed"] = lambda: _zeroed(job)
     if case.padded is not None and not case.inference:
@@ -170,7 +85,7 @@ def _list_makers(job: _Job) -> dict[str, Callable[[], Variant]]:
     return found
 
 
-def _zeroed(job: _Job) -> Variant:
+def _zeroed(job: Job) -> Variant:
     """This library's layer with zeros at padded rows of y."""
     layer = job.ours("zero")
     if job.case.inference:
@@ -180,7 +95,7 @@ def _zeroed(job: _Job) -> Variant:
     return replace(made, zeroed=True)
 
 
-def _ours(job: _Job, *, compiled: bool = False) -> Variant:
+def _ours(job: Job, *, compiled: bool = False) -> Variant:
     layer: Any = job.ours()
     if compiled:
         layer = _compile(layer, fullgraph=True)
@@ -191,12 +106,17 @@ def _ours(job: _Job, *, compiled: bool = False) -> Variant:
     return _step(job, lambda x, residual: layer(x, residual=residual), ours=True)
 
 
+def _theirs_compiled(job: Job) -> Variant:
+    layer = _compile(job.theirs(), fullgraph=True)
+    return _infer(job, layer) if job.case.inference else _step(job, layer)
+
+
 def _compile(function: Any, *, fullgraph: bool = False) -> Any:
     return torch.compile(function, dynamic=False, fullgraph=fullgraph)
 
 
 def _step(
-    job: _Job,
+    job: Job,
     forward: Any,
     mask: Tensor | None = None,
     *,
@@ -218,7 +138,7 @@ def _step(
     return Variant(step, ours=ours, unmasked=unmasked)
 
 
-def _step_with_residual(job: _Job, forward: Any, x: Tensor, *, ours: bool) -> Variant:
+def _step_with_residual(job: Job, forward: Any, x: Tensor, *, ours: bool) -> Variant:
     assert job.residual is not None
     dy, residual = job.dy, job.residual.detach().requires_grad_()
 
@@ -231,69 +151,18 @@ def _step_with_residual(job: _Job, forward: Any, x: Tensor, *, ours: bool) -> Va
     return Variant(step, ("y", "dx", "dresidual"), ours)
 
 
-def _infer(job: _Job, layer: Any, *, ours: bool = False) -> Variant:
+def _infer(job: Job, layer: Any, *, ours: bool = False) -> Variant:
     x = job.x
+    inputs = (x, x[:-1]) if job.case.turns else (x,)
 
-    def step() -> tuple[Tensor]:
+    def step() -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return (layer(x),)
+            return tuple([layer(a) for a in inputs])
 
     return Variant(step, ("y",), ours)
 
 
-def _pack(job: _Job) -> Callable[[Tensor, Tensor], Tensor]:
-    """torch's layer on the real rows, scattered into zeros: torch takes no mask."""
-    layer = job.load(nn.BatchNorm1d(job.case.channels, job.case.eps))
-
-    def forward(x: Tensor, mask: Tensor) -> Tensor:
-        rows = x.movedim(1, -1)
-        y = torch.zeros(rows.shape, dtype=x.dtype, device=x.device)
-        return y.index_put_((mask,), layer(rows[mask])).movedim(-1, 1)
-
-    return forward
-
-
-def _activate(layer: Any, *, in_place: bool) -> Callable[..., Tensor]:
-    """torch's layer, addition and ReLU as operators of their own."""
-
-    def separate(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = layer(x)
-        return torch.relu(y if residual is None else y + residual)
-
-    def overwrite(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = layer(x)
-        return torch.relu_(y if residual is None else y.add_(residual))
-
-    return overwrite if in_place else separate
-
-
-def _formula(job: _Job) -> Callable[[Tensor, Tensor], Tensor]:
-    """Masked normalization in elementwise operations; without running statistics."""
-    row, eps = (1, -1, *(1,) * (job.x.dim() - 2)), job.case.eps
-    gamma, beta = (
-        torch.tensor(a, device=job.device).reshape(row).requires_grad_()
-        for a in (job.problem.gamma, job.problem.beta)
-    )
-    reduced = [a for a in range(job.x.dim()) if a != 1]
-
-    def formula(x: Tensor, mask: Tensor) -> Tensor:
-        count = mask.sum()
-        mean = torch.where(mask, x, 0.0).sum(reduced, keepdim=True) / count
-        centred = torch.where(mask, x - mean, 0.0)
-        var = (centred * centred).sum(reduced, keepdim=True) / count
-        return centred * (gamma * torch.rsqrt(var + eps)) + beta
-
-    return formula
-
-
-def _copy(job: _Job) -> Variant:
-    """As many bytes as the job needs, read and written by copying x into one buffer."""
+def _copy(job: Job) -> Variant:
+    """x copied into an array that is kept."""
     x, y = job.x, torch.empty_like(job.x)
-    copies = 1 if job.case.inference else 4
-
-    def step() -> tuple[Tensor]:
-        for _ in range(copies):
-            y.copy_(x)
-        return (y,)
-
-    return Variant(step, ("y",), copies=True)
+    return Variant(lambda: (y.copy_(x),), ("y",), copies=1)
