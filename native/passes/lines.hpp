@@ -172,7 +172,9 @@ inline Index rows_per_line(Index channels) {
 
 // The same for passes without sums, over arrays whose rows lie side by side: coefficients are
 // loaded lane by lane anyway, and long lines save calls.
-inline Index rows_together(Index width) { return width > kLongLine / 2 ? 1 : kLongLine / width; }
+inline Index rows_together(Index width) {
+    return width == 0 || width > kLongLine ? 1 : kLongLine / width;
+}
 
 // Element `offset` of outer row o; null where the array is.
 template <class T>
