@@ -56,7 +56,8 @@ def define_operator(
     if shape is None:
         _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
     else:
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        # A tracer that is at work where a graph runs would trace what the operator calls.
+        _LIBRARY.impl(name, untraced(function), "CompositeExplicitAutograd")
         torch.library.register_fake(f"batchnorm::{name}", shape, lib=_LIBRARY)
 
 

@@ -1,9 +1,9 @@
 """The kernels as operators of torch, for graphs that `torch.compile` makes.
 
 Compilers do not look into an operator, and one that has a gradient must not change its arguments:
-a step returns moments, and the graph moves the running statistics by them. `step` is one operator
-to the tracer; what remains of it in a graph is `forward` and `backward`, which know nothing of
-autograd and take their settings as one text: a call of them takes a few microseconds.
+a step returns moments, and the graph moves the running statistics by them. The tracer sees one
+operator, `differentiable_step`. What remains of it in a graph is `forward` and `backward`, which
+know nothing of autograd and take their settings as one text: calls of them take microseconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def step(call: Call) -> tuple[Tensor, Tensor]:
     The record is a constant to gradients, and has moments only if `call.by_batch`.
     """
     (x, mask, weight, bias, residual, running), layout = call.tensors, call.layout
-    y, kept = torch.ops.batchnorm.step.default(
+    y, kept = torch.ops.batchnorm.differentiable_step.default(
         x,
         mask,
         weight,
@@ -77,8 +77,8 @@ def _parse_kind(text: str) -> _Kind:
 @lru_cache(maxsize=4096)
 def _parse_wanted(text: str) -> tuple[bool, Wanted]:
     residual, wants_x, weight, bias, wants_residual = json.loads(text)
-    types = (None if name is None else _TYPES[name] for name in (weight, bias))
-    return residual, Wanted(wants_x, *types, wants_residual)
+    weight_type, bias_type = (None if name is None else _TYPES[name] for name in (weight, bias))
+    return residual, Wanted(wants_x, weight_type, bias_type, wants_residual)
 
 
 def _step(
@@ -119,7 +119,9 @@ class _Step(torch.autograd.Function):
         running: tuple[Tensor | None, Tensor | None],
         kind: str,
     ) -> tuple[Tensor, Tensor]:
-        y, kept = torch.ops.batchnorm.forward.default(x, mask, weight, bias, residual, *running, kind)
+        y, kept = torch.ops.batchnorm.forward.default(
+            x, mask, weight, bias, residual, *running, kind
+        )
         options = _parse_kind(kind).options
         # With a residual only y tells the sign of the activation's input.
         gate = y if options.activation is not None and residual is not None else None
@@ -258,7 +260,9 @@ def _shape_backward(
 
 define_operator("forward", _forward, _shape_forward)
 define_operator("backward", _backward, _shape_backward)
-define_operator("step", _step)
+# A cache of compiled graphs on disk knows this name only, and outlives a version of this library:
+# another name for it, where others stand in its place.
+define_operator("differentiable_step", _step)
 
 
 def _arrange(tensors: Tensors, kind: _Kind) -> tuple[Tensors, Decision]:
