@@ -38,8 +38,8 @@ def refuse(call: Call) -> str | None:
     if call.training and call.settings.synchronizer is not None:
         return "compiled graphs merge with other ranks in array code"
     demanded = call.settings.fused is True
-    if not demanded and (reason := _refuse_size(call)) is not None:
-        return reason
+    if not call.by_batch and not demanded and not _is_large(call.tensors.x):
+        return "the compiler fuses evaluation with what surrounds it"
     if call.renormalizes:
         return "compiled graphs renormalize in array code"
     if not call.layout.channels_are_neighbours:
@@ -53,18 +53,20 @@ def refuse(call: Call) -> str | None:
         or refuse_parameters((weight, bias))
         or refuse_tensors(x, call.tensors[:5], running, traced=True)
         or _choose(x.device.type, NAMES[x.dtype], adjusted, call.mask_varies, demanded)
+        or _refuse_small(call, demanded)
     )
 
 
-def _refuse_size(call: Call) -> str | None:
-    """The reason why the compiler's own code is faster for inputs of this size, or None."""
+def _is_large(x: Tensor) -> bool:
+    """True if outputs of evaluation are worth recycled memory."""
+    return x.device.type == "cpu" and _is_more(x.numel() * x.element_size(), KEPT)
+
+
+def _refuse_small(call: Call, demanded: bool) -> str | None:
     x = call.tensors.x
-    if call.by_batch:
-        if x.device.type == "cpu" and not _is_more(x.numel(), SMALL):
-            return "the compiler's code for small inputs takes less time than calls of operators"
-    elif x.device.type != "cpu" or not _is_more(x.numel() * x.element_size(), KEPT):
-        return "the compiler fuses evaluation with what surrounds it"
-    return None
+    if demanded or not call.by_batch or x.device.type != "cpu" or _is_more(x.numel(), SMALL):
+        return None
+    return "the compiler's code for small inputs takes less time than calls of operators"
 
 
 def _is_more(size: int | torch.SymInt, most: int) -> bool:
