@@ -330,7 +330,7 @@ layer, x = BatchNorm(3), torch.randn(8, 3, 5)
 for _ in range(3):
     layer(x)
     layer(x, torch.ones(8, 3, 5, dtype=torch.bool))
-torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+torch.compile(layer, backend="aot_eager", fullgraph=True)(torch.randn(8, 3, 6000))
 """
 
 
