@@ -64,7 +64,7 @@ def run_jax(fused: bool | None, jit: bool) -> Callable[..., Gradient]:
 PATHS: dict[str, Callable[..., Gradient]] = {
     "torch kernels": run_torch(None),
     "torch arrays": run_torch(False),
-    "torch graph": run_torch(None, compiled=True),
+    "torch graph": run_torch(True, compiled=True),
     "jax kernels": run_jax(None, jit=True),
     "jax arrays": run_jax(False, jit=True),
     "jax arrays, eager": run_jax(False, jit=False),

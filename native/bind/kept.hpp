@@ -16,7 +16,7 @@ using Doubles = nanobind::ndarray<nanobind::numpy, double, nanobind::ndim<1>>;
 class Kept {
   public:
     explicit Kept(const Layout& layout)
-        : data_(new double[static_cast<std::size_t>(Statistics::doubles(layout))]),
+        : data_(new double[static_cast<std::size_t>(Statistics::doubles(layout))]()),
           layout_(layout) {}
 
     Statistics statistics() const { return {data_.get(), layout_.statistics()}; }
@@ -29,7 +29,8 @@ class Kept {
 
     Doubles count() { return view(Statistics::kRows * layout_.statistics(), layout_.groups); }
 
-    // All rows and counts as one array: for an autograd that keeps arrays only.
+    // All rows and counts as one array: for an autograd that keeps arrays only. Rows that a step
+    // leaves unset hold zeros.
     Doubles all() { return view(0, Statistics::doubles(layout_)); }
 
     bool renorm = false;  // true if the step renormalized

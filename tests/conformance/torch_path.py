@@ -168,7 +168,10 @@ WAYS = {
     "torch": Way(_path()),
     "torch-arrays": Way(_path(fused=False)),
     "torch-graph": Way(
-        _path(compiled="aot_eager"), refuse_operators, costly=True, sister="torch-graph-arrays"
+        _path(compiled="aot_eager", fused=True),
+        refuse_operators,
+        costly=True,
+        sister="torch-graph-arrays",
     ),
     "torch-graph-arrays": Way(_path(compiled="aot_eager", fused=False), costly=True),
     "torch-inductor": Way(

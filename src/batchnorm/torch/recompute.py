@@ -16,7 +16,7 @@ from batchnorm.core.errors import ArgumentRuntimeError, naming
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
 from batchnorm.torch.keeping import keeps_statistics
-from batchnorm.torch.tracing import uncaptured
+from batchnorm.torch.tracing import define_operator, uncaptured
 
 _late = threading.local()  # a backward pass may run in any thread
 
@@ -51,7 +51,7 @@ def recomputation_flag(x: Tensor) -> Tensor | Literal[True] | None:
         return True if in_backward() and not _is_late() else None
     if torch.compiler.is_exporting():
         return None
-    return _leaves_statistics(x.detach())
+    return torch.ops.batchnorm.leaves_statistics.default(x.detach())
 
 
 def in_backward() -> bool:
@@ -170,12 +170,14 @@ def _(statistics: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(a) for a in statistics]
 
 
-@uncaptured("batchnorm::leaves_statistics")
 def _leaves_statistics(x: Tensor) -> Tensor:
     stays = in_backward() or keeps_statistics()
     return torch.full((), stays, dtype=torch.bool, device=x.device)
 
 
-@_leaves_statistics.register_fake
-def _(x: Tensor) -> Tensor:
+def _shape_flag(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.bool)
+
+
+# At every compiled call: by the cheaper way.
+define_operator("leaves_statistics", _leaves_statistics, _shape_flag, captured=False)

@@ -12,6 +12,7 @@ from torch.func import grad, vmap
 
 from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, batch_norm
 from batchnorm.torch.kernels import decision, operators
+from batchnorm.torch.ways import graph_operators
 
 BACKEND = "aot_eager"
 STATISTICS = {"rtol": 1e-6, "atol": 1e-7}  # updated in float64 here, inside the kernel there
@@ -26,13 +27,21 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def small_inputs_too(monkeypatch):
+    """Let graphs hold the kernels for inputs of any size."""
+    monkeypatch.setattr(graph_operators, "SMALL", -1)
+
+
 def operators_in(layer, *arguments, **options):
     """The number of steps of the kernels in the graph of a call."""
     counter = CompileCounterWithBackend(BACKEND)
     torch.compile(layer, fullgraph=True, backend=counter, **options)(*arguments)
     assert counter.frame_count == 1
     (graph,) = counter.graphs
-    return sum(node.target is torch.ops.batchnorm.step.default for node in graph.graph.nodes)
+    return sum(
+        node.target is torch.ops.batchnorm.differentiable_step.default for node in graph.graph.nodes
+    )
 
 
 def step(layer, x, mask=None, residual=None):
@@ -93,6 +102,37 @@ def test_fused_false_keeps_array_code():
 def test_two_layers_hold_two_steps():
     model = nn.Sequential(BatchNorm(3), nn.ReLU(), BatchNorm(3))
     assert operators_in(model, torch.randn(4, 3, 5)) == 2
+
+
+# The choice by size, with limits that a test can afford
+
+
+@pytest.mark.parametrize(("rows", "held"), [(4, 0), (5, 1)])
+def test_small_training_is_left_to_the_compiler(monkeypatch, rows, held):
+    monkeypatch.setattr(graph_operators, "SMALL", 12)
+    assert operators_in(BatchNorm(3), torch.randn(rows, 3)) == held
+    assert operators_in(BatchNorm(3, fused=True), torch.randn(rows, 3)) == 1
+
+
+@pytest.mark.parametrize(("rows", "held"), [(4, 0), (5, 1)])
+def test_large_evaluation_is_by_the_kernels(monkeypatch, rows, held):
+    monkeypatch.setattr(graph_operators, "KEPT", 4 * 12)
+    layer, x = BatchNorm(3).eval(), torch.randn(rows, 3)
+    assert operators_in(layer, x) == held
+    compiled = torch.compile(layer, fullgraph=True, backend=BACKEND)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+def test_dynamic_sizes_compile_once_for_each_side_of_the_limit(monkeypatch):
+    monkeypatch.setattr(graph_operators, "SMALL", 30)
+    layer = BatchNorm(3)
+    eager = copy.deepcopy(layer)
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (5, 7, 11, 13, 6, 12):
+        x = torch.randn(rows, 3)
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 3  # one of them for eps, a symbol at first with dynamic=True
 
 
 REFUSED = {
@@ -292,7 +332,9 @@ CALLS = {
 
 @pytest.mark.parametrize("option", CALLS.values(), ids=CALLS)
 def test_operators_pass_the_checks_of_torch(option):
-    torch.library.opcheck(operators._step, arguments_of((6, 4, 5), **option))
+    torch.library.opcheck(
+        torch.ops.batchnorm.differentiable_step.default, arguments_of((6, 4, 5), **option)
+    )
 
 
 def test_gradients_agree_with_differences():

@@ -205,6 +205,11 @@ GRAPH_REFUSES = {
         {},
         "the compiler fuses evaluation with what surrounds it",
     ),
+    "small": (
+        lambda: BatchNorm(3),
+        {},
+        "the compiler's code for small inputs takes less time than calls of operators",
+    ),
     "ranks": (
         lambda: BatchNorm(3, synchronized=True),
         {},
@@ -247,8 +252,17 @@ def test_graphs_say_why_they_hold_array_code(make, arguments, expected):
     assert reason(found, IN_GRAPH) == expected
 
 
-def test_graphs_hold_kernels():
-    assert explain(compiled(BatchNorm(3)), torch.randn(SHAPE)) == ("BatchNorm", IN_GRAPH, (), "")
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (BatchNorm(3, fused=True), torch.ones(SHAPE)),
+        (BatchNorm(3), torch.ones((2**17 // 3 + 1, 3))),
+        (BatchNorm(3).eval(), torch.ones(1).expand(2**23 // 3 + 1, 3)),
+    ],
+    ids=["demanded", "large", "large-evaluation"],
+)
+def test_graphs_hold_kernels(layer, x):
+    assert explain(compiled(layer), x) == ("BatchNorm", IN_GRAPH, (), "")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.export traces this layer in training:UserWarning")
@@ -316,7 +330,7 @@ layer, x = BatchNorm(3), torch.randn(8, 3, 5)
 for _ in range(3):
     layer(x)
     layer(x, torch.ones(8, 3, 5, dtype=torch.bool))
-torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+torch.compile(layer, backend="aot_eager", fullgraph=True)(torch.randn(8, 3, 6000))
 """
 
 

@@ -884,3 +884,46 @@ def test_number_of_threads_is_heeded(count):
         assert_same_outcome(outcome(layer, x), expected)
     finally:
         torch.set_num_threads(before)
+
+
+def test_debiased_steps_without_gradients_equal_a_fresh_layers():
+    layer = BatchNorm(4, debias=True)
+    other = BatchNorm(4, debias=True, fused=False)
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(SHAPE)
+            layer(x), other(x)
+    assert has_shortcut(layer)
+    torch.testing.assert_close(layer.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", ["x", "weight", "bias"])
+@pytest.mark.parametrize("bias_type", [torch.float32, torch.float64])
+def test_gradients_that_are_wanted_alone_equal_a_fresh_layers(trained, bias_type):
+    layer = BatchNorm(4)
+    layer.bias = nn.Parameter(torch.zeros(4, dtype=bias_type))
+    for name in ("weight", "bias"):
+        getattr(layer, name).requires_grad_(name == trained)
+    used(layer)
+    x = torch.randn(SHAPE, requires_grad=trained == "x")
+    dy = torch.randn(SHAPE)
+    found = []
+    for each in (layer, fresh(layer)):
+        wanted = x if trained == "x" else getattr(each, trained)
+        found += torch.autograd.grad(each(x), wanted, dy)
+    assert found[0].dtype is (bias_type if trained == "bias" else torch.float32)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "transposed"])
+def test_cotangents_in_other_memory_equal_dense_ones(kind):
+    layer, x = used(), torch.randn(SHAPE, requires_grad=True)
+    other = fresh(layer)
+    dy = torch.randn(SHAPE[0], 1, 1).expand(SHAPE)
+    if kind == "transposed":
+        dy = torch.randn(SHAPE[::-1]).permute(2, 1, 0)
+    wanted, expected = ((each.weight, each.bias) for each in (layer, other))
+    found = torch.autograd.grad(layer(x), (x, *wanted), dy)
+    dense = torch.autograd.grad(other(x), (x, *expected), dy.contiguous())
+    for a, b in zip(found, dense, strict=True):
+        assert torch.equal(a, b)

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from batchnorm.torch.kernels import on_cpu
 from batchnorm.torch.kernels.memory import empty_output, like
 from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted, changes_dy
 from batchnorm.torch.kernels.second_order import differentiable_backward
@@ -54,6 +56,27 @@ def run_unrecorded(
     return y
 
 
+def run_simple(step: KernelStep, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The same as `run` for a step of x alone on the CPU (`KernelStep.simple`), in fewer calls."""
+    recorded = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+    if not recorded:
+        y = empty_output(x, step.decision)
+    elif step.simple:
+        y = _apply(x, weight, bias, None, step)
+    else:
+        return run(step, x, weight, bias, None)
+    if step.update:
+        increment_version(step.written)
+    step.kept = on_cpu.forward(step, x, None, None, None, y, None)
+    if recorded:
+        step.running = None
+    return y
+
+
 def _run_before_hooks(
     step: KernelStep, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
@@ -78,6 +101,12 @@ class _Fused(torch.autograd.Function):
         residual: Tensor | None,
         step: KernelStep,
     ) -> Tensor:
+        if step.simple:
+            ctx.save_for_backward(x, weight, None, None)
+            ctx.memory = (x.stride(), None, None)
+            ctx.renorm, ctx.bias_type = False, None if bias is None else bias.dtype
+            ctx.step = step
+            return empty_output(x, step.decision)
         y = empty_output(x, step.decision) if step.y is None else step.y
         step.y = None
         gate = None if step.options.activation is None else y
@@ -92,6 +121,14 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, mask, y = ctx.saved_tensors
         step: KernelStep = ctx.step
+        if (
+            step.simple
+            and not torch.is_grad_enabled()
+            and type(dy) is Tensor
+            and dy.stride() == x.stride() == ctx.memory[0]
+            and has_memory(dy)
+        ):
+            return on_cpu.find_gradients(step, ctx.needs_input_grad, dy, x, weight, ctx.bias_type)
         if (
             torch.is_grad_enabled()
             or type(dy) is not Tensor

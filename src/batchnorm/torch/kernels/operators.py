@@ -1,12 +1,16 @@
-"""The kernels as two operators of torch, for graphs that `torch.compile` makes.
+"""The kernels as operators of torch, for graphs that `torch.compile` makes.
 
 Compilers do not look into an operator, and one that has a gradient must not change its arguments:
-a step returns moments, and the graph moves the running statistics by them.
+a step returns moments, and the graph moves the running statistics by them. The tracer sees one
+operator, `differentiable_step`. What remains of it in a graph is `forward` and `backward`, which
+know nothing of autograd and take their settings as one text: calls of them take microseconds.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +24,12 @@ from batchnorm.torch.kernels.decision import Decision, decide
 from batchnorm.torch.kernels.memory import empty_output, like
 from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted, changes_dy
 from batchnorm.torch.kernels.step import arrange, backward, find_passes, forward
+from batchnorm.torch.kernels.tensors import NAMES
+from batchnorm.torch.tracing import define_operator
 
 __all__ = ["step"]
+
+_TYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def step(call: Call) -> tuple[Tensor, Tensor]:
@@ -30,7 +38,7 @@ def step(call: Call) -> tuple[Tensor, Tensor]:
     The record is a constant to gradients, and has moments only if `call.by_batch`.
     """
     (x, mask, weight, bias, residual, running), layout = call.tensors, call.layout
-    y, kept = _step(
+    y, kept = torch.ops.batchnorm.differentiable_step.default(
         x,
         mask,
         weight,
@@ -48,7 +56,31 @@ def step(call: Call) -> tuple[Tensor, Tensor]:
     return y, kept.detach()
 
 
-@torch.library.custom_op("batchnorm::step", mutates_args=())
+class _Kind(NamedTuple):
+    """The settings of a step."""
+
+    axes: tuple[int, ...]
+    options: config.Options
+    batch: bool
+    demanded: bool
+
+
+@lru_cache(maxsize=4096)
+def _parse_kind(text: str) -> _Kind:
+    axes, size, eps, activation, padded_output, batch, demanded = json.loads(text)
+    options = config.Options(
+        eps=eps, virtual_batch_size=size, activation=activation, padded_output=padded_output
+    )
+    return _Kind(tuple(axes), options, batch, demanded)
+
+
+@lru_cache(maxsize=4096)
+def _parse_wanted(text: str) -> tuple[bool, Wanted]:
+    residual, wants_x, weight, bias, wants_residual = json.loads(text)
+    weight_type, bias_type = (None if name is None else _TYPES[name] for name in (weight, bias))
+    return residual, Wanted(wants_x, weight_type, bias_type, wants_residual)
+
+
 def _step(
     x: Tensor,
     mask: Tensor | None,
@@ -66,36 +98,63 @@ def _step(
     demanded: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, and the record for the backward step."""
-    options = config.Options(
-        eps=eps, virtual_batch_size=size, activation=activation, padded_output=padded_output
+    kind = json.dumps([list(axes), size, eps, activation, padded_output, batch, demanded])
+    found: tuple[Tensor, Tensor] = _Step.apply(
+        x, mask, weight, bias, residual, (running_mean, running_var), kind
     )
-    running = None
-    if running_mean is not None:
-        assert running_var is not None
-        running = Running(running_mean, running_var)
-    given = Tensors(x, mask, weight, bias, residual, running)
-    tensors, decision = _arrange(given, axes, options, demanded)
-    passes = find_passes(decision)
-    done = KernelStep(
-        decision,
-        tensors.mask,
-        running,
-        passes.find_state(tensors.weight, tensors.bias, running),
-        options,
-        batch,
-        update=False,
-        residual=residual is not None,
-    )
-    y = empty_output(tensors.x, decision)
-    forward(done, tensors.x, tensors.weight, tensors.bias, tensors.residual, y)
-    # Zero the rows that this mode leaves unset: an operator must not return uninitialized memory.
-    for name in ("r", "d") if batch else ("low", "var", "r", "d"):
-        passes.row(done.kept, name).zero_()
-    return _laid_like(y, x), passes.pack(done.kept)
+    return found
 
 
-@_step.register_fake
-def _(
+class _Step(torch.autograd.Function):
+    """A step and its gradient, as the two operators that a graph holds."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None],
+        kind: str,
+    ) -> tuple[Tensor, Tensor]:
+        y, kept = torch.ops.batchnorm.forward.default(
+            x, mask, weight, bias, residual, *running, kind
+        )
+        options = _parse_kind(kind).options
+        # With a residual only y tells the sign of the activation's input.
+        gate = y if options.activation is not None and residual is not None else None
+        ctx.save_for_backward(x, gate, mask, kept)
+        ctx.mark_non_differentiable(kept)
+        ctx.set_materialize_grads(False)
+        ctx.kind, ctx.residual = kind, residual is not None
+        ctx.types = [None if a is None else NAMES[a.dtype] for a in (weight, bias)]
+        return y, kept
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _kept: Any) -> Any:
+        wants_x, _, wants_weight, wants_bias, wants_residual, *_ = ctx.needs_input_grad
+        x, y, mask, kept = ctx.saved_tensors
+        changed = changes_dy(_parse_kind(ctx.kind).options, mask is not None)
+        weight_type, bias_type = ctx.types
+        wanted = (
+            wants_x,
+            weight_type if wants_weight else None,
+            bias_type if wants_bias else None,
+            wants_residual and changed,
+        )
+        found = torch.ops.batchnorm.backward.default(
+            dy, x, y, mask, kept, ctx.kind, json.dumps([ctx.residual, *wanted])
+        )
+        pairs = zip(found, wanted, strict=True)
+        dx, dweight, dbias, dresidual = (a if is_wanted else None for a, is_wanted in pairs)
+        if wants_residual and not changed:
+            dresidual = dy
+        return dx, None, dweight, dbias, dresidual, None, None
+
+
+def _forward(
     x: Tensor,
     mask: Tensor | None,
     weight: Tensor | None,
@@ -103,10 +162,49 @@ def _(
     residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    axes: Sequence[int],
-    size: int | None,
-    *options: Any,
+    kind: str,
 ) -> tuple[Tensor, Tensor]:
+    """y, and the record for the backward step."""
+    settings = _parse_kind(kind)
+    running = None
+    if running_mean is not None:
+        assert running_var is not None
+        running = Running(running_mean, running_var)
+    given = Tensors(x, mask, weight, bias, residual, running)
+    tensors, decision = _arrange(given, settings)
+    passes = find_passes(decision)
+    done = KernelStep(
+        decision,
+        tensors.mask,
+        running,
+        passes.find_state(tensors.weight, tensors.bias, running),
+        settings.options,
+        settings.batch,
+        update=False,
+        residual=residual is not None,
+    )
+    y = empty_output(tensors.x, decision)
+    forward(done, tensors.x, tensors.weight, tensors.bias, tensors.residual, y)
+    if decision.kernel != "cpu":  # whose records are zeros at first
+        # Zero the rows that this mode leaves unset: an operator must not return uninitialized
+        # memory.
+        for name in ("r", "d") if settings.batch else ("low", "var", "r", "d"):
+            passes.row(done.kept, name).zero_()
+    return _laid_like(y, x), passes.pack(done.kept)
+
+
+def _shape_forward(
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    axes, options, *_ = _parse_kind(kind)
+    size = options.virtual_batch_size
     groups = 1 if size is None else x.shape[0] // size
     channels = 1
     for a in axes:
@@ -115,53 +213,40 @@ def _(
     return torch.empty_like(x), x.new_empty(kept, dtype=torch.float64)
 
 
-@torch.library.custom_op("batchnorm::gradient", mutates_args=())
-def _gradient(
+def _backward(
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
     mask: Tensor | None,
     kept: Tensor,
-    axes: Sequence[int],
-    size: int | None,
-    activation: str | None,
-    padded_output: str,
-    batch: bool,
-    residual: bool,
-    demanded: bool,
-    wants_x: bool,
-    weight_type: torch.dtype | None,
-    bias_type: torch.dtype | None,
-    wants_residual: bool,
+    kind: str,
+    wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and dresidual, each without elements where it is not wanted."""
-    given = Tensors(x, mask, None, None, None, None)
-    options = config.Options(
-        virtual_batch_size=size, activation=activation, padded_output=padded_output
+    settings, (residual, gradients) = _parse_kind(kind), _parse_wanted(wanted)
+    (there, mask, *_), decision = _arrange(Tensors(x, mask, None, None, None, None), settings)
+    done = KernelStep(
+        decision, None, None, (), settings.options, settings.batch, update=False, residual=residual
     )
-    (there, mask, *_), decision = _arrange(given, axes, options, demanded)
-    done = KernelStep(decision, None, None, (), options, batch, update=False, residual=residual)
     gate = None if y is None else like(y, there, decision)
     rows = Rows(like(dy, there, decision), there, gate, mask)
     unpacked = find_passes(decision).unpack(decision, kept)
-    wanted = Wanted(wants_x, weight_type, bias_type, wants_residual)
-    found = backward(done, rows, unpacked, wanted)
+    found = backward(done, rows, unpacked, gradients)
     dx, dweight, dbias, dresidual = (x.new_empty(0) if a is None else a for a in found)
     return _laid_like(dx, x), dweight, dbias, _laid_like(dresidual, x)
 
 
-@_gradient.register_fake
-def _(
+def _shape_backward(
     dy: Tensor,
     x: Tensor,
     y: Tensor | None,
     mask: Tensor | None,
     kept: Tensor,
-    axes: Sequence[int],
-    *options: Any,
+    kind: str,
+    wanted: str,
 ) -> tuple[Tensor, ...]:
-    wants_x, weight_type, bias_type, wants_residual = options[-4:]
-    channels = [x.shape[a] for a in axes]
+    wants_x, weight_type, bias_type, wants_residual = _parse_wanted(wanted)[1]
+    channels = [x.shape[a] for a in _parse_kind(kind).axes]
 
     def like_x(wanted: bool) -> Tensor:
         return torch.empty_like(x) if wanted else x.new_empty(0)
@@ -173,83 +258,25 @@ def _(
     return like_x(wants_x), *per_channels, like_x(wants_residual)
 
 
-class _Saved(NamedTuple):
-    """The arguments of `_gradient` that are no tensors, and the parameters' types."""
-
-    axes: Sequence[int]
-    size: int | None
-    activation: str | None
-    padded_output: str
-    batch: bool
-    residual: bool
-    demanded: bool
-    weight_type: torch.dtype | None
-    bias_type: torch.dtype | None
+define_operator("forward", _forward, _shape_forward)
+define_operator("backward", _backward, _shape_backward)
+# A cache of compiled graphs on disk knows this name only, and outlives a version of this library:
+# another name for it, where others stand in its place.
+define_operator("differentiable_step", _step)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, mask, weight, bias, residual, _, _, axes, size, _, *options, batch, demanded = inputs
-    y, kept = output
-    activation, padded_output = options
-    # With a residual only y tells the sign of the activation's input.
-    gate = y if activation is not None and residual is not None else None
-    ctx.save_for_backward(x, gate, mask, kept)
-    weight_type, bias_type = (None if a is None else a.dtype for a in (weight, bias))
-    ctx.saved = _Saved(
-        axes,
-        size,
-        activation,
-        padded_output,
-        batch,
-        residual is not None,
-        demanded,
-        weight_type,
-        bias_type,
-    )
-    ctx.inputs = len(inputs)
-
-
-def _differentiate(ctx: Any, dy: Tensor, _kept: Any) -> tuple[Any, ...]:
-    saved: _Saved = ctx.saved
-    wants_x, _, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:5]
-    x, y, mask, kept = ctx.saved_tensors
-    options = config.Options(activation=saved.activation, padded_output=saved.padded_output)
-    changed = changes_dy(options, mask is not None)
-    wanted = Wanted(
-        wants_x,
-        saved.weight_type if wants_weight else None,
-        saved.bias_type if wants_bias else None,
-        wants_residual and changed,
-    )
-    found = _gradient(dy, x, y, mask, kept, *saved[:7], *wanted)
-    pairs = zip(found, wanted, strict=True)
-    dx, dweight, dbias, dresidual = (a if is_wanted else None for a, is_wanted in pairs)
-    if wants_residual and not changed:
-        dresidual = dy
-    gradients = (dx, None, dweight, dbias, dresidual)
-    return (*gradients, *(None,) * (ctx.inputs - len(gradients)))
-
-
-_step.register_autograd(_differentiate, setup_context=_keep)
-
-
-def _arrange(
-    tensors: Tensors,
-    axes: Sequence[int],
-    options: config.Options,
-    demanded: bool,
-) -> tuple[Tensors, Decision]:
+def _arrange(tensors: Tensors, kind: _Kind) -> tuple[Tensors, Decision]:
     """The tensors in memory that suits the kernels; raises if none serves them in this process."""
-    x, mask = tensors.x, tensors.mask
+    x, mask, options = tensors.x, tensors.mask, kind.options
     decision = decide(
         (x.shape, x.stride(), x.dtype, x.device.type),
-        tuple(axes),
+        kind.axes,
         options.virtual_batch_size,
         False,
         options.activation,
         options.zero_padding,
         None if mask is None else (mask.shape, mask.stride(), mask.element_size()),
-        demanded,
+        kind.demanded,
     )
     if decision.refusal is not None:
         raise RuntimeError(

@@ -26,6 +26,9 @@ class KernelStep:
         residual: one is added before the activation.
         part: of a step whose statistics are merged with other ranks', or None.
         remembered: for recomputation, since renormalization applies.
+        simple: on the CPU, of x alone (no mask, residual, renormalization or other ranks), without
+            activation.
+        written: of a simple step, the statistics that it moves.
         y: the output, if it is filled before autograd records it; or None.
         kept: the kernels' record for the backward step.
     """
@@ -40,8 +43,10 @@ class KernelStep:
         "remembered",
         "residual",
         "running",
+        "simple",
         "state",
         "update",
+        "written",
         "y",
     )
 
@@ -66,7 +71,8 @@ class KernelStep:
         self.update = update
         self.residual = residual
         self.part = part
-        self.remembered = False
+        self.remembered = self.simple = False
+        self.written: list[Tensor] = []
         self.y: Tensor | None = None
         self.kept: Any = None
 

@@ -23,6 +23,11 @@ from batchnorm.torch.kernels.tensors import (
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.rollback import store
 
+SMALL = 1 << 17  # elements; up to here a training step costs less without calls of operators
+# Bytes; glibc maps larger outputs anew at each call, while the kernels' outputs are recycled: that
+# is worth more than to fuse evaluation with its neighbours.
+KEPT = 32 << 20
+
 
 def refuse(call: Call) -> str | None:
     """The reason to keep the operator out of a graph, or None."""
@@ -33,7 +38,7 @@ def refuse(call: Call) -> str | None:
     if call.training and call.settings.synchronizer is not None:
         return "compiled graphs merge with other ranks in array code"
     demanded = call.settings.fused is True
-    if not call.by_batch and not demanded:
+    if not call.by_batch and not demanded and not _is_large(call.tensors.x):
         return "the compiler fuses evaluation with what surrounds it"
     if call.renormalizes:
         return "compiled graphs renormalize in array code"
@@ -48,7 +53,29 @@ def refuse(call: Call) -> str | None:
         or refuse_parameters((weight, bias))
         or refuse_tensors(x, call.tensors[:5], running, traced=True)
         or _choose(x.device.type, NAMES[x.dtype], adjusted, call.mask_varies, demanded)
+        or _refuse_small(call, demanded)
     )
+
+
+def _is_large(x: Tensor) -> bool:
+    """True if outputs of evaluation are worth recycled memory."""
+    return x.device.type == "cpu" and _is_more(x.numel() * x.element_size(), KEPT)
+
+
+def _refuse_small(call: Call, demanded: bool) -> str | None:
+    x = call.tensors.x
+    if demanded or not call.by_batch or x.device.type != "cpu" or _is_more(x.numel(), SMALL):
+        return None
+    return "the compiler's code for small inputs takes less time than calls of operators"
+
+
+def _is_more(size: int | torch.SymInt, most: int) -> bool:
+    """True if a size is larger, as far as the compiler knows; a dynamic one is guarded on."""
+    if isinstance(size, int):
+        return size > most
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports SymPy
+
+    return bool(guard_or_false(size > most))
 
 
 def run(call: Call) -> Tensor:

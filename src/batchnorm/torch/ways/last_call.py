@@ -17,7 +17,7 @@ from batchnorm.torch.call import Call
 from batchnorm.torch.first_passes import FirstPasses
 from batchnorm.torch.keeping import in_block
 from batchnorm.torch.kernels import on_cpu
-from batchnorm.torch.kernels.autograd import run, run_unrecorded
+from batchnorm.torch.kernels.autograd import run_simple
 from batchnorm.torch.kernels.records import KernelStep
 from batchnorm.torch.kernels.tensors import NOT_PLAIN, is_plain, is_plain_uncompiled
 from batchnorm.torch.masks.blocks import usage
@@ -144,7 +144,9 @@ class LastCall:
         "settings",
         "state",
         "step",
+        "tensors",
         "update",
+        "written",
     )
 
     def __init__(self, layer: nn.Module, tensors: tuple[Tensor | None, ...], call: Call) -> None:
@@ -152,9 +154,16 @@ class LastCall:
         weight, bias, *statistics = tensors
         self.read = make_reader()  # options, which users may assign at any time
         self.settings = self.read(layer.__dict__)
-        # Properties that may change while the tensor stays the same object.
-        self.seen = [(a, None if a is None else (a.data_ptr(), a.dtype, a.shape)) for a in tensors]
+        self.tensors = tensors
+        # Properties that may change while the tensor stays the same object; parameters may come to
+        # require gradients too.
+        self.seen = [
+            (a, a.data_ptr(), a.dtype, a.shape, at < 2)
+            for at, a in enumerate(tensors)
+            if a is not None
+        ]
         self.running = None if statistics[0] is None else Running(*statistics)
+        self.written = [a for a in statistics if a is not None]
         self.state = on_cpu.find_state(weight, bias, self.running)
         self.decision, self.options = call.decision, call.options
         self.batch, self.update = call.by_batch, call.update and self.running is not None
@@ -162,17 +171,29 @@ class LastCall:
 
     def find_tensors(self, layer: nn.Module) -> tuple[Tensor | None, ...] | None:
         """The layer's tensors, or None if they or its options are not as they were."""
-        tensors = _tensors(layer)
-        if tensors is None or self.read(layer.__dict__) != self.settings:
+        if self.read(layer.__dict__) != self.settings:
             return None
-        for a, (kept, seen) in zip(tensors, self.seen, strict=True):
-            if a is not kept:
+        parameters, buffers = layer._parameters, layer._buffers
+        tensors = weight, bias, mean, var, batches = self.tensors
+        try:
+            if (
+                parameters["weight"] is not weight
+                or parameters["bias"] is not bias
+                or buffers["running_mean"] is not mean
+                or buffers["running_var"] is not var
+                or buffers["num_batches_tracked"] is not batches
+            ):
                 return None
-            if a is not None and (
-                (a.data_ptr(), a.dtype, a.shape) != seen
+        except KeyError:  # one of them is computed anew for each call
+            return None
+        for a, address, dtype, shape, free in self.seen:
+            if (
+                a.data_ptr() != address
+                or a.dtype is not dtype
+                or a.shape != shape
                 or a.is_neg()
                 or not a.is_contiguous()
-                or (a is not tensors[0] and a is not tensors[1] and a.requires_grad)
+                or not (free or not a.requires_grad)
             ):
                 return None
         return tensors
@@ -182,12 +203,11 @@ class LastCall:
         tensors = self.find_tensors(layer)
         if tensors is None:
             return None
-        if not torch.is_grad_enabled():
-            return run_unrecorded(self.step, x, tensors[0], tensors[1], None)
-        return run(self._make_step(), x, tensors[0], tensors[1], None)
+        step = self._make_step() if torch.is_grad_enabled() else self.step
+        return run_simple(step, x, tensors[0], tensors[1])
 
     def _make_step(self) -> KernelStep:
-        return KernelStep(
+        step = KernelStep(
             self.decision,
             None,
             self.running,
@@ -197,6 +217,9 @@ class LastCall:
             self.update,
             False,
         )
+        step.written = self.written
+        step.simple = self.options.activation is None
+        return step
 
 
 def find_last_call(layer: nn.Module, call: Call) -> LastCall | None:
