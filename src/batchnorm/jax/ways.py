@@ -87,33 +87,34 @@ def _refuse_kernels(call: Call) -> str | None:
 
 
 def _train_by_kernels(call: Call) -> Step:
-    options, running = call.options, call.arrays.running
+    options, after = call.options, call.arrays.running
     operands = _for_kernels(call)
     if options.renorm is None:
         operands = operands._replace(renorm_mean=None, renorm_stddev=None)
     else:
         operands = operands._replace(limits=_limits(options.renorm, call.working_type))
-    moves = call.update and running is not None
-    inside = moves and _moves_inside(options)
+    before = after if call.update else None
+    inside = before is not None and _moves_inside(options, before)
     if inside:
         decay = jnp.asarray(options.decay).astype(call.working_type)
         operands = operands._replace(decay=jax.lax.stop_gradient(decay))
     found = run_step(operands, _static(call)._replace(update=inside))
     moments = _moments_of(call, found)
-    if inside:
-        running = stored_like(running, running._replace(mean=found.mean, var=found.var))
-    elif moves:
-        running = move_statistics(running, moments, options)
-    return Step(call.returned(found.y), moments, running)
+    if inside and before is not None:
+        after = stored_like(before, before._replace(mean=found.mean, var=found.var))
+    elif before is not None:
+        after = move_statistics(before, moments, options)
+    return Step(call.returned(found.y), moments, after)
 
 
-def _moves_inside(options: Options) -> bool:
-    """True if the running statistics are mean and variance, and a number alone moves them.
+def _moves_inside(options: Options, running: Running) -> bool:
+    """True if the running statistics are mean and variance, and nothing counts the steps.
 
-    The kernel then moves them in the call that normalizes: XLA would run a small program for each
-    on a thread of its own, which takes longer than a small step.
+    The kernel then moves them in the call that normalizes. Two programs of XLA's less: where it has
+    a thousand operations of its own, it hands the whole program to another thread, which takes
+    longer than a small step.
     """
-    return options.renorm is None and not options.debias
+    return options.renorm is None and running.batches is None
 
 
 def _moments_of(call: Call, found: Stepped) -> Moments:
