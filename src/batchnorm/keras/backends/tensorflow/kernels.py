@@ -1,8 +1,9 @@
 """The compiled kernels as TensorFlow operations.
 
 They run in Python functions that the graph calls, on the memory of its tensors: a custom
-operation would tie this library to one version of TensorFlow. XLA cannot call Python, nor can a
-saved model, so that graphs for those take array code; evaluation always does.
+operation would tie this library to one version of TensorFlow. Eager code calls the functions
+itself. XLA cannot call Python, nor can a saved model, so that graphs for those take array code;
+evaluation always does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from batchnorm.core.running import Running
@@ -106,10 +108,10 @@ def _call(
     function: Callable[..., Any], arrays: Sequence[tf.Tensor], like: Sequence[tf.Tensor | None]
 ) -> list[tf.Tensor]:
     """A function of NumPy arrays; its results have types and shapes as `like`, None for float64."""
+    if tf.executing_eagerly():  # `tf.numpy_function` would copy whatever goes in and comes out
+        return [passes.make_tensor(a) for a in function(*map(np.asarray, arrays))]
     types = [tf.float64 if a is None else a.dtype for a in like]
     found = tf.numpy_function(function, arrays, types, stateful=False)
-    if tf.is_tensor(found):  # an eager call unpacks a list of one
-        found = [found]
     for one, a in zip(found, like, strict=True):
         if a is not None:
             one.set_shape(a.shape)
