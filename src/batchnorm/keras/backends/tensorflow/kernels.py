@@ -25,6 +25,8 @@ from batchnorm.keras.backends.tensorflow.step import Step
 from batchnorm.keras.call import Call
 from batchnorm.kernels.select import select_kernel
 
+_SMALL = 1 << 15  # of elements, measured: with a mask and without, and with all options
+
 
 def refuse_kernel(call: Call, rank: int | None) -> str | None:
     """As `batchnorm.keras.functional.Backend` says."""
@@ -40,10 +42,18 @@ def refuse(step: Step) -> str | None:
         return "XLA cannot call it (jit_compile=True)"
     if accelerator := find_accelerator():
         return f"there is none for device {accelerator}"
+    if not step.call.fused and _is_small(step.x):
+        return f"a graph runs array code faster on up to {_SMALL} elements than it calls Python"
     choice = select_kernel(
         "cpu", step.x.dtype.name, adjusted=False, per_channel_mask=step.masks_channels
     )
     return None if choice.kernel else choice.reason
+
+
+def _is_small(x: tf.Tensor) -> bool:
+    """True for an x of a graph that is known to be small."""
+    size = x.shape.num_elements()
+    return not tf.executing_eagerly() and size is not None and size <= _SMALL
 
 
 def run(step: Step) -> tuple[tf.Tensor, Running]:
