@@ -107,7 +107,6 @@ JAX_CASES = (
     *(
         Case(f"inference-{name}", f"{shape}, inference", shape, "inference", axis=-1)
         for name, shape in _JAX_SHAPES.items()
-        if name != "small"
     ),
 )
 KERAS_CASES = tuple(
@@ -117,6 +116,9 @@ KERAS_CASES = tuple(
         ("rows, half padded", ROWS, "training", 0.5, False),
         ("rows, padded at the end", ROWS, "training", 0.5, True),
         ("image", _LAST, "training", None, False),
+        ("small", (32, 64), "training", None, False),
+        ("small, half padded", (32, 64), "training", 0.5, False),
+        ("middle", (2048, 64), "training", None, False),
         ("rows, inference", ROWS, "inference", None, False),
         ("image, inference", _LAST, "inference", None, False),
     )

@@ -71,11 +71,14 @@ def write_keras(record: Record) -> str:
         "copy of x into an array that is kept."
     )
     headings = ["backend", "case", "ours", "Keras's own", "times as fast", "wanted"]
+    headings.append("ours, kernels demanded")
     grid = Grid("", [*headings, "GB/s", "copy, GB/s", "trips"], [])
     for backend, cases in record["backends"].items():
         for name, found in cases.items():
             ours, theirs = found["ours"]["ms"], found["keras"]["ms"]
             wanted = KERAS[backend].get(name, 1.0)
             row = [backend, name, f"{ours:g}", f"{theirs:g}", f"{theirs / ours:.2f}", f"{wanted:g}"]
+            kernels = found.get("ours, kernels", {}).get("ms")
+            row.append("" if kernels is None else f"{kernels:g}")
             grid.rows.append(row + _speeds(found))
     return f"# Keras on the CPU\n\n{about}\n\n{as_markdown(grid.without_empty_columns())}\n"

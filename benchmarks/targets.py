@@ -148,7 +148,8 @@ JAX = (
             ("rows", "(262144, 64)", 2.4),
             ("image", "(32, 56, 56, 256)", 2.4),
             ("image-mask", "(32, 56, 56, 256), half padded,", 2.7),
-            ("small-mask", "(32, 64), half padded,", 0.9),
+            ("small-mask", "(32, 64), half padded,", 0.95),
+            ("inference-small", "(32, 64), inference,", 0.95),
             ("inference-rows", "(262144, 64), inference,", 1.0),
             ("inference-image", "(32, 56, 56, 256), inference,", 1.0),
         )
@@ -169,6 +170,8 @@ KERAS = {
         "rows, half padded": 1.8,
         "rows, padded at the end": 2.5,
         "image": 1.0,
+        "small": 0.8,
+        "small, half padded": 0.8,
     },
     "jax": {"rows": 2.0, "rows, half padded": 2.5, "image": 2.0},
     "torch": {"rows": 5.0, "rows, half padded": 5.0, "image": 5.0},

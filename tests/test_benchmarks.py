@@ -142,7 +142,7 @@ def test_keras_variants_are_right(backend: str) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == ["ours keras copy"] * len(KERAS)
+    assert done.stdout.splitlines() == ["ours keras ours, kernels copy"] * len(KERAS)
 
 
 @pytest.mark.parametrize("case", [c for c in CPU if c.padded is None], ids=by_name)

@@ -2,6 +2,7 @@
 #include "bind/xla.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <string>
 
@@ -48,6 +49,19 @@ int width_of(XLA_FFI_DataType type) {
 PerChannel per_channel(const Buffer& buffer) {
     if (!buffer) return {};
     return {buffer.data, type_of(buffer.type)};
+}
+
+// The values of `from` in `to`, where a step moves them.
+PerChannel copy(const Buffer& from, const Buffer& to, const Layout& layout) {
+    if (from.type != to.type || from.elements != layout.channels || to.elements != from.elements)
+        throw Refusal(
+            "batchnorm: running statistics must have a value for each channel, and keep "
+            "their type");
+    const PerChannel found = per_channel(to);
+    if (found)
+        std::memcpy(to.data, from.data,
+                    static_cast<std::size_t>(from.elements * kBytes[static_cast<int>(found.type)]));
+    return found;
 }
 
 double number_at(const Buffer& buffer, Index i) {
@@ -146,7 +160,8 @@ class Call {
 };
 
 // Operands: x, mask, gamma, beta, running mean and variance, renormalization's mean, stddev and
-// limits: rmin, rmax, dmax, so that a program takes any. Results: y, statistics, count.
+// limits: rmin, rmax, dmax, and the decay, so that a program takes any. Results: y, statistics,
+// count, and the running mean and variance after the step, if it moves them.
 void forward(const XLA_FFI_CallFrame& frame) {
     const KeepSubnormals mode;  // the statistics are stored here
     Call call(frame, 0, 1);
@@ -166,6 +181,14 @@ void forward(const XLA_FFI_CallFrame& frame) {
         options.dmax = number_at(limits, 2);
     }
     options.zero_padding = call.attributes.flag("zero_padding");
+    options.update = call.attributes.flag("update");
+    if (options.update) {
+        const Buffer decay = call.operand(9);
+        if (decay.elements != 1) throw Refusal("batchnorm: decay must have 1 element");
+        options.decay = number_at(decay, 0);
+        step.running.mean = copy(call.operand(4), call.result(3), step.layout);
+        step.running.var = copy(call.operand(5), call.result(4), step.layout);
+    }
     const Buffer statistics = call.result(1), count = call.result(2);
     const Workspace workspace(step.layout);
     step.statistics = workspace.statistics();
@@ -197,7 +220,7 @@ void backward(const XLA_FFI_CallFrame& frame) {
     batchnorm::backward(step, sums.get());
 }
 
-XLA_FFI_Error* handle_forward(XLA_FFI_CallFrame* frame) { return handle(frame, 9, 3, forward); }
+XLA_FFI_Error* handle_forward(XLA_FFI_CallFrame* frame) { return handle(frame, 10, 5, forward); }
 XLA_FFI_Error* handle_backward(XLA_FFI_CallFrame* frame) { return handle(frame, 5, 3, backward); }
 
 }  // namespace

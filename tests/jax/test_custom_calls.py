@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -11,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import batchnorm
 import tolerances
 from batchnorm.core.layout import make_layout
-from batchnorm.jax import batch_norm, custom_calls
+from batchnorm.jax import BatchNorm, batch_norm, custom_calls
 from batchnorm.kernels.kept import STATISTICS
 
 # Many calls at once, from Python threads and as independent parts of one program.
@@ -117,6 +119,7 @@ def test_wide_integers_count_as_real_whichever_bits_are_set() -> None:
 LAYOUT = {"outer": 8, "channels": 3, "inner": 1, "groups": 1, "run": 1}
 VIEW = {"repeat": 1, "outer": 0, "inner": 0}
 NUMBERS = {"eps": 1e-5}
+FLAGS = ("batch", "renorm", "update", "zero_padding")
 
 
 def attributes(**changes: Any) -> dict[str, Any]:
@@ -126,18 +129,21 @@ def attributes(**changes: Any) -> dict[str, Any]:
         return {name: np.int64(n) for name, n in sizes.items()}
 
     numbers = {name: np.float64(n) for name, n in NUMBERS.items()}
-    flags = {name: np.bool_(name == "batch") for name in ("batch", "renorm", "zero_padding")}
+    flags = {name: np.bool_(name == "batch") for name in FLAGS}
     return {"layout": named(LAYOUT), "view": named(VIEW), **numbers, **flags, **changes}
 
 
-def call_forward(x: jax.Array, absent: int = 8, **given: Any) -> Any:
-    none = jnp.zeros((0,), jnp.float32)
-    outputs = (
-        jax.ShapeDtypeStruct(x.shape, x.dtype),
-        jax.ShapeDtypeStruct((len(STATISTICS), 3), x.dtype),
-        jax.ShapeDtypeStruct((1,), x.dtype),
-    )
-    return jax.ffi.ffi_call("batchnorm_forward", outputs)(x, *[none] * absent, **given)
+NONE = np.zeros((0,), np.float32)
+CHANNELS = np.ones((3,), np.float32)
+
+
+def outputs(moved: int = 0) -> tuple[jax.ShapeDtypeStruct, ...]:
+    shapes = ((8, 3), (len(STATISTICS), 3), (1,), (moved,), (moved,))
+    return tuple(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
+
+
+def call_forward(x: jax.Array, absent: int = 9, **given: Any) -> Any:
+    return jax.ffi.ffi_call("batchnorm_forward", outputs())(x, *[NONE] * absent, **given)
 
 
 def without(sizes: dict[str, int], name: str) -> dict[str, np.int64]:
@@ -188,26 +194,61 @@ def test_a_call_is_refused_without(name: str) -> None:
 
 @pytest.mark.usefixtures("registered")
 def test_a_call_is_refused_with_other_operands() -> None:
-    with pytest.raises(Exception, match="must have 9 operands and 3 results"):
+    with pytest.raises(Exception, match="must have 10 operands and 5 results"):
         jax.block_until_ready(call_forward(jnp.zeros((8, 3)), absent=5, **attributes()))
 
 
 @pytest.mark.usefixtures("registered")
 def test_a_mask_of_floats_is_refused() -> None:
-    none = jnp.zeros((0,), jnp.float32)
-    outputs = (
-        jax.ShapeDtypeStruct((8, 3), np.float32),
-        jax.ShapeDtypeStruct((len(STATISTICS), 3), np.float32),
-        jax.ShapeDtypeStruct((1,), np.float32),
-    )
-    call = jax.ffi.ffi_call("batchnorm_forward", outputs)
+    call = jax.ffi.ffi_call("batchnorm_forward", outputs())
     with pytest.raises(Exception, match="a mask must be of booleans or integers"):
-        jax.block_until_ready(call(jnp.zeros((8, 3)), jnp.ones(8), *[none] * 7, **attributes()))
+        jax.block_until_ready(call(jnp.zeros((8, 3)), jnp.ones(8), *[NONE] * 8, **attributes()))
 
 
 @pytest.mark.usefixtures("registered")
 def test_a_call_by_names_normalizes() -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
-    y, _, count = call_forward(x, **attributes())
+    y, _, count, _, _ = call_forward(x, **attributes())
     np.testing.assert_array_equal(y, batch_norm(x, fused=True)[0])
     np.testing.assert_array_equal(count, [8])
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("running", "decay", "moved", "message"),
+    [
+        ((CHANNELS, CHANNELS), NONE, 3, "decay must have 1 element"),
+        ((NONE, CHANNELS), CHANNELS[:1], 3, "a value for each channel"),
+        ((CHANNELS, CHANNELS[:2]), CHANNELS[:1], 3, "a value for each channel"),
+        ((CHANNELS, CHANNELS), CHANNELS[:1], 0, "a value for each channel"),
+        ((CHANNELS.astype(np.float16), CHANNELS), CHANNELS[:1], 3, "keep their type"),
+    ],
+)
+def test_an_update_is_refused_with(running: Any, decay: Any, moved: int, message: str) -> None:
+    call = jax.ffi.ffi_call("batchnorm_forward", outputs(moved))
+    given = (jnp.zeros((8, 3)), *[NONE] * 3, *running, *[NONE] * 3, decay)
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(call(*given, **attributes(update=np.bool_(True))))
+
+
+@pytest.mark.parametrize("mask", [None, np.arange(8) != 3], ids=["no mask", "mask"])
+def test_a_step_of_a_layer_is_two_calls_and_nothing_else(mask: Any) -> None:
+    layer = BatchNorm(3, rngs=nnx.Rngs(0))
+    graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
+
+    def step(parameters: Any, rest: Any, x: Any, dy: Any) -> Any:
+        def forward(parameters: Any, x: Any) -> Any:
+            module = nnx.merge(graph, parameters, rest, copy=True)
+            y = module(x, mask=mask)
+            return y, nnx.state(module, nnx.BatchStat)
+
+        y, transpose, moved = jax.vjp(forward, parameters, x, has_aux=True)
+        return y, transpose(dy), moved
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    text = jax.jit(step).lower(parameters, rest, x, x).compile().as_text()
+    names = {"parameter", "constant", "custom-call", "get-tuple-element", "tuple"}
+    body = text[text.index("ENTRY") :]
+    found = re.findall(r"^  (?:ROOT )?%\S+ = .*? ([a-z-]+)\(", body, re.MULTILINE)
+    assert set(found) == names
+    assert found.count("custom-call") == 2

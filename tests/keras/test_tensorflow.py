@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ if keras.backend.backend() != "tensorflow":
 
 import tensorflow as tf
 
+from batchnorm import explain
 from batchnorm.core.moments import centre
 from batchnorm.keras import BatchNormalization, MaskedBatchNormalization
+from batchnorm.keras.backends.tensorflow import passes
 from batchnorm.keras.backends.tensorflow.arrays import XP
 from batchnorm.keras.backends.tensorflow.sums import sum_axes
+from batchnorm.kernels.explanation import ARRAY_CODE, KERNELS
 
 EPS = 1e-3
 
@@ -161,6 +165,61 @@ def test_kernel_demanded_under_xla_says_why_there_is_none() -> None:
     np.testing.assert_allclose(  # without XLA there is one
         layer(draw(8, 3), training=True), normalized(draw(8, 3), np.ones(8, bool)), atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fused", "python"),
+    [
+        ((8, 3), None, False),
+        ((8, 3), True, True),
+        ((8, 3), False, False),
+        ((None, 3), None, True),
+        ((20_000, 3), None, True),
+    ],
+)
+def test_graphs_call_python_where_x_may_be_large(sizes: Any, fused: Any, python: bool) -> None:
+    layer = BatchNormalization(fused=fused)
+    layer.build(sizes)
+    call = tf.function(lambda x: layer(x, training=True), input_signature=[spec(*sizes)])
+    kinds = {operation.type for operation in call.get_concrete_function().graph.get_operations()}
+    assert ("PyFuncStateless" in kinds) == python
+    x = draw(*(20 if n is None else n for n in sizes))
+    np.testing.assert_allclose(call(x), normalized(x, np.ones(len(x), bool)), atol=1e-5)
+
+
+def test_a_graph_says_that_x_is_small() -> None:
+    layer, found = BatchNormalization(), []
+    layer.build((8, 3))
+    tf.function(lambda x: found.append(explain(layer, x, training=True)))(draw(8, 3))
+    reason = "a graph runs array code faster on up to 32768 elements than it calls Python"
+    assert (found[0].way, found[0].refused) == (ARRAY_CODE, ((KERNELS, reason),))
+
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eager_steps_copy_nothing(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, made, forward = [], [], passes.forward
+
+    def watched(known: Any, *arrays: Any) -> Any:
+        found = forward(known, *arrays)
+        taken.append(arrays[0].ctypes.data)
+        made.append(found[0].ctypes.data)
+        return found
+
+    monkeypatch.setattr(passes, "forward", watched)
+    layer = BatchNormalization(dtype=keras.DTypePolicy(dtype))
+    layer.build((8, 3))
+    x = tf.cast(draw(8, 3), dtype)
+    y = layer(x, training=True)
+    assert taken == [np.asarray(x).ctypes.data]
+    assert made == [np.asarray(y).ctypes.data]
+    assert y.dtype == x.dtype
+    held = y.numpy()
+    del layer
+    gc.collect()
+    np.testing.assert_array_equal(y.numpy(), held)
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -14,7 +16,12 @@ from batchnorm.keras import BatchNormalization
 
 __all__ = ["make_variants", "name_rival"]
 
-_LAYERS = {"ours": BatchNormalization, "keras": keras.layers.BatchNormalization}
+_LAYERS: dict[str, Any] = {
+    "ours": BatchNormalization,
+    "keras": keras.layers.BatchNormalization,
+    "ours, kernels": partial(BatchNormalization, fused=True),
+}
+_SMALL = 1 << 18  # elements, up to which it is worth asking whether kernels are the fastest way
 
 
 def make_variants(problem: Problem, only: tuple[str, ...] = ()) -> dict[str, Variant]:
@@ -30,13 +37,15 @@ def make_variants(problem: Problem, only: tuple[str, ...] = ()) -> dict[str, Var
         None if a is None else keras.ops.convert_to_tensor(a)
         for a in (problem.x, problem.dy, problem.mask)
     )
-    dys = {"ours": dy, "keras": dy}
+    dys = dict.fromkeys(_LAYERS, dy)
     if mask is not None:  # Keras does not ignore dy at padded rows
         dys["keras"] = keras.ops.convert_to_tensor(problem.dy_at_real_rows)
     case, make_step = problem.case, _STEPS[keras.backend.backend()]
     found = {}
     for name, kind in _LAYERS.items():
         if only and name not in only:
+            continue
+        if name == "ours, kernels" and math.prod(case.shape) > _SMALL:
             continue
         layer = kind(epsilon=case.eps)
         layer.build(case.shape)
@@ -46,7 +55,7 @@ def make_variants(problem: Problem, only: tuple[str, ...] = ()) -> dict[str, Var
         layer.moving_variance.assign(problem.var)
         step = make_step(layer, x, dys[name], mask, case.inference)
         results = ("y",) if case.inference else ("y", "dx")
-        found[name] = Variant(step, results, name == "ours")
+        found[name] = Variant(step, results, name != "keras")
     if not only or "copy" in only:
         found["copy"] = make_copy(problem)
     return found

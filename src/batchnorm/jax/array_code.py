@@ -26,8 +26,11 @@ from batchnorm.jax.operands import Operands, Static
 from batchnorm.kernels.kept import STATISTICS
 
 
-def step(operands: Operands, static: Static) -> tuple[Array, Array, Array]:
-    """y, rows of statistics as in `STATISTICS`, count of each group."""
+def step(operands: Operands, static: Static) -> tuple[Array, ...]:
+    """y, rows of statistics as in `STATISTICS`, count of each group.
+
+    If the step moves them, the running mean and variance after it too.
+    """
     layout = static.layout
     if not static.batch:
         y = _forward_running(operands, static)
@@ -40,8 +43,8 @@ def step(operands: Operands, static: Static) -> tuple[Array, Array, Array]:
     affine = outcome.affine
     rows = _rows(
         static,
-        mean=jnp.where(real, centred.anchor, running.mean),
-        low=jnp.where(real, centred.shift, 0.0),
+        mean=jnp.where(real, centred.mean, running.mean),
+        low=jnp.where(real, centred.low, 0.0),
         var=centred.var,
         rstd=jnp.where(real, rstd, rstd_of_running(running.var, eps=static.eps, xp=XP)),
         affine=affine._replace(
@@ -53,7 +56,11 @@ def step(operands: Operands, static: Static) -> tuple[Array, Array, Array]:
     # The kernels' masks do not vary along channels: all of a group's counts are alike.
     counts = jnp.reshape(centred.count, (*groups, -1))
     count = counts[:, 0] if counts.shape[1] else jnp.zeros(groups, counts.dtype)
-    return outcome.y.astype(operands.x.dtype), rows, count
+    moved: tuple[Array, ...] = ()
+    if static.update:
+        assert outcome.running is not None
+        moved = tuple(jax.lax.stop_gradient(a) for a in outcome.running[:2])
+    return outcome.y.astype(operands.x.dtype), rows, count, *moved
 
 
 def gradients(
@@ -126,8 +133,10 @@ def moment_gradient(operands: Operands, static: Static, dmean: Array, dvar: Arra
 
 def _forward(operands: Operands, static: Static) -> Outcome:
     running = _running(operands, static)
-    options = static.options(operands.limits)
-    return forward_batch(operands.inputs(), running, static.layout, options, update=False, xp=XP)
+    options = static.options(operands.limits, operands.decay)
+    return forward_batch(
+        operands.inputs(), running, static.layout, options, update=static.update, xp=XP
+    )
 
 
 def _forward_running(operands: Operands, static: Static) -> Array:

@@ -93,12 +93,15 @@ def step(*arrays: Array, static: Static) -> Sequence[Array]:
     work = working_type(x)
     groups = 1 if layout.groups is None else layout.groups
     rows = (len(STATISTICS), *layout.moments)
-    return jax.ffi.ffi_call(
+    moved = jax.ShapeDtypeStruct(layout.channels if static.update else (0,), work)
+    found = jax.ffi.ffi_call(
         "batchnorm_forward",
         (
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct(rows, work),
             jax.ShapeDtypeStruct((groups,), work),
+            moved,
+            moved,
         ),
     )(
         x,
@@ -107,8 +110,10 @@ def step(*arrays: Array, static: Static) -> Sequence[Array]:
         eps=np.float64(static.eps),
         batch=np.bool_(static.batch),
         renorm=np.bool_(static.renorm),
+        update=np.bool_(static.update),
         zero_padding=np.bool_(static.options(None).zero_padding),
     )
+    return found if static.update else found[:3]
 
 
 def gradient(*arrays: Array, static: Static, wanted: tuple[bool, ...]) -> list[Array]:

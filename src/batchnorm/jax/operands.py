@@ -17,7 +17,8 @@ class Operands(NamedTuple):
     """Arrays of a step, each but x may be None; per-channel ones in the working type.
 
     The running statistics serve empty channels (S6) or, if the call is not by batch statistics,
-    all of them. `limits` are renormalization's rmin, rmax and dmax (S11).
+    all of them. `limits` are renormalization's rmin, rmax and dmax (S11). `decay` is the weight of
+    the old running statistics, where a step moves them (S9).
     """
 
     x: Array
@@ -29,6 +30,7 @@ class Operands(NamedTuple):
     renorm_mean: Array | None = None
     renorm_stddev: Array | None = None
     limits: Array | None = None
+    decay: Array | None = None
 
     def inputs(self, s: Array | None = None, t: Array | None = None) -> Inputs:
         """The arrays as the core takes them; s and t are the adjustment's (S13)."""
@@ -48,6 +50,7 @@ class Static(NamedTuple):
         padded_output: as in Options.
         demanded: fused=True, so that a device without kernels is an error.
         owner: the layer or function, for errors and explanations.
+        update: move the running mean and variance by the operands' decay.
         present: for each of the operands, True if there is one; `run_step` fills it in.
     """
 
@@ -58,12 +61,13 @@ class Static(NamedTuple):
     padded_output: str
     demanded: bool
     owner: str
+    update: bool = False
     present: tuple[bool, ...] = ()
 
-    def options(self, limits: Array | None) -> Options:
-        """The options that a step depends on; `limits` as in Operands."""
+    def options(self, limits: Array | None, decay: Any = None) -> Options:
+        """The options that a step depends on; `limits` and `decay` as in Operands."""
         renorm = None if limits is None else Renorm(rmin=limits[0], rmax=limits[1], dmax=limits[2])
-        return Options(eps=self.eps, renorm=renorm, padded_output=self.padded_output)
+        return Options(eps=self.eps, decay=decay, renorm=renorm, padded_output=self.padded_output)
 
     def operands(self, arrays: Sequence[Any]) -> Operands:
         """The arrays a primitive was bound to, by name."""

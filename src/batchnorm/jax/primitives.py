@@ -30,11 +30,16 @@ DIFFERENTIABLE = ("x", "gamma", "beta")
 
 
 class Stepped(NamedTuple):
-    """Results of a step: y; rows of statistics as in `STATISTICS`; each group's count."""
+    """Results of a step: y; rows of statistics as in `STATISTICS`; each group's count.
+
+    If it moves them, the running mean and variance after it too.
+    """
 
     y: Array
     statistics: Array
     counts: Array
+    mean: Array | None = None
+    var: Array | None = None
 
 
 def run_step(operands: Operands, static: Static) -> Stepped:
@@ -83,10 +88,12 @@ def _aval(like: Any, shape: Sequence[int], dtype: Any) -> Any:
 def _step_avals(x: Any, *_: Any, static: Static) -> tuple[Any, ...]:
     layout, work = static.layout, working_type(x)
     rows = (len(STATISTICS), *layout.moments)
+    moved = [_aval(x, layout.channels, work)] * (2 if static.update else 0)
     return (
         x.update(weak_type=False),
         _aval(x, rows, work),
         _aval(x, (1 if layout.groups is None else layout.groups,), work),
+        *moved,
     )
 
 
@@ -145,14 +152,15 @@ def _moves(tangent: Any) -> bool:
 
 
 def _step_jvp(primals: Sequence[Array], tangents: Sequence[Any], *, static: Static) -> Any:
-    y, statistics, count = step_p.bind(*primals, static=static)
+    y, statistics, count, *moved = step_p.bind(*primals, static=static)
     moving = static.operands(tangents)._asdict()
     names = tuple(n for n in DIFFERENTIABLE if _moves(moving[n]))
     given = _alike([*(moving[n] for n in names), statistics, count, *primals])
     dy, dmean, dvar = tangent_p.bind(*given, static=static, names=names)
     rows = [jnp.zeros_like(dmean) for _ in STATISTICS]
     rows[STATISTICS["mean"]], rows[STATISTICS["var"]] = dmean, dvar
-    return (y, statistics, count), (dy, jnp.stack(rows), jnp.zeros_like(count))
+    constant = (jnp.zeros_like(a) for a in (count, *moved))
+    return (y, statistics, count, *moved), (dy, jnp.stack(rows), *constant)
 
 
 def _tangent_transpose(

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from batchnorm.core.config import Renorm
+from batchnorm.core.config import Options, Renorm
 from batchnorm.core.declaration import refuse_options
 from batchnorm.core.forward import forward_batch, forward_running
-from batchnorm.core.moments import centred_from
+from batchnorm.core.layout import count_values
 from batchnorm.core.running import Running
 from batchnorm.jax import custom_calls
 from batchnorm.jax.call import Call
@@ -21,7 +21,7 @@ from batchnorm.jax.moments import APART, Moments
 from batchnorm.jax.namespace import XP
 from batchnorm.jax.operands import Operands, Static
 from batchnorm.jax.options import OPTIONS
-from batchnorm.jax.primitives import run_step
+from batchnorm.jax.primitives import Stepped, run_step
 from batchnorm.jax.running import arrays_in, constant_in, move_statistics, stored_like
 from batchnorm.kernels import explanation
 from batchnorm.kernels.kept import STATISTICS
@@ -87,23 +87,49 @@ def _refuse_kernels(call: Call) -> str | None:
 
 
 def _train_by_kernels(call: Call) -> Step:
-    layout, options, running = call.layout, call.options, call.arrays.running
+    options, after = call.options, call.arrays.running
     operands = _for_kernels(call)
     if options.renorm is None:
         operands = operands._replace(renorm_mean=None, renorm_stddev=None)
     else:
         operands = operands._replace(limits=_limits(options.renorm, call.working_type))
-    y, rows, counts = run_step(operands, _static(call))
-    high, low, var = (rows[STATISTICS[name]] for name in ("mean", "low", "var"))
+    before = after if call.update else None
+    inside = before is not None and _moves_inside(options, before)
+    if inside:
+        decay = jnp.asarray(options.decay).astype(call.working_type)
+        operands = operands._replace(decay=jax.lax.stop_gradient(decay))
+    found = run_step(operands, _static(call)._replace(update=inside))
+    moments = _moments_of(call, found)
+    if inside and before is not None:
+        after = stored_like(before, before._replace(mean=found.mean, var=found.var))
+    elif before is not None:
+        after = move_statistics(before, moments, options)
+    return Step(call.returned(found.y), moments, after)
+
+
+def _moves_inside(options: Options, running: Running) -> bool:
+    """True if the running statistics are mean and variance, and nothing counts the steps.
+
+    The kernel then moves them in the call that normalizes. Two programs of XLA's less: where it has
+    a thousand operations of its own, it hands the whole program to another thread, which takes
+    longer than a small step.
+    """
+    return options.renorm is None and running.batches is None
+
+
+def _moments_of(call: Call, found: Stepped) -> Moments:
+    layout = call.layout
+    high, low, var = (found.statistics[STATISTICS[name]] for name in ("mean", "low", "var"))
     groups = () if layout.groups is None else (layout.groups,)
-    counts = counts.reshape((*groups, *(1,) * len(layout.channels)))
-    # Empty groups were normalized by other statistics, which are not their moments (S6).
-    high, low = (jnp.where(counts > 0, a, 0.0) for a in (high, low))
-    centred = centred_from(jnp.broadcast_to(counts, layout.moments), high, low, var, XP)
-    moments = Moments.of(centred, _kind(call), layout.moments)
-    if call.update and running is not None:
-        running = move_statistics(running, moments, options)
-    return Step(call.returned(y), moments, running)
+    rows = count_values(layout)
+    if call.operands.mask is None and rows > 0:
+        counts = jnp.full(layout.moments, rows, call.working_type)  # a constant to the compiler
+    else:
+        counts = found.counts.reshape((*groups, *(1,) * len(layout.channels)))
+        # Empty groups were normalized by other statistics, which are not their moments (S6).
+        high, low = (jnp.where(counts > 0, a, 0.0) for a in (high, low))
+        counts = jnp.broadcast_to(counts, layout.moments)
+    return Moments(counts, high, var, jax.lax.stop_gradient(low), _kind(call))
 
 
 def _evaluate_by_kernels(call: Call) -> Array:

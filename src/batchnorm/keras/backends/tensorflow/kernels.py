@@ -1,8 +1,9 @@
 """The compiled kernels as TensorFlow operations.
 
 They run in Python functions that the graph calls, on the memory of its tensors: a custom
-operation would tie this library to one version of TensorFlow. XLA cannot call Python, nor can a
-saved model, so that graphs for those take array code; evaluation always does.
+operation would tie this library to one version of TensorFlow. Eager code calls the functions
+itself. XLA cannot call Python, nor can a saved model, so that graphs for those take array code;
+evaluation always does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from batchnorm.core.running import Running
@@ -22,6 +24,8 @@ from batchnorm.keras.backends.tensorflow.passes import Passes
 from batchnorm.keras.backends.tensorflow.step import Step
 from batchnorm.keras.call import Call
 from batchnorm.kernels.select import select_kernel
+
+_SMALL = 1 << 15  # of elements, measured: with a mask and without, and with all options
 
 
 def refuse_kernel(call: Call, rank: int | None) -> str | None:
@@ -38,10 +42,18 @@ def refuse(step: Step) -> str | None:
         return "XLA cannot call it (jit_compile=True)"
     if accelerator := find_accelerator():
         return f"there is none for device {accelerator}"
+    if not step.call.fused and _is_small(step.x):
+        return f"a graph runs array code faster on up to {_SMALL} elements than it calls Python"
     choice = select_kernel(
         "cpu", step.x.dtype.name, adjusted=False, per_channel_mask=step.masks_channels
     )
     return None if choice.kernel else choice.reason
+
+
+def _is_small(x: tf.Tensor) -> bool:
+    """True for an x of a graph that is known to be small."""
+    size = x.shape.num_elements()
+    return not tf.executing_eagerly() and size is not None and size <= _SMALL
 
 
 def run(step: Step) -> tuple[tf.Tensor, Running]:
@@ -106,10 +118,10 @@ def _call(
     function: Callable[..., Any], arrays: Sequence[tf.Tensor], like: Sequence[tf.Tensor | None]
 ) -> list[tf.Tensor]:
     """A function of NumPy arrays; its results have types and shapes as `like`, None for float64."""
+    if tf.executing_eagerly():  # `tf.numpy_function` would copy whatever goes in and comes out
+        return [passes.make_tensor(a) for a in function(*map(np.asarray, arrays))]
     types = [tf.float64 if a is None else a.dtype for a in like]
     found = tf.numpy_function(function, arrays, types, stateful=False)
-    if tf.is_tensor(found):  # an eager call unpacks a list of one
-        found = [found]
     for one, a in zip(found, like, strict=True):
         if a is not None:
             one.set_shape(a.shape)
