@@ -18,7 +18,7 @@ BATCHNORM_INLINE void add_tiles(Index n, const double* anchor, double* first, do
         sum[i] = load_doubles(first + i * kDoubles);
         square[i] = load_doubles(second + i * kDoubles);
     }
-#pragma GCC unroll 1
+    BATCHNORM_NO_UNROLL
     for (Index r = 0; r < n; ++r) {
         const Tile x = line(r);
         for (int i = 0; i < kVectors; ++i) {

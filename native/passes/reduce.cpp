@@ -15,7 +15,7 @@ BATCHNORM_INLINE void add_tiles(Index n, const double* mean, const double* low, 
         sum[i] = load_doubles(first + i * kDoubles);
         product[i] = load_doubles(second + i * kDoubles);
     }
-#pragma GCC unroll 1
+    BATCHNORM_NO_UNROLL
     for (Index r = 0; r < n; ++r) {
         const Tile gr = g(r), xr = x(r);
         for (int i = 0; i < kVectors; ++i) {

@@ -205,7 +205,7 @@ struct Selection {
         for (Index p = 0; p < n; ++p) every &= keep[p], some |= keep[p];
         all = every != 0, none = some == 0;
         if (all || none) return;
-        for (Index p = 0; p < n; ++p) bits[p] = keep[p] ? ~Bits(0) : Bits(0);
+        for (Index p = 0; p < n; ++p) bits[p] = keep[p] ? static_cast<Bits>(~Bits(0)) : Bits(0);
     }
 
     // Copies `in` at real positions and `other` elsewhere, from position `first` of the piece on;
