@@ -48,7 +48,9 @@ def check(wheel: zipfile.ZipFile, sdist: tarfile.TarFile) -> list[str]:
         for name in members
         if name.endswith((".so", ".pyd", ".dylib"))
     ]
-    wrong += [f"the wheel lacks {field}" for field in ("Author", "Project-URL") if not metadata[field]]
+    wrong += [
+        f"the wheel lacks {field}" for field in ("Author", "Project-URL") if not metadata[field]
+    ]
     return wrong
 
 
