@@ -22,7 +22,7 @@ def describe_absence(error: ImportError) -> str:
 
 
 def describe_remedy() -> str:
-    """What to do, with the command that installs from where this installation came from."""
+    """The remedy: the command that installs from where this installation came from."""
     unset = "unset BATCHNORM_WITHOUT_KERNELS, " if _BUILD in _record("WHEEL") else ""
     command = f"{_AGAIN} {_source(json.loads(_record('direct_url.json') or '{}'))}"
     return f"Install a C++17 compiler, {unset}and run `{command}`."
@@ -36,7 +36,7 @@ def _record(name: str) -> str:
 
 
 def _source(came_from: dict[str, Any]) -> str:
-    """What pip installed; see https://packaging.python.org/specifications/direct-url."""
+    """The argument that pip was given; see https://packaging.python.org/specifications/direct-url."""
     url = came_from.get("url", "")
     if "vcs_info" in came_from:
         return shlex.quote(f"git+{url}@{came_from['vcs_info']['commit_id']}")

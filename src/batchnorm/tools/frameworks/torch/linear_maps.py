@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +70,6 @@ def kind_of(module: Any) -> LinearMap:
     return kind
 
 
-@cache
 def _find_kind(kind: type) -> LinearMap | None:
     base = next((base for base in kind.__mro__ if base in _MAPS), None)
     if base is None or any(hasattr(kind, name) for name in ("weight", "bias")):  # computed ones
