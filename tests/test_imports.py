@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import numpy
 import pytest
 
 import batchnorm
+from batchnorm import environment
 
 ROOT = Path(batchnorm.__file__).parent
 FRAMEWORKS = ("torch", "jax", "flax", "keras", "tensorflow")
@@ -72,6 +77,35 @@ def test_torch_front_end_imports_no_other_framework() -> None:
     loaded = loaded_after("import batchnorm.torch")
     assert "torch" in loaded
     assert not loaded & {"jax", "flax", "keras", "tensorflow", "rich", "typer", "matplotlib"}
+
+
+def test_torch_front_end_takes_few_imports_beside_torch() -> None:
+    """Counted, since times depend on what else runs: half a millisecond each, 50 ms in all."""
+    own = loaded_after("import batchnorm.torch") - loaded_after("import numpy, torch")
+    library = {name for name in own if name.split(".")[0] == "batchnorm"}
+    others = {name.split(".")[0] for name in own - library}
+    assert others <= sys.stdlib_module_names
+    assert len(others) <= 5
+    assert len(library) <= 90
+
+
+def test_help_of_the_command_line_imports_neither_tools_nor_numpy() -> None:
+    """In imports again: with the 300 that typer and rich need it takes 200 ms at most."""
+    code = (
+        "import sys; sys.argv = ['batchnorm', '--help']; from batchnorm.cli import main\n"
+        "try: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.split())
+    own = {name for name in loaded if name.startswith("batchnorm.")}
+    others = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
+    assert "inspect" in done.stdout
+    assert {".".join(name.split(".")[:2]) for name in own} == {
+        "batchnorm.cli",
+        "batchnorm.commands",
+    }
+    assert not others & {"numpy", "matplotlib", "sklearn", *FRAMEWORKS}
+    assert len(loaded) <= 450
 
 
 def test_jax_front_end_imports_flax_for_its_layer_only() -> None:
@@ -145,9 +179,38 @@ def test_missing_framework_says_which_extra_to_install(missing: str, statement: 
     assert f"pip install 'batchnorm[{extra}]'" in done.stderr
 
 
-def test_show_config_reports_versions_and_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_config_reports_versions_and_kernels_in_two_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     batchnorm.show_config()
-    shown = capsys.readouterr().out
-    assert f"batchnorm   {batchnorm.__version__}" in shown
-    assert "kernels     compiled, " in shown
-    assert "on GPUs     " in shown
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines}
+    assert rows["batchnorm"].endswith(f"  {batchnorm.__version__}")
+    assert "  compiled, " in rows["kernels"]
+    assert {"python", "torch", "tensorflow", "outputs", "on"} <= rows.keys()
+    (column,) = {re.search(r"  +", line).end() for line in lines}  # type: ignore[union-attr]
+    assert all(line[column] != " " for line in lines)
+
+
+def test_config_is_data() -> None:
+    found = json.loads(json.dumps(environment.find_config()))
+    assert found["packages"]["numpy"] == numpy.__version__
+    assert found["kernels"]["name"] == "cpu"
+    assert found["gpu_kernels"].keys() == {"name", "reason"}
+
+
+@pytest.mark.parametrize("package", ["tensorflow", "tensorflow-intel", "tf-nightly", "of-a-vendor"])
+def test_tensorflow_is_found_under_the_name_of_any_package(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name != package:
+            raise PackageNotFoundError(name)
+        return "9.8"
+
+    monkeypatch.setattr(environment, "version", version)
+    monkeypatch.setattr(environment, "find_spec", lambda name: object())
+    monkeypatch.setattr(environment, "packages_distributions", lambda: {"tensorflow": [package]})
+    expected = "9.8" if package == "tensorflow" else f"9.8 ({package})"
+    assert environment.find_version("tensorflow") == expected
+    assert environment.find_version("jax") is None

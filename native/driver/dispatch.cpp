@@ -2,7 +2,13 @@
 #include <atomic>
 #include <cstring>
 
+#include "features.hpp"
 #include "passes/passes.hpp"
+
+// A build for two processors at once, as macOS has them, asks here again.
+#if defined(BATCHNORM_X86) && !defined(__x86_64__)
+#undef BATCHNORM_X86
+#endif
 
 namespace batchnorm {
 namespace {
@@ -17,15 +23,9 @@ const Instructions* const kBuilt[] = {
 
 bool runs_here([[maybe_unused]] const Instructions* instructions) {
 #if defined(BATCHNORM_X86)
-    __builtin_cpu_init();
-    if (instructions == &avx2::instructions) {
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-               __builtin_cpu_supports("fma");
-    }
-    if (instructions == &avx512::instructions) {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    }
+    const Features features;
+    if (instructions == &avx2::instructions) return features.avx2;
+    if (instructions == &avx512::instructions) return features.avx512;
 #endif
     return true;
 }

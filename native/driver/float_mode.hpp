@@ -1,6 +1,8 @@
 // A thread's mode of rounding and of treating subnormal numbers.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__SSE__)
 #include <xmmintrin.h>
 #endif
@@ -13,8 +15,8 @@ constexpr FloatMode kFlush = 0x8040;  // results to zero, operands as zero
 inline FloatMode float_mode() { return _mm_getcsr(); }
 inline void set_float_mode(FloatMode mode) { _mm_setcsr(mode); }
 #elif defined(__aarch64__)
-using FloatMode = unsigned long;
-constexpr FloatMode kFlush = 1ul << 24 | 1ul << 19 | 1ul;  // FZ, FZ16, FIZ
+using FloatMode = std::uint64_t;
+constexpr FloatMode kFlush = 1u << 24 | 1u << 19 | 1u;  // FZ, FZ16, FIZ
 inline FloatMode float_mode() {
     FloatMode mode;
     __asm__ volatile("mrs %0, fpcr" : "=r"(mode));

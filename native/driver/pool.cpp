@@ -1,6 +1,8 @@
 #include "pool.hpp"
 
+#if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -194,10 +196,12 @@ void run_lent(Job& job, const Scheduler& scheduler) {
 std::atomic<Pool*> the_pool{nullptr};
 std::atomic<bool> forked{false};  // another library's team does not survive a fork
 
+#if defined(__unix__) || defined(__APPLE__)
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
     the_pool.store(nullptr, std::memory_order_relaxed);
     forked.store(true, std::memory_order_relaxed);
 });
+#endif
 
 Pool& pool() {
     Pool* found = the_pool.load(std::memory_order_acquire);

@@ -14,7 +14,7 @@ BATCHNORM_INLINE void add_tiles(Index n, const double* mean, const double* low, 
     Doubles a[kVectors];
     for (int i = 0; i < kVectors; ++i) a[i] = load_doubles(mean + i * kDoubles);
     TileSums sums(first, second);
-#pragma GCC unroll 1
+    BATCHNORM_NO_UNROLL
     for (Index r = 0; r < n; ++r) {
         const Tile gr = g(r), xr = x(r);
         for (int i = 0; i < kVectors; ++i) {

@@ -16,7 +16,7 @@ BATCHNORM_INLINE void add_tiles(Index n, const double* anchor, double* first, do
     Doubles a[kVectors];
     for (int i = 0; i < kVectors; ++i) a[i] = load_doubles(anchor + i * kDoubles);
     TileSums sums(first, second);
-#pragma GCC unroll 1
+    BATCHNORM_NO_UNROLL
     for (Index r = 0; r < n; ++r) {
         const Tile x = line(r);
         for (int i = 0; i < kVectors; ++i) {

@@ -239,7 +239,7 @@ template <class Term>
 BATCHNORM_INLINE void add_narrow(Index n, double* first, double* second, const Term& term) {
     TileSums sums(first, second);
     Index r = 0;
-#pragma GCC unroll 1
+    BATCHNORM_NO_UNROLL
     for (; r + kGroup <= n; r += kGroup) add_group<kGroup>(sums, term, r);
     if ((n & 4) != 0) add_group<4>(sums, term, r), r += 4;
     if ((n & 2) != 0) add_group<2>(sums, term, r), r += 2;

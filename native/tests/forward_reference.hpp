@@ -139,10 +139,10 @@ class ForwardReference {
     }
 
     // The mean is carried in two numbers of the arithmetic; sums of gradients take it in double.
-    Real mean_rounding(Real mean) const {
+    Real mean_rounding(Real around) const {
         const Real least = 2 * smallest(Type::f64);
-        if (p.type == Type::f64) return std::ldexp(std::fabs(mean), -62) + least;
-        return (2 * unit * unit + half_ulp(Type::f64)) * std::fabs(mean) + least;
+        if (p.type == Type::f64) return std::ldexp(std::fabs(around), -62) + least;
+        return (2 * unit * unit + half_ulp(Type::f64)) * std::fabs(around) + least;
     }
 
     void find_averages() {

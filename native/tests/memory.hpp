@@ -14,11 +14,9 @@
 
 #include "batchnorm.hpp"
 
-extern "C" {
 // Defined only under the address sanitizer.
-__attribute__((weak)) void __asan_poison_memory_region(void const volatile*, std::size_t);
-__attribute__((weak)) void __asan_unpoison_memory_region(void const volatile*, std::size_t);
-}
+BATCHNORM_OPTIONAL(void, __asan_poison_memory_region, void const volatile*, std::size_t);
+BATCHNORM_OPTIONAL(void, __asan_unpoison_memory_region, void const volatile*, std::size_t);
 
 namespace batchnorm::tests {
 

@@ -42,7 +42,7 @@ class ThreadMode {
 // A case's inputs in memory, used by any number of runs.
 class Inputs {
   public:
-    explicit Inputs(const Case& c) : c(c), random_(c.seed ^ 0x5bd1e995u) {
+    explicit Inputs(const Case& drawn) : c(drawn), random_(drawn.seed ^ 0x5bd1e995u) {
         const Problem& p = c.problem;
         x = place(&p.x), dy = place(&p.dy);
         if (!p.residual.empty()) residual = place(&p.residual);

@@ -11,11 +11,9 @@
 #include "compare.hpp"
 #include "lending.hpp"
 
-extern "C" {
 // Defined only under some sanitizer, and under the thread sanitizer.
-__attribute__((weak)) void __sanitizer_set_death_callback(void (*)());
-__attribute__((weak)) void __tsan_init();
-}
+BATCHNORM_OPTIONAL(void, __sanitizer_set_death_callback, void (*)());
+BATCHNORM_OPTIONAL(void, __tsan_init, );
 
 namespace batchnorm::tests {
 

@@ -107,7 +107,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "bench --shape 32,256,56,56 --masked 0.3",
         "bench --framework jax --shape 262144,64 --json",
     ),
-    info: ("info",),
+    info: ("info", "info --json"),
 }
 
 

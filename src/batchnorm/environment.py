@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+from typing import Any
 
-__all__ = ["__version__", "show_config"]
+__all__ = ["__version__", "find_config", "find_version", "show_config"]
 
-_PACKAGES = ("batchnorm", "numpy", "torch", "jax", "flax", "keras", "tensorflow", "tensorflow-cpu")
+_PACKAGES = ("batchnorm", "numpy", "torch", "jax", "flax", "keras", "tensorflow")
+# The packages that bring tensorflow, the usual ones.
+_TENSORFLOW = (
+    *("tensorflow", "tensorflow-cpu", "tensorflow-intel", "tensorflow-macos"),
+    *("tensorflow-rocm", "tensorflow-cpu-aws", "intel-tensorflow", "tf-nightly", "tf-nightly-cpu"),
+)
 
 try:
     __version__ = version("batchnorm")
@@ -15,21 +22,61 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 
-def show_config() -> None:
-    """Print versions and the kernels in use; imports no framework."""
+def find_version(name: str) -> str | None:
+    """The installed version of a package; None if it is not installed.
+
+    "tensorflow" is found under each name that it is distributed by, which then stands behind the
+    version: "2.21.0 (tensorflow-cpu)".
+    """
+    for package in _TENSORFLOW if name == "tensorflow" else (name,):
+        try:
+            return _describe(name, package)
+        except PackageNotFoundError:
+            continue
+    if name == "tensorflow" and find_spec(name) is not None:
+        packages = packages_distributions().get(name)  # reads every installed package's files
+        return _describe(name, packages[0]) if packages else "of unknown version"
+    return None
+
+
+def _describe(name: str, package: str) -> str:
+    return version(package) if package == name else f"{version(package)} ({package})"
+
+
+def find_config() -> dict[str, Any]:
+    """The versions and kernels as data; imports no framework.
+
+    Returns:
+        `{"python", "machine", "system", "packages", "kernels", "gpu_kernels", "outputs"}`.
+        "packages" has a version or None by name. The kernels have "name", or None where array code
+        replaces them, and "reason". "outputs" says how much memory is kept for outputs.
+    """
     from batchnorm.kernels.select import extension_status, triton_status
     from batchnorm.memory import describe_memory
 
-    print(f"python      {platform.python_version()} ({platform.machine()}, {platform.system()})")
-    for name in _PACKAGES:
-        try:
-            print(f"{name:<11} {version(name)}")
-        except PackageNotFoundError:
-            if name != "tensorflow-cpu":
-                print(f"{name:<11} not installed")
-    status = extension_status()
-    kernels = status.reason if status.kernel else f"plain array code: {status.reason}"
-    print(f"kernels     {kernels}")
-    print(f"outputs     {describe_memory()}")
-    gpu = triton_status()
-    print(f"on GPUs     {gpu.reason if gpu.kernel else f'plain array code: {gpu.reason}'}")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "packages": {name: find_version(name) for name in _PACKAGES},
+        "kernels": _name_and_reason(*extension_status()),
+        "gpu_kernels": _name_and_reason(*triton_status()),
+        "outputs": describe_memory(),
+    }
+
+
+def _name_and_reason(name: str | None, reason: str) -> dict[str, str | None]:
+    return {"name": name, "reason": reason}
+
+
+def show_config() -> None:
+    """Print versions and the kernels in use, aligned; imports no framework."""
+    found = find_config()
+    rows = {"python": f"{found['python']} ({found['machine']}, {found['system']})"}
+    rows |= {name: number or "not installed" for name, number in found["packages"].items()}
+    for label, kernels in (("kernels", found["kernels"]), ("on GPUs", found["gpu_kernels"])):
+        replaced = "" if kernels["name"] else "plain array code: "
+        rows[label] = f"{replaced}{kernels['reason']}"
+    rows["outputs"] = found["outputs"]
+    width = max(map(len, rows))
+    print("\n".join(f"{label:<{width}}  {text}" for label, text in rows.items()))

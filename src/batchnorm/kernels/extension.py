@@ -29,8 +29,10 @@ try:
     from batchnorm.kernels import _cpu
     from batchnorm.kernels._cpu import State
 except ImportError as error:
+    from batchnorm.kernels.absence import describe_absence
+
     _cpu = None  # type: ignore[assignment]
-    _reason = f"the compiled extension is missing ({error})"
+    _reason = describe_absence(error)
 
 
 def missing_reason() -> str | None:
@@ -41,10 +43,11 @@ def missing_reason() -> str | None:
 def warn_if_missing() -> None:
     """Warn, when a front end is imported, that its layers will be slow."""
     if _cpu is None:
+        from batchnorm.kernels.absence import describe_remedy
+
         warnings.warn(
             f"batchnorm: {_reason}; layers use plain array code, which is several times slower. "
-            "Install a C++17 compiler and run `pip install --force-reinstall batchnorm`; "
-            "batchnorm.show_config() says what is in use.",
+            f"{describe_remedy()} batchnorm.show_config() says what is in use.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm.tools import fold
 from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d
@@ -194,6 +194,54 @@ def test_a_subclass_is_folded_by_what_it_computes() -> None:
     assert into == {"1": "0"}
     assert not kept
     assert not norms_in(new)
+
+
+class Named(nn.Conv3d):
+    """A subclass that only fixes arguments, as in torchvision's video models."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, bias=False)
+
+
+class Residual(nn.Module):
+    """A block that adds its input in place."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = Named(channels), nn.BatchNorm3d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        y += x
+        return y.relu_()
+
+
+def test_a_subclass_without_a_forward_pass_of_its_own_is_a_linear_map() -> None:
+    model = trained(nn.Sequential(Residual(3), Residual(3)))
+    new, into, kept = folded_by(model, torch.randn(2, 3, 4, 5, 6))
+    assert into == {"0.norm": "0.conv", "1.norm": "1.conv"}
+    assert not kept
+    assert not norms_in(new)
+
+
+class Doubling(nn.Conv2d):
+    """A subclass that computes something else in a method of its base."""
+
+    def _conv_forward(self, *args: Any) -> Tensor:
+        return 2 * super()._conv_forward(*args)
+
+
+def test_a_subclass_that_computes_something_else_stays() -> None:
+    _, into, kept = folded_by(trained(nn.Sequential(Doubling(3, 3, 1), nn.BatchNorm2d(3))))
+    assert not into
+    assert set(kept) == {"1"}
+
+
+@pytest.mark.parametrize("example", [torch.zeros(0, 3, 4, 4), torch.full((2, 3, 4, 4), torch.nan)])
+def test_outputs_without_a_number_check_nothing(example: Tensor) -> None:
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    with pytest.raises(ValueError, match=r"hold finite numbers.*\(., 4, 4, 4\) without any"):
+        fold(model, example)
 
 
 def test_parameters_that_others_hold_stay() -> None:

@@ -48,7 +48,8 @@ def fold(
     Raises:
         TypeError: not a model, or a Keras model of a class of its own.
         ValueError: a torch model in training mode; no example where one is needed; pairs that are
-            not a linear map and a batch norm; outputs that differ by more than the tolerance.
+            not a linear map and a batch norm; outputs that differ by more than the tolerance, or
+            hold no finite number.
 
     Source: S19. Linear, Dense and convolutions (separable, depthwise, grouped, transposed) take the
     batch norm behind them, or the one in front of them where no zero padding meets its offset.

@@ -59,7 +59,7 @@ def check_same(new: FoldedModel, tolerance: float | None) -> FoldReport:
         tolerance: largest relative difference allowed; None derives it.
 
     Raises:
-        ValueError: they differ by more.
+        ValueError: they differ by more, or hold no finite number that could differ.
 
     A folded layer rounds in another order: weights once, products by them, and sums. The error of
     a sum of n products is a few times sqrt(n) units in the last place of its terms, and layers
@@ -67,6 +67,13 @@ def check_same(new: FoldedModel, tolerance: float | None) -> FoldReport:
     """
     allowed = _allowed(new.precision, new.depth, tolerance)
     found = _difference(new.before, new.after)
+    if not any(np.isfinite(np.asarray(a, np.float64)).any() for a in new.before):
+        shapes = ", ".join(str(tuple(a.shape)) for a in new.before) or "none"
+        raise ValueError(
+            "fold: the model's outputs on the example must hold finite numbers, by which the "
+            f"folded model is checked; got outputs of shape {shapes} without any. Pass an "
+            "example= on which the model returns some."
+        )
     if not found <= allowed:
         shown = _show(found)
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,11 @@ from batchnorm.torch.kernels.recycling import LEAST
 from batchnorm.torch.kernels.tensors import NAMES
 
 extension.warn_if_missing()
-_TEAM = extension.find_team(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+# torch's own library, whose threads the kernels share.
+_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
+_TEAM = extension.find_team(
+    Path(torch.__file__).parent / "lib" / _LIBRARY.get(sys.platform, "libtorch_cpu.so")
+)
 
 
 class Decision(NamedTuple):

@@ -30,10 +30,10 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
 
 
 class _Tracer(fx.Tracer):
-    """Takes linear maps and batch norms as one operation each, and looks into their subclasses."""
+    """Takes linear maps and batch norms as one operation each, and looks into other modules."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return maps.is_norm(m) or super().is_leaf_module(m, module_qualified_name)
+        return maps.is_map(m) or maps.is_norm(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module, given: Mapping[str, Any]) -> fx.Graph:

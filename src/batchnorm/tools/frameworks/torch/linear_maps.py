@@ -28,7 +28,6 @@ class LinearMap(NamedTuple):
     output: int
 
 
-# Exactly these types: a subclass may compute something else.
 _MAPS: dict[type, LinearMap] = {
     nn.Linear: LinearMap(0, 0),
     nn.Conv1d: LinearMap(1, 0),
@@ -38,6 +37,8 @@ _MAPS: dict[type, LinearMap] = {
     nn.ConvTranspose2d: LinearMap(2, 1),
     nn.ConvTranspose3d: LinearMap(3, 1),
 }
+# A subclass with one of these of its own may compute something else.
+_COMPUTING = ("forward", "_conv_forward", "_output_padding", "__call__", "__getattr__")
 # What modules of other classes call; arguments in the order of their signatures.
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")
@@ -59,12 +60,22 @@ _DO_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d
 
 def is_map(module: Any) -> bool:
     """True for a linear map that a batch norm can be folded into."""
-    return type(module) in _MAPS
+    return _find_kind(type(module)) is not None
 
 
 def kind_of(module: Any) -> LinearMap:
     """The axes of a module for which `is_map` is true."""
-    return _MAPS[type(module)]
+    kind = _find_kind(type(module))
+    assert kind is not None
+    return kind
+
+
+def _find_kind(kind: type) -> LinearMap | None:
+    base = next((base for base in kind.__mro__ if base in _MAPS), None)
+    if base is None or any(hasattr(kind, name) for name in ("weight", "bias")):  # computed ones
+        return None
+    same = (getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTING)
+    return _MAPS[base] if all(same) else None
 
 
 def bind_function(
@@ -133,12 +144,12 @@ def channel_axis(norm: Any, rank: int) -> int | None:
 
 def output_axis(module: Any, rank: int) -> int:
     """The axis of a linear map's input and output that holds channels."""
-    return rank - 1 - _MAPS[type(module)].spatial
+    return rank - 1 - kind_of(module).spatial
 
 
 def spatial_axes(module: Any) -> int:
     """Axes behind the channels of a linear map's input."""
-    return _MAPS[type(module)].spatial
+    return kind_of(module).spatial
 
 
 def state_of(norm: nn.Module) -> Any:
@@ -151,7 +162,7 @@ def refuse_padding(module: Any, affine: Affine) -> str | None:
     if isinstance(module, nn.Linear):
         return None
     padding = module.padding if module.padding_mode == "zeros" else 0  # else of x itself
-    return refuse_zeros(_MAPS[type(module)], padding, module.kernel_size, affine)
+    return refuse_zeros(kind_of(module), padding, module.kernel_size, affine)
 
 
 def refuse_zeros(
@@ -180,7 +191,7 @@ def fold_previous(
         kind: of a module for which `is_map` is false.
         groups: of such a module.
     """
-    where = kind or _MAPS[type(module)]
+    where = kind or kind_of(module)
     groups = getattr(module, "groups", 1) if groups is None else groups
     weight, bias = _wide(module)
     _replace(module, into_previous(weight, bias, affine, axis=where.output, groups=groups or 1))
