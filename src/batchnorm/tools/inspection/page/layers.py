@@ -23,7 +23,7 @@ from batchnorm.tools.text import format_number, plural, printable
 
 __all__ = ["make_charts", "make_layers"]
 
-_WORST = 8  # channels in a layer's table
+_WORST = {"error": 6, "warning": 6, "ok": 3}  # channels in a layer's table
 
 
 class _Column(NamedTuple):
@@ -61,7 +61,8 @@ def make_charts(report: Findings) -> list[Markup]:
                 "figure",
                 {"class": "chart"},
                 element("figcaption", None, element("b", None, title), " ", about),
-                element("div", {"class": "scroll"}, picture),
+                element("p", {"class": "hint"}, _HINT),
+                element("div", {"class": "scroll", "tabindex": "0"}, picture),
                 element("p", {"class": "legend"}, legend) if not figures else Markup(),
             )
         )
@@ -78,6 +79,7 @@ _CHARTS = (
     ("std", "Running standard deviation", "The divisor of evaluation, but for eps."),
     ("gain", "Gain", "|gamma| / sqrt(var + eps): the factor of evaluation for a difference in x."),
 )
+_HINT = "Wider than the screen: scroll it sideways."
 _LEGEND = "Line: all channels. Bar: the middle half of them. Notch: their median."
 _RING = " Ring: the median if padding were counted."
 _FLOOR = {"drift": 1e-3, "std": 1e-12, "gain": 1e-12}
@@ -105,31 +107,68 @@ def _fit_chart(key: str, spreads: Sequence[Spread | None]) -> Scale:
 
 
 def make_layers(report: Findings) -> Markup:
-    """A row for each layer, which opens.
+    """A row for each layer, which opens; the worst ones first.
 
     Args:
         report: with at least one layer.
     """
     columns = list(_columns(report))
-    titles = [element("span", None, "Layer"), element("span", {"class": "number"}, "Channels")]
+    titles = [
+        element("span", {"class": "name"}, "Layer"),
+        element("span", {"class": "number"}, "Channels"),
+    ]
     for column in columns:
         span = f"{format_number(column.scale.low)} … {format_number(column.scale.high)}"
-        titles.append(element("span", None, column.title, element("small", None, span)))
-    titles.append(element("span", None, ""))
-    style = f"--columns: {len(columns)}"
-    rows = [_make_row(i, layer, columns, report) for i, layer in enumerate(report.layers)]
+        titles.append(
+            element("span", {"class": "spark"}, column.title, element("small", None, span))
+        )
+    titles.append(element("span", {"class": "pill"}, ""))
+    numbered = sorted(enumerate(report.layers), key=lambda pair: _SHOWN.index(pair[1].level))
+    rows = [_make_row(index, layer, columns, report) for index, layer in numbered]
+    counts = {level: sum(x.level == level for x in report.layers) for level in _SHOWN}
+    mixed = sum(count > 0 for count in counts.values()) > 1
+    order = "The worst layers come first. " if mixed else ""
     return element(
         "section",
-        {"style": style},
+        {"style": f"--columns: {len(columns)}"},
         element("h2", None, "Layers"),
         element(
             "p",
             {"class": "legend"},
-            "Histograms over channels, one scale for each column. Click a row for details.",
+            f"{order}Histograms over channels, one scale for each column. Click a row for details.",
         ),
+        _make_filter(counts) if mixed else Markup(),
         element("div", {"class": "row titles"}, *titles),
-        *rows,
+        element("div", {"class": "rows"}, *rows),
     )
+
+
+_SHOWN = ("error", "warning", "ok")  # in this order
+_FILTERS = {"error": "errors", "warning": "warnings", "ok": "ok"}
+
+
+def _make_filter(counts: dict[str, int]) -> Markup:
+    """Buttons that hide the rows of other levels; the style sheet does it, without a script."""
+    labels = {"all": ("all", sum(counts.values()))}
+    labels |= {k: (_FILTERS[k], n) for k, n in counts.items() if n}
+    buttons = [
+        element(
+            "label",
+            None,
+            element(
+                "input",
+                {
+                    "type": "radio",
+                    "name": "shown",
+                    "id": f"shown-{level}",
+                    "checked": "" if level == "all" else None,
+                },
+            ),
+            f" {text} {count:,}",
+        )
+        for level, (text, count) in labels.items()
+    ]
+    return element("fieldset", None, element("legend", None, "Show"), *buttons)
 
 
 _COLUMNS = (("std", "Running std"), ("gamma", "gamma"), ("drift", "Drift"))
@@ -158,18 +197,20 @@ def _make_row(index: int, layer: LayerReport, columns: list[_Column], report: Fi
     for column in columns:
         values = arrays.get(column.key)
         drawn = Markup() if values is None else draw_sparkline(values, column.scale, column.title)
-        cells.append(element("span", None, drawn))
+        cells.append(element("span", {"class": "spark"}, drawn))
     cells.append(element("span", {"class": f"pill {layer.level}"}, layer.level))
     summary = element("summary", {"class": "row"}, *cells)
     return element(
         "details",
-        {"class": f"layer {layer.level}", "id": f"layer-{index}"},
+        {"class": f"layer {layer.level}"},
         summary,
-        _make_body(layer, arrays, report.limits),
+        _make_body(index, layer, arrays, report.limits),
     )
 
 
-def _make_body(layer: LayerReport, arrays: dict[str, Any], limits: Thresholds) -> Markup:
+def _make_body(
+    index: int, layer: LayerReport, arrays: dict[str, Any], limits: Thresholds
+) -> Markup:
     parts = []
     if layer.findings:
         items = [
@@ -181,7 +222,8 @@ def _make_body(layer: LayerReport, arrays: dict[str, Any], limits: Thresholds) -
     parts.append(element("div", {"class": "histograms"}, *_make_histograms(arrays)))
     if layer.quantities.drift is not None:
         parts.append(_make_worst(layer, arrays))
-    return element("div", {"class": "body"}, *parts)
+    # The address is inside: a browser opens what holds the target of a link.
+    return element("div", {"class": "body", "id": f"layer-{index}"}, *parts)
 
 
 def _describe(layer: LayerReport, limits: Thresholds) -> str:
@@ -237,7 +279,8 @@ def _make_histograms(arrays: dict[str, Any]) -> list[Markup]:
 def _make_worst(layer: LayerReport, arrays: dict[str, Any]) -> Markup:
     """The channels that drift most."""
     distance = np.nan_to_num(arrays["drift"], nan=-1.0)
-    order = np.argsort(-distance, kind="stable")[:_WORST]
+    count = _WORST[layer.level]
+    order = np.argsort(-distance, kind="stable")[:count]
     padded = "drift_padded" in arrays
     titles = ["channel", "mean", "observed", "std", "observed", "drift"]
     titles += ["with padding"] if padded else []
@@ -254,5 +297,6 @@ def _make_worst(layer: LayerReport, arrays: dict[str, Any]) -> Markup:
         cells = [element("td", None, format_number(float(v))) for v in values]
         rows.append(element("tr", None, element("th", None, f"{channel}"), *cells))
     head = element("tr", None, *(element("th", None, title) for title in titles))
-    caption = "Channels that drift most" if layer.state.channels > _WORST else "Channels"
-    return element("table", None, element("caption", None, caption), head, join(*rows))
+    caption = "Channels that drift most" if layer.state.channels > count else "Channels"
+    table = element("table", None, element("caption", None, caption), head, join(*rows))
+    return join(element("p", {"class": "hint"}, _HINT), element("div", {"class": "scroll"}, table))
