@@ -1,27 +1,20 @@
-"""The report's charts over all layers, and its list of layers."""
+"""The report's list of layers, and the details of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from batchnorm.tools.inspection.page.charts import (
-    Line,
-    Spread,
-    draw_histogram,
-    draw_layers,
-    draw_sparkline,
-    spread,
-)
+from batchnorm.tools.inspection.page.charts import draw_histogram, draw_sparkline
 from batchnorm.tools.inspection.page.markup import Markup, element, join
+from batchnorm.tools.inspection.page.overview import FLOOR, HINT
 from batchnorm.tools.inspection.page.scales import Scale, fit, flatten
 from batchnorm.tools.inspection.records import Findings, LayerReport
 from batchnorm.tools.inspection.thresholds import Thresholds
 from batchnorm.tools.text import format_number, plural, printable
 
-__all__ = ["make_charts", "make_layers"]
+__all__ = ["make_layers"]
 
 _WORST = {"error": 6, "warning": 6, "ok": 3}  # channels in a layer's table
 
@@ -33,77 +26,6 @@ class _Column(NamedTuple):
     title: str
     about: str
     scale: Scale
-
-
-def make_charts(report: Findings) -> list[Markup]:
-    """Each quantity over all layers, the one that matters most first.
-
-    Args:
-        report: with at least one layer.
-    """
-    names = [printable(layer.name) for layer in report.layers]
-    limits = _limits(report.limits)
-    figures: list[Markup] = []
-    for key, title, about in _CHARTS:
-        arrays = [dict(layer.arrays()) for layer in report.layers]
-        others = [a.get(f"{key}_padded") for a in arrays]
-        spreads = [
-            None if key not in a else spread(name, layer.level, a[key], other)
-            for name, layer, a, other in zip(names, report.layers, arrays, others, strict=True)
-        ]
-        if not any(spreads):
-            continue
-        scale = _fit_chart(key, spreads)
-        picture = draw_layers(spreads, names, scale, limits.get(key, ()))
-        legend = _LEGEND + (_RING if any(s and s.other is not None for s in spreads) else "")
-        figures.append(
-            element(
-                "figure",
-                {"class": "chart"},
-                element("figcaption", None, element("b", None, title), " ", about),
-                element("p", {"class": "hint"}, _HINT),
-                element("div", {"class": "scroll", "tabindex": "0"}, picture),
-                element("p", {"class": "legend"}, legend) if not figures else Markup(),
-            )
-        )
-    return figures
-
-
-_CHARTS = (
-    (
-        "drift",
-        "Drift",
-        "How far evaluation moves the normalized values from those of training, in standard "
-        "deviations.",
-    ),
-    ("std", "Running standard deviation", "The divisor of evaluation, but for eps."),
-    ("gain", "Gain", "|gamma| / sqrt(var + eps): the factor of evaluation for a difference in x."),
-)
-_HINT = "Wider than the screen: scroll it sideways."
-_LEGEND = "Line: all channels. Bar: the middle half of them. Notch: their median."
-_RING = " Ring: the median if padding were counted."
-_FLOOR = {"drift": 1e-3, "std": 1e-12, "gain": 1e-12}
-
-
-def _limits(limits: Thresholds) -> dict[str, Sequence[Line]]:
-    return {
-        "drift": (
-            Line(limits.drift_warning, f"warning {limits.drift_warning:g}", "warning"),
-            Line(limits.drift_error, f"error {limits.drift_error:g}", "error"),
-        ),
-        "gain": (Line(limits.gain, f"warning {limits.gain:g}", "warning"),),
-    }
-
-
-def _fit_chart(key: str, spreads: Sequence[Spread | None]) -> Scale:
-    values = [v for s in spreads if s for v in (s.low, s.median, s.high, s.other) if v is not None]
-    if key == "drift":
-        # The same range where nothing drifts, so that reports can be compared.
-        least = min([0.01, *(s.first for s in spreads if s and s.first > _FLOOR[key])])
-        return Scale(least, max(3.0, max(values) * 1.3), log=True)
-    found = fit(values, least=_FLOOR[key], log=True)
-    assert found is not None
-    return found
 
 
 def make_layers(report: Findings) -> Markup:
@@ -183,7 +105,7 @@ def _columns(report: Findings) -> Any:
         # The few channels beyond are drawn at the ends, so that they do not squeeze the others.
         low, high = np.quantile(flat, (0.002, 0.998))
         log = None if key == "gamma" else True
-        scale = fit(np.clip(flat, low, high), least=_FLOOR.get(key), log=log)
+        scale = fit(np.clip(flat, low, high), least=FLOOR.get(key), log=log)
         if scale is not None:
             yield _Column(key, title, "", scale)
 
@@ -299,4 +221,4 @@ def _make_worst(layer: LayerReport, arrays: dict[str, Any]) -> Markup:
     head = element("tr", None, *(element("th", None, title) for title in titles))
     caption = "Channels that drift most" if layer.state.channels > count else "Channels"
     table = element("table", None, element("caption", None, caption), head, join(*rows))
-    return join(element("p", {"class": "hint"}, _HINT), element("div", {"class": "scroll"}, table))
+    return join(element("p", {"class": "hint"}, HINT), element("div", {"class": "scroll"}, table))
