@@ -53,6 +53,12 @@ def fold(
     Source: S19. Linear, Dense and convolutions (separable, depthwise, grouped, transposed) take the
     batch norm behind them, or the one in front of them where no zero padding meets its offset.
     Parameters are computed in float64 and rounded once.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv1d(3, 8, 5), torch.nn.BatchNorm1d(8)).eval()
+    >>> folded, report = fold(model, torch.randn(2, 3, 40))
+    >>> [layer.name for layer in report.folded], report.kept
+    (['1'], ())
     """
     layers = find_layers(model)
     if not layers:
