@@ -97,3 +97,36 @@ def test_every_paragraph_of_the_specification_has_an_anchor() -> None:
 def test_search_weighs_only_pages_that_exist() -> None:
     for name in load("hooks").WEIGHTS:
         assert (ROOT / "docs" / name).exists() or (ROOT / name).exists(), name
+
+
+BROKEN = {
+    "wide.html": '<div style="width: 900px">x</div>',
+    "error.html": "<script>missing()</script>",
+    "image.html": '<img src="gone.png">',
+    "host.html": '<img src="http://127.0.0.2:9/a.png">',
+    "scheme.html": '<body data-md-color-scheme="default">x',
+    "fine.html": "<p>x</p>",
+}
+
+
+def test_walk_finds_what_is_broken(tmp_path: Path) -> None:
+    pytest.importorskip("playwright", reason="only make docs-check installs playwright")
+    from browser import find_chromium, open_browser, serve
+    from walk import walk
+
+    try:
+        find_chromium()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    for name, body in BROKEN.items():
+        page = f'<!doctype html><meta name="viewport" content="width=device-width">{body}'
+        (tmp_path / name).write_text(page)
+    with open_browser() as browser, serve(tmp_path) as address:
+        faults = walk(browser, address, list(BROKEN))
+    found = {(fault.split(" (")[0], fault.split("): ")[1].split(":")[0]) for fault in faults}
+    assert {name for name, _ in found} == set(BROKEN) - {"fine.html"}
+    assert ("wide.html", "900 wide") in found or any("wide" in what for _, what in found)
+    assert ("error.html", "script") in found
+    assert ("host.html", "asks another host") in found
+    assert ("scheme.html", "is default for readers who want dark") in found
+    assert all("narrow" in fault for fault in faults if fault.startswith("wide.html"))

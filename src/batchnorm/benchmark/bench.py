@@ -117,10 +117,10 @@ def _make_clock(seconds: float, tell: Callable[[str], None]) -> Clock:
         now = time.perf_counter()
         if begun is None or told is None:
             begun = told = now
-            tell(f"bench: timing them in turns for about {seconds:.2g} s")
+            tell(f"bench: timing them in turns for about {seconds:.3g} s")
         elif now - told > _SILENCE:
             told = now
-            tell(f"bench: {now - begun:.0f} of about {seconds:.2g} s")
+            tell(f"bench: {now - begun:.0f} of about {seconds:.3g} s")
         return time_calls(step, calls)
 
     return clock

@@ -54,8 +54,8 @@ def recalibrate(
         progress: show a bar where rich is installed and standard error is a terminal.
 
     Returns:
-        The layers that changed, and those that kept their statistics with the reason: frozen,
-        without running statistics, or never used. A channel without a finite row keeps its old
+        The layers that changed, and those that kept their statistics, with the reason (frozen,
+        without running statistics, or never used). A channel without a finite row keeps its old
         values.
 
     Raises:
