@@ -41,9 +41,9 @@ def fold(
 
     Returns:
         The new model, and a report of the layers that were folded and of those that stayed, with
-        the reasons. A torch model comes back as a `torch.fx.GraphModule` with the same names; one that
-        torch.fx does not trace, or in which it finds less, as a copy that is folded by the data
-        flow of one forward pass on the example; what is wrong then is undone, with the reason.
+        the reasons. A torch model comes back as a `torch.fx.GraphModule` with the same names; one
+        that torch.fx does not trace, or in which it finds less, as a copy that is folded by the
+        data flow of one forward pass on the example; what is wrong then is undone, with the reason.
 
     Raises:
         TypeError: not a model, or a Keras model of a class of its own.
