@@ -30,7 +30,7 @@ class _Page(HTMLParser):
 
 
 def check_links(site: Path) -> list[str]:
-    """What is wrong with the links of a site, one line each.
+    """Faults of the links of a site, one line each.
 
     Args:
         site: the folder of its pages. 404.html is left out: it is served at any address.

@@ -36,7 +36,7 @@ def write_reports(folder: Path) -> list[str]:
 
 
 def check_reports(browser: Any, address: str) -> list[str]:
-    """What does not work in the report, one line each."""
+    """Faults of the report, one line each."""
     wrong = []
     for width in (1280, 390):
         page = browser.new_page(viewport={"width": width, "height": 800})

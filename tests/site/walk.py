@@ -35,7 +35,7 @@ _TOO_WIDE = """() => {
 
 
 def walk(browser: Any, address: str, names: list[str]) -> list[str]:
-    """What is wrong with pages, one line each.
+    """Faults of pages, one line each.
 
     Args:
         browser: of playwright.
