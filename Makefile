@@ -13,7 +13,7 @@ CLANGS ?= $(notdir $(wildcard $(addsuffix /clang++,/usr/bin /usr/local/bin) /usr
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
 .PHONY: demo test test-all test-zoo mutants lint lint-workflows format bench bench-quick \
-    bench-pages bench-gpu dist dist-cross docs pictures sanitize clean
+    bench-pages bench-gpu dist dist-cross docs docs-check pictures sanitize clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -90,6 +90,12 @@ bench-gpu: $(VENV)/.installed
 # The site, in build/site; a link or reference that leads nowhere is an error.
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# The site as readers meet it: every link and anchor, and in headless Chromium every page, wide and
+# narrow, light and dark: errors, overflow, the search, copies, formulas, the reports of the tools.
+docs-check: docs
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python tests/site
 
 # The start page's picture, from a new measurement: minutes.
 pictures: $(VENV)/.installed

@@ -15,6 +15,24 @@ SPEC = "spec.html"
 ZOO = ROOT / "tests/zoo/results.json"
 # Pages link to these by paths that work in the repository, and the site carries them along.
 CARRIED = ("benchmarks/results/*.md", "benchmarks/results/*.png", "examples/*.py")
+# The search finds guides first, then what only mentions a word; pages left out weigh 1.
+WEIGHTS = {
+    "index.md": 2,
+    "padding.md": 6,
+    "which.md": 2,
+    "small-batches.md": 2,
+    "inspecting.md": 2,
+    "examples.md": 0.5,
+    "other-suites.md": 0.3,
+    "zoo.md": 0.3,
+    "spec.md": 0.5,
+    "guests.md": 0.5,
+    "benchmarks/results/cpu.md": 0.3,
+    "benchmarks/results/jax.md": 0.3,
+    "benchmarks/results/keras.md": 0.3,
+    "gpu.md": 0.3,
+    "scaling.md": 0.3,
+}
 _OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|examples)/)")
 _NUMBER = re.compile(r"\bS(1?\d|2[0-3])\b")
 _TAG = re.compile(r"(<[^>]+>)")
@@ -33,7 +51,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links that leave docs/ lead to the files carried along, and put in the zoo's table."""
+    """Weigh the page for the search, mend links that leave docs/, and put in the zoo's table."""
+    page.meta.setdefault("search", {"boost": WEIGHTS.get(page.file.src_uri, 1)})
     if page.file.src_uri == "zoo.md":
         markdown = markdown.replace("<!-- zoo -->", zoo_table())
     up = "../" * page.file.src_uri.count("/")
@@ -79,7 +98,7 @@ def _zoo_cell(value: Any, notes: list[str]) -> str:
 def on_page_content(html: str, page: Any, **_: Any) -> str:
     """Give every paragraph S1 ... S23 an anchor, and make every other mention a link to it."""
     if page.url == SPEC:
-        html = re.sub(r"<strong>S(\d+) ", r'<strong id="s\1">S\1 ', html)
+        html = re.sub(r"<strong>S(\d+)\b", r'<strong id="s\1">S\1', html)
     spec = get_relative_url(SPEC, page.url)
     depth, parts = 0, _TAG.split(html)
     for i, part in enumerate(parts):

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in sorted((ROOT / "docs").rglob("*.md"))}
 PAGES["README.md"] = ROOT / "README.md"
-LANGUAGES = {"python", "console", "text"}
+LANGUAGES = {"python", "console", "text", "math"}
 _FENCE = re.compile(r"^( *)```(\S*)(.*)\n((?:.*\n)*?)\1``` *$", re.MULTILINE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,78 @@ def test_info_imports_no_framework() -> None:
     status, _, modules = run_fresh("info")
     assert status == 0
     assert not modules & HEAVY
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo", "--out", "picture.txt"),
+        ("demo", "--framework", "theano"),
+        ("bench", "--shape", "8xC"),
+        ("bench", "--masked", "2"),
+        ("inspect", "/nowhere.pt"),
+        ("inspect", "/nowhere.pt", "--html", "report.txt"),
+        ("convert", "/nowhere.pt", "new.h5"),
+        ("merge", "/nowhere.pt", "/nowhere.pt", "-o", "new.pt"),
+    ],
+)
+def test_mistakes_are_found_before_a_framework_is_imported(arguments: tuple[str, ...]) -> None:
+    status, _, modules = run_fresh(*arguments)
+    assert status == 2
+    assert not modules & HEAVY
+
+
+def test_work_is_told_on_standard_error_as_it_goes_on() -> None:
+    code = "from batchnorm.cli import main; main()"
+    arguments = ["bench", "--shape", "16,4", "--seconds", "60", "--json"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        lines = [process.stderr.readline().decode() for _ in range(3)]  # long before its end
+        process.kill()
+        assert process.stdout.read() == b""
+    assert lines[:2] == [
+        "bench: comparing batchnorm, torch.nn.BatchNorm1d, copy with float64\n",
+        "bench: timing them in turns for about 60 s\n",
+    ]
+    told = re.fullmatch(r"bench: (\d+) of about 60 s\n", lines[2])
+    assert told is not None
+    assert int(told[1]) >= 5
+
+
+def test_epochs_of_the_demo_are_told(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    done = runner.invoke(app, ["demo", "--quick", "--out", str(picture)])
+    assert done.exit_code == 0, done.output
+    told = [f"demo: training epoch: {n} of 2" for n in (1, 2)]
+    assert done.stderr.splitlines()[:2] == told
+    assert "demo:" not in done.stdout
+
+
+def test_quick_bench_is_small_unless_a_shape_is_given() -> None:
+    for options, shape in (([], [8192, 64]), (["--shape", "32,4"], [32, 4])):
+        done = runner.invoke(app, ["bench", "--quick", "--json", *options])
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["shape"] == shape
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_tables_keep_their_names_at_any_width(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = runner.invoke(app, ["bench", "--shape", "32,4", "--seconds", "0.1"])
+    assert {"batchnorm", "copy"} <= {
+        line.split()[0] for line in done.stdout.splitlines() if line.split()
+    }
+    assert ("quartiles" in done.stdout) == (width >= 70)
+    assert "…" not in done.stdout
+    done = runner.invoke(app, ["demo", "--quick", "--out", str(tmp_path / "picture.png")])
+    words = done.stdout.split()
+    assert {"torch.nn", "batchnorm", "accuracy,", "s/epoch"} <= set(words)
+    assert "…" not in done.stdout
 
 
 @pytest.mark.parametrize("write", [write_safetensors, write_hdf5, write_torch])
@@ -244,8 +317,14 @@ def test_mistakes_end_with_a_sentence_and_2(arguments: list[str], message: str) 
     assert "Traceback" not in done.output
 
 
-def test_debug_shows_what_is_behind_a_message() -> None:
-    done = runner.invoke(app, ["--debug", "inspect", __file__])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--debug", "inspect", __file__), ("inspect", "--debug", __file__),
+     ("inspect", __file__, "--debug"), ("--debug", "inspect", "--debug", __file__)],
+)  # fmt: skip
+def test_debug_shows_what_is_behind_a_message(arguments: tuple[str, ...]) -> None:
+    done = runner.invoke(app, arguments)
+    assert done.stderr.count("The above exception was the direct cause") == 1
     assert done.exit_code == 2
     assert "Traceback" in done.stderr
     assert "CheckpointError" in done.stderr

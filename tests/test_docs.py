@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from pages import LANGUAGES, PAGES, ROOT, missing_package, python_blocks, read_blocks, run
 
@@ -43,6 +44,19 @@ def test_code_runs_and_prints_what_the_page_says(
     if missing is not None:
         pytest.skip(f"{missing} is not installed; `make test-zoo` runs the page")
     run(blocks)
+
+
+def test_speech_model_of_the_readme_does_not_read_padding() -> None:
+    [block] = [b for b in python_blocks(PAGES["README.md"], keras=False) if "mel bands" in b.code]
+    names = run([block])
+    model, features = names["model"].eval(), names["features"]
+    longer = torch.nn.functional.pad(features, (0, 300))
+    real = torch.nn.functional.pad(names["mask"], (0, 300))
+    with batchnorm.torch.padding_mask(real, follow=model, padded_output="zero"):
+        padded = model(longer)
+    for i, length in enumerate((200, 120, 90, 40)):
+        alone = model(features[i : i + 1, :, :length])[0]
+        assert torch.allclose(padded[i, :, : alone.shape[1]], alone, atol=1e-5)
 
 
 def test_every_page_of_the_guide_has_code_that_runs() -> None:

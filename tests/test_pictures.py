@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 from pages import ROOT
@@ -22,8 +23,12 @@ def test_measures_and_draws(tmp_path: Path) -> None:
     for level in record["levels"]:
         theirs, ours = (level["norms"][name]["var_error"][0] for name in padding.NAMES)
         assert ours < theirs
-    padding.draw(record, tmp_path / "picture.svg", dark=True)
-    assert (tmp_path / "picture.svg").read_text().rstrip().endswith("</svg>")
+    for narrow in (False, True):
+        padding.draw(record, tmp_path / "picture.svg", dark=True, narrow=narrow)
+        text = (tmp_path / "picture.svg").read_text()
+        assert text.rstrip().endswith("</svg>")
+        width, height = map(float, re.findall(r'viewBox="0 0 (\S+) (\S+)"', text)[0])
+        assert (height > width) == narrow
 
 
 def test_committed_record_is_of_the_script_as_it_is() -> None:

@@ -9,6 +9,7 @@ The demo's networks and data, trained at several amounts of padding.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -103,8 +104,16 @@ def _one_channel(framework: Any, samples: list[data.Sample]) -> dict[str, Any]:
     }
 
 
-def draw(record: dict[str, Any], path: Path, *, dark: bool) -> None:
-    """Write the picture as SVG, on a transparent ground."""
+def draw(record: dict[str, Any], path: Path, *, dark: bool, narrow: bool = False) -> None:
+    """Write the picture as SVG, on a transparent ground.
+
+    Args:
+        record: what `measure` returned.
+        path: of the file.
+        dark: for a dark page.
+        narrow: panels one below the other, for the width of a telephone.
+    """
+    shape, size = ((3, 1), (5, 10.5)) if narrow else ((1, 3), (13, 4))
     style = {
         **{f"{part}.color": INK[dark] for part in ("text", "xtick", "ytick")},
         **{f"axes.{part}": INK[dark] for part in ("labelcolor", "edgecolor", "titlecolor")},
@@ -112,7 +121,7 @@ def draw(record: dict[str, Any], path: Path, *, dark: bool) -> None:
         "svg.hashsalt": path.name,  # the same bytes each time
     }
     with plt.rc_context(style):
-        figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+        figure, axes = plt.subplots(*shape, figsize=size, layout="constrained")
         _draw_channel(axes[0], record["channel"], COLOURS[dark])
         _draw_levels(axes[1], record, "var_error", COLOURS[dark])
         axes[1].set(title="Error of the running variance", ylabel="%, worst channel")
@@ -122,7 +131,8 @@ def draw(record: dict[str, Any], path: Path, *, dark: bool) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             axis.patch.set_alpha(0.0)
         handles, labels = axes[1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        columns = 1 if narrow else 2
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
         figure.savefig(path, transparent=True, metadata={"Date": None})
         plt.close(figure)
 
@@ -165,8 +175,9 @@ def main() -> None:
     if not parser.parse_args().draw:
         path.write_text(json.dumps(measure(), indent=1) + "\n")
     record = json.loads(path.read_text())
-    for dark in (False, True):
-        draw(record, FOLDER / f"padding-{'dark' if dark else 'light'}.svg", dark=dark)
+    for dark, narrow in itertools.product((False, True), repeat=2):
+        name = f"padding-{'narrow-' if narrow else ''}{'dark' if dark else 'light'}.svg"
+        draw(record, FOLDER / name, dark=dark, narrow=narrow)
 
 
 if __name__ == "__main__":

@@ -278,14 +278,14 @@ struct PositionSums {
         static_assert(kTile == 16);
         typedef double Eight __attribute__((vector_size(64)));
         typedef double Four __attribute__((vector_size(32)));
-        typedef double Two __attribute__((vector_size(16)));
+        typedef double Pair __attribute__((vector_size(16)));
         Eight low, high;
         __builtin_memcpy(&low, lanes, sizeof low);
         __builtin_memcpy(&high, lanes + 8, sizeof high);
         const Eight eight = low + high;
         const Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
                           __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-        const Two two =
+        const Pair two =
             __builtin_shufflevector(four, four, 0, 1) + __builtin_shufflevector(four, four, 2, 3);
         return two[0] + two[1];
     }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from inspect import cleandoc
+from functools import wraps
+from inspect import Parameter, cleandoc, signature
 from typing import Annotated, Any
 
 try:
@@ -36,15 +37,6 @@ class _Group(TyperGroup):
         """Run the command line; always ends with `SystemExit`."""
         sys.exit(int(run(lambda: super(_Group, self).main(*args, **extra))))
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except (UserError, MemoryError, OSError) as error:
-            if ctx.params.get("debug"):
-                write_error("".join(traceback.format_exception(error)))
-            raise
-
 
 # Paragraphs, since the help joins the lines of one.
 _EPILOG = "\n\n".join(
@@ -73,15 +65,18 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback behind an error message.")
+]
+
+
 @app.callback()
 def _options(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print version."),
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback behind an error message.")
-    ] = False,
+    debug: _Debug = False,
 ) -> None:
     pass
 
@@ -103,7 +98,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
     ),
     demo: ("demo", "demo --framework jax --seeds 5 --out picture.png"),
     bench: (
-        "bench",
+        "bench --quick",
         "bench --shape 32,256,56,56 --masked 0.3",
         "bench --framework jax --shape 262144,64 --json",
     ),
@@ -116,7 +111,30 @@ def _register(command: Callable[..., None], examples: Sequence[str]) -> None:
     paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     lines = "\n\n".join(f"batchnorm {example}" for example in examples)
-    app.command(help=text, epilog=f"Examples:\n\n{lines}")(command)
+    app.command(help=text, epilog=f"Examples:\n\n{lines}")(_take_debug(command))
+
+
+def _take_debug(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with `--debug` among its own options, too: it may stand anywhere."""
+
+    @wraps(command)
+    def run_command(context: typer.Context, debug: bool, **arguments: Any) -> None:
+        try:
+            command(**arguments)
+        except (UserError, MemoryError, OSError) as error:
+            if debug or (context.parent and context.parent.params["debug"]):
+                write_error("".join(traceback.format_exception(error)))
+            raise
+
+    own = signature(command, eval_str=True)
+    added = (
+        Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=_Debug),
+    )
+    parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in own.parameters.values()]
+    run_command.__signature__ = own.replace(parameters=[*parameters, *added])  # type: ignore[attr-defined]
+    run_command.__annotations__ = {p.name: p.annotation for p in (*parameters, *added)}
+    return run_command
 
 
 for _command, _examples in _EXAMPLES.items():

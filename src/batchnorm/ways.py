@@ -24,8 +24,8 @@ def explain(layer: Any, x: Any, **arguments: Any) -> Explanation:
         **arguments: the call's other arguments, such as `mask`, `residual` or `training`.
 
     Returns:
-        An `Explanation`: `way`, and `refused` (pairs of a way and its reason, the fastest first);
-        its text shows all fields.
+        An `Explanation` with `way` and `refused` (pairs of a way and its reason, the fastest
+        first); its text shows all fields.
 
     Raises:
         TypeError: no layer of this library.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from batchnorm.benchmark.case import Case, count_bytes, count_copied_bytes
 from batchnorm.benchmark.machine import count_cores, describe_machine, describe_versions
 from batchnorm.benchmark.problem import make_problem
 from batchnorm.benchmark.runner import measure
-from batchnorm.benchmark.timing import round_to
+from batchnorm.benchmark.timing import Clock, round_to, time_calls
 from batchnorm.benchmark.variant import make_copy
 
 __all__ = ["FRAMEWORKS", "run"]
@@ -38,6 +39,7 @@ FRAMEWORKS = {
     "keras": Framework(-1, 1e-3, ("keras",)),
 }
 _LEAST = 7  # rounds
+_SILENCE = 5.0  # seconds between two lines about the work
 # Bytes for each element of the input: both gradients, the right result in float64, its parts.
 _WORKSPACE = 80
 
@@ -49,6 +51,7 @@ def run(
     masked: float | None = None,
     inference: bool = False,
     seconds: float = 3.0,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure this library's layer, the framework's own and a plain copy.
 
@@ -59,6 +62,7 @@ def run(
         masked: share of padded rows, at least 0 and below 1; None for no mask.
         inference: measure a forward pass in evaluation instead of a training step.
         seconds: time to measure, about.
+        tell: function that is given a line about each part of the work.
 
     Returns:
         Plain types only: the job, the machine, and for each variant its median, quartiles, error
@@ -73,7 +77,7 @@ def run(
     own = FRAMEWORKS[framework]
     mode = "inference" if inference else "training"
     case = Case("bench", "", tuple(shape), mode, own.axis, own.eps, padded=masked)
-    variants = _measure(framework, case, seconds)
+    variants = _measure(framework, case, seconds, tell)
     ours, theirs, copy = (figures["ms"] for figures in variants.values())
     return {
         "framework": _name_backend(framework),
@@ -89,7 +93,9 @@ def run(
     }
 
 
-def _measure(framework: str, case: Case, seconds: float) -> dict[str, dict[str, Any]]:
+def _measure(
+    framework: str, case: Case, seconds: float, tell: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
     """Figures of this library's layer, the framework's own and a copy, in this order."""
     steps = importlib.import_module(f"batchnorm.benchmark.{framework}_steps")
     rival, title = steps.name_rival(case)
@@ -97,9 +103,28 @@ def _measure(framework: str, case: Case, seconds: float) -> dict[str, dict[str, 
     copies = count_bytes(case.bare) // count_copied_bytes(case)
     made = steps.make_variants(problem, ("ours", rival))
     named = {"batchnorm": made["ours"], title: made[rival], "copy": make_copy(problem, copies)}
-    variants = measure(problem, named, seconds, _LEAST)
+    tell(f"bench: comparing {', '.join(named)} with float64")
+    variants = measure(problem, named, seconds, _LEAST, clock=_make_clock(seconds, tell))
     del variants["copy"]["error"]  # it is a copy, or none
     return variants
+
+
+def _make_clock(seconds: float, tell: Callable[[str], None]) -> Clock:
+    """A clock that tells every few seconds for how long it has measured."""
+    begun = told = None
+
+    def clock(step: Callable[[], object], calls: int) -> float:
+        nonlocal begun, told
+        now = time.perf_counter()
+        if begun is None or told is None:
+            begun = told = now
+            tell(f"bench: timing them in turns for about {seconds:.3g} s")
+        elif now - told > _SILENCE:
+            told = now
+            tell(f"bench: {now - begun:.0f} of about {seconds:.3g} s")
+        return time_calls(step, calls)
+
+    return clock
 
 
 def _check(shape: Sequence[int], masked: float | None, inference: bool) -> None:

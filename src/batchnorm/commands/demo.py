@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.commands.errors import UserError, needs
+from batchnorm.commands.errors import check_framework, needs
 from batchnorm.commands.files import check_writable, writing
+from batchnorm.commands.progress import counting
 
 
 def demo(
@@ -23,27 +24,22 @@ def demo(
     ] = False,
 ) -> None:
     """Train two networks on padded batches of real data: the framework's norm, and this one."""
+    check_framework(framework)
+    check_writable("--out", out, ".png")
     with needs("the demo", f"cli,{framework}"):
         from rich.console import Console
-        from rich.progress import Progress
 
         from batchnorm.demo import experiment, report
 
-        if framework not in experiment.FRAMEWORKS:
-            names = " or ".join(experiment.FRAMEWORKS)
-            raise UserError(f"--framework must be {names}; got {framework}")
         chosen = experiment.load_framework(framework)
-    check_writable("--out", out, ".png")
     if quick:
         seeds, epochs = 1, 2
     console = Console()
-    with needs("the demo", f"cli,{framework}"), Progress(console=console) as progress:
-        task = progress.add_task("training", total=seeds * epochs)
-        results = experiment.run(
-            chosen, seeds, epochs, lambda: progress.advance(task), limit=320 if quick else None
-        )
+    total = seeds * epochs
+    with needs("the demo", f"cli,{framework}"), counting("demo: training epoch", total) as advance:
+        results = experiment.run(chosen, seeds, epochs, advance, limit=320 if quick else None)
     with writing("--out", out):
         report.draw(results, out)
-    console.print(report.make_table(results))
+    console.print(report.make_table(results, console.width))
     console.print(report.explain(seeds))
     console.print(f"picture: {out.resolve()}", soft_wrap=True)

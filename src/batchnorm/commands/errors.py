@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["ProblemFound", "UserError", "needs"]
+__all__ = ["FRAMEWORKS", "ProblemFound", "UserError", "check_framework", "needs"]
+
+FRAMEWORKS = ("torch", "jax", "keras")
 
 
 class UserError(Exception):
@@ -17,6 +19,12 @@ class ProblemFound(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(1)
+
+
+def check_framework(name: str) -> None:
+    """Refuse a framework that is none of `FRAMEWORKS`, without importing any."""
+    if name not in FRAMEWORKS:
+        raise UserError(f"--framework must be {' or '.join(FRAMEWORKS)}; got {name}")
 
 
 # Messages for a KERAS_BACKEND or JAX_PLATFORMS that is not installed.

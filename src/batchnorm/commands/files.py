@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpoint",
     "Limit",
     "Seconds",
+    "check_new",
     "check_writable",
     "reading",
     "writing",
@@ -104,6 +106,26 @@ def check_writable(option: str, path: Path, suffix: str, source: str | None = No
         raise UserError(f"{option}: cannot write {path}: {error.strerror}") from error
     if not existed:
         path.unlink()
+
+
+def check_new(option: str, path: Path, force: bool) -> None:
+    """Ask before a file is replaced; where nobody can answer, refuse.
+
+    Args:
+        option: option or argument that named the file.
+        path: path of the file.
+        force: replace it unasked.
+
+    Raises:
+        UserError: it exists, and is not to be replaced.
+    """
+    if force or not path.exists():
+        return
+    asked = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+    if not asked:
+        raise UserError(f"{option}: {path} exists; give another name, or --force to replace it.")
+    if not typer.confirm(f"{option}: {path} exists. Replace it?", err=True):
+        raise UserError(f"{option}: {path} exists, and was not replaced.")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from batchnorm.commands.files import (
     Checkpoint,
     Limit,
     Seconds,
+    check_new,
     check_writable,
     reading,
     writing,
@@ -27,6 +28,9 @@ def inspect(
         bool, typer.Option("--per-channel", help="With --json: print every channel's numbers.")
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Also write this .html report.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --html: replace an existing report unasked.")
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with status 1 for warnings, too.")
     ] = False,
@@ -45,6 +49,10 @@ def inspect(
         raise UserError("--per-channel needs --json; add --json.")
     if html is not None:
         check_writable("--html", html, ".html", file)
+        check_new("--html", html, force)
+    if not as_json:
+        with needs("the table", "cli"):
+            from rich.console import Console
     with reading(file, "files,cli"):
         from batchnorm.tools.inspection import Thresholds
         from batchnorm.tools.inspection import inspect as look
@@ -56,9 +64,6 @@ def inspect(
     if as_json:
         print(report.to_json(per_channel=per_channel))
     else:
-        with needs("the table", "cli"):
-            from rich.console import Console
-
         Console().print(report)
     wrong = report.errors or (strict and report.warnings)
     if wrong or not report.layers:

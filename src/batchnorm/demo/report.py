@@ -27,29 +27,38 @@ _HEADINGS = (
     "logits\nmoved by",
     "train,\ns/epoch",
 )
+_WIDE = 80  # columns of a terminal that has room for a row of figures
 _SMALLEST = 1e-7  # about one rounding of float32: nothing below it is meaningful on a log axis
 
 
-def make_table(results: dict[str, Measured]) -> Table:
-    """One row for each kind of norm, every figure over the seeds."""
-    table = Table(
-        title="Padded batches of ink points from handwritten digits",
-        box=SIMPLE_HEAD,
-    )
-    for heading in _HEADINGS:
-        table.add_column(
-            heading, justify="left" if heading == _HEADINGS[0] else "right", no_wrap=True
-        )
-    for name, measured in results.items():
-        table.add_row(
-            name,
-            _spread([100 * a[-1] for a in measured.accuracy], ".1f"),
-            _spread([100 * e for e in measured.mean_error], ".2g"),
-            _spread([100 * e for e in measured.var_error], ".2g"),
-            f"{statistics.fmean(m[-1] for m in measured.moved):.1e}",
-            f"{statistics.fmean(measured.seconds):.2f}",
-        )
+def make_table(results: dict[str, Measured], width: int = _WIDE) -> Table:
+    """One row for each kind of norm, every figure over the seeds.
+
+    Args:
+        results: by kind of norm.
+        width: of the terminal; where it is narrow, each kind has a column.
+    """
+    rows = [_HEADINGS, *(_make_row(name, measured) for name, measured in results.items())]
+    if width < _WIDE:
+        flat = [[cell.replace("\n", " ") for cell in row] for row in rows]
+        rows = [tuple(column) for column in zip(*flat, strict=True)]
+    table = Table(title="Padded batches of ink points from handwritten digits", box=SIMPLE_HEAD)
+    for heading in rows[0]:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    for row in rows[1:]:
+        table.add_row(*row)
     return table
+
+
+def _make_row(name: str, measured: Measured) -> tuple[str, ...]:
+    return (
+        name,
+        _spread([100 * a[-1] for a in measured.accuracy], ".1f"),
+        _spread([100 * e for e in measured.mean_error], ".2g"),
+        _spread([100 * e for e in measured.var_error], ".2g"),
+        f"{statistics.fmean(m[-1] for m in measured.moved):.1e}",
+        f"{statistics.fmean(measured.seconds):.2f}",
+    )
 
 
 def explain(seeds: int) -> str:

@@ -71,6 +71,36 @@ def test_page_is_well_formed_and_refers_to_nothing_but_itself(name: str) -> None
     assert "nan" not in re.findall(r'(?:d|x|y|height)="([^"]*)"', page)
 
 
+def test_layers_with_errors_come_first_and_can_be_shown_alone() -> None:
+    names = ("a", "b", "c", "d")
+    layers = [make_layer(name, observed=name in "bd") for name in names]
+    page = make_report(*layers).to_html()
+    rows = re.findall(r'<details class="layer (\w+)">.*?<div class="body" id="layer-(\d)"', page)
+    assert rows == [("error", "1"), ("error", "3"), ("ok", "0"), ("ok", "2")]
+    buttons = re.findall(r'id="shown-(\w+)"[^>]*/>([^<]*)</label>', page)
+    assert buttons == [("all", " all 4"), ("error", " errors 2"), ("ok", " ok 2")]
+    assert "shown-all" not in make_report(*layers[::2]).to_html()  # nothing to choose from
+
+
+def test_page_of_300_layers_is_below_2_megabytes() -> None:
+    rng = np.random.default_rng(0)
+    layers = []
+    for i in range(300):
+        mean, var, gamma, beta = rng.normal(size=(4, 512))
+        state = BatchNormState(
+            f"encoder.stages.{i // 30}.blocks.{i % 30}.norm", "torch.nn.BatchNorm2d",
+            mean, np.exp(var), 1.0 + 0.2 * gamma, beta, eps=1e-5, decay=0.9,
+        )  # fmt: skip
+        shift = (0.01, 0.4, 2.0)[i % 3]
+        real = Moments(np.full(512, 1e6), mean + shift * np.exp(var / 2), np.exp(var))
+        seen = Observed(real, Moments(np.full(512, 2e6), 0.5 * mean, np.exp(var)), 1e6, 1e6)
+        quantities = derive(state, 1e-5, seen)
+        layers.append(LayerReport(state, quantities, judge(state, quantities, seen), seen))
+    page = make_report(*layers).to_html()
+    assert page.count('<details class="layer ') == 300
+    assert len(page.encode()) < 2e6
+
+
 @pytest.mark.parametrize("name", REPORTS)
 def test_json_is_strict_and_complete(name: str) -> None:
     report = REPORTS[name]
@@ -94,12 +124,32 @@ def test_json_holds_the_numbers() -> None:
 
 
 @pytest.mark.parametrize("name", REPORTS)
-@pytest.mark.parametrize("width", [60, 140])
+@pytest.mark.parametrize("width", [40, 60, 140])
 def test_table_is_printed_at_any_width(name: str, width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(REPORTS[name])
     shown = console.export_text()
     assert max(map(len, shown.splitlines())) <= width
+
+
+def show(report: Report, width: int) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(report)
+    return console.export_text()
+
+
+def test_narrow_table_keeps_names_and_findings() -> None:
+    report = make_report(*(make_layer(f"blocks.{i}.bn", stored="float16") for i in range(3)))
+    for width in (40, 60, 80, 120):
+        lines = show(report, width).splitlines()
+        for layer in report.layers:
+            row = next(line.split() for line in lines if line.split()[:1] == [layer.name])
+            assert {word.strip(",") for word in row[1:]} & {f.code for f in layer.findings}, row
+    assert "Wider terminals show: channels, median std, largest gain" in " ".join(
+        show(report, 40).split()
+    )
+    assert "Wider terminals" not in show(report, 120)
+    assert "channels" in show(report, 120)
 
 
 def test_hostile_names_steer_neither_terminal_nor_page() -> None:

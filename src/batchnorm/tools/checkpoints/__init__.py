@@ -62,8 +62,8 @@ def read_checkpoint(
             optimizers and callbacks.
 
     Returns:
-        A `Checkpoint`: its `layers` are `BatchNormState`s, its `entries` every array's shape and
-        type. With `everything` its `contents` are a `Contents`.
+        A `Checkpoint`, whose `layers` are `BatchNormState`s and whose `entries` are every array's
+        shape and type. With `everything` its `contents` are a `Contents`.
 
     Raises:
         CheckpointError: the file is missing, no regular file, damaged, beyond `limit` or

@@ -76,6 +76,12 @@ def inspect(
         CheckpointError: a ValueError; the file cannot be read.
 
     Source: S1, S2, S10, S14.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4))
+    >>> report = inspect(model)  # or a checkpoint's path; with batches it measures drift
+    >>> report.ok, report.layers[0].findings[0].code
+    (False, 'never-trained')
     """
     limits = thresholds or Thresholds()
     if isinstance(model, (str, os.PathLike)):

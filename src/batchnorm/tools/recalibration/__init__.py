@@ -54,8 +54,8 @@ def recalibrate(
         progress: show a bar where rich is installed and standard error is a terminal.
 
     Returns:
-        The layers that changed, and those that kept their statistics with the reason: frozen,
-        without running statistics, or never used. A channel without a finite row keeps its old
+        The layers that changed, and those that kept their statistics, with the reason (frozen,
+        without running statistics, or never used). A channel without a finite row keeps its old
         values.
 
     Raises:
@@ -68,6 +68,14 @@ def recalibrate(
     its own kind of variance, biased or unbiased (S10). Renormalization's statistics are derived
     from the new ones (S11). torch's `num_batches_tracked` becomes the number of calls, so that a
     cumulative average goes on from there; momentum stays.
+
+    >>> import torch
+    >>> layer = torch.nn.BatchNorm1d(1)
+    >>> batches = [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0], [9.0]])]
+    >>> recalibrate(layer, batches, progress=False).batches
+    2
+    >>> layer.running_mean, layer.running_var  # of all five rows
+    (tensor([5.]), tensor([10.]))
     """
     layers = find_layers(model)
     if not layers:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from batchnorm.tools.inspection.findings import EXPLANATIONS, LEVELS, Finding
 from batchnorm.tools.inspection.page.document import make_document, make_header
-from batchnorm.tools.inspection.page.layers import make_charts, make_layers
+from batchnorm.tools.inspection.page.layers import make_layers
 from batchnorm.tools.inspection.page.leaks import make_section
 from batchnorm.tools.inspection.page.markup import Markup, element, join
+from batchnorm.tools.inspection.page.overview import make_charts
 from batchnorm.tools.inspection.records import Findings, LayerReport
 from batchnorm.tools.text import plural, printable
 

@@ -99,13 +99,8 @@ def _draw_mark(index: int, found: Spread, x: float, step: float, y: Scale) -> Ma
     )
     shapes = [
         element("title", None, title),
-        element(
-            "rect",
-            {"class": "hit", "x": x - step / 2, "y": _TOP, "width": step, "height": _HEIGHT},
-        ),
-        element(
-            "line", {"class": "ends", "x1": x, "x2": x, "y1": y(found.low), "y2": y(found.high)}
-        ),
+        _draw_path("hit", f"M{x - step / 2:.1f} {_TOP:g}h{step:.1f}v{_HEIGHT:g}h-{step:.1f}Z"),
+        _draw_path("ends", f"M{x:.1f} {y(found.low):.1f}V{y(found.high):.1f}"),
         _draw_box(x, thick, y(found.third), y(found.first)),
     ]
     if y(found.first) - y(found.third) > _NOTCHED:
@@ -117,6 +112,10 @@ def _draw_mark(index: int, found: Spread, x: float, step: float, y: Scale) -> Ma
             element("circle", {"class": "other", "cx": x, "cy": y(found.other), "r": radius})
         )
     return element("a", {"href": f"#layer-{index}", "class": f"mark{level}"}, *shapes)
+
+
+def _draw_path(kind: str, way: str) -> Markup:
+    return element("path", {"class": kind, "d": way})
 
 
 def _draw_box(x: float, thick: float, top: float, bottom: float) -> Markup:
@@ -214,13 +213,12 @@ def draw_sparkline(values: Any, scale: Scale, title: str) -> Markup:
         scale: the same in every line, so that lines compare.
         title: shown where the pointer rests.
     """
-    path = _outline(scale.bins(values, 24), 120.0, 24.0)
+    counts = scale.bins(values, 24)
     return element(
         "svg",
-        {"viewBox": "0 0 120 25", "class": "sparkline", "role": "img"},
+        {"viewBox": "0 0 120 24", "class": "sparkline", "role": "img"},
         element("title", None, title),
-        element("line", {"class": "base", "x1": 0, "x2": 120, "y1": 24.5, "y2": 24.5}),
-        element("path", {"class": "fill", "d": path}),
+        _draw_outline("fill", counts, 120.0, 24, max([*counts, 1])),
     )
 
 
@@ -233,51 +231,45 @@ def draw_histogram(title: str, values: Any, scale: Scale, other: Any = None) -> 
         scale: of both sets.
         other: a second set, drawn as an outline.
     """
-    width, height = 280.0, 64.0
-    bins = min(40, max(10, round(2.0 * math.sqrt(np.size(values)))))
+    width, height = 280.0, 64
+    bins = min(32, max(10, round(2.0 * math.sqrt(np.size(values)))))
     counts = scale.bins(values, bins)
     others = None if other is None else scale.bins(other, bins)
-    most = max([*counts, *(others or [])], default=1)
+    most = max([*counts, *(others or []), 1])
     x = scale.onto(0.0, width)
     ticks = [
         element(
             "text",
-            {
-                "class": "tick",
-                "x": min(width - 2, max(2, x(t))),
-                "y": height + 15,
-                "text-anchor": _anchor(x(t), width),
-            },
+            {"x": round(min(width - 2, max(2, x(t)))), "class": _anchor(x(t), width)},
             format_number(t),
         )
         for t in scale.ticks(4)
     ]
-    shapes = [
-        element("path", {"class": "fill", "d": _outline(counts, width, height, most)}),
-        element("line", {"class": "base", "x1": 0, "x2": width, "y1": height, "y2": height}),
-    ]
+    shapes = [_draw_outline("fill", counts, width, height, most)]
     if others is not None:
-        path = _outline(others, width, height, most)
-        shapes.append(element("path", {"class": "outline", "d": path}))
+        shapes.append(_draw_outline("outline", others, width, height, most))
+    # The ticks share their height: a page of 300 layers has thousands of them.
     picture = element(
         "svg",
-        {"viewBox": f"0 0 {width:.0f} {height + 20:.0f}", "class": "histogram", "role": "img"},
+        {"viewBox": f"0 0 {width:.0f} {height + 20}", "class": "histogram", "role": "img"},
         *shapes,
-        *ticks,
+        element("path", {"class": "base", "d": f"M0 {height}h{width:.0f}"}),
+        element("g", {"transform": f"translate(0 {height + 15})"}, *ticks),
     )
     return element("figure", None, element("figcaption", None, title), picture)
 
 
-def _anchor(x: float, width: float) -> str:
-    return "start" if x < 16 else "end" if x > width - 16 else "middle"
+def _anchor(x: float, width: float) -> str | None:
+    return "first" if x < 16 else "last" if x > width - 16 else None
 
 
-def _outline(counts: Sequence[int], width: float, height: float, most: int | None = None) -> str:
-    """A path along the tops of the bars; every bar that is not empty stays visible."""
-    step = width / len(counts)
-    most = most or max([*counts, 1])
-    path = f"M0 {height:.4g}"
-    for count in counts:
-        top = height - (max(1.5, count / most * (height - 2)) if count else 0.0)
-        path += f"V{top:.4g}h{step:.4g}"
-    return f"{path}V{height:.4g}Z"
+def _draw_outline(kind: str, counts: Sequence[int], width: float, height: int, most: int) -> Markup:
+    """A path along the tops of the bars; every bar that is not empty stays visible.
+
+    A bar is one unit wide, and neighbours of one height are one step of the path: such paths are
+    most of a page.
+    """
+    tops = [height - (max(2, round(n / most * (height - 2))) if n else 0) for n in counts]
+    path = "".join(f"V{top}h{len(list(same))}" for top, same in groupby(tops))
+    scale = f"scale({width / len(counts):.5g} 1)"
+    return element("path", {"class": kind, "transform": scale, "d": f"M0 {height}{path}V{height}Z"})

@@ -1,29 +1,22 @@
-"""The report's charts over all layers, and its list of layers."""
+"""The report's list of layers, and the details of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from batchnorm.tools.inspection.page.charts import (
-    Line,
-    Spread,
-    draw_histogram,
-    draw_layers,
-    draw_sparkline,
-    spread,
-)
+from batchnorm.tools.inspection.page.charts import draw_histogram, draw_sparkline
 from batchnorm.tools.inspection.page.markup import Markup, element, join
+from batchnorm.tools.inspection.page.overview import FLOOR, HINT
 from batchnorm.tools.inspection.page.scales import Scale, fit, flatten
 from batchnorm.tools.inspection.records import Findings, LayerReport
 from batchnorm.tools.inspection.thresholds import Thresholds
 from batchnorm.tools.text import format_number, plural, printable
 
-__all__ = ["make_charts", "make_layers"]
+__all__ = ["make_layers"]
 
-_WORST = 8  # channels in a layer's table
+_WORST = {"error": 6, "warning": 6, "ok": 3}  # channels in a layer's table
 
 
 class _Column(NamedTuple):
@@ -35,101 +28,69 @@ class _Column(NamedTuple):
     scale: Scale
 
 
-def make_charts(report: Findings) -> list[Markup]:
-    """Each quantity over all layers, the one that matters most first.
-
-    Args:
-        report: with at least one layer.
-    """
-    names = [printable(layer.name) for layer in report.layers]
-    limits = _limits(report.limits)
-    figures: list[Markup] = []
-    for key, title, about in _CHARTS:
-        arrays = [dict(layer.arrays()) for layer in report.layers]
-        others = [a.get(f"{key}_padded") for a in arrays]
-        spreads = [
-            None if key not in a else spread(name, layer.level, a[key], other)
-            for name, layer, a, other in zip(names, report.layers, arrays, others, strict=True)
-        ]
-        if not any(spreads):
-            continue
-        scale = _fit_chart(key, spreads)
-        picture = draw_layers(spreads, names, scale, limits.get(key, ()))
-        legend = _LEGEND + (_RING if any(s and s.other is not None for s in spreads) else "")
-        figures.append(
-            element(
-                "figure",
-                {"class": "chart"},
-                element("figcaption", None, element("b", None, title), " ", about),
-                element("div", {"class": "scroll"}, picture),
-                element("p", {"class": "legend"}, legend) if not figures else Markup(),
-            )
-        )
-    return figures
-
-
-_CHARTS = (
-    (
-        "drift",
-        "Drift",
-        "How far evaluation moves the normalized values from those of training, in standard "
-        "deviations.",
-    ),
-    ("std", "Running standard deviation", "The divisor of evaluation, but for eps."),
-    ("gain", "Gain", "|gamma| / sqrt(var + eps): the factor of evaluation for a difference in x."),
-)
-_LEGEND = "Line: all channels. Bar: the middle half of them. Notch: their median."
-_RING = " Ring: the median if padding were counted."
-_FLOOR = {"drift": 1e-3, "std": 1e-12, "gain": 1e-12}
-
-
-def _limits(limits: Thresholds) -> dict[str, Sequence[Line]]:
-    return {
-        "drift": (
-            Line(limits.drift_warning, f"warning {limits.drift_warning:g}", "warning"),
-            Line(limits.drift_error, f"error {limits.drift_error:g}", "error"),
-        ),
-        "gain": (Line(limits.gain, f"warning {limits.gain:g}", "warning"),),
-    }
-
-
-def _fit_chart(key: str, spreads: Sequence[Spread | None]) -> Scale:
-    values = [v for s in spreads if s for v in (s.low, s.median, s.high, s.other) if v is not None]
-    if key == "drift":
-        # The same range where nothing drifts, so that reports can be compared.
-        least = min([0.01, *(s.first for s in spreads if s and s.first > _FLOOR[key])])
-        return Scale(least, max(3.0, max(values) * 1.3), log=True)
-    found = fit(values, least=_FLOOR[key], log=True)
-    assert found is not None
-    return found
-
-
 def make_layers(report: Findings) -> Markup:
-    """A row for each layer, which opens.
+    """A row for each layer, which opens; the worst ones first.
 
     Args:
         report: with at least one layer.
     """
     columns = list(_columns(report))
-    titles = [element("span", None, "Layer"), element("span", {"class": "number"}, "Channels")]
+    titles = [
+        element("span", {"class": "name"}, "Layer"),
+        element("span", {"class": "number"}, "Channels"),
+    ]
     for column in columns:
         span = f"{format_number(column.scale.low)} … {format_number(column.scale.high)}"
-        titles.append(element("span", None, column.title, element("small", None, span)))
-    titles.append(element("span", None, ""))
-    style = f"--columns: {len(columns)}"
-    rows = [_make_row(i, layer, columns, report) for i, layer in enumerate(report.layers)]
+        titles.append(
+            element("span", {"class": "spark"}, column.title, element("small", None, span))
+        )
+    titles.append(element("span", {"class": "pill"}, ""))
+    numbered = sorted(enumerate(report.layers), key=lambda pair: _SHOWN.index(pair[1].level))
+    rows = [_make_row(index, layer, columns, report) for index, layer in numbered]
+    counts = {level: sum(x.level == level for x in report.layers) for level in _SHOWN}
+    mixed = sum(count > 0 for count in counts.values()) > 1
+    order = "The worst layers come first. " if mixed else ""
     return element(
         "section",
-        {"style": style},
+        {"style": f"--columns: {len(columns)}"},
         element("h2", None, "Layers"),
         element(
             "p",
             {"class": "legend"},
-            "Histograms over channels, one scale for each column. Click a row for details.",
+            f"{order}Histograms over channels, one scale for each column. Click a row for details.",
         ),
+        _make_filter(counts) if mixed else Markup(),
         element("div", {"class": "row titles"}, *titles),
-        *rows,
+        element("div", {"class": "rows"}, *rows),
     )
+
+
+_SHOWN = ("error", "warning", "ok")  # in this order
+_FILTERS = {"error": "errors", "warning": "warnings", "ok": "ok"}
+
+
+def _make_filter(counts: dict[str, int]) -> Markup:
+    """Buttons that hide the rows of other levels; the style sheet does it, without a script."""
+    labels = {"all": ("all", sum(counts.values()))}
+    labels |= {k: (_FILTERS[k], n) for k, n in counts.items() if n}
+    buttons = [
+        element(
+            "label",
+            None,
+            element(
+                "input",
+                {
+                    "type": "radio",
+                    "name": "shown",
+                    "id": f"shown-{level}",
+                    "checked": "" if level == "all" else None,
+                },
+            ),
+            f" {text} {count:,}",
+        )
+        for level, (text, count) in labels.items()
+    ]
+    return element("fieldset", None, element("legend", None, "Show"), *buttons)
 
 
 _COLUMNS = (("std", "Running std"), ("gamma", "gamma"), ("drift", "Drift"))
@@ -144,7 +105,7 @@ def _columns(report: Findings) -> Any:
         # The few channels beyond are drawn at the ends, so that they do not squeeze the others.
         low, high = np.quantile(flat, (0.002, 0.998))
         log = None if key == "gamma" else True
-        scale = fit(np.clip(flat, low, high), least=_FLOOR.get(key), log=log)
+        scale = fit(np.clip(flat, low, high), least=FLOOR.get(key), log=log)
         if scale is not None:
             yield _Column(key, title, "", scale)
 
@@ -158,18 +119,20 @@ def _make_row(index: int, layer: LayerReport, columns: list[_Column], report: Fi
     for column in columns:
         values = arrays.get(column.key)
         drawn = Markup() if values is None else draw_sparkline(values, column.scale, column.title)
-        cells.append(element("span", None, drawn))
+        cells.append(element("span", {"class": "spark"}, drawn))
     cells.append(element("span", {"class": f"pill {layer.level}"}, layer.level))
     summary = element("summary", {"class": "row"}, *cells)
     return element(
         "details",
-        {"class": f"layer {layer.level}", "id": f"layer-{index}"},
+        {"class": f"layer {layer.level}"},
         summary,
-        _make_body(layer, arrays, report.limits),
+        _make_body(index, layer, arrays, report.limits),
     )
 
 
-def _make_body(layer: LayerReport, arrays: dict[str, Any], limits: Thresholds) -> Markup:
+def _make_body(
+    index: int, layer: LayerReport, arrays: dict[str, Any], limits: Thresholds
+) -> Markup:
     parts = []
     if layer.findings:
         items = [
@@ -181,7 +144,8 @@ def _make_body(layer: LayerReport, arrays: dict[str, Any], limits: Thresholds) -
     parts.append(element("div", {"class": "histograms"}, *_make_histograms(arrays)))
     if layer.quantities.drift is not None:
         parts.append(_make_worst(layer, arrays))
-    return element("div", {"class": "body"}, *parts)
+    # The address is inside: a browser opens what holds the target of a link.
+    return element("div", {"class": "body", "id": f"layer-{index}"}, *parts)
 
 
 def _describe(layer: LayerReport, limits: Thresholds) -> str:
@@ -237,7 +201,8 @@ def _make_histograms(arrays: dict[str, Any]) -> list[Markup]:
 def _make_worst(layer: LayerReport, arrays: dict[str, Any]) -> Markup:
     """The channels that drift most."""
     distance = np.nan_to_num(arrays["drift"], nan=-1.0)
-    order = np.argsort(-distance, kind="stable")[:_WORST]
+    count = _WORST[layer.level]
+    order = np.argsort(-distance, kind="stable")[:count]
     padded = "drift_padded" in arrays
     titles = ["channel", "mean", "observed", "std", "observed", "drift"]
     titles += ["with padding"] if padded else []
@@ -254,5 +219,6 @@ def _make_worst(layer: LayerReport, arrays: dict[str, Any]) -> Markup:
         cells = [element("td", None, format_number(float(v))) for v in values]
         rows.append(element("tr", None, element("th", None, f"{channel}"), *cells))
     head = element("tr", None, *(element("th", None, title) for title in titles))
-    caption = "Channels that drift most" if layer.state.channels > _WORST else "Channels"
-    return element("table", None, element("caption", None, caption), head, join(*rows))
+    caption = "Channels that drift most" if layer.state.channels > count else "Channels"
+    table = element("table", None, element("caption", None, caption), head, join(*rows))
+    return join(element("p", {"class": "hint"}, HINT), element("div", {"class": "scroll"}, table))

@@ -6,7 +6,7 @@ from html import escape
 
 __all__ = ["Markup", "element", "join"]
 
-_VOID = frozenset({"meta", "path", "rect", "line", "circle"})
+_VOID = frozenset({"meta", "path", "rect", "line", "circle", "input"})
 
 
 class Markup(str):
