@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-import tolerances
 import torch_path
 from batchnorm.kernels.select import triton_status
 from batchnorm.torch import BatchNorm
+from batchnorm.verification import tolerances
+from batchnorm.verification.comparison import Path, check
 from cases import CASES, Case
-from comparison import Path, check
 
 if triton_status().kernel is not None:
     from batchnorm.kernels.triton import launch

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import batchnorm
-import tolerances
 from batchnorm.core.layout import make_layout
 from batchnorm.jax import batch_norm, custom_calls
 from batchnorm.kernels.kept import STATISTICS
+from batchnorm.verification import tolerances
 
 # Many calls at once, from Python threads and as independent parts of one program.
 CONCURRENT = """

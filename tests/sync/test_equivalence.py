@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-import tolerances
 import torch_path
+from batchnorm.verification import tolerances
+from batchnorm.verification.comparison import Path, check
 from cases import CASES, Case, Data, Result
-from comparison import Path, check
 from processes import World, results
 from splitting import random_split
 
