@@ -5,12 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
+
 from batchnorm import explain
 from batchnorm.kernels.explanation import Explanation
 from batchnorm.verification import tolerances
 from batchnorm.verification.comparison import Path
-from batchnorm.verification.torch_runs import arguments_of, make_layer, run
-from cases import Case, make_data
+from batchnorm.verification.torch_runs import arguments_of, make_layer, run, run_layer
+from cases import Case, Data, Result, make_data, split
+from narrow_device import Narrow, move_all, narrow_device, to_narrow
 from paths import Way
 
 __all__ = ["WAYS", "explain_graph", "refuse_operators", "run"]
@@ -60,7 +63,23 @@ def refuse_operators(case: Case) -> str | None:
     return None
 
 
+def _without_float64(case: Case, data: Data) -> Result:
+    layer = make_layer(case, data, None, "cpu")
+    parts = [arguments_of(*part, "cpu") for part in split(case, data)]
+    dy = torch.tensor(data.dy, dtype=getattr(torch, case.dtype))
+    with narrow_device():
+        return run_layer(case, to_narrow(layer), move_all(parts), Narrow(dy))
+
+
+def refuse_float64(case: Case) -> str | None:
+    """The reason why a device without float64 does not have the case, or None."""
+    return "x itself is float64" if case.dtype == "float64" else None
+
+
 WAYS = {
+    "torch-without-float64": Way(
+        Path(_without_float64, True, tolerances.FLOAT32), refuse_float64, costly=True
+    ),
     "torch": Way(_path()),
     "torch-arrays": Way(_path(fused=False)),
     "torch-graph": Way(

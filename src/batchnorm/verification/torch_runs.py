@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from batchnorm.torch import BatchNorm, accumulate_statistics, keep_statistics
 from batchnorm.verification.cases import Case, Data, Result, State, split
@@ -19,6 +20,10 @@ _BUFFERS = {
     "renorm_mean": "renorm_mean",
     "renorm_stddev": "renorm_stddev",
 }
+
+
+# x, mask and residual.
+Arguments = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def run(
@@ -34,7 +39,14 @@ def run(
     layer = make_layer(case, data, fused, device)
     layer.synchronized = synchronized
     parts = [arguments_of(*part, device) for part in split(case, data)]
-    dtype = getattr(torch, case.dtype)
+    dy = torch.tensor(data.dy, dtype=getattr(torch, case.dtype), device=device)
+    return run_layer(case, layer, parts, dy, compiled)
+
+
+def run_layer(
+    case: Case, layer: BatchNorm, parts: list[Arguments], dy: Tensor, compiled: str | None = None
+) -> Result:
+    """Run a layer on the arguments of each pass."""
     call: Any = layer
     if compiled:
         torch._dynamo.reset()
@@ -43,8 +55,8 @@ def run(
     updates = nullcontext() if case.update else keep_statistics()
     with passes, updates:
         y = torch.cat([call(*part) for part in parts])
-    check_type(y.dtype, dtype)
-    y.backward(torch.tensor(data.dy, dtype=dtype, device=device))
+    check_type(y.dtype, dy.dtype)
+    y.backward(dy)
     dx, dresidual = (
         None if column[0] is None else torch.cat([a.grad for a in column])
         for column in (list(zip(*parts, strict=True))[i] for i in (0, 2))
@@ -61,9 +73,7 @@ def run(
     )
 
 
-def arguments_of(
-    case: Case, data: Data, device: str
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def arguments_of(case: Case, data: Data, device: str) -> Arguments:
     """x, mask and residual."""
     dtype = getattr(torch, case.dtype)
     x = torch.tensor(data.x, dtype=dtype, device=device, requires_grad=True)
@@ -115,4 +125,4 @@ def make_layer(case: Case, data: Data, fused: bool | None, device: str) -> Batch
 
 
 def _numpy(a: Any) -> np.ndarray | None:
-    return None if a is None else a.detach().double().cpu().numpy()
+    return None if a is None else a.detach().cpu().double().numpy()

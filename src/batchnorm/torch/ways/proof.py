@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -159,9 +161,24 @@ def _prove_aside(device: _Device) -> tuple[Verdict, bool]:
     """The verdict about a device, and whether it holds for later processes too."""
     found: list[tuple[Verdict, bool]] = []
     thread = threading.Thread(target=lambda: found.append(_prove(device)), daemon=True)
-    thread.start()
-    thread.join()
+    with _not_compiling():
+        thread.start()
+        thread.join()
     return found[0]
+
+
+@contextmanager
+def _not_compiling() -> Iterator[None]:
+    """Let `torch.compiler.is_compiling` say no: a trace that waits has set it for all threads."""
+    flag = getattr(torch.compiler, "_is_compiling_flag", False)
+    if not flag:
+        yield
+        return
+    torch.compiler._is_compiling_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = flag
 
 
 def _prove(device: _Device) -> tuple[Verdict, bool]:
