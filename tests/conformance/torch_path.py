@@ -16,7 +16,7 @@ from cases import Case, Data, Result, make_data, split
 from narrow_device import Narrow, move_all, narrow_device, to_narrow
 from paths import Way
 
-__all__ = ["WAYS", "explain_graph", "refuse_operators", "run"]
+__all__ = ["WAYS", "explain_graph", "refuse_operators", "run", "run_without_float64"]
 
 
 def explain_graph(case: Case) -> Explanation:
@@ -63,8 +63,10 @@ def refuse_operators(case: Case) -> str | None:
     return None
 
 
-def _without_float64(case: Case, data: Data) -> Result:
+def run_without_float64(case: Case, data: Data, synchronized: bool = False) -> Result:
+    """Run a case on a device that refuses float64."""
     layer = make_layer(case, data, None, "cpu")
+    layer.synchronized = synchronized
     parts = [arguments_of(*part, "cpu") for part in split(case, data)]
     dy = torch.tensor(data.dy, dtype=getattr(torch, case.dtype))
     with narrow_device():
@@ -78,7 +80,7 @@ def refuse_float64(case: Case) -> str | None:
 
 WAYS = {
     "torch-without-float64": Way(
-        Path(_without_float64, True, tolerances.FLOAT32), refuse_float64, costly=True
+        Path(run_without_float64, True, tolerances.FLOAT32), refuse_float64, costly=True
     ),
     "torch": Way(_path()),
     "torch-arrays": Way(_path(fused=False)),

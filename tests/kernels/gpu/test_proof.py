@@ -6,6 +6,7 @@ In Triton's interpreter a CPU stands for the card: `card` lets layers take the G
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -255,12 +256,30 @@ def test_a_second_process_finds_the_verdict(tmp_path: Path) -> None:
     assert said == [["proves", "Triton's interpreter: proved"], ["Triton's interpreter: proved"]]
 
 
-def test_every_sample_is_right() -> None:
+KERNELS = {
+    *("partial_moments", "merge_moments", "finish_channels", "normalize", "forward_whole"),
+    *("partial_gradients", "merge_gradients", "finish_gradients", "apply_gradient"),
+    "backward_whole",
+}
+
+
+def test_every_sample_is_right_and_they_launch_every_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, start = set(), launch.Plan._launch
+
+    def note(self: launch.Plan, kernel: Any, *rest: Any) -> None:
+        seen.add(kernel.fn.__name__)
+        start(self, kernel, *rest)
+
+    monkeypatch.setattr(launch.Plan, "_launch", note)
+    device = torch.device("cpu")
     for sample in samples.SAMPLES:
-        error = samples.compare(
-            sample, proof._run_kernels, proof.array_code.run, torch.device("cpu")
-        )
+        error = samples.compare(sample, proof._run_kernels, proof.array_code.run, device)
         assert error == "", sample.name
+    source = Path(launch.__file__).read_text()
+    assert set(re.findall(r"_launch\(\s*(?:forward|backward)\.(\w+)", source)) == KERNELS
+    assert seen == KERNELS
 
 
 def test_a_setting_that_does_not_exist_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
