@@ -16,6 +16,7 @@ import batchnorm
 from batchnorm.kernels import extension
 from batchnorm.verification import FRONT_ENDS, sample
 from batchnorm.verification.cases import refuse_kernels
+from batchnorm.verification.messages import MARK
 
 pytestmark = pytest.mark.skipif(
     extension.missing_reason() is not None, reason="no kernels are installed"
@@ -145,6 +146,20 @@ def test_nothing_to_check_is_a_mistake(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "nothing could be checked on cuda: kernels: " in done.stderr
     assert json.loads(done.stdout)["passed"] is False
+
+
+@pytest.mark.sample(1)
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a CUDA device")
+@pytest.mark.parametrize("front_end", ["keras", "jax", "torch"])
+def test_a_front_end_without_the_device_is_not_checked_on_another(front_end: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "batchnorm.verification.process", front_end, "cuda", "quick"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cuda", "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+    (message,) = [line for line in done.stdout.splitlines() if MARK in line]
+    assert "finds no CUDA device" in json.loads(message.removeprefix(MARK))["unchecked"]
 
 
 def test_unknown_device_is_named() -> None:

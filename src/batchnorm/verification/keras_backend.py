@@ -127,3 +127,18 @@ def has_float64() -> bool:
     import jax
 
     return bool(jax.config.read("jax_enable_x64"))
+
+
+def has_gpu() -> bool:
+    """True if the backend finds a GPU, on which Keras then puts its tensors."""
+    if NAME == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.config.list_physical_devices("GPU"))
+    import jax
+
+    return any(device.platform == "gpu" for device in jax.devices())

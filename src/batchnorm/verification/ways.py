@@ -115,8 +115,10 @@ def _jax(device: str, quick: bool) -> list[Way]:
     jax = _import("jax")
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise UncheckedError(" ".join(str(error).split())) from error
+    except (RuntimeError, AssertionError) as error:  # a plugin is broken, or missing
+        name = "CUDA device" if device == "cuda" else "processor"
+        text = " ".join(str(error).split())
+        raise UncheckedError(f"jax finds no {name}{': ' if text else ''}{text}") from error
     from batchnorm.verification.jax_runs import refuse, refuse_kernel, run
 
     cases = _few(quick)  # each is compiled for itself
@@ -131,10 +133,12 @@ def _jax(device: str, quick: bool) -> list[Way]:
 
 def _keras(device: str, quick: bool) -> list[Way]:
     _import("keras")
-    from batchnorm.verification.keras_backend import NAME
+    from batchnorm.verification.keras_backend import NAME, has_gpu
     from batchnorm.verification.keras_runs import refuse, run
 
-    cases = _few(quick or NAME == "jax") if NAME != "torch" else _few(False)
+    if device == "cuda" and not has_gpu():
+        raise UncheckedError(f"Keras on {NAME} finds no CUDA device")
+    cases = _few(quick)
     return [
         Way(
             f"{name}, on {NAME}",

@@ -212,7 +212,9 @@ def test_a_backward_pass_and_a_captured_graph_prove_nothing(
     assert reason is not None
     assert reason.endswith("a CUDA graph is being captured")
     proofs.make_subject("a card", proof._describe_driver(("cuda", 0))).write(proofs.PASSED)
-    assert proof._Proofs("").refuse(("cuda", 0)) is None  # the verdict is there
+    again = proof._Proofs("")
+    assert again.refuse(("cuda", 0)) is None  # the verdict is there
+    assert again.describe_known() == ["a card: proved"]
 
 
 @pytest.mark.usefixtures("card")

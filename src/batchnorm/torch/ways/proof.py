@@ -52,13 +52,13 @@ class _Proofs:
         if verdict is None:
             if explanation.is_asked():
                 verdict = self._find_kept(device) or PASSED
-            elif (reason := _find_hindrance(device)) is not None:
-                verdict = self._find_kept(device)
-                if verdict is None:
-                    self._tell_of_delay(reason)
-                    return f"no proof of the kernels on this device yet, and {reason}"
-            else:
+            elif (reason := _find_hindrance(device)) is None:
                 verdict = self._prove_once(device)
+            elif (verdict := self._find_kept(device)) is None:
+                self._tell_of_delay(reason)
+                return f"no proof of the kernels on this device yet, and {reason}"
+            else:  # without the lock, whose holder may wait for this thread
+                self._settle(device, verdict)
         if verdict.passed:
             return None
         return f"the kernels are {describe(verdict)}"
@@ -81,25 +81,27 @@ class _Proofs:
 
     def _prove_once(self, device: _Device) -> Verdict:
         with self._lock:
-            verdict = self._verdicts.get(device)
-            if verdict is not None:
-                return verdict
-            subject = _subject(device)
-            verdict = None if self.setting == "force" else subject.read()
+            verdict = self._verdicts.get(device) or self._find_kept(device)
             if verdict is None:
                 verdict, lasting = _prove_aside(device)
                 if lasting:
-                    subject.write(verdict)
-            self._verdicts[device] = verdict
+                    _subject(device).write(verdict)
+            self._settle(device, verdict)
+        return verdict
+
+    def _settle(self, device: _Device, verdict: Verdict) -> None:
+        """Keep the verdict of this process, and tell once of a failure."""
+        if device in self._verdicts:
+            return
+        self._verdicts[device] = verdict
         if not verdict.passed:
             warnings.warn(
-                f"batchnorm: the GPU's kernels are {describe(verdict)} on {subject.device}. "
-                "Please report this, with what `batchnorm info` and `batchnorm verify --device "
-                "cuda` print. BATCHNORM_PROOF=skip runs them all the same, =force proves again.",
+                f"batchnorm: the GPU's kernels are {describe(verdict)} on {_name(device)}. Please "
+                "report this, with what `batchnorm info` and `batchnorm verify --device cuda` "
+                "print. BATCHNORM_PROOF=skip runs them all the same, =force proves again.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return verdict
 
     def _tell_of_delay(self, reason: str) -> None:
         if not self._told:
@@ -182,7 +184,8 @@ def _not_compiling() -> Iterator[None]:
 
 
 def _prove(device: _Device) -> tuple[Verdict, bool]:
-    place = torch.device(*device) if device[1] is not None else torch.device(device[0])
+    kind, index = device
+    place = torch.device(kind) if index is None else torch.device(kind, index)
     for sample in SAMPLES:
         try:
             error = compare(sample, _run_kernels, array_code.run, place)
