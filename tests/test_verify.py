@@ -158,7 +158,7 @@ def test_a_front_end_without_the_device_is_not_checked_on_another(front_end: str
         text=True,
         env=os.environ | {"JAX_PLATFORMS": "cuda", "TF_CPP_MIN_LOG_LEVEL": "3"},
     )
-    (message,) = [line for line in done.stdout.splitlines() if MARK in line]
+    (message,) = [line for line in done.stdout.split("\n") if MARK in line]
     assert "finds no CUDA device" in json.loads(message.removeprefix(MARK))["unchecked"]
 
 
