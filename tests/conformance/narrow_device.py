@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
 from batchnorm.torch import devices
 
@@ -88,6 +91,13 @@ def _dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return pytree.tree_map_only(Tensor, Narrow, found) if there else found
 
 
+class _Module(_DummyBackendModule):
+    """The device's module; torch.utils.checkpoint asks it too, from here on, in all tests."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
 _registered = False
 
 
@@ -96,7 +106,7 @@ def narrow_device() -> Iterator[torch.device]:
     """The device, known to the library as one without float64."""
     global _registered
     if not _registered:
-        _setup_privateuseone_for_python_backend(NAME)
+        _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
         _registered = True
     before = devices._NARROW
     devices._NARROW = {*before, NAME}
