@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tools"))
 from files import write_hdf5, write_keras, write_safetensors, write_torch
 
 runner = CliRunner()
-COMMANDS = ("inspect", "convert", "merge", "demo", "bench", "info")
+COMMANDS = ("inspect", "convert", "merge", "demo", "bench", "info", "verify")
 HEAVY = {"torch", "jax", "flax", "keras", "tensorflow", "matplotlib", "sklearn"}
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 import batchnorm
 import batchnorm.jax
 import batchnorm.torch
-import tolerances
+from batchnorm.verification import tolerances
 
 MOMENTUM = 0.75  # weight of the old value; exact in float32, in which JAX keeps it
 

@@ -37,7 +37,9 @@ ALLOWED = {
     | {"safetensors", "msgpack", "ml_dtypes"},
     "benchmark": {"core", "kernels", "environment", "reference", "torch", "jax", "keras"}
     | {"numpy", "flax", "tensorflow"},
-    "commands": {"benchmark", "demo", "environment", "tools", "typer", "rich"},
+    "verification": {"core", "kernels", "numpy_namespace", "environment", "reference", "torch"}
+    | {"jax", "keras", "numpy", "tensorflow"},
+    "commands": {"benchmark", "demo", "environment", "tools", "verification", "typer", "rich"},
 }
 
 
@@ -54,6 +56,7 @@ def loaded_after(statement: str) -> set[str]:
         "import batchnorm.kernels.select",
         "from batchnorm import explain",
         "import batchnorm.benchmark.bench",
+        "import batchnorm.verification",
     ],
 )
 def test_no_framework_is_imported(statement: str) -> None:

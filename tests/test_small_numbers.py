@@ -16,10 +16,10 @@ import torch
 
 import batchnorm.jax
 import batchnorm.torch
-import tolerances
 from batchnorm.core.moments import centre
 from batchnorm.jax.namespace import XP as JAX
 from batchnorm.torch.namespace import XP as TORCH
+from batchnorm.verification import tolerances
 
 Gradient = tuple[np.ndarray, np.ndarray, np.ndarray]
 

@@ -210,6 +210,7 @@ void channels_of_positions(const Step& s, const Block& b, double* sum, double* s
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
     PositionSums sums(b.channels);
     for_each_piece(s, b, true, [&](Index o, Index first, Index, const Piece& piece) {
+        fetch_next<T>(s, b, s.x, o);
         for (Index c = 0; c < b.channels; ++c) {
             const T* x = element<const T>(s.x, o, (b.channel + c) * s.layout.inner + first);
             double *one = sums.first[c], *other = sums.second[c];

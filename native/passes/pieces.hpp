@@ -1,6 +1,7 @@
 // Stretches of positions under a mask, in pieces that are read once for all channels of a block.
 #pragma once
 
+#include "padded_rows.hpp"
 #include "rows.hpp"
 #include "sums.hpp"
 
@@ -39,12 +40,7 @@ class Piece {
         }
         for (Index p = 0; p < n; p += kPart) {
             const Index end = n - p < kPart ? n : p + kPart;
-            unsigned char every = 1, some = 0;
-            for (Index e = p; e < end; ++e) {
-                const unsigned char here = keep_[e] != 0;
-                every &= here, some |= here;
-            }
-            add(p, end, some == 0 ? padding : every != 0 ? real : mixed);
+            add(p, end, kind_of(keep_ + p, end - p));
         }
     }
 
@@ -54,6 +50,20 @@ class Piece {
     const Part* end() const { return parts_ + count_; }
 
   private:
+    // In words of eight bytes: all channels of a visit ask again.
+    static Kind kind_of(const unsigned char* keep, Index n) {
+        constexpr std::uint64_t kLow = 0x0101010101010101u, kHigh = 0x8080808080808080u;
+        if (n < kPart) {
+            Index found = 0;
+            for (Index e = 0; e < n; ++e) found += keep[e] != 0;
+            return found == 0 ? padding : found == n ? real : mixed;
+        }
+        std::uint64_t words[kPart / 8], some = 0, zeros = 0;
+        __builtin_memcpy(words, keep, sizeof words);
+        for (const std::uint64_t w : words) some |= w, zeros |= (w - kLow) & ~w & kHigh;
+        return some == 0 ? padding : zeros == 0 ? real : mixed;
+    }
+
     void add(Index first, Index end, Kind kind) {
         if (count_ > 0 && parts_[count_ - 1].kind == kind) {
             parts_[count_ - 1].end = end;
@@ -67,6 +77,15 @@ class Piece {
     Part parts_[kPiece / kPart + 1];
     int count_ = 0;
 };
+
+// Prefetches the beginning of the same channels in the next row of outer, where that is a jump:
+// hardware follows a stretch only after some of its lines, and a visit has few channels.
+template <class T>
+inline void fetch_next(const Step& s, const Block& b, const Array& array, Index o) {
+    constexpr Index kJump = 4;  // channels
+    if (!array || b.channels >= kJump || o + 1 >= s.layout.outer) return;
+    fetch_line(element<const T>(array, o + 1, b.channel * s.layout.inner), s.layout.inner);
+}
 
 // f(o, i, n, piece) for the pieces of a block's positions; one piece for each stretch where there
 // is no mask and `whole`.

@@ -101,6 +101,9 @@ struct ChannelsOfPositions {
 
     void run(double* sum, double* product) {
         for_each_piece(s, b, !gated || direct, [&](Index o, Index i, Index n, const Piece& piece) {
+            fetch_next<T>(s, b, s.x, o);
+            fetch_next<T>(s, b, s.dy, o);
+            fetch_next<T>(s, b, s.y, o);
             if (piece.is(Piece::padding) && !(s.dresidual && !s.options.zero_padding))
                 return blank(o, i, n);
             for (Index c = 0; c < b.channels; ++c) add(o, i, n, piece, c);

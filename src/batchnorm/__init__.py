@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from batchnorm.environment import __version__, show_config
     from batchnorm.memory import limit_memory, release_memory
     from batchnorm.reference import batch_norm, batch_norm_gradient
+    from batchnorm.verification import verify
     from batchnorm.ways import explain
 
 # Imported at first use: without numpy the command line starts in a third of the time.
@@ -27,6 +28,7 @@ _HOME = {
     "limit_memory": "batchnorm.memory",
     "release_memory": "batchnorm.memory",
     "show_config": "batchnorm.environment",
+    "verify": "batchnorm.verification",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "limit_memory",
     "release_memory",
     "show_config",
+    "verify",
 ]
 
 

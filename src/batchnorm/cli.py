@@ -26,6 +26,7 @@ from batchnorm.commands.inspect import inspect
 from batchnorm.commands.merge import merge
 from batchnorm.commands.statuses import MEANINGS, run
 from batchnorm.commands.streams import write_error
+from batchnorm.commands.verify import verify
 
 # The modules above are cheap to import: a command imports its tools when it runs.
 
@@ -103,6 +104,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "bench --framework jax --shape 262144,64 --json",
     ),
     info: ("info", "info --json"),
+    verify: ("verify", "verify --quick", "verify --device cuda --json > verify.json"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from typing import Any
@@ -47,9 +48,11 @@ def find_config() -> dict[str, Any]:
     """The versions and kernels as data; imports no framework.
 
     Returns:
-        `{"python", "machine", "system", "packages", "kernels", "gpu_kernels", "outputs"}`.
+        `{"python", "machine", "system", "packages", "kernels", "gpu_kernels", "outputs",
+        "proofs"}`.
         "packages" has a version or None by name. The kernels have "name", or None where array code
-        replaces them, and "reason". "outputs" says how much memory is kept for outputs.
+        replaces them, and "reason". "outputs" says how much memory is kept for outputs, "proofs" lists
+        the verdicts about the GPU's kernels.
     """
     from batchnorm.kernels.select import extension_status, triton_status
     from batchnorm.memory import describe_memory
@@ -62,6 +65,7 @@ def find_config() -> dict[str, Any]:
         "kernels": _name_and_reason(*extension_status()),
         "gpu_kernels": _name_and_reason(*triton_status()),
         "outputs": describe_memory(),
+        "proofs": _describe_proofs(),
     }
 
 
@@ -78,5 +82,17 @@ def show_config() -> None:
         replaced = "" if kernels["name"] else "plain array code: "
         rows[label] = f"{replaced}{kernels['reason']}"
     rows["outputs"] = found["outputs"]
+    lines = [*rows.items(), *(("proofs", line) for line in found["proofs"])]
     width = max(map(len, rows))
-    print("\n".join(f"{label:<{width}}  {text}" for label, text in rows.items()))
+    print("\n".join(f"{label:<{width}}  {text}" for label, text in lines))
+
+
+def _describe_proofs() -> list[str]:
+    """The verdicts about the GPU's kernels: this process's, and those in the cache."""
+    from batchnorm.kernels import proofs
+
+    loaded = sys.modules.get("batchnorm.torch.ways.proof")
+    here = [] if loaded is None else loaded.PROOFS.describe_known()
+    setting = proofs.find_setting()
+    said = [f"BATCHNORM_PROOF={setting}"] if setting else []
+    return list(dict.fromkeys([*said, *here, *proofs.describe_known()])) or ["none yet"]

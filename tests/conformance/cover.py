@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+from batchnorm.verification.pairwise import choose
 from cases import Case
 
 _CHANNELS = 64  # that kernels work on at a time
@@ -79,11 +80,5 @@ def _may_matter(setting: str, other: str) -> bool:
 
 def cover(cases: Sequence[Case]) -> list[Case]:
     """A greedy choice of few `cases` that hold all pairs, in the order of the table."""
-    pairs = {case.name: _pairs(case) for case in cases}
-    missing = set().union(*pairs.values())
-    chosen: set[str] = set()
-    while missing:
-        best = max(cases, key=lambda case: len(pairs[case.name] & missing))
-        chosen.add(best.name)
-        missing -= pairs[best.name]
+    chosen = choose({case.name: _pairs(case) for case in cases})
     return [case for case in cases if case.name in chosen]

@@ -13,9 +13,9 @@ from functools import partial
 
 import numpy as np
 
-import tolerances
+from batchnorm.verification import tolerances
+from batchnorm.verification.comparison import Path
 from cases import Case, Data, Result, State, split
-from comparison import Path
 from paths import Way
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import comparison
+from batchnorm.verification import comparison
+from batchnorm.verification.comparison import Path
 from cases import CASES, Case
-from comparison import Path
 from cover import cover
 
 # Where a path's name begins with this, the module that has it, and the environment of a process.

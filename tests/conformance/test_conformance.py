@@ -15,7 +15,7 @@ from random_cases import names, random_case
 
 TORCH = (
     *("torch", "torch-arrays", "torch-graph", "torch-graph-arrays"),
-    *("torch-inductor", "torch-inductor-arrays"),
+    *("torch-inductor", "torch-inductor-arrays", "torch-without-float64"),
 )
 
 

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import tolerances
 import torch_path
 from batchnorm.kernels.triton import tiling
 from batchnorm.torch.kernels import decision
+from batchnorm.verification import tolerances
+from batchnorm.verification.comparison import Path
 from cases import Case, Data, Result
-from comparison import Path
 from paths import Way
 
 

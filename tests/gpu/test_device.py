@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path as Folder
 from typing import Any
 
 import pytest
 import torch
 
-import tolerances
+import batchnorm
 import torch_path
+from batchnorm.kernels import proofs
 from batchnorm.kernels.select import triton_status
 from batchnorm.torch import BatchNorm
+from batchnorm.torch.ways import proof
+from batchnorm.verification import tolerances
+from batchnorm.verification.comparison import Path, check
 from cases import CASES, Case
-from comparison import Path, check
 
 if triton_status().kernel is not None:
     from batchnorm.kernels.triton import launch
@@ -119,3 +123,18 @@ def test_compiled_is_whole_and_right(mode: str) -> None:
     case = next(c for c in CASES if c.name == f"residual_relu-half-{mode}")
     path = partial(torch_path.run, device="cuda", compiled="inductor")
     check(Path(path, True, tolerances.PLAIN_FLOAT32), case)
+
+
+def test_the_kernels_prove_themselves_on_this_card(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Folder
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = proof._Proofs("force")
+    assert found.refuse(("cuda", 0)) is None
+    assert len(proofs.describe_known()) == 1
+
+
+def test_verify_passes_on_this_card() -> None:
+    found = batchnorm.verify("cuda", quick=True)
+    assert found.passed, found
+    assert ("torch", "kernels") in {(check.front_end, check.way) for check in found.checks}

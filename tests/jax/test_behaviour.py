@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 
 import batchnorm
-import tolerances
 from batchnorm.jax import (
     BatchNorm,
     batch_norm,
@@ -19,6 +18,7 @@ from batchnorm.jax import (
     init_running,
     update_running,
 )
+from batchnorm.verification import tolerances
 
 PATHS = pytest.mark.parametrize("fused", [None, False])
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, sums of a few dozen terms

@@ -15,10 +15,10 @@ import pytest
 from flax import nnx
 
 import batchnorm
-import tolerances
 from batchnorm.core.layout import make_layout
 from batchnorm.jax import BatchNorm, batch_norm, custom_calls
 from batchnorm.kernels.kept import STATISTICS
+from batchnorm.verification import tolerances
 
 # Many calls at once, from Python threads and as independent parts of one program.
 CONCURRENT = """

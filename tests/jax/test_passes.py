@@ -7,7 +7,11 @@ needs the result of another sum is a pass of its own.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -96,3 +100,36 @@ def test_one_whole_array_is_saved(options: dict[str, Any]) -> None:
 def test_a_sum_that_needs_another_counts() -> None:
     assert rounds(lambda x: x - x.mean(0), jnp.ones(SHAPE)) == [1]
     assert rounds(lambda x: x.var(0), jnp.ones(SHAPE)) == [2]
+
+
+def sweeps(function: Any, *arguments: Any) -> int:
+    """Sweeps over whole arrays: one for each round of sums, and one that writes what needs them."""
+    closed = jax.make_jaxpr(function)(*arguments)
+    found = _rounds(closed.jaxpr, [0] * len(closed.jaxpr.invars))
+    whole = [a.aval.size == math.prod(SHAPE) for a in closed.jaxpr.outvars]
+    return max(n + written for n, written in zip(found, whole, strict=True))
+
+
+@FUSED
+@OPTIONS
+def test_jitted_array_code_reads_x_three_times(fused: bool | None, options: dict[str, Any]) -> None:
+    """And x and dy twice in the backward pass; docs/gpu.md says what XLA makes of that."""
+    step = jax.jit(partial(batch_norm, fused=fused, **options))
+    assert sweeps(step, jnp.ones(SHAPE), jnp.ones(8), jnp.ones(8)) == 3
+    transpose = jax.jit(lambda transpose, dy: transpose(dy))
+    assert sweeps(transpose, transpose_of(fused, options), jnp.ones(SHAPE)) == 2
+
+
+@pytest.mark.skipif(
+    find_spec("jax_cuda12_plugin") is None,
+    reason="needs jax-cuda12-plugin and jax-cuda12-pjrt, which compile for a card without one",
+)
+def test_programs_for_an_h100_read_x_three_times() -> None:
+    """In a process of its own, since importing the script hides GPUs from JAX."""
+    script = Path(__file__).parents[2] / "benchmarks" / "count_passes.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if "whole arrays" in line]
+    assert len(lines) == 16
+    for line in lines:
+        wanted = "3 read, 1 written" if " forward " in line else "4 read, 1 written"
+        assert line.endswith(wanted), line

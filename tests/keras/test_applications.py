@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import pytest
 
-import tolerances
 from batchnorm.keras import BatchNormalization
+from batchnorm.verification import tolerances
 
 MODELS: dict[str, Callable[[], keras.Model]] = {
     "mobilenet": lambda: keras.applications.MobileNet(

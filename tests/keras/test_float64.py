@@ -11,9 +11,9 @@ import pytest
 
 import keras_backend
 import keras_path
-import tolerances
+from batchnorm.verification import tolerances
+from batchnorm.verification.comparison import Path, check
 from cases import CASES, Case
-from comparison import Path, check
 
 MODES = {"tensorflow": (None, "graph", "xla"), "jax": (None, "graph"), "torch": (None,)}[
     keras_backend.NAME

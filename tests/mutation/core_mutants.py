@@ -131,10 +131,10 @@ def _load(mutant: Mutant) -> Iterator[Callable[[Any], None]]:
     name = f"batchnorm.core.{Path(mutant.path).stem}"
     sys.meta_path.insert(0, _Instead(name, mutant))
     import naive
-    import tolerances
     import torch_path
-    from comparison import Path as Way
-    from comparison import check
+    from batchnorm.verification import tolerances
+    from batchnorm.verification.comparison import Path as Way
+    from batchnorm.verification.comparison import check
 
     for way in (
         Way(partial(naive.run, unbiased=False), False, tolerances.NAIVE),

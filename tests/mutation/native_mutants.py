@@ -117,10 +117,10 @@ def _load(library: Path) -> Iterator[Callable[[Any], None]]:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     import batchnorm.kernels
-    import tolerances
     import torch_path
-    from comparison import Path as Way
-    from comparison import check
+    from batchnorm.verification import tolerances
+    from batchnorm.verification.comparison import Path as Way
+    from batchnorm.verification.comparison import check
 
     batchnorm.kernels._cpu = module  # type: ignore[attr-defined]
     yield partial(check, Way(torch_path.run, True, tolerances.FLOAT32))

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-import tolerances
 import torch_path
+from batchnorm.verification import tolerances
+from batchnorm.verification.comparison import Path, check
 from cases import CASES, Case, Data, Result
-from comparison import Path, check
 from processes import World, results
 from splitting import random_split
 
@@ -51,14 +51,30 @@ def test_one_process_is_no_other_than_before(worlds, case: Case) -> None:
     check(Path(run, unbiased=True, float32=tolerances.FLOAT32), case)
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in EXACT if case.dtype != "float64"][::9], ids=lambda case: case.name
+)
+def test_split_batches_are_one_batch_without_float64(worlds, case: Case) -> None:
+    run = partial(run_split, world=worlds[3], seed=3, narrow=True)
+    check(Path(run, unbiased=True, float32=tolerances.FLOAT32), case)
+
+
 def run_split(
-    case: Case, data: Data, *, world: World, seed: int, fused: bool | None = None
+    case: Case,
+    data: Data,
+    *,
+    world: World,
+    seed: int,
+    fused: bool | None = None,
+    narrow: bool = False,
 ) -> Result:
     rng = np.random.default_rng([zlib.crc32(case.name.encode()), world.size, seed])
     split = random_split(case, world.size, rng)
-    found = world.run(_run, [(*part, fused) for part in split.cut(data)])
+    found = world.run(_run, [(*part, fused, narrow) for part in split.cut(data)])
     return split.join(results(found))
 
 
-def _run(case: Case, data: Data, fused: bool | None) -> Result:
+def _run(case: Case, data: Data, fused: bool | None, narrow: bool) -> Result:
+    if narrow:
+        return torch_path.run_without_float64(case, data, synchronized=True)
     return torch_path.run(case, data, fused=fused, synchronized=True)

@@ -17,10 +17,10 @@ import pytest
 
 import jax_world
 import keras_world
-import tolerances
 import torch_world
+from batchnorm.verification import tolerances
+from batchnorm.verification.comparison import Path, check
 from cases import CASES, Case, Data, Result
-from comparison import Path, check
 from processes import World, results
 from splitting import Split, even_split, random_split
 

@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class ProblemFound(SystemExit):
-    """Raised by `inspect` when it has found a problem; no other exit has status 1."""
+    """Raised where `inspect` or `verify` finds a problem; no other exit has status 1."""
 
     def __init__(self) -> None:
         super().__init__(1)

@@ -26,8 +26,8 @@ class Status(IntEnum):
 
 
 MEANINGS: dict[Status, str] = {
-    Status.DONE: "success; inspect: no error found",
-    Status.PROBLEM: "inspect found an error in a layer, or found no batch norm",
+    Status.DONE: "success; inspect: no error found; verify: all results are right",
+    Status.PROBLEM: "inspect found an error in a layer, or no batch norm; verify: a wrong result",
     Status.MISTAKE: "an option or file that cannot be used, a missing package, no memory",
     Status.OUTPUT: "standard output cannot be written",
     Status.BUG: "a bug in batchnorm, with its traceback",

@@ -104,6 +104,11 @@ def asks_for_graph() -> bool:
     return question is not None and question.graph
 
 
+def is_asked() -> bool:
+    """True if the current call only answers a question, and computes nothing."""
+    return _question.get() is not None
+
+
 def report(layer: str, way: str, refused: tuple[tuple[str, str], ...] = (), note: str = "") -> None:
     """Report the way of a call: to `ask`, by ending the call here, or to the log."""
     if not LISTENING.active:

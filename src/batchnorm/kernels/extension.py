@@ -16,6 +16,7 @@ from batchnorm.kernels.kept import ACTIVATIONS, TYPES
 __all__ = [
     "State",
     "find_team",
+    "instruction_sets",
     "instructions",
     "make_plan",
     "make_renorm",
@@ -24,6 +25,8 @@ __all__ = [
     "warn_if_missing",
     "xla_handlers",
 ]
+
+_SETS = ("baseline", "avx2", "avx512")
 
 try:
     from batchnorm.kernels import _cpu
@@ -56,6 +59,14 @@ def warn_if_missing() -> None:
 def instructions() -> str:
     """The instruction set in use: "baseline", "avx2" or "avx512"."""
     return str(_cpu.instructions())
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that this machine runs, the slowest first."""
+    chosen = instructions()
+    found = tuple(name for name in _SETS if _cpu.use_instructions(name))
+    _cpu.use_instructions(chosen)
+    return found
 
 
 def use_instructions(name: str) -> None:

@@ -27,6 +27,7 @@ from batchnorm.core.merge import Parts
 from batchnorm.core.running import BatchAverage, Running, update_running
 from batchnorm.torch.buffers import RunningStatistics
 from batchnorm.torch.call import Call
+from batchnorm.torch.devices import has_float64
 from batchnorm.torch.keeping import keeps_statistics
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.options import find_options
@@ -46,7 +47,8 @@ class Accumulation:
     Attributes:
         layer: the layer.
         running: its statistics when the block began.
-        parts: the moments of all passes so far, per channel, in double precision.
+        parts: the moments of all passes so far, per channel, in double precision where the device
+            has it.
         work: the type in which a moment must be finite (S9).
     """
 
@@ -219,7 +221,8 @@ def _contribution(call: Call, average: BatchAverage) -> Parts:
 
 
 def _widen(a: Tensor) -> Tensor:
-    return a.detach().double()
+    """In float64; where the device has none, a mean stays the sum of two float32."""
+    return a.detach().double() if has_float64(a.device) else a.detach()
 
 
 def _poisoned(parts: Parts, work: torch.dtype) -> Parts:

@@ -197,7 +197,7 @@ def check_adjusted(name: str, a: Any, x: Tensor, dtype: torch.dtype) -> Tensor |
     """A tensor of the adjustment that broadcasts against x, or None (S13)."""
     if a is None:
         return None
-    tensor = torch.as_tensor(a, device=x.device).to(dtype)
+    tensor = torch.as_tensor(a).to(dtype).to(x.device)  # which may have no float64
     sizes = (1,) * (x.dim() - tensor.dim()) + tuple(tensor.shape)
     if len(sizes) != x.dim() or any(m not in (1, n) for m, n in zip(sizes, x.shape, strict=True)):
         raise ArgumentValueError(

@@ -11,12 +11,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "sync"))
 
-import tolerances
 import triton_path
 from batchnorm.kernels.select import is_interpreting
+from batchnorm.verification import tolerances
+from batchnorm.verification.comparison import Path as Way
+from batchnorm.verification.comparison import check
 from cases import Case
-from comparison import Path as Way
-from comparison import check
 from processes import World
 from test_equivalence import EXACT, run_split
 from torch_world import join, make_world

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import batchnorm
-import tolerances
 import torch_path
 from batchnorm.torch import batch_norm
+from batchnorm.verification import tolerances
+from batchnorm.verification.comparison import Path, check
 from cases import CASES, Case, Result, State, make_data
-from comparison import Path, check
 from ptx_driver import Driver, Launch
 from ptx_memory import ProgramError
 

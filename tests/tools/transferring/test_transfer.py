@@ -23,7 +23,7 @@ from batchnorm.tools.checkpoints import read_checkpoint
 from batchnorm.tools.models import take_state
 from batchnorm.torch import BatchNorm
 from batchnorm.torch.explicit import BatchNorm as Explicit
-from tolerances import FLOAT32, HALF_ULP
+from batchnorm.verification.tolerances import FLOAT32, HALF_ULP
 
 PARAMETERS = ("gamma", "beta")
 COUNT = 48

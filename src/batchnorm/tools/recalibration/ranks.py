@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from batchnorm.core.moments import Moments
 from batchnorm.tools.measure import merge
+from batchnorm.torch.devices import has_float64
 from batchnorm.torch.ranks.messages import Peers, SynchronizationError, find_peers
 
 
@@ -87,8 +88,9 @@ def _pack(uses: int, skipped: int, moments: Moments) -> Any:
 
 
 def device_of(layer: Any) -> torch.device:
-    """The device of a layer's statistics, from which its ranks can send."""
+    """The device of a layer's statistics, from which its ranks can send; or the host."""
     statistic = getattr(layer, "running_mean", None)
     if statistic is None:  # a Keras layer
         statistic = layer.moving_mean.value
-    return torch.device(statistic.device)
+    device = torch.device(statistic.device)
+    return device if has_float64(device) else torch.device("cpu")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from batchnorm.core.moments import Centred, Moments
 from batchnorm.core.running import BatchAverage, average_groups, unbiased_variance
+from batchnorm.torch.devices import widen_on_host
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.ranks.synchronizer import Participation, find_by_key, pack, unpack
 from batchnorm.torch.tracing import uncaptured
@@ -43,7 +44,7 @@ class RankMerge:
         attach = _attach if torch.compiler.is_compiling() else _Attach.apply
         merged = attach(local, merged, *self._part[:3])
         found = unpack(merged, self._part.channels, tuple(centred.power.shape))
-        return self._narrow(found, centred.power.dtype)
+        return self._narrow(found, centred.power)
 
     def average(self, average: BatchAverage, unbiased: bool) -> BatchAverage:
         """All ranks' average over their ghost groups."""
@@ -54,28 +55,31 @@ class RankMerge:
         var = over.of(unbiased_variance(wide, XP) if unbiased else wide.var, XP)
         groups = XP.sum((wide.count > 0).to(mean.dtype), axis=(average.axis,), keepdims=True)
         # An average that is not finite in x's own type moves no rank's statistics (S9).
-        mean = torch.where(average.usable | (groups == 0), mean, torch.nan)
+        usable = average.usable.to(mean.device)
+        mean = torch.where(usable | (groups == 0), mean, torch.nan)
         local = pack(Moments(groups, mean, var), self._part.varying)
         merged = unpack(_merge(local, self._part, True), self._part.channels, tuple(mean.shape))
-        found = self._narrow(merged, average.weight.dtype)
+        found = self._narrow(merged, average.weight)
         usable = average_groups(found, None, XP).usable
         # Count 1, so that the unbiased factor is not applied twice.
         one = torch.ones_like(found.power)
         return BatchAverage(usable, found.count, found._replace(count=one), one, None)
 
-    def _narrow(self, moments: Moments, dtype: torch.dtype) -> Centred:
-        """Moments in the working type; the mean as a sum of two numbers (S3)."""
-        count, mean, var = moments
+    def _narrow(self, moments: Moments, like: Tensor) -> Centred:
+        """Moments in the working type and on the device of `like`; the mean as two numbers (S3)."""
+        (count, mean, var), dtype = moments, like.dtype
         anchor = mean.detach().to(dtype)
         scale = (torch.sqrt(var.detach()) + math.sqrt(self._eps)).to(dtype)
         scale = torch.where(scale > 0, scale, 1.0)
         power = (var / torch.square(scale.double())).to(dtype)
         shift = (mean - anchor).to(dtype)
-        return Centred(count.to(dtype), anchor, shift, scale, power, scale, anchor)
+        found = Centred(count.to(dtype), anchor, shift, scale, power, scale, anchor)
+        return found if anchor.device == like.device else found.map(lambda a: a.to(like.device))
 
 
 def _widen(centred: Centred) -> Centred:
-    return Centred(*(a.double() for a in centred._replace(deviation=centred.count)))
+    """The moments in float64, on the host where the device has none."""
+    return centred._replace(deviation=centred.count).map(widen_on_host)
 
 
 class _Attach(torch.autograd.Function):

@@ -12,7 +12,7 @@ from batchnorm.kernels.explanation import LISTENING
 from batchnorm.kernels.select import find_way, refuse_fused
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels.recycling import RECYCLER
-from batchnorm.torch.ways import array_code, eager_kernels, graph_operators
+from batchnorm.torch.ways import array_code, eager_kernels, graph_operators, proof
 
 
 class Way(NamedTuple):
@@ -44,7 +44,7 @@ def refuse(way: Way, call: Call) -> str | None:
     fused = call.settings.fused
     if way is ARRAY_CODE:
         return "fused=True demands a kernel" if fused is True else None
-    return explanation.UNFUSED if fused is False else way.refuse(call)
+    return explanation.UNFUSED if fused is False else way.refuse(call) or proof.refuse(call)
 
 
 def run(call: Call) -> Tensor:
@@ -67,12 +67,14 @@ def _explain(call: Call) -> tuple[Way, Way]:
     ways = find_ways(call.traced or explanation.asks_for_graph())
     way, refused = find_way(ways, lambda way: refuse(way, call))
     large = way is EAGER_KERNELS and call.decision is not None and call.decision.large
-    _report(call.owner, way.name, refused, large)
+    _report(call.owner, way.name, refused, large, "" if way is ARRAY_CODE else proof.note(call))
     return ways
 
 
-def _report(owner: str, way: str, refused: tuple[tuple[str, str], ...], large: bool) -> None:
-    explanation.report(owner, way, refused, f"outputs {RECYCLER}" if large else "")
+def _report(
+    owner: str, way: str, refused: tuple[tuple[str, str], ...], large: bool, note: str
+) -> None:
+    explanation.report(owner, way, refused, f"outputs {RECYCLER}" if large else note)
 
 
 # As in graph_operators: run once, while a graph is traced.

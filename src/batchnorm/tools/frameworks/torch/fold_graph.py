@@ -260,7 +260,7 @@ class GraphFolder:
         if not isinstance(value, fx.Node) or value.op != "get_attr":
             return None
         tensor = operator.attrgetter(str(value.target))(self.root)
-        return tensor.detach().double().cpu().numpy()
+        return tensor.detach().cpu().double().numpy()
 
     def _module(self, node: fx.Node) -> Any:
         if node.op != "call_module":

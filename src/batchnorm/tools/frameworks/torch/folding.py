@@ -169,7 +169,7 @@ def _seeded(compute: Callable[[], Any]) -> list[Tensor]:
 
 
 def _arrays(tensors: list[Tensor]) -> list[Any]:
-    return [a.detach().double().cpu().numpy() for a in tensors]
+    return [a.detach().cpu().double().numpy() for a in tensors]
 
 
 def _as_example(example: Any) -> _Example:

@@ -212,7 +212,7 @@ def fold_next(module: Any, affine: Affine, groups: int | None = None) -> None:
 
 def _wide(module: Any) -> tuple[Any, Any]:
     return tuple(  # type: ignore[return-value]
-        None if a is None else a.detach().double().cpu().numpy()
+        None if a is None else a.detach().cpu().double().numpy()
         for a in (module.weight, module.bias)
     )
 

@@ -18,6 +18,7 @@ from batchnorm.core.moments import Moments, centre
 from batchnorm.tools.frameworks.records import FoundLayer, Observation
 from batchnorm.tools.measure import measure
 from batchnorm.torch import checks, jagged
+from batchnorm.torch.devices import has_float64
 from batchnorm.torch.layers import BatchNorm
 from batchnorm.torch.masking import mask_in
 from batchnorm.torch.masks.blocks import find_block
@@ -72,10 +73,10 @@ def _measure(x: Tensor, mask: Tensor | None, axes: tuple[int, ...]) -> Moments:
         return measure(wide.numpy(), None if mask is None else mask.numpy(), axes)
     # Moving activations off the device would take longer than their forward pass.
     layout = Layout(tuple(x.shape), axes)
-    wide = x.float() if x.device.type == "mps" else x.double()  # mps has no float64
+    wide = x.double() if has_float64(x.device) or x.dtype is torch.float64 else x.float()
     found = centre(wide, mask, layout.reduced, eps=0.0, xp=XP)
     count, anchor, shift, var = (
-        a.double().cpu().numpy().reshape(-1)
-        for a in (torch.as_tensor(found.count), found.anchor.cpu(), found.shift.cpu(), found.var)
+        a.cpu().double().numpy().reshape(-1)
+        for a in (torch.as_tensor(found.count), found.anchor, found.shift, found.var)
     )
     return Moments(np.broadcast_to(count, anchor.shape), anchor + shift, var)

@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-import oracle
-import tolerances
-from cases import Case, Data, Result, make_data
+from batchnorm.verification import oracle, tolerances
+from batchnorm.verification.cases import Case, Data, Result, make_data
+
+
+class MismatchError(AssertionError):
+    """A result of a path that is not the oracle's; raised, so that `python -O` keeps it."""
 
 
 class Path(NamedTuple):
@@ -25,9 +28,23 @@ class Path(NamedTuple):
     rounding: Mapping[str, float] = MappingProxyType({})
 
 
-def check(path: Path, case: Case) -> None:
+def check(path: Path, case: Case) -> float:
+    """Run a case on a path; the largest error, as a part of what is allowed.
+
+    Raises:
+        MismatchError: a result is further from the oracle's than that.
+    """
+    return compare(path, case, *prepare(case, path.unbiased))
+
+
+def prepare(case: Case, unbiased: bool) -> tuple[Data, Result]:
+    """The arrays of a case, and the oracle's results."""
     data = make_data(case)
-    expected = oracle.expect(case, data, unbiased=path.unbiased)
+    return data, oracle.expect(case, data, unbiased=unbiased)
+
+
+def compare(path: Path, case: Case, data: Data, expected: Result) -> float:
+    """`check` where arrays and the oracle's results are known."""
     found = path.run(case, data)
     tol = path.float32
     if tol == tolerances.NAIVE:
@@ -35,12 +52,17 @@ def check(path: Path, case: Case) -> None:
     elif case.dtype == "float64":
         tol = tolerances.FLOAT64
     bounds = _bounds(case, data, expected, tol, path.rounding.get(case.dtype, 1.0))
-    for name in ("y", "dx", "dgamma", "dbeta", "dresidual"):
+    worst = [
         _compare(name, getattr(found, name), getattr(expected, name), getattr(bounds, name))
+        for name in ("y", "dx", "dgamma", "dbeta", "dresidual")
+    ]
     for name, bound in bounds.state._asdict().items():
         if name == "batches" and found.state.batches is None:
             continue  # a front end without the cumulative average does not count
-        _compare(name, getattr(found.state, name), getattr(expected.state, name), bound)
+        worst.append(
+            _compare(name, getattr(found.state, name), getattr(expected.state, name), bound)
+        )
+    return max(worst)
 
 
 def _bounds(case: Case, data: Data, expected: Result, tol: float, roundings: float) -> Result:
@@ -123,18 +145,30 @@ def _along(case: Case, per_channel: np.ndarray) -> np.ndarray:
     return np.reshape(per_channel, shape)
 
 
-def _compare(name: str, found: object, expected: object, bound: object) -> None:
-    assert (found is None) == (expected is None), name
+def _compare(name: str, found: object, expected: object, bound: object) -> float:
+    """The largest error as a part of its bound."""
+    if (found is None) != (expected is None):
+        raise MismatchError(f"{name}: there is {'none' if found is None else 'one'}")
     if expected is None:
-        return
+        return 0.0
     found, expected = np.asarray(found), np.asarray(expected)
-    assert found.shape == expected.shape, name
+    if found.shape != expected.shape:
+        raise MismatchError(f"{name}: the shape is {found.shape}, expected {expected.shape}")
     bound = np.broadcast_to(np.asarray(bound, float), expected.shape)
     same = np.isnan(found) & np.isnan(expected)
     with np.errstate(invalid="ignore"):
         off = ~same & ~(np.abs(found - expected) <= bound)
         worst = np.nanmax(np.abs(found - expected) / np.maximum(bound, 1e-300), initial=0.0)
-    assert not off.any(), (
-        f"{name}: {off.sum()} of {off.size} off by up to {worst:.3g} times the bound; first at "
-        f"{tuple(np.argwhere(off)[0])}: {found[off][0]!r}, expected {expected[off][0]!r}"
-    )
+    if off.any():
+        raise MismatchError(
+            f"{name}: {off.sum()} of {off.size} off by up to {worst:.3g} times the bound; first at "
+            f"{tuple(np.argwhere(off)[0].tolist())}: {float(found[off][0])!r}, expected "
+            f"{float(expected[off][0])!r}"
+        )
+    return float(worst)
+
+
+def check_type(found: object, expected: object) -> None:
+    """Raise for an output of another type than x's (S4)."""
+    if found != expected:
+        raise MismatchError(f"y: the type is {found}, expected {expected}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-import batchnorm
 from batchnorm.core.accumulate import average_of_step, contribution, merge_passes
 from batchnorm.core.config import Options, Renorm
 from batchnorm.core.forward import Inputs, forward_batch, forward_running, move_by_average
@@ -16,7 +16,8 @@ from batchnorm.core.merge import Parts
 from batchnorm.core.normalize import activation_gradient
 from batchnorm.core.running import BatchAverage, Running
 from batchnorm.numpy_namespace import XP
-from cases import Case, Data, Result, State, split
+from batchnorm.reference import batch_norm_gradient
+from batchnorm.verification.cases import Case, Data, Result, State, split
 
 
 def expect(case: Case, data: Data, *, unbiased: bool) -> Result:
@@ -28,10 +29,11 @@ def expect(case: Case, data: Data, *, unbiased: bool) -> Result:
     if case.passes == 1:
         return _expect(case, data, unbiased)[0]
     found, averages = zip(*(_expect(*part, unbiased) for part in split(case, data)), strict=True)
-    joined = [None if a is None else np.concatenate(a) for a in (_column(found, f) for f in _ROWS)]
-    sums = [None if a is None else sum(a) for a in (_column(found, f) for f in _SUMS)]
-    y, dx, dresidual = joined
-    return Result(y, dx, *sums, _step(case, data, averages, unbiased), dresidual)
+    y, dx, dresidual = (
+        None if a is None else np.concatenate(a) for a in (_column(found, f) for f in _ROWS)
+    )
+    dgamma, dbeta = (None if a is None else sum(a) for a in (_column(found, f) for f in _SUMS))
+    return Result(y, dx, dgamma, dbeta, _step(case, data, averages, unbiased), dresidual)
 
 
 _ROWS, _SUMS = ("y", "dx", "dresidual"), ("dgamma", "dbeta")
@@ -56,7 +58,8 @@ def _step(case: Case, data: Data, averages: Sequence[BatchAverage | None], unbia
     with np.errstate(invalid="ignore"):
         average = average_of_step(merge_passes(stacked, pooled, XP), pooled, XP)
     layout = make_layout(case.shape, case.axis, case.ghost)
-    return State(*move_by_average(_running(data), average, layout, options, XP))
+    moved: Any = move_by_average(_running(data), average, layout, options, XP)
+    return State(*moved)
 
 
 def _options(case: Case, unbiased: bool) -> Options:
@@ -87,10 +90,11 @@ def _expect(case: Case, data: Data, unbiased: bool) -> tuple[Result, BatchAverag
     with np.errstate(invalid="ignore"):
         if training:
             outcome = forward_batch(inputs, running, layout, options, update=case.update, xp=XP)
-            y, state, average = outcome.y, State(*outcome.running), outcome.average
+            moved: Any = outcome.running
+            y, state, average = outcome.y, State(*moved), outcome.average
         else:
             y, state = forward_running(inputs, running, layout, options, xp=XP), data.state
-    dx, dgamma, dbeta = batchnorm.batch_norm_gradient(
+    dx, dgamma, dbeta = batch_norm_gradient(
         data.dy,
         data.x,
         data.gamma,
