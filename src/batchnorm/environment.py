@@ -51,8 +51,8 @@ def find_config() -> dict[str, Any]:
         `{"python", "machine", "system", "packages", "kernels", "gpu_kernels", "outputs",
         "proofs"}`.
         "packages" has a version or None by name. The kernels have "name", or None where array code
-        replaces them, and "reason". "outputs" says how much memory is kept for outputs, "proofs" lists
-        the verdicts about the GPU's kernels.
+        replaces them, and "reason". "outputs" says how much memory is kept for outputs, "proofs"
+        lists the verdicts about the GPU's kernels.
     """
     from batchnorm.kernels.select import extension_status, triton_status
     from batchnorm.memory import describe_memory

@@ -8,7 +8,7 @@ from typing import Any
 from batchnorm.verification import keras_backend, tolerances
 from batchnorm.verification.comparison import Path
 from batchnorm.verification.keras_runs import refuse, run
-from cases import Case
+from cases import Case, Data, Result
 from paths import Way
 
 __all__ = ["WAYS", "refuse", "run"]
