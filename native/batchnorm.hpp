@@ -49,6 +49,10 @@ struct Mask {
     Index repeat = 1;
     Index outer = 0;
     Index inner = 0;
+    // The same as bits, where positions are contiguous: a pass sets them, since all its channels
+    // read the mask again. Entry (o, i) is bit o / repeat * row + i.
+    const unsigned char* bits = nullptr;
+    Index row = 0;
 
     BATCHNORM_INLINE explicit operator bool() const { return data != nullptr; }
 };

@@ -5,6 +5,7 @@
 #include "batchnorm.hpp"
 #include "float_mode.hpp"
 #include "huge_pages.hpp"
+#include "packed_mask.hpp"
 #include "sums.hpp"
 
 namespace batchnorm {
@@ -40,8 +41,10 @@ bool is_empty(const Layout& layout) { return layout.channels == 0; }
 
 }  // namespace
 
-void moments(const Step& step) {
+void moments(const Step& given) {
     const KeepSubnormals mode;
+    const PackedStep packed(given);
+    const Step& step = packed.step();
     if (is_empty(step.layout)) {
         std::fill_n(step.statistics.count(), step.layout.groups, 0.0);
         return;
@@ -53,8 +56,10 @@ void moments(const Step& step) {
     moments.repeat(0, step.layout.channels, threads);
 }
 
-void normalize(const Step& step) {
+void normalize(const Step& given) {
     const KeepSubnormals mode;
+    const PackedStep packed(given);
+    const Step& step = packed.step();
     if (is_empty(step.layout)) return;
     std::atomic<bool> updated{false};
     for_channels(step, [&](Index first, Index end) {
@@ -66,8 +71,10 @@ void normalize(const Step& step) {
     for_each_block(step, [&](const Block& block) { passes(step).normalize(step, block); });
 }
 
-void reduce(const Step& step, double* sums) {
+void reduce(const Step& given, double* sums) {
     const KeepSubnormals mode;
+    const PackedStep packed(given);
+    const Step& step = packed.step();
     if (is_empty(step.layout)) return;
     GradientSums found(step, sums);
     const Threads threads = threads_of(step);
@@ -80,8 +87,10 @@ void reduce(const Step& step, double* sums) {
     });
 }
 
-void apply(const Step& step, const double* sums) {
+void apply(const Step& given, const double* sums) {
     const KeepSubnormals mode;
+    const PackedStep packed(given);
+    const Step& step = packed.step();
     if (is_empty(step.layout)) return;
     advise_huge_pages(step.dx, step);
     for_each_block(step, [&](const Block& block) { passes(step).apply(step, block, sums); });

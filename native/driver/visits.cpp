@@ -9,13 +9,16 @@
 #include "batchnorm.hpp"
 #include "float_mode.hpp"
 #include "huge_pages.hpp"
+#include "packed_mask.hpp"
 #include "sums.hpp"
 
 namespace batchnorm {
 
 namespace {
 
-constexpr Index kShared = 8;  // a channel may be as large as some caches of a core, in a shared one
+// A visit may be as large as some caches of a core, in a shared one: longer stretches of memory are
+// worth more than the nearer cache.
+constexpr Index kShared = 8;
 
 // Bytes of a core's own cache.
 Index cache_bytes() {
@@ -39,7 +42,7 @@ Index visit_width(const Step& step, Index arrays) {
     if (bytes == 0 || bytes > kShared * cache_bytes()) return 0;
     const Index threads = threads_of(step).count;
     const Index even = threads == 1 ? 1 : 4 * threads;  // visits, so that threads share them evenly
-    const Index fitting = std::clamp<Index>(cache_bytes() / bytes, 1, kMaxChannels);
+    const Index fitting = std::clamp<Index>(kShared * cache_bytes() / bytes, 1, kMaxChannels);
     const Index width = std::clamp<Index>(layout.channels / even, 1, fitting);
     return divide_up(layout.channels, width) >= even ? width : 0;
 }
@@ -60,13 +63,15 @@ void for_each_group(const Step& step, Index first, Index end, F f) {
 
 }  // namespace
 
-void forward(const Step& step) {
-    const Index width = step.options.batch ? visit_width(step, step.residual ? 3 : 2) : 0;
+void forward(const Step& given) {
+    const Index width = given.options.batch ? visit_width(given, given.residual ? 3 : 2) : 0;
     if (width == 0) {
-        if (step.options.batch) moments(step);
-        return normalize(step);
+        if (given.options.batch) moments(given);
+        return normalize(given);
     }
     const KeepSubnormals mode;
+    const PackedStep packed(given);
+    const Step& step = packed.step();
     Moments moments(step);
     advise_huge_pages(step.y, step);
     std::atomic<bool> updated{false};
@@ -82,16 +87,18 @@ void forward(const Step& step) {
     count_batch(step, updated.load(std::memory_order_relaxed));
 }
 
-void backward(const Step& step, double* sums) {
-    const bool summed = step.options.batch || step.dgamma || step.dbeta || step.dresidual;
-    const Index arrays = 3 + (step.y ? 1 : 0) + (step.dresidual ? 1 : 0);
-    const Index width = summed && step.dx ? visit_width(step, arrays) : 0;
+void backward(const Step& given, double* sums) {
+    const bool summed = given.options.batch || given.dgamma || given.dbeta || given.dresidual;
+    const Index arrays = 3 + (given.y ? 1 : 0) + (given.dresidual ? 1 : 0);
+    const Index width = summed && given.dx ? visit_width(given, arrays) : 0;
     if (width == 0) {
-        if (summed) reduce(step, sums);
-        if (step.dx) apply(step, sums);
+        if (summed) reduce(given, sums);
+        if (given.dx) apply(given, sums);
         return;
     }
     const KeepSubnormals mode;
+    const PackedStep packed(given);
+    const Step& step = packed.step();
     GradientSums found(step, sums);
     advise_huge_pages(step.dresidual, step);
     advise_huge_pages(step.dx, step);

@@ -15,7 +15,7 @@ bool has_gradient(const Step& s) {
 // One line of dx. `act`: that of the gate; `keep`: not 0 where an element is real, null: all are.
 template <bool kByLane, class T, class L>
 void apply_line(const Step& s, const T* dy, const T* x, const T* y, T* dx, Index n,
-                Activation gated, const L& lanes, Index c, const unsigned char* keep = nullptr) {
+                Activation gated, const L& lanes, Index c, Keep keep = {}) {
     with_activation(gated, [&](auto act) {
         const auto run = [&](auto finish) BATCHNORM_INLINE_LAMBDA {
             for_vectors<T, kByLane>(
@@ -27,9 +27,9 @@ void apply_line(const Step& s, const T* dy, const T* x, const T* y, T* dx, Index
         if (!s.options.batch) {
             run([=](Index i, auto g, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
                 const auto v = g * k.scale;
-                return keep == nullptr ? v : io.keep(v, keep + i);
+                return !keep ? v : io.keep(v, keep + i);
             });
-        } else if (keep == nullptr) {
+        } else if (!keep) {
             run([=](Index i, auto g, const auto& k, auto io)
                     BATCHNORM_INLINE_LAMBDA { return gradient(g, io.load(x + i), k); });
         } else {
@@ -114,7 +114,7 @@ void apply_positions(const Step& s, const Block& b, const double* sums) {
                 }
                 apply_line<false>(s, g + first, x + first, at(y, first), dx + first, end - first,
                                   from.gate, lanes, c,
-                                  kind == Piece::real ? nullptr : piece.keep(first));
+                                  kind == Piece::real ? Keep{} : piece.keep(first));
             }
         }
     });

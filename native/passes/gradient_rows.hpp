@@ -49,7 +49,7 @@ void add_narrow_lines(const T* const* x, const G* const* g, int n, Index lanes, 
     }
     if (l == lanes) return;
     for (Index r = 0; r < n; ++r)
-        add_narrow_rest(x[r] + l, g[r] + l, nullptr, lanes - l, mean + l, sums.first + l,
+        add_narrow_rest(x[r] + l, g[r] + l, Keep{}, lanes - l, mean + l, sums.first + l,
                         sums.second + l);
 }
 

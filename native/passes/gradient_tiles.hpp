@@ -44,8 +44,8 @@ constexpr bool kHasLow = sizeof(T) == 8;
 
 // Less than a tile.
 template <class T, class G>
-void add_narrow_rest(const T* x, const G* g, const unsigned char* keep, Index n, const float* mean,
-                     double* first, double* second) {
+void add_narrow_rest(const T* x, const G* g, Keep keep, Index n, const float* mean, double* first,
+                     double* second) {
     float some_x[kTile], some_g[kTile];
     load_rest(x, n, keep, 0.0f, some_x);
     load_rest(g, n, keep, 0.0f, some_g);

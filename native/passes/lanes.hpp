@@ -84,33 +84,82 @@ inline void store_lanes(Bfloat* p, Floats v) {
 #endif
 }
 
-// v where `keep` is not 0, and 0 elsewhere.
-inline Floats keep_lanes(Floats v, const unsigned char* keep) {
+// Bits that say which elements are real, from some element on; none: all are.
+struct Keep {
+    const unsigned char* bits = nullptr;
+    Index first = 0;
+
+    BATCHNORM_INLINE explicit operator bool() const { return bits != nullptr; }
+    BATCHNORM_INLINE Keep operator+(Index i) const { return {bits, first + i}; }
+    // The next elements, the first one lowest; at least 16 of them.
+    BATCHNORM_INLINE std::uint32_t word() const {
+        std::uint32_t found;
+        __builtin_memcpy(&found, bits + (first >> 3), sizeof found);
+        return found >> (first & 7);
+    }
+    BATCHNORM_INLINE bool operator[](Index i) const {
+        return (bits[(first + i) >> 3] >> ((first + i) & 7) & 1) != 0;
+    }
+};
+
+// v where it is real, and 0 elsewhere.
+inline Floats keep_lanes(Floats v, Keep keep) {
+    const std::uint32_t word = keep.word();
 #if defined(__AVX512F__)
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keep));
-    return _mm512_maskz_mov_ps(_mm_test_epi8_mask(bytes, bytes), v);
-#elif defined(__AVX2__)
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(keep));
-    const __m256i padded = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_setzero_si256());
-    return _mm256_andnot_ps(_mm256_castsi256_ps(padded), v);
+    // So that a load before stays a whole one: masked loads that miss the cache are slow.
+    __asm__("" : "+v"(v));
+    return _mm512_maskz_mov_ps(__mmask16(word), v);
 #else
     typedef std::int32_t Bits __attribute__((vector_size(kFloats * 4)));
-    Bits bits;
-    for (int i = 0; i < kFloats; ++i) bits[i] = keep[i] != 0 ? -1 : 0;
-    return Floats(Bits(v) & bits);
+    Bits one;
+    for (int i = 0; i < kFloats; ++i) one[i] = 1 << i;
+    const Bits real = ((Bits{} + std::int32_t(word)) & one) == one;
+    return Floats(Bits(v) & real);
 #endif
 }
 
-inline Doubles keep_lanes(Doubles v, const unsigned char* keep) {
+inline Doubles keep_lanes(Doubles v, Keep keep) {
+    const std::uint32_t word = keep.word();
 #if defined(__AVX512F__)
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(keep));
-    return _mm512_maskz_mov_pd(__mmask8(_mm_test_epi8_mask(bytes, bytes)), v);
+    return _mm512_maskz_mov_pd(__mmask8(word), v);
 #else
     typedef std::int64_t Bits __attribute__((vector_size(kDoubles * 8)));
-    Bits bits;
-    for (int i = 0; i < kDoubles; ++i) bits[i] = keep[i] != 0 ? -1 : 0;
-    return Doubles(Bits(v) & bits);
+    Bits one;
+    for (int i = 0; i < kDoubles; ++i) one[i] = 1 << i;
+    const Bits real = ((Bits{} + std::int64_t(word)) & one) == one;
+    return Doubles(Bits(v) & real);
 #endif
+}
+
+#if defined(__AVX512F__)
+// The first n elements, and 0.
+inline Floats load_first(const float* p, Index n) {
+    return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+inline Doubles load_first(const double* p, Index n) {
+    return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+inline Floats load_first(const Half* p, Index n) {
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+}
+inline Floats load_first(const Bfloat* p, Index n) {
+    const __m256i b = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+    const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, b);
+    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16));
+}
+
+inline void store_first(float* p, Floats v, Index n) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v);
+}
+inline void store_first(double* p, Doubles v, Index n) {
+    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v);
+}
+#endif
+template <class T>
+inline void store_first(T* p, Vector<T> v, Index n) {
+    T some[kWidth<T>];
+    store_lanes(some, v);
+    for (Index i = 0; i < n; ++i) p[i] = some[i];
 }
 
 // How a vector of elements is read and written: whole, or only its first n.
@@ -124,7 +173,7 @@ struct Whole {
         store_lanes(p, v);
     }
     template <class V>
-    BATCHNORM_INLINE V keep(V v, const unsigned char* keep) const {
+    BATCHNORM_INLINE V keep(V v, Keep keep) const {
         return keep_lanes(v, keep);
     }
 };
@@ -134,23 +183,23 @@ struct Part {
 
     template <class T>
     BATCHNORM_INLINE Vector<T> load(const T* p) const {
+#if defined(__AVX512F__)
+        return load_first(p, n);
+#else
         T some[kWidth<T>] = {};
         for (Index i = 0; i < kWidth<T>; ++i) {
             if (i < n) some[i] = p[i];
         }
         return load_lanes(some);
+#endif
     }
     template <class T>
     BATCHNORM_INLINE void store(T* p, Vector<T> v) const {
-        T some[kWidth<T>];
-        store_lanes(some, v);
-        for (Index i = 0; i < n; ++i) p[i] = some[i];
+        store_first(p, v, n);
     }
     template <class V>
-    BATCHNORM_INLINE V keep(V v, const unsigned char* keep) const {
-        unsigned char some[kTile] = {};
-        for (Index i = 0; i < n; ++i) some[i] = keep[i];
-        return keep_lanes(v, some);
+    BATCHNORM_INLINE V keep(V v, Keep keep) const {
+        return keep_lanes(v, keep);
     }
 };
 

@@ -182,11 +182,10 @@ void add_stretch(X x, Index n, double mean, double* first, double* second) {
 
 // `keep`: null where all is real.
 template <class T>
-void add_narrow_stretch(const T* x, const unsigned char* keep, Index n, float mean, double* first,
-                        double* second) {
+void add_narrow_stretch(const T* x, Keep keep, Index n, float mean, double* first, double* second) {
     const Floats anchor = all_lanes(mean);
     const Index tiles = n / kTile, done = tiles * kTile;
-    if (keep == nullptr) {
+    if (!keep) {
         add_narrow_tiles(tiles, first, second, [&](Index r, int i) BATCHNORM_INLINE_LAMBDA {
             return load_floats(x + r * kTile + i * kFloats) - anchor;
         });
@@ -198,7 +197,7 @@ void add_narrow_stretch(const T* x, const unsigned char* keep, Index n, float me
     }
     if (done == n) return;
     float some[kTile];
-    load_rest(x + done, n - done, keep == nullptr ? nullptr : keep + done, mean, some);
+    load_rest(x + done, n - done, keep ? keep + done : Keep{}, mean, some);
     add_narrow_tiles(1, first, second, [&](Index, int i) BATCHNORM_INLINE_LAMBDA {
         return load_floats(some + i * kFloats) - anchor;
     });
@@ -216,7 +215,7 @@ void channels_of_positions(const Step& s, const Block& b, double* sum, double* s
             double *one = sums.first[c], *other = sums.second[c];
             for (const auto& [from, end, kind] : piece) {
                 if (kind == Piece::padding) continue;
-                const unsigned char* keep = kind == Piece::real ? nullptr : piece.keep(from);
+                const Keep keep = kind == Piece::real ? Keep{} : piece.keep(from);
                 if constexpr (kCanBeNarrow<T>) {
                     if (!b.wide) {
                         add_narrow_stretch(x + from, keep, end - from, float(means[c]), one, other);
@@ -225,7 +224,7 @@ void channels_of_positions(const Step& s, const Block& b, double* sum, double* s
                 }
                 T pad;
                 narrow(Compute<T>(means[c]), pad);
-                if (keep == nullptr) {
+                if (!keep) {
                     add_stretch(AllTiles<T>{x + from, pad}, end - from, means[c], one, other);
                 } else {
                     add_stretch(RealTiles<T>{x + from, pad, keep}, end - from, means[c], one,

@@ -8,11 +8,11 @@ namespace {
 // `keep`: not 0 where an element is real; null: all stay.
 template <bool kByLane, class T, class L>
 void line(const T* x, const T* residual, T* y, Index n, const L& lanes, Index c,
-          Activation activation, const unsigned char* keep = nullptr) {
+          Activation activation, Keep keep = {}) {
     with_activation(activation, [&](auto act) {
         const auto value = [=](Index i, const auto& k, auto io)
                                BATCHNORM_INLINE_LAMBDA { return affine(io.load(x + i), k); };
-        if (residual == nullptr && keep == nullptr) {
+        if (residual == nullptr && !keep) {
             for_vectors<T, kByLane>(lanes, c, n,
                                     [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
                                         io.store(y + i, activate<act.value>(value(i, k, io)));
@@ -23,7 +23,7 @@ void line(const T* x, const T* residual, T* y, Index n, const L& lanes, Index c,
                                         auto v = value(i, k, io);
                                         if (residual != nullptr) v = v + io.load(residual + i);
                                         v = activate<act.value>(v);
-                                        io.store(y + i, keep == nullptr ? v : io.keep(v, keep + i));
+                                        io.store(y + i, !keep ? v : io.keep(v, keep + i));
                                     });
         }
     });
@@ -72,7 +72,7 @@ void padded_positions(const Step& s, const Block& b, F compute) {
                     set_zero(y + from, end - from);
                 } else {
                     compute(c, o, i + from, end - from,
-                            kind == Piece::real ? nullptr : piece.keep(from));
+                            kind == Piece::real ? Keep{} : piece.keep(from));
                 }
             }
         }
@@ -82,14 +82,14 @@ void padded_positions(const Step& s, const Block& b, F compute) {
 template <class T>
 void channels_of_positions(const Step& s, const Block& b) {
     const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels);
-    const auto compute = [&](Index c, Index o, Index i, Index n, const unsigned char* keep) {
+    const auto compute = [&](Index c, Index o, Index i, Index n, Keep keep) {
         const Index offset = (b.channel + c) * s.layout.inner + i;
         line<false>(element<const T>(s.x, o, offset), element<const T>(s.residual, o, offset),
                     element<T>(s.y, o, offset), n, lanes, c, s.options.activation, keep);
     };
     if (zeroes_padding(s)) return padded_positions<T>(s, b, compute);
     for_each_stretch(s.layout, b, [&](Index o, Index i, Index n) {
-        for (Index c = 0; c < b.channels; ++c) compute(c, o, i, n, nullptr);
+        for (Index c = 0; c < b.channels; ++c) compute(c, o, i, n, Keep{});
         return true;
     });
 }

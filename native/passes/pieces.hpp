@@ -31,13 +31,7 @@ class Piece {
     void read(const Mask& mask, Index o, Index i, Index n) {
         count_ = 0;
         if (!mask) return add(0, n, real);
-        const Index first = o / mask.repeat * mask.outer + i * mask.inner;
-        if (mask.width == 1 && mask.inner == 1) {
-            keep_ = static_cast<const unsigned char*>(mask.data) + first;
-        } else {
-            read_mask(mask, first, mask.inner, n, copy_);
-            keep_ = copy_;
-        }
+        keep_ = {mask.bits, o / mask.repeat * mask.row + i};
         for (Index p = 0; p < n; p += kPart) {
             const Index end = n - p < kPart ? n : p + kPart;
             add(p, end, kind_of(keep_ + p, end - p));
@@ -45,23 +39,19 @@ class Piece {
     }
 
     bool is(Kind kind) const { return count_ == 1 && parts_[0].kind == kind; }
-    const unsigned char* keep(Index p) const { return keep_ + p; }
+    Keep keep(Index p) const { return keep_ + p; }
     const Part* begin() const { return parts_; }
     const Part* end() const { return parts_ + count_; }
 
   private:
-    // In words of eight bytes: all channels of a visit ask again.
-    static Kind kind_of(const unsigned char* keep, Index n) {
-        constexpr std::uint64_t kLow = 0x0101010101010101u, kHigh = 0x8080808080808080u;
-        if (n < kPart) {
-            Index found = 0;
-            for (Index e = 0; e < n; ++e) found += keep[e] != 0;
-            return found == 0 ? padding : found == n ? real : mixed;
+    static Kind kind_of(Keep keep, Index n) {
+        std::uint32_t some = 0, every = 0xffff;
+        for (Index e = 0; e < n; e += 16) {
+            const std::uint32_t left = n - e < 16 ? (1u << (n - e)) - 1 : 0xffff;
+            const std::uint32_t word = (keep + e).word();
+            some |= word & left, every &= word | ~left;
         }
-        std::uint64_t words[kPart / 8], some = 0, zeros = 0;
-        __builtin_memcpy(words, keep, sizeof words);
-        for (const std::uint64_t w : words) some |= w, zeros |= (w - kLow) & ~w & kHigh;
-        return some == 0 ? padding : zeros == 0 ? real : mixed;
+        return some == 0 ? padding : every == 0xffff ? real : mixed;
     }
 
     void add(Index first, Index end, Kind kind) {
@@ -72,8 +62,7 @@ class Piece {
         }
     }
 
-    unsigned char copy_[kPiece];
-    const unsigned char* keep_ = copy_;
+    Keep keep_;
     Part parts_[kPiece / kPart + 1];
     int count_ = 0;
 };
@@ -116,13 +105,13 @@ template <class T>
 struct RealTiles {
     const T* p;
     T pad;
-    const unsigned char* keep;
+    Keep keep;
     BATCHNORM_INLINE Tile at(Index r) const { return rest(r, kTile); }
     BATCHNORM_INLINE Tile rest(Index r, Index n) const {
         T tile[kTile];
         for (Index i = 0; i < kTile; ++i) {
             const Index e = r * kTile + i;
-            tile[i] = i < n && keep[e] != 0 ? p[e] : pad;
+            tile[i] = i < n && keep[e] ? p[e] : pad;
         }
         return load(tile);
     }
@@ -130,9 +119,9 @@ struct RealTiles {
 
 // 0 where `keep` is.
 template <class T>
-inline void zero_padding(T* p, const unsigned char* keep, Index n) {
+inline void zero_padding(T* p, Keep keep, Index n) {
     for (Index i = 0; i < n; ++i) {
-        if (keep[i] == 0) p[i] = T{};
+        if (!keep[i]) p[i] = T{};
     }
 }
 

@@ -23,11 +23,11 @@ void add_stretch(X x, G g, Index n, double mean, double low, double* first, doub
 }
 
 template <class T, class G>
-void add_narrow_stretch(const T* x, const G* g, const unsigned char* keep, Index n, float mean,
-                        double* first, double* second) {
+void add_narrow_stretch(const T* x, const G* g, Keep keep, Index n, float mean, double* first,
+                        double* second) {
     const Floats a = all_lanes(mean);
     const Index tiles = n / kTile, done = tiles * kTile;
-    if (keep == nullptr) {
+    if (!keep) {
         add_narrow_tiles(
             tiles, first, second,
             [&](Index r, int i)
@@ -49,18 +49,18 @@ void add_narrow_stretch(const T* x, const G* g, const unsigned char* keep, Index
     if (done == n) return;
     float means[kTile];
     for (float& m : means) m = mean;
-    add_narrow_rest(x + done, g + done, keep == nullptr ? nullptr : keep + done, n - done, means,
-                    first, second);
+    add_narrow_rest(x + done, g + done, keep ? keep + done : Keep{}, n - done, means, first,
+                    second);
 }
 
 // The same for act'(y) dy of one channel, which is stored in dresidual, unless that is null.
 template <Activation kAct, class T, class L>
-void add_gated_stretch(const T* x, const T* dy, const T* y, T* dresidual, const unsigned char* keep,
-                       Index n, const L& lanes, Index c, double* first, double* second) {
+void add_gated_stretch(const T* x, const T* dy, const T* y, T* dresidual, Keep keep, Index n,
+                       const L& lanes, Index c, double* first, double* second) {
     const auto k = lanes.all(c);
     const Index tiles = n / kTile, done = tiles * kTile;
     const auto masked = [&](Floats v, Index at) BATCHNORM_INLINE_LAMBDA {
-        return keep == nullptr ? v : keep_lanes(v, keep + at);
+        return !keep ? v : keep_lanes(v, keep + at);
     };
     add_narrow_tiles(
         tiles, first, second,
@@ -79,7 +79,7 @@ void add_gated_stretch(const T* x, const T* dy, const T* y, T* dresidual, const 
     gate_line<false>(dy + done, x + done, at(y, done), g, n - done, lanes, c, kAct);
     if (dresidual != nullptr) narrow(g, dresidual + done, n - done);
     for (float& m : means) m = lanes.mean[c];
-    add_narrow_rest(x + done, g, at(keep, done), n - done, means, first, second);
+    add_narrow_rest(x + done, g, keep ? keep + done : Keep{}, n - done, means, first, second);
 }
 
 template <class T>
@@ -135,7 +135,7 @@ struct ChannelsOfPositions {
                 if (kind == Piece::padding) continue;
                 add_gated_stretch<act.value>(x + from, dy + from, at(y, from),
                                              dresidual == nullptr ? nullptr : dresidual + from,
-                                             kind == Piece::real ? nullptr : piece.keep(from),
+                                             kind == Piece::real ? Keep{} : piece.keep(from),
                                              end - from, coefficients, c, sums.first[c],
                                              sums.second[c]);
             }
@@ -159,19 +159,19 @@ struct ChannelsOfPositions {
     void add_parts(const T* x, const G* from, const Piece& piece, Index c) {
         for (const auto& [first, end, kind] : piece) {
             if (kind == Piece::padding) continue;
-            const unsigned char* keep = kind == Piece::real ? nullptr : piece.keep(first);
+            const Keep keep = kind == Piece::real ? Keep{} : piece.keep(first);
             add_part(x + first, from + first, keep, end - first, c);
         }
     }
 
     template <class G>
-    void add_part(const T* x, const G* from, const unsigned char* keep, Index n, Index c) {
+    void add_part(const T* x, const G* from, Keep keep, Index n, Index c) {
         double *first = sums.first[c], *second = sums.second[c];
         if constexpr (kCanBeNarrow<T>) {
             if (!b.wide)
                 return add_narrow_stretch(x, from, keep, n, float(means[c]), first, second);
         }
-        if (keep == nullptr) {
+        if (!keep) {
             add_stretch<kHasLow<T>>(AllTiles<T>{x, T{}}, AllTiles<G>{from, G{}}, n, means[c],
                                     lows[c], first, second);
         } else {

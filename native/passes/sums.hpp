@@ -249,11 +249,10 @@ BATCHNORM_INLINE void add_narrow(Index n, double* first, double* second, const T
 
 // Up to a tile of elements as float32, and `pad` after them and where `keep`, if given, is 0.
 template <class T>
-BATCHNORM_INLINE void load_rest(const T* p, Index n, const unsigned char* keep, float pad,
-                                float* out) {
+BATCHNORM_INLINE void load_rest(const T* p, Index n, Keep keep, float pad, float* out) {
     for (Index i = 0; i < kTile; ++i) out[i] = pad;
     for (Index i = 0; i < n; ++i) {
-        if (keep == nullptr || keep[i] != 0) out[i] = float(widen(p[i]));
+        if (!keep || keep[i]) out[i] = float(widen(p[i]));
     }
 }
 
