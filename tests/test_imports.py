@@ -35,7 +35,7 @@ ALLOWED = {
     "tools": {"core", "kernels", "numpy_namespace", "environment", "torch", "jax", "keras"}
     | {"numpy", "flax", "equinox", "haiku", "h5py", "tensorstore", "tensorflow", "rich"}
     | {"safetensors", "msgpack", "ml_dtypes"},
-    "benchmark": {"core", "kernels", "environment", "reference", "torch", "jax", "keras"}
+    "benchmark": {"core", "kernels", "environment", "memory", "reference", "torch", "jax", "keras"}
     | {"numpy", "flax", "tensorflow"},
     "verification": {"core", "kernels", "numpy_namespace", "environment", "reference", "torch"}
     | {"jax", "keras", "numpy", "tensorflow"},

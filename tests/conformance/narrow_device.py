@@ -101,13 +101,18 @@ class _Module(_DummyBackendModule):
 _registered = False
 
 
-@contextmanager
-def narrow_device() -> Iterator[torch.device]:
-    """The device, known to the library as one without float64."""
+def register() -> None:
+    """Make the device known to torch, which must be before any backward pass of the process."""
     global _registered
     if not _registered:
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
         _registered = True
+
+
+@contextmanager
+def narrow_device() -> Iterator[torch.device]:
+    """The device, known to the library as one without float64."""
+    register()
     before = devices._NARROW
     devices._NARROW = {*before, NAME}
     try:

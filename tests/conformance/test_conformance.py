@@ -6,13 +6,16 @@ from itertools import combinations
 
 import pytest
 
+import narrow_device
 import paths
 import torch_path
 from batchnorm.kernels import explanation, extension
+from batchnorm.torch.ways import graph_operators
 from cases import CASES, Case
 from cover import cover
 from random_cases import names, random_case
 
+narrow_device.register()
 TORCH = (
     *("torch", "torch-arrays", "torch-graph", "torch-graph-arrays"),
     *("torch-inductor", "torch-inductor-arrays", "torch-without-float64"),
@@ -45,8 +48,11 @@ def test_random_cases_meet_the_specification(name: str) -> None:
 
 @pytest.mark.skipif(extension.missing_reason() is not None, reason="no kernels are installed")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_graph_holds_kernels_unless_the_column_has_a_reason(case: Case) -> None:
+def test_a_graph_holds_kernels_unless_the_column_has_a_reason(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise `make test` would leave out cases that no other path runs."""
+    monkeypatch.setattr(graph_operators, "SMALL", -1)  # the cases are
     way = torch_path.explain_graph(case).way
     refused = torch_path.refuse_operators(case) is not None
     assert way == (explanation.ARRAY_CODE if refused else explanation.KERNELS_IN_GRAPH)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from narrow_device import register
 from processes import World
 
 PATIENCE = 60.0  # seconds, where no rank is meant to fail
@@ -21,6 +22,7 @@ def make_world(size: int, timeout: float = PATIENCE) -> World:
 
 def start(rank: int, size: int, address: int | None, timeout: float) -> int:
     """Meet at the store of rank 0, whose port is the address; `join` then forms a group."""
+    register()  # before any backward pass
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", DeprecationWarning)
     torch.set_num_threads(1)

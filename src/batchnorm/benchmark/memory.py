@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-import batchnorm
 from batchnorm.benchmark.problem import Problem
 from batchnorm.benchmark.timing import round_to
 from batchnorm.benchmark.torch_job import Job, place
 from batchnorm.benchmark.torch_rivals import activate
+from batchnorm.memory import release_memory
 
 __all__ = ["LEAST", "measure_memory"]
 
@@ -65,7 +65,7 @@ def _measure(job: Job, forward: Callable[..., Tensor]) -> dict[str, float]:
     # the heap, which keeps them.
     *small, dy = (_cut(a) for a in (*inputs, job.dy))
     forward(*(a.requires_grad_() for a in small)).backward(dy)
-    batchnorm.release_memory()
+    release_memory()
     before = _read("VmRSS")
     kept = peak = 0
     for step in range(_STEPS):

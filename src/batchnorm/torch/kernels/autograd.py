@@ -16,6 +16,7 @@ from batchnorm.torch.kernels import on_cpu
 from batchnorm.torch.kernels.memory import empty_output, like
 from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted, changes_dy
 from batchnorm.torch.kernels.second_order import differentiable_backward
+from batchnorm.torch.kernels.simple import find_gradients
 from batchnorm.torch.kernels.step import backward, find_passes, forward
 from batchnorm.torch.kernels.tensors import has_memory
 from batchnorm.torch.rollback import unmoved_on_failure
@@ -128,7 +129,7 @@ class _Fused(torch.autograd.Function):
             and dy.stride() == x.stride() == ctx.memory[0]
             and has_memory(dy)
         ):
-            return on_cpu.find_gradients(step, ctx.needs_input_grad, dy, x, weight, ctx.bias_type)
+            return find_gradients(step, ctx.needs_input_grad, dy, x, weight, ctx.bias_type)
         if (
             torch.is_grad_enabled()
             or type(dy) is not Tensor

@@ -13,15 +13,15 @@ from batchnorm.core.running import Running, Scalars, debiased_decay
 from batchnorm.kernels import extension
 from batchnorm.kernels.kept import STATISTICS, TYPES
 from batchnorm.torch.kernels.decision import Decision
-from batchnorm.torch.kernels.memory import empty_output, row_of
+from batchnorm.torch.kernels.memory import row_of
 from batchnorm.torch.kernels.records import Gradients, KernelStep, Rows
 from batchnorm.torch.kernels.tensors import NAMES
 
 if TYPE_CHECKING:
     from batchnorm.kernels import _cpu
 
-_CODES = {dtype: TYPES[name] for dtype, name in NAMES.items()}
-_FLOAT32 = TYPES["float32"]  # also of absent arrays
+CODES = {dtype: TYPES[name] for dtype, name in NAMES.items()}
+FLOAT32 = TYPES["float32"]  # also of absent arrays
 
 
 def find_state(
@@ -111,64 +111,13 @@ def backward(step: KernelStep, rows: Rows, found: Gradients, kept: _cpu.Kept) ->
         dx=0 if dx is None else dx.data_ptr(),
         dresidual=0 if dresidual is None else dresidual.data_ptr(),
         dgamma=0 if dweight is None else dweight.data_ptr(),
-        dgamma_type=_FLOAT32 if dweight is None else _CODES[dweight.dtype],
+        dgamma_type=FLOAT32 if dweight is None else CODES[dweight.dtype],
         dbeta=0 if dbias is None else dbias.data_ptr(),
-        dbeta_type=_FLOAT32 if dbias is None else _CODES[dbias.dtype],
+        dbeta_type=FLOAT32 if dbias is None else CODES[dbias.dtype],
         kept=kept,
         batch=step.batch,
         threads=torch.get_num_threads(),
     )
-
-
-def find_gradients(
-    step: KernelStep,
-    wants: tuple[bool, ...],
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias_type: torch.dtype | None,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of a `simple` step: of x, weight and bias, then two None.
-
-    As `step.backward`, which small steps would spend more time in than in the kernels.
-    """
-    dx = dweight = dbias = None
-    x_at = weight_at = bias_at = 0
-    weight_code = bias_code = _FLOAT32
-    wants_x, wants_weight, wants_bias, *_ = wants
-    if wants_x:
-        dx = empty_output(x, step.decision)
-        x_at = dx.data_ptr()
-    if wants_weight:
-        assert weight is not None
-        dweight = torch.empty_like(weight)
-        weight_at, weight_code = dweight.data_ptr(), _CODES[weight.dtype]
-    if wants_bias:
-        if weight is not None and weight.dtype is bias_type:
-            dbias = torch.empty_like(weight)  # sooner than by its shape, type and device
-        else:
-            channels = step.decision.layout.channels
-            dbias = torch.empty(channels, dtype=bias_type, device=x.device)
-        bias_at, bias_code = dbias.data_ptr(), _CODES[dbias.dtype]
-    row = step.decision.geometry.row  # type: ignore[union-attr]
-    plan: _cpu.Plan = step.decision.plan
-    plan.backward(
-        dy=dy.data_ptr(),
-        dy_row=row,
-        x=x.data_ptr(),
-        y=0,
-        mask=0,
-        dx=x_at,
-        dresidual=0,
-        dgamma=weight_at,
-        dgamma_type=weight_code,
-        dbeta=bias_at,
-        dbeta_type=bias_code,
-        kept=step.kept,
-        batch=step.batch,
-        threads=torch.get_num_threads(),
-    )
-    return dx, dweight, dbias, None, None
 
 
 def reduce(step: KernelStep, rows: Rows, found: Gradients, kept: _cpu.Kept) -> Tensor:
@@ -234,4 +183,4 @@ def _address(a: Tensor | None) -> int:
 
 
 def _type(a: Tensor | None) -> int:
-    return _FLOAT32 if a is None else _CODES[a.dtype]
+    return FLOAT32 if a is None else CODES[a.dtype]
