@@ -137,6 +137,7 @@ def test_a_compiled_graph_is_decided_before_it_runs(
     if broken:
         break_kernel(monkeypatch, Doubled(launch.forward.normalize))
         monkeypatch.setattr(proof, "_is_interpreted", lambda call: True)  # without fused=True
+        monkeypatch.setattr(graph_operators, "SMALL", -1)  # as on a card, whatever the size
     seen: list[str] = []
 
     def look(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -230,7 +231,7 @@ def test_a_proof_leaves_the_caller_s_state_alone() -> None:
 
 SECOND = """
 import torch
-from batchnorm.torch.ways import proof
+from batchnorm.torch.ways import graph_operators, proof
 from batchnorm.torch import BatchNorm
 proof.SAMPLES = tuple(s for s in proof.SAMPLES if s.name == "evaluation")
 compare = proof.compare
