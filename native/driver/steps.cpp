@@ -58,7 +58,7 @@ void moments(const Step& given) {
 
 void normalize(const Step& given) {
     const KeepSubnormals mode;
-    const PackedStep packed(given);
+    const PackedStep packed(given, given.options.zero_padding);
     const Step& step = packed.step();
     if (is_empty(step.layout)) return;
     std::atomic<bool> updated{false};

@@ -88,7 +88,8 @@ class Moments {
         for (Index c = first; c < end; c += kPart) {
             const Index n = std::min(kPart, end - c), i = g * step_.layout.channels + c;
             reduction_.totals(i, n, sum, square);
-            instructions().finish_moments(s, i, n, s.count()[g], sum, square, narrow);
+            instructions().finish_moments(s, i, n, s.count()[g], sum, square,
+                                          narrow ? &step_.options.eps : nullptr);
         }
     }
 
@@ -115,8 +116,9 @@ class GradientSums {
     void repeat(Index first, Index end, const Threads& threads) {
         const auto fails = [&](Index g, Index i) {
             if (!reduction_.is_narrow(g)) return false;
-            return !is_sound_gradient(step_.statistics.count()[g], sums_[i],
-                                      sums_[step_.statistics.size + i]);
+            const Statistics& s = step_.statistics;
+            return !is_sound_gradient(s.count()[g], s.row(Statistics::rstd)[i], sums_[i],
+                                      sums_[s.size + i]);
         };
         for_failed(step_.layout, first, end, fails, [&](Index from, Index to) {
             reduction_.run(passes(step_).reduce, from, to, threads, true);

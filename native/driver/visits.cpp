@@ -64,14 +64,14 @@ void for_each_group(const Step& step, Index first, Index end, F f) {
 }  // namespace
 
 void forward(const Step& given) {
-    const Index width = given.options.batch ? visit_width(given, given.residual ? 3 : 2) : 0;
+    const PackedStep packed(given, given.options.batch || given.options.zero_padding);
+    const Step& step = packed.step();
+    const Index width = step.options.batch ? visit_width(step, step.residual ? 3 : 2) : 0;
     if (width == 0) {
-        if (given.options.batch) moments(given);
-        return normalize(given);
+        if (step.options.batch) moments(step);
+        return normalize(step);
     }
     const KeepSubnormals mode;
-    const PackedStep packed(given);
-    const Step& step = packed.step();
     Moments moments(step);
     advise_huge_pages(step.y, step);
     std::atomic<bool> updated{false};
@@ -88,17 +88,17 @@ void forward(const Step& given) {
 }
 
 void backward(const Step& given, double* sums) {
-    const bool summed = given.options.batch || given.dgamma || given.dbeta || given.dresidual;
-    const Index arrays = 3 + (given.y ? 1 : 0) + (given.dresidual ? 1 : 0);
-    const Index width = summed && given.dx ? visit_width(given, arrays) : 0;
+    const PackedStep packed(given);
+    const Step& step = packed.step();
+    const bool summed = step.options.batch || step.dgamma || step.dbeta || step.dresidual;
+    const Index arrays = 3 + (step.y ? 1 : 0) + (step.dresidual ? 1 : 0);
+    const Index width = summed && step.dx ? visit_width(step, arrays) : 0;
     if (width == 0) {
-        if (summed) reduce(given, sums);
-        if (given.dx) apply(given, sums);
+        if (summed) reduce(step, sums);
+        if (step.dx) apply(step, sums);
         return;
     }
     const KeepSubnormals mode;
-    const PackedStep packed(given);
-    const Step& step = packed.step();
     GradientSums found(step, sums);
     advise_huge_pages(step.dresidual, step);
     advise_huge_pages(step.dx, step);

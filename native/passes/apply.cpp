@@ -12,7 +12,7 @@ bool has_gradient(const Step& s) {
     return s.dresidual && (sizeof(T) > 2 || s.options.activation == Activation::relu);
 }
 
-// One line of dx. `act`: that of the gate; `keep`: not 0 where an element is real, null: all are.
+// One line of dx; `keep`: which elements are real.
 template <bool kByLane, class T, class L>
 void apply_line(const Step& s, const T* dy, const T* x, const T* y, T* dx, Index n,
                 Activation gated, const L& lanes, Index c, Keep keep = {}) {
@@ -25,16 +25,16 @@ void apply_line(const Step& s, const T* dy, const T* x, const T* y, T* dx, Index
                 });
         };
         if (!s.options.batch) {
-            run([=](Index i, auto g, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+            run([=](Index i, auto g, const auto& k, auto) BATCHNORM_INLINE_LAMBDA {
                 const auto v = g * k.scale;
-                return !keep ? v : io.keep(v, keep + i);
+                return !keep ? v : keep_lanes(v, keep + i);
             });
         } else if (!keep) {
             run([=](Index i, auto g, const auto& k, auto io)
                     BATCHNORM_INLINE_LAMBDA { return gradient(g, io.load(x + i), k); });
         } else {
             run([=](Index i, auto g, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
-                return io.keep(gradient(g, io.load(x + i), k), keep + i);
+                return keep_lanes(gradient(g, io.load(x + i), k), keep + i);
             });
         }
     });

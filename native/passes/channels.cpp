@@ -67,14 +67,14 @@ void find_moments(Index n, double count, const double* __restrict sum,
 }
 
 // Marks unsound sums, and leaves their anchors as they are.
-void find_narrow_moments(Index n, double count, const double* __restrict sum,
+void find_narrow_moments(Index n, double count, double eps, const double* __restrict sum,
                          const double* __restrict square, double* __restrict mean,
                          double* __restrict low, double* __restrict var) {
     for (Index i = 0; i < n; ++i) {
         const double anchor = mean[i], shift = sum[i] / count, mean_square = square[i] / count;
         const double moved = anchor + shift, back = moved - anchor;
         const double found = mean_square - shift * shift;
-        const bool sound = is_sound(anchor, shift, mean_square);
+        const bool sound = is_sound(anchor, shift, mean_square, eps);
         low[i] = sound ? (anchor - (moved - back)) + (shift - back) : 0.0;
         mean[i] = sound ? moved : anchor;
         var[i] = !sound ? kUnsound : found < 0 ? 0.0 : found;
@@ -84,14 +84,14 @@ void find_narrow_moments(Index n, double count, const double* __restrict sum,
 }  // namespace
 
 void finish_moments(const Statistics& s, Index first, Index n, double count, const double* sum,
-                    const double* square, bool narrow) {
+                    const double* square, const double* narrow_eps) {
     double* mean = s.row(Statistics::mean) + first;
     double* low = s.row(Statistics::low) + first;
     double* var = s.row(Statistics::var) + first;
     if (count <= 0) {
         for (Index i = 0; i < n; ++i) mean[i] = low[i] = var[i] = 0.0;
-    } else if (narrow) {
-        find_narrow_moments(n, count, sum, square, mean, low, var);
+    } else if (narrow_eps != nullptr) {
+        find_narrow_moments(n, count, *narrow_eps, sum, square, mean, low, var);
     } else {
         find_moments(n, count, sum, square, mean, low, var);
     }

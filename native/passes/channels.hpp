@@ -11,9 +11,10 @@ namespace batchnorm::BATCHNORM_ISA {
 void load(const PerChannel& array, Index first, Index n, double* out, Index stride = 1);
 
 // Mean and variance of n statistics from sums around an anchor, the mean so far (S2, S3). Narrow
-// sums that are not sound leave kUnsound as the variance, and the anchor.
+// sums, which come with their eps, leave kUnsound as the variance, and the anchor, where they are
+// not sound.
 void finish_moments(const Statistics& statistics, Index first, Index n, double count,
-                    const double* sum, const double* square, bool narrow);
+                    const double* sum, const double* square, const double* narrow_eps);
 
 // rstd, scale and offset of channels [first, end) in every group, and the running update.
 // Returns true if any channel was updated (S6, S7, S9-S12).

@@ -85,13 +85,14 @@ inline void store_lanes(Bfloat* p, Floats v) {
 }
 
 // Bits that say which elements are real, from some element on; none: all are.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are read from bytes of bits");
 struct Keep {
     const unsigned char* bits = nullptr;
     Index first = 0;
 
     BATCHNORM_INLINE explicit operator bool() const { return bits != nullptr; }
     BATCHNORM_INLINE Keep operator+(Index i) const { return {bits, first + i}; }
-    // The next elements, the first one lowest; at least 16 of them.
+    // The next elements, the first one lowest; at least 25 of them.
     BATCHNORM_INLINE std::uint32_t word() const {
         std::uint32_t found;
         __builtin_memcpy(&found, bits + (first >> 3), sizeof found);
@@ -172,13 +173,9 @@ struct Whole {
     BATCHNORM_INLINE void store(T* p, Vector<T> v) const {
         store_lanes(p, v);
     }
-    template <class V>
-    BATCHNORM_INLINE V keep(V v, Keep keep) const {
-        return keep_lanes(v, keep);
-    }
 };
 
-struct Part {
+struct Some {
     Index n;
 
     template <class T>
@@ -196,10 +193,6 @@ struct Part {
     template <class T>
     BATCHNORM_INLINE void store(T* p, Vector<T> v) const {
         store_first(p, v, n);
-    }
-    template <class V>
-    BATCHNORM_INLINE V keep(V v, Keep keep) const {
-        return keep_lanes(v, keep);
     }
 };
 

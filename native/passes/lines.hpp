@@ -157,7 +157,7 @@ BATCHNORM_INLINE void for_vectors(const L& lanes, Index c, Index n, const F& f) 
     };
     Index i = 0;
     for (; i + kStep <= n; i += kStep) f(i, at(i), Whole{});
-    if (i < n) f(i, at(i), Part{n - i});
+    if (i < n) f(i, at(i), Some{n - i});
 }
 
 constexpr Index kLongLine = 512;

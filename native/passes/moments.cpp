@@ -180,7 +180,7 @@ void add_stretch(X x, Index n, double mean, double* first, double* second) {
     add_tiles(1, anchor, first, second, [&](Index) { return x.rest(tiles, rest); });
 }
 
-// `keep`: null where all is real.
+// `keep`: which elements are real.
 template <class T>
 void add_narrow_stretch(const T* x, Keep keep, Index n, float mean, double* first, double* second) {
     const Floats anchor = all_lanes(mean);

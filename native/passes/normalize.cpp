@@ -5,7 +5,7 @@
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
 
-// `keep`: not 0 where an element is real; null: all stay.
+// `keep`: which elements are real.
 template <bool kByLane, class T, class L>
 void line(const T* x, const T* residual, T* y, Index n, const L& lanes, Index c,
           Activation activation, Keep keep = {}) {
@@ -23,7 +23,7 @@ void line(const T* x, const T* residual, T* y, Index n, const L& lanes, Index c,
                                         auto v = value(i, k, io);
                                         if (residual != nullptr) v = v + io.load(residual + i);
                                         v = activate<act.value>(v);
-                                        io.store(y + i, !keep ? v : io.keep(v, keep + i));
+                                        io.store(y + i, !keep ? v : keep_lanes(v, keep + i));
                                     });
         }
     });

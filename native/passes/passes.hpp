@@ -27,7 +27,7 @@ struct Instructions {
     // From channels.hpp.
     void (*load)(const PerChannel& array, Index first, Index n, double* out, Index stride);
     void (*finish_moments)(const Statistics& statistics, Index first, Index n, double count,
-                           const double* sum, const double* square, bool narrow);
+                           const double* sum, const double* square, const double* narrow_eps);
     bool (*finish_channels)(const Step& step, Index first, Index end);
     void (*finish_gradients)(const Step& step, const double* sums, Index first, Index end);
 };

@@ -31,21 +31,25 @@ BATCHNORM_INLINE Index sample(Index count, Index samples, Index k) {
     return k * apart + k * 7919 % apart;
 }
 
-// Squares of less than 2^-75 are lost, and the others off by up to 2^-150: too much for a mean
-// square below 2^-120. Where both sums are 0, x is constant if its next neighbours are further.
-BATCHNORM_INLINE bool is_sound(double anchor, double shift, double mean_square) {
-    const bool constant = (mean_square == 0) & (shift == 0) & (anchor * anchor >= 0x1p-100);
+// Squares of distances below 2^-75 are lost, and others off by up to 2^-150: too much for a mean
+// square below 2^-120. Where both sums are 0, x is constant if its next neighbours are further off;
+// or else the variance is below 2^-149, which no eps but the smallest lets through.
+BATCHNORM_INLINE bool is_sound(double anchor, double shift, double mean_square, double eps) {
+    const bool constant =
+        (mean_square == 0) & (shift == 0) & ((anchor * anchor >= 0x1p-100) | (eps >= 0x1p-120));
     const bool spread = (mean_square >= 0x1p-120) & (mean_square <= 0x1p126) &
                         (shift * shift * (1.0 + kFar) <= kFar * mean_square);
     return constant | spread;
 }
 
 // Products below 2^-126 are off by up to 2^-150, and so is their mean: too much unless that mean is
-// 2^24 times as large.
-BATCHNORM_INLINE bool is_sound_gradient(double count, double sum, double product) {
+// 2^24 times as large. Where it is 0, as in channels without gradient or that are constant, all may
+// have been lost: at most 2^-150 rstd of the mean of g x̂, which is nothing but for a huge rstd.
+BATCHNORM_INLINE bool is_sound_gradient(double count, double rstd, double sum, double product) {
     const double least = count * 0x1p-126;
     const bool large = (product >= least) | (-product >= least);
-    return large & (sum - sum == 0) & (product - product == 0);
+    const bool none = (product == 0) & (rstd <= 0x1p40);
+    return (large | none) & (sum - sum == 0) & (product - product == 0);
 }
 
 }  // namespace

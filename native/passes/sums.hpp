@@ -97,7 +97,7 @@ template <class T>
 class Ahead {
   public:
     Ahead(const Array& array, const Block& b, Index span)
-        : array_(array), first_(b.channel * span), lanes_(b.channels * span) {}
+        : array_(array), first_(b.channel * span), lanes_(b.channels * span), at_(lanes_) {}
 
     void begin(const Index* rows, Index n) {
         rows_ = rows, left_ = n, at_ = lanes_;
@@ -119,7 +119,7 @@ class Ahead {
     Index first_, lanes_;
     const Index* rows_ = nullptr;
     const T* line_ = nullptr;
-    Index left_ = 0, at_ = 0;
+    Index left_ = 0, at_;
 };
 
 // Two sums for each lane of a block. Only lanes in use are touched: for a small step, bringing all

@@ -23,12 +23,10 @@ struct Bfloat {
 template <class T>
 struct ComputeType {
     using type = float;
-    using Lane = std::int32_t;
 };
 template <>
 struct ComputeType<double> {
     using type = double;
-    using Lane = std::int64_t;
 };
 template <class T>
 using Compute = typename ComputeType<T>::type;
