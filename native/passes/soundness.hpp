@@ -44,11 +44,11 @@ BATCHNORM_INLINE bool is_sound(double anchor, double shift, double mean_square, 
 
 // Products below 2^-126 are off by up to 2^-150, and so is their mean: too much unless that mean is
 // 2^24 times as large. Where it is 0, as in channels without gradient or that are constant, all may
-// have been lost: at most 2^-150 rstd of the mean of g x̂, which is nothing but for a huge rstd.
+// have been lost, each 2^-150 rstd of g x̂: up to this rstd only values that are subnormal there.
 BATCHNORM_INLINE bool is_sound_gradient(double count, double rstd, double sum, double product) {
     const double least = count * 0x1p-126;
     const bool large = (product >= least) | (-product >= least);
-    const bool none = (product == 0) & (rstd <= 0x1p40);
+    const bool none = (product == 0) & (rstd <= 0x1p24);
     return (large | none) & (sum - sum == 0) & (product - product == 0);
 }
 
