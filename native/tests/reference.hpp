@@ -123,7 +123,9 @@ class Reference : public ForwardReference {
             return round(dx, i, p.type);
         }
         if (k.count == 1 && std::isfinite(xhat * scale)) return;  // 0, to the bit (S7)
-        const Real least = tiny * (1 + std::fabs(xhat)) * (1 + size) * (1 + k.rstd);
+        // What multiplies x - mean may be subnormal too.
+        const Real least = tiny * (1 + std::fabs(xhat) + std::fabs(x(row.o, c, row.i) - k.mean)) *
+                           (1 + size) * (1 + k.rstd);
         const Real mean_g = s.g / k.count, along = s.gx / k.count;
         const Real terms = std::fabs(g) + std::fabs(mean_g) + std::fabs(xhat * along);
         const Real error = (14 * unit + 3 * k.var_error) * terms +
