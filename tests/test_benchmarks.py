@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def test_variants_of_the_cpu_benchmark_are_checked_and_timed(tmp_path: Path) -> 
     for case in record["cases"].values():
         assert all(v["trips"] > 0 and v["GB/s"] > 0 for v in case["variants"].values())
         assert case["variants"]["copy"]["trips"] == 1.0
-    assert all(p["over a copy"]["reduce"] > 0 for p in record["passes"].values())
+    # Differences of two times, which beside other tests may be anything.
+    assert all(math.isfinite(p["over a copy"]["reduce"]) for p in record["passes"].values())
     missing = [e["what"] for e in record["targets"] if e["met"] is None]
     assert not [what for what in missing if what in _find_headlines()]
     assert {"cpu.md", "cpu.png"} <= {path.name for path in tmp_path.iterdir()}
