@@ -13,7 +13,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "digits_ddp.py"
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("options", "bound"), [([], 5e-2), (["--double"], 1e-9)])
+@pytest.mark.parametrize(("options", "bound"), [([], 1e-4), (["--double"], 1e-9)])
 def test_two_processes_train_like_one(options: list[str], bound: float) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
@@ -23,8 +23,8 @@ def test_two_processes_train_like_one(options: list[str], bound: float) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    first, last = re.search(r"2 processes: loss (\S+) to (\S+) in 50 steps", done.stdout).groups()
-    assert float(last) < 0.3 * float(first)  # it learns
+    first, last = re.search(r"2 processes: loss (\S+) to (\S+) in 20 steps", done.stdout).groups()
+    assert float(last) < 0.4 * float(first)  # it learns
     apart = re.search(r"loss (\S+), parameters and statistics (\S+)", done.stdout)
     assert float(apart[1]) < bound
     assert float(apart[2]) < bound
