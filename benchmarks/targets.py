@@ -111,6 +111,12 @@ HEADLINES = (
 )
 # Those of `make bench` besides.
 OTHERS = (
+    Target("(262144, 64), times as fast as torch", 4.0, of("rows", "torch"), case="rows"),
+    Target(
+        "inference past any cache, against torch, worst",
+        1.5,
+        worst([name for name in _LARGE_INFERENCE if name != "inference-deep"], "torch"),
+    ),
     Target("half padded, times as fast as packing", 12.0, of("mask-50", "pack")),
     Target("half padded, against the compiled formula", 2.5, of("mask-50", "formula, compiled")),
     Target("ReLU, times as fast as separate operators", 3.5, of("relu", "torch")),
