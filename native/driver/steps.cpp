@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "batchnorm.hpp"
+#include "caches.hpp"
 #include "float_mode.hpp"
 #include "huge_pages.hpp"
 #include "packed_mask.hpp"
@@ -22,9 +23,10 @@ void for_channels(const Step& step, F f) {
               [&](Index i) { f(i * kPart, std::min(channels, (i + 1) * kPart)); });
 }
 
-// Tasks of an elementwise pass, last ones first: the part that a sum has read last is in cache.
+// Tasks of an elementwise pass, which may write past the caches; last ones first: the part that a
+// sum has read last is in cache.
 template <class F>
-void for_each_block(const Step& step, F f) {
+void for_each_block(const Step& step, bool past, F f) {
     const Layout& layout = step.layout;
     const Grid grid(step, units(step), kWideLanes);
     run_tasks(grid.tasks(), threads_of(step), [&](Index forward) {
@@ -33,7 +35,7 @@ void for_each_block(const Step& step, F f) {
         const Share share = even_share(units(step), grid.blocks, i / grid.parts % grid.blocks);
         if (share.rows == 0) return;
         f(Block{i / grid.parts / grid.blocks, share.first, share.rows, first,
-                std::min(grid.width, layout.channels - first)});
+                std::min(grid.width, layout.channels - first), false, past});
     });
 }
 
@@ -68,7 +70,8 @@ void normalize(const Step& given) {
     });
     count_batch(step, updated.load(std::memory_order_relaxed));
     advise_huge_pages(step.y, step);
-    for_each_block(step, [&](const Block& block) { passes(step).normalize(step, block); });
+    const bool past = streams(step, step.y, step.mask && step.options.zero_padding);
+    for_each_block(step, past, [&](const Block& block) { passes(step).normalize(step, block); });
 }
 
 void reduce(const Step& given, double* sums) {
@@ -93,7 +96,8 @@ void apply(const Step& given, const double* sums) {
     const Step& step = packed.step();
     if (is_empty(step.layout)) return;
     advise_huge_pages(step.dx, step);
-    for_each_block(step, [&](const Block& block) { passes(step).apply(step, block, sums); });
+    const bool past = streams(step, step.dx, bool(step.mask));
+    for_each_block(step, past, [&](const Block& block) { passes(step).apply(step, block, sums); });
 }
 
 }  // namespace batchnorm

@@ -1,12 +1,9 @@
 // Two passes in one visit to each channel, whose elements the second one then finds in a cache.
-#if defined(__linux__)
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 
 #include "batchnorm.hpp"
+#include "caches.hpp"
 #include "float_mode.hpp"
 #include "huge_pages.hpp"
 #include "packed_mask.hpp"
@@ -15,22 +12,6 @@
 namespace batchnorm {
 
 namespace {
-
-// A visit may be as large as some caches of a core, in a shared one: longer stretches of memory are
-// worth more than the nearer cache.
-constexpr Index kShared = 8;
-
-// Bytes of a core's own cache.
-Index cache_bytes() {
-    static const Index bytes = [] {
-        Index found = 0;
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-        found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-        return std::max<Index>(found, Index(1) << 19);
-    }();
-    return bytes;
-}
 
 // Channels that one task visits once, so that its second pass finds them in a cache; 0 where
 // passes one after another are better. Bits do not depend on it. `arrays`: of x's size, that both
@@ -57,8 +38,9 @@ void for_each_visit(const Step& step, Index width, F f) {
 
 // f(block) for all positions of some channels.
 template <class F>
-void for_each_group(const Step& step, Index first, Index end, F f) {
-    for (Index g = 0; g < step.layout.groups; ++g) f(Block{g, 0, units(step), first, end - first});
+void for_each_group(const Step& step, Index first, Index end, bool past, F f) {
+    for (Index g = 0; g < step.layout.groups; ++g)
+        f(Block{g, 0, units(step), first, end - first, false, past});
 }
 
 }  // namespace
@@ -74,6 +56,7 @@ void forward(const Step& given) {
     const KeepSubnormals mode;
     Moments moments(step);
     advise_huge_pages(step.y, step);
+    const bool past = streams(step, step.y, step.mask && step.options.zero_padding);
     std::atomic<bool> updated{false};
     for_each_visit(step, width, [&](Index first, Index end) {
         moments.sum(first, end, Threads{});
@@ -81,7 +64,7 @@ void forward(const Step& given) {
         moments.repeat(first, end, Threads{});
         if (instructions().finish_channels(step, first, end))
             updated.store(true, std::memory_order_relaxed);
-        for_each_group(step, first, end,
+        for_each_group(step, first, end, past,
                        [&](const Block& block) { passes(step).normalize(step, block); });
     });
     count_batch(step, updated.load(std::memory_order_relaxed));
@@ -102,12 +85,13 @@ void backward(const Step& given, double* sums) {
     GradientSums found(step, sums);
     advise_huge_pages(step.dresidual, step);
     advise_huge_pages(step.dx, step);
+    const bool past = streams(step, step.dx, bool(step.mask));
     for_each_visit(step, width, [&](Index first, Index end) {
         found.sum(first, end, Threads{});
         found.finish(first, end);
         found.repeat(first, end, Threads{});
         instructions().finish_gradients(step, sums, first, end);
-        for_each_group(step, first, end,
+        for_each_group(step, first, end, past,
                        [&](const Block& block) { passes(step).apply(step, block, sums); });
     });
 }

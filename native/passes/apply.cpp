@@ -13,31 +13,29 @@ bool has_gradient(const Step& s) {
 }
 
 // One line of dx; `keep`: which elements are real.
-template <bool kByLane, class T, class L>
-void apply_line(const Step& s, const T* dy, const T* x, const T* y, T* dx, Index n,
-                Activation gated, const L& lanes, Index c, Keep keep = {}) {
-    with_activation(gated, [&](auto act) {
-        const auto run = [&](auto finish) BATCHNORM_INLINE_LAMBDA {
-            for_vectors<T, kByLane>(
-                lanes, c, n, [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
-                    const auto g = gate_vector<act.value>(dy + i, at(x, i), at(y, i), io, k);
-                    io.store(dx + i, finish(i, g, k, io));
-                });
-        };
-        if (!s.options.batch) {
-            run([=](Index i, auto g, const auto& k, auto) BATCHNORM_INLINE_LAMBDA {
-                const auto v = g * k.scale;
-                return !keep ? v : keep_lanes(v, keep + i);
+template <Activation kAct, bool kByLane, class T, class L>
+BATCHNORM_INLINE void line(bool batch, const T* dy, const T* x, const T* y, T* dx, Index n,
+                           const L& lanes, Index c, bool streams, Keep keep = {}) {
+    const auto run = [&](auto finish) BATCHNORM_INLINE_LAMBDA {
+        fill_vectors<T, kByLane>(
+            lanes, c, dx, n, streams, [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+                const auto g = gate_vector<kAct>(dy + i, at(x, i), at(y, i), io, k);
+                io.store(dx + i, finish(i, g, k, io));
             });
-        } else if (!keep) {
-            run([=](Index i, auto g, const auto& k, auto io)
-                    BATCHNORM_INLINE_LAMBDA { return gradient(g, io.load(x + i), k); });
-        } else {
-            run([=](Index i, auto g, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
-                return keep_lanes(gradient(g, io.load(x + i), k), keep + i);
-            });
-        }
-    });
+    };
+    if (!batch) {
+        run([=](Index i, auto g, const auto& k, auto) BATCHNORM_INLINE_LAMBDA {
+            const auto v = g * k.scale;
+            return !keep ? v : keep_lanes(v, keep + i);
+        });
+    } else if (!keep) {
+        run([=](Index i, auto g, const auto& k, auto io)
+                BATCHNORM_INLINE_LAMBDA { return gradient(g, io.load(x + i), k); });
+    } else {
+        run([=](Index i, auto g, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+            return keep_lanes(gradient(g, io.load(x + i), k), keep + i);
+        });
+    }
 }
 
 template <class T>
@@ -70,18 +68,23 @@ Index rows_in_line(const Step& s) {
     return s.mask ? rows_per_line(width) : rows_together(width);
 }
 
-template <class T>
+// Not inlined, since rows are walked in many ways.
+template <Activation kAct, class T, class L>
+void fill_rows(const Step& s, const Block& b, Index o, Index rows, const L& lanes) {
+    const Index first = b.channel * s.layout.inner, n = rows * b.channels * s.layout.inner;
+    line<kAct, true>(s.options.batch, element<const T>(Source<T>(s).g, o, first),
+                     element<const T>(s.x, o, first), element<const T>(s.y, o, first),
+                     element<T>(s.dx, o, first), n, lanes, 0, b.streams);
+}
+
+template <Activation kAct, class T>
 void apply_rows(const Step& s, const Block& b, const double* sums) {
     const Index span = s.layout.inner, width = b.channels * span, first = b.channel * span;
     const Index joined = b.channels == s.layout.channels ? rows_in_line(s) : 1;
     const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width,
                                               s.options.batch ? sums : nullptr);
     const Source<T> from(s);
-    const auto compute = [&](Index o, Index rows) {
-        apply_line<true>(s, element<const T>(from.g, o, first), element<const T>(s.x, o, first),
-                         element<const T>(s.y, o, first), element<T>(s.dx, o, first), rows * width,
-                         from.gate, lanes, 0);
-    };
+    const auto compute = [&](Index o, Index rows) { fill_rows<kAct, T>(s, b, o, rows, lanes); };
     const auto fetch = [&](Index o) {
         fetch_line(element<const T>(from.g, o, first), width);
         fetch_line(element<const T>(s.x, o, first), width);
@@ -97,7 +100,7 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
     });
 }
 
-template <class T>
+template <Activation kAct, class T>
 void apply_positions(const Step& s, const Block& b, const double* sums) {
     const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels, s.options.batch ? sums : nullptr);
     const Source<T> from(s);
@@ -112,8 +115,8 @@ void apply_positions(const Step& s, const Block& b, const double* sums) {
                     set_zero(dx + first, end - first);
                     continue;
                 }
-                apply_line<false>(s, g + first, x + first, at(y, first), dx + first, end - first,
-                                  from.gate, lanes, c,
+                line<kAct, false>(s.options.batch, g + first, x + first, at(y, first), dx + first,
+                                  end - first, lanes, c, b.streams,
                                   kind == Piece::real ? Keep{} : piece.keep(first));
             }
         }
@@ -124,8 +127,14 @@ void apply_positions(const Step& s, const Block& b, const double* sums) {
 
 template <class T>
 void apply_block(const Step& step, const Block& block, const double* sums) {
-    if (by_rows(step)) return apply_rows<T>(step, block, sums);
-    apply_positions<T>(step, block, sums);
+    with_activation(Source<T>(step).gate, [&](auto act) {
+        if (by_rows(step)) {
+            apply_rows<act.value, T>(step, block, sums);
+        } else {
+            apply_positions<act.value, T>(step, block, sums);
+        }
+    });
+    if (block.streams) settle();
 }
 
 template void apply_block<Half>(const Step&, const Block&, const double*);

@@ -84,6 +84,57 @@ inline void store_lanes(Bfloat* p, Floats v) {
 #endif
 }
 
+// Stores past the caches, for memory that nobody reads soon: the line is not read first, and
+// displaces none. p is aligned to a vector's bytes. Nothing is ordered after them but what follows
+// `settle`.
+inline void stream_lanes(float* p, Floats v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, v);
+#elif defined(__AVX__)
+    _mm256_stream_ps(p, v);
+#elif defined(__SSE2__)
+    _mm_stream_ps(p, v);
+#else
+    store_lanes(p, v);
+#endif
+}
+
+inline void stream_lanes(double* p, Doubles v) {
+#if defined(__AVX512F__)
+    _mm512_stream_pd(p, v);
+#elif defined(__AVX__)
+    _mm256_stream_pd(p, v);
+#elif defined(__SSE2__)
+    _mm_stream_pd(p, v);
+#else
+    store_lanes(p, v);
+#endif
+}
+
+template <class T>
+inline void stream_lanes(T* p, Floats v) {  // half types
+#if defined(__AVX512F__)
+    alignas(32) T some[kFloats];
+    store_lanes(some, v);
+    const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(some));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+#elif defined(__AVX__)
+    alignas(16) T some[kFloats];
+    store_lanes(some, v);
+    const __m128i bits = _mm_load_si128(reinterpret_cast<const __m128i*>(some));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
+#else
+    store_lanes(p, v);
+#endif
+}
+
+// Before another thread may read what was streamed.
+inline void settle() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 // Bits that say which elements are real, from some element on; none: all are.
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are read from bytes of bits");
 struct Keep {
@@ -132,8 +183,35 @@ inline Doubles keep_lanes(Doubles v, Keep keep) {
 #endif
 }
 
-#if defined(__AVX512F__)
 // The first n elements, and 0.
+inline Floats first_lanes(Floats v, Index n) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_mov_ps(__mmask16((1u << n) - 1), v);
+#else
+    typedef std::int32_t Bits __attribute__((vector_size(kFloats * 4)));
+    Bits lane;
+    for (int i = 0; i < kFloats; ++i) lane[i] = i;
+    return Floats(Bits(v) & (lane < std::int32_t(n)));
+#endif
+}
+
+// The same, from memory that may end there.
+template <class T>
+inline Vector<T> load_first(const T* p, Index n) {
+    T some[kWidth<T>] = {};
+    for (Index i = 0; i < kWidth<T>; ++i) {
+        if (i < n) some[i] = p[i];
+    }
+    return load_lanes(some);
+}
+template <class T>
+inline void store_first(T* p, Vector<T> v, Index n) {
+    T some[kWidth<T>];
+    store_lanes(some, v);
+    for (Index i = 0; i < n; ++i) p[i] = some[i];
+}
+
+#if defined(__AVX512F__)
 inline Floats load_first(const float* p, Index n) {
     return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
 }
@@ -155,15 +233,15 @@ inline void store_first(float* p, Floats v, Index n) {
 inline void store_first(double* p, Doubles v, Index n) {
     _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v);
 }
-#endif
-template <class T>
-inline void store_first(T* p, Vector<T> v, Index n) {
-    T some[kWidth<T>];
-    store_lanes(some, v);
-    for (Index i = 0; i < n; ++i) p[i] = some[i];
+#elif defined(__AVX2__)
+inline __m256i first_bits(Index n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
+inline Floats load_first(const float* p, Index n) { return _mm256_maskload_ps(p, first_bits(n)); }
+inline void store_first(float* p, Floats v, Index n) { _mm256_maskstore_ps(p, first_bits(n), v); }
+#endif
 
-// How a vector of elements is read and written: whole, or only its first n.
+// How a vector of elements is read and written: whole, whole and past the caches, or its first n.
 struct Whole {
     template <class T>
     BATCHNORM_INLINE Vector<T> load(const T* p) const {
@@ -173,6 +251,18 @@ struct Whole {
     BATCHNORM_INLINE void store(T* p, Vector<T> v) const {
         store_lanes(p, v);
     }
+    BATCHNORM_INLINE Floats keep(Floats v) const { return v; }
+};
+
+struct Streamed {
+    template <class T>
+    BATCHNORM_INLINE Vector<T> load(const T* p) const {
+        return load_lanes(p);
+    }
+    template <class T>
+    BATCHNORM_INLINE void store(T* p, Vector<T> v) const {
+        stream_lanes(p, v);
+    }
 };
 
 struct Some {
@@ -180,20 +270,13 @@ struct Some {
 
     template <class T>
     BATCHNORM_INLINE Vector<T> load(const T* p) const {
-#if defined(__AVX512F__)
         return load_first(p, n);
-#else
-        T some[kWidth<T>] = {};
-        for (Index i = 0; i < kWidth<T>; ++i) {
-            if (i < n) some[i] = p[i];
-        }
-        return load_lanes(some);
-#endif
     }
     template <class T>
     BATCHNORM_INLINE void store(T* p, Vector<T> v) const {
         store_first(p, v, n);
     }
+    BATCHNORM_INLINE Floats keep(Floats v) const { return first_lanes(v, n); }
 };
 
 }  // namespace batchnorm::BATCHNORM_ISA

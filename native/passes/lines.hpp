@@ -160,6 +160,40 @@ BATCHNORM_INLINE void for_vectors(const L& lanes, Index c, Index n, const F& f) 
     if (i < n) f(i, at(i), Some{n - i});
 }
 
+// Elements from p on until the next one that is aligned to a vector.
+template <class T>
+BATCHNORM_INLINE Index until_aligned(const T* p) {
+    constexpr Index kStep = kWidth<T>;
+    const auto at = reinterpret_cast<std::uintptr_t>(p) / sizeof(T);
+    return Index((kStep - at % kStep) % kStep);
+}
+
+// The same where f stores in `out`, in whole vectors that are aligned there: stores across the
+// bounds of a cache's lines take twice as long.
+template <class T, bool kByLane, class L, class F>
+BATCHNORM_INLINE void fill_vectors(const L& lanes, Index c, T* out, Index n, bool streams,
+                                   const F& f) {
+    constexpr Index kStep = kWidth<T>;
+    constexpr bool kSplits = kStep * sizeof(T) == 64;
+    if (n < 2 * kStep || !(kSplits || streams)) return for_vectors<T, kByLane>(lanes, c, n, f);
+    const auto all = lanes.all(c);
+    const auto at = [&](Index i) BATCHNORM_INLINE_LAMBDA {
+        if constexpr (kByLane) {
+            return lanes.from(i);
+        } else {
+            return all;
+        }
+    };
+    Index i = until_aligned(out);
+    if (i > 0) f(0, at(0), Some{i});
+    if (streams) {
+        for (; i + kStep <= n; i += kStep) f(i, at(i), Streamed{});
+    } else {
+        for (; i + kStep <= n; i += kStep) f(i, at(i), Whole{});
+    }
+    if (i < n) f(i, at(i), Some{n - i});
+}
+
 constexpr Index kLongLine = 512;
 
 // The number of rows in one line: with few channels several rows, which fill whole tiles.

@@ -204,10 +204,36 @@ void add_narrow_stretch(const T* x, Keep keep, Index n, float mean, double* firs
 }
 
 template <class T>
+void add_real_positions(const Step& s, const Block& b, const double* means, PositionSums& sums) {
+    for_some_stretches(s, b, [&](const Stretch* some, Index m) {
+        for (Index k = 0; k < m; ++k) fetch_next<T>(s, b, s.x, some[k].o);
+        for (Index c = 0; c < b.channels; ++c) {
+            const Floats anchor = all_lanes(float(means[c]));
+            const Index offset = (b.channel + c) * s.layout.inner;
+            TileSums both(sums.first[c], sums.second[c]);
+            for (Index k = 0; k < m; ++k) {
+                const T* x = element<const T>(s.x, some[k].o, offset + some[k].first);
+                add_positions(some[k].n, both, [&](Index e, auto io) BATCHNORM_INLINE_LAMBDA {
+                    const Floats d = io.keep(io.load(x + e) - anchor);
+                    return Two{d, d * d};
+                });
+            }
+            both.store(sums.first[c], sums.second[c]);
+        }
+    });
+}
+
+template <class T>
 void channels_of_positions(const Step& s, const Block& b, double* sum, double* square) {
     const double* means =
         s.statistics.row(Statistics::mean) + b.group * s.layout.channels + b.channel;
     PositionSums sums(b.channels);
+    if constexpr (kCanBeNarrow<T>) {
+        if (!s.mask && !b.wide) {
+            add_real_positions<T>(s, b, means, sums);
+            return sums.fold(b.channels, sum, square);
+        }
+    }
     for_each_piece(s, b, true, [&](Index o, Index first, Index, const Piece& piece) {
         fetch_next<T>(s, b, s.x, o);
         for (Index c = 0; c < b.channels; ++c) {

@@ -6,32 +6,36 @@ namespace batchnorm::BATCHNORM_ISA {
 namespace {
 
 // `keep`: which elements are real.
-template <bool kByLane, class T, class L>
-void line(const T* x, const T* residual, T* y, Index n, const L& lanes, Index c,
-          Activation activation, Keep keep = {}) {
-    with_activation(activation, [&](auto act) {
-        const auto value = [=](Index i, const auto& k, auto io)
-                               BATCHNORM_INLINE_LAMBDA { return affine(io.load(x + i), k); };
-        if (residual == nullptr && !keep) {
-            for_vectors<T, kByLane>(lanes, c, n,
-                                    [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
-                                        io.store(y + i, activate<act.value>(value(i, k, io)));
-                                    });
-        } else {
-            for_vectors<T, kByLane>(lanes, c, n,
-                                    [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
-                                        auto v = value(i, k, io);
-                                        if (residual != nullptr) v = v + io.load(residual + i);
-                                        v = activate<act.value>(v);
-                                        io.store(y + i, !keep ? v : keep_lanes(v, keep + i));
-                                    });
-        }
-    });
+template <Activation kAct, bool kByLane, class T, class L>
+BATCHNORM_INLINE void line(const T* x, const T* residual, T* y, Index n, const L& lanes, Index c,
+                           bool streams, Keep keep = {}) {
+    if (residual == nullptr && !keep) {
+        fill_vectors<T, kByLane>(lanes, c, y, n, streams,
+                                 [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+                                     io.store(y + i, activate<kAct>(affine(io.load(x + i), k)));
+                                 });
+    } else {
+        fill_vectors<T, kByLane>(lanes, c, y, n, streams,
+                                 [=](Index i, const auto& k, auto io) BATCHNORM_INLINE_LAMBDA {
+                                     auto v = affine(io.load(x + i), k);
+                                     if (residual != nullptr) v = v + io.load(residual + i);
+                                     v = activate<kAct>(v);
+                                     io.store(y + i, !keep ? v : keep_lanes(v, keep + i));
+                                 });
+    }
 }
 
 bool zeroes_padding(const Step& s) { return s.mask && s.options.zero_padding; }
 
-template <class T>
+// Not inlined, since rows are walked in many ways.
+template <Activation kAct, class T, class L>
+void fill_rows(const Step& s, const Block& b, Index o, Index rows, const L& lanes) {
+    const Index first = b.channel * s.layout.inner, n = rows * b.channels * s.layout.inner;
+    line<kAct, true>(element<const T>(s.x, o, first), element<const T>(s.residual, o, first),
+                     element<T>(s.y, o, first), n, lanes, 0, b.streams);
+}
+
+template <Activation kAct, class T>
 void rows_of_channels(const Step& s, const Block& b) {
     const Index span = s.layout.inner, width = b.channels * span, first = b.channel * span;
     const bool dense = b.channels == s.layout.channels && s.x.stride == width &&
@@ -39,10 +43,7 @@ void rows_of_channels(const Step& s, const Block& b) {
     const bool padded = zeroes_padding(s);
     const Index joined = !dense ? 1 : padded ? rows_per_line(width) : rows_together(width);
     const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width);
-    const auto compute = [&](Index o, Index rows) {
-        line<true>(element<const T>(s.x, o, first), element<const T>(s.residual, o, first),
-                   element<T>(s.y, o, first), rows * width, lanes, 0, s.options.activation);
-    };
+    const auto compute = [&](Index o, Index rows) { fill_rows<kAct, T>(s, b, o, rows, lanes); };
     const auto fetch = [&](Index o) { fetch_line(element<const T>(s.x, o, first), width); };
     const auto pad = [&](Index o) { set_zero(element<T>(s.y, o, first), width); };
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
@@ -79,13 +80,13 @@ void padded_positions(const Step& s, const Block& b, F compute) {
     });
 }
 
-template <class T>
+template <Activation kAct, class T>
 void channels_of_positions(const Step& s, const Block& b) {
     const Lanes<Compute<T>, kMaxChannels> lanes(s, b, b.channels);
     const auto compute = [&](Index c, Index o, Index i, Index n, Keep keep) {
         const Index offset = (b.channel + c) * s.layout.inner + i;
-        line<false>(element<const T>(s.x, o, offset), element<const T>(s.residual, o, offset),
-                    element<T>(s.y, o, offset), n, lanes, c, s.options.activation, keep);
+        line<kAct, false>(element<const T>(s.x, o, offset), element<const T>(s.residual, o, offset),
+                          element<T>(s.y, o, offset), n, lanes, c, b.streams, keep);
     };
     if (zeroes_padding(s)) return padded_positions<T>(s, b, compute);
     for_each_stretch(s.layout, b, [&](Index o, Index i, Index n) {
@@ -98,8 +99,14 @@ void channels_of_positions(const Step& s, const Block& b) {
 
 template <class T>
 void normalize_block(const Step& step, const Block& block) {
-    if (by_rows(step)) return rows_of_channels<T>(step, block);
-    channels_of_positions<T>(step, block);
+    with_activation(step.options.activation, [&](auto act) {
+        if (by_rows(step)) {
+            rows_of_channels<act.value, T>(step, block);
+        } else {
+            channels_of_positions<act.value, T>(step, block);
+        }
+    });
+    if (block.streams) settle();
 }
 
 template void normalize_block<Half>(const Step&, const Block&);

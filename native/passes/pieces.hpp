@@ -92,6 +92,43 @@ inline void for_each_piece(const Step& s, const Block& b, bool whole, F f) {
     });
 }
 
+// n positions from position `first` of outer row o on.
+struct Stretch {
+    Index o, first, n;
+};
+
+constexpr Index kTogether = 4;
+
+// f(stretches, m) for some stretches of a block at a time: where they are short, what begins and
+// ends the work on a channel costs as much as the work.
+template <class F>
+inline void for_some_stretches(const Step& s, const Block& b, F f) {
+    constexpr Index kShort = 1024;
+    Stretch some[kTogether];
+    Index m = 0;
+    for_each_stretch(s.layout, b, [&](Index o, Index first, Index n) {
+        some[m++] = {o, first, n};
+        if (m == kTogether || n > kShort) f(some, m), m = 0;
+        return true;
+    });
+    if (m > 0) f(some, m);
+}
+
+// Adds the terms of n positions in float32; term(e, access) is those of a vector from position e
+// on, read and kept by `access`.
+template <class Term>
+BATCHNORM_INLINE void add_positions(Index n, TileSums& sums, const Term& term) {
+    const Index tiles = n / kTile, done = tiles * kTile;
+    add_narrow(tiles, sums, [&](Index r, int i) BATCHNORM_INLINE_LAMBDA {
+        return term(r * kTile + i * kFloats, Whole{});
+    });
+    if (done == n) return;
+    add_narrow(1, sums, [&](Index, int i) BATCHNORM_INLINE_LAMBDA {
+        const Index e = done + i * kFloats, left = n - e;
+        return term(e, Some{left < 0 ? 0 : left < kFloats ? left : kFloats});
+    });
+}
+
 // Tile r of a part: unchanged, or with `pad` where it is padding.
 template <class T>
 struct AllTiles {

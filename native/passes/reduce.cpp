@@ -100,6 +100,14 @@ struct ChannelsOfPositions {
     const bool direct = kCanBeNarrow<T> && !b.wide && !(s.mask && s.dresidual);
 
     void run(double* sum, double* product) {
+        if constexpr (kCanBeNarrow<T>) {
+            if (!s.mask && !b.wide) {
+                with_activation(s.options.activation,
+                                [&](auto act) { add_real_positions<act.value>(); });
+                sums.fold(b.channels, sum, product);
+                return correct(b.channels, means, lows, sum, product);
+            }
+        }
         for_each_piece(s, b, !gated || direct, [&](Index o, Index i, Index n, const Piece& piece) {
             fetch_next<T>(s, b, s.x, o);
             fetch_next<T>(s, b, s.dy, o);
@@ -110,6 +118,39 @@ struct ChannelsOfPositions {
         });
         sums.fold(b.channels, sum, product);
         if (kCanBeNarrow<T> && !b.wide) correct(b.channels, means, lows, sum, product);
+    }
+
+    // Without a mask, in float32.
+    template <Activation kAct>
+    void add_real_positions() {
+        for_some_stretches(s, b, [&](const Stretch* some, Index m) {
+            for (Index k = 0; k < m; ++k) {
+                fetch_next<T>(s, b, s.x, some[k].o);
+                fetch_next<T>(s, b, s.dy, some[k].o);
+                fetch_next<T>(s, b, s.y, some[k].o);
+            }
+            for (Index c = 0; c < b.channels; ++c) {
+                TileSums both(sums.first[c], sums.second[c]);
+                for (Index k = 0; k < m; ++k) add_real_stretch<kAct>(some[k], c, both);
+                both.store(sums.first[c], sums.second[c]);
+            }
+        });
+    }
+
+    template <Activation kAct>
+    BATCHNORM_INLINE void add_real_stretch(const Stretch& from, Index c, TileSums& both) {
+        const Floats mean = all_lanes(float(means[c]));
+        const auto k = coefficients.all(c);
+        const Index offset = (b.channel + c) * s.layout.inner + from.first;
+        const T* x = element<const T>(s.x, from.o, offset);
+        const T* dy = element<const T>(s.dy, from.o, offset);
+        const T* y = element<const T>(s.y, from.o, offset);
+        T* dresidual = element<T>(s.dresidual, from.o, offset);
+        add_positions(from.n, both, [&](Index e, auto io) BATCHNORM_INLINE_LAMBDA {
+            const Floats gate = gate_vector<kAct>(dy + e, x + e, at(y, e), io, k);
+            if (dresidual != nullptr) io.store(dresidual + e, gate);
+            return Two{gate, gate * (io.load(x + e) - mean)};
+        });
     }
 
     void add(Index o, Index i, Index n, const Piece& piece, Index c) {

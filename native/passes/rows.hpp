@@ -9,7 +9,8 @@ namespace batchnorm {
 // channels; see `units`. In sums over masked rows of channels `rows` counts real rows only.
 struct Block {
     Index group, first, rows, channel, channels;
-    bool wide = false;  // sums every element in double
+    bool wide = false;     // sums every element in double
+    bool streams = false;  // writes past the caches
 };
 
 namespace {  // each file, with its own compiler flags, has its own copy

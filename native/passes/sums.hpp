@@ -236,14 +236,19 @@ BATCHNORM_INLINE void add_group(TileSums& sums, const Term& term, Index r) {
 
 // Adds the terms of n tiles in float32; term(r, i) is those of float vector number i of tile r.
 template <class Term>
-BATCHNORM_INLINE void add_narrow(Index n, double* first, double* second, const Term& term) {
-    TileSums sums(first, second);
+BATCHNORM_INLINE void add_narrow(Index n, TileSums& sums, const Term& term) {
     Index r = 0;
     BATCHNORM_NO_UNROLL
     for (; r + kGroup <= n; r += kGroup) add_group<kGroup>(sums, term, r);
     if ((n & 4) != 0) add_group<4>(sums, term, r), r += 4;
     if ((n & 2) != 0) add_group<2>(sums, term, r), r += 2;
     if ((n & 1) != 0) add_group<1>(sums, term, r);
+}
+
+template <class Term>
+BATCHNORM_INLINE void add_narrow(Index n, double* first, double* second, const Term& term) {
+    TileSums sums(first, second);
+    add_narrow(n, sums, term);
     sums.store(first, second);
 }
 

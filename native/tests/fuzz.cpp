@@ -8,6 +8,7 @@
 #include <cstdio>
 
 #include "conversions.hpp"
+#include "driver/caches.hpp"
 #include "surroundings.hpp"
 
 namespace batchnorm::tests {
@@ -51,6 +52,9 @@ void check_determinism(Inputs& inputs, const Result& first, const char* instruct
     };
     for (int threads : kThreadNumbers) check("", {threads});
     check(" lent", {4, lend_threads});
+    stream_above(0);
+    for (int threads : {1, 2, 3}) check(" streaming", {threads});
+    stream_above(-1);
     for (int threads : {1, 3}) check(" flushing", {threads}, Flush::yes);
     check(" lent flushing", {4, lend_threads}, Flush::yes);
     for (bool busy : {false, true}) {
