@@ -49,7 +49,7 @@ struct Source {
 };
 
 template <class T, class L>
-void apply_padded_row(const Step& s, Index o, Index offset, Index n, const L& lanes) {
+void apply_padded_rows(const Step& s, Index o, Index offset, Index n, const L& lanes) {
     set_zero(element<T>(s.dx, o, offset), n);
     if (!s.dresidual) return;
     T* dresidual = element<T>(s.dresidual, o, offset);
@@ -65,7 +65,7 @@ Index rows_in_line(const Step& s) {
     for (const Array& a : all) {
         if (a && a.stride != width) return 1;
     }
-    return s.mask ? rows_per_line(width) : rows_together(width);
+    return rows_together(width);
 }
 
 // Not inlined, since rows are walked in many ways.
@@ -89,10 +89,12 @@ void apply_rows(const Step& s, const Block& b, const double* sums) {
         fetch_line(element<const T>(from.g, o, first), width);
         fetch_line(element<const T>(s.x, o, first), width);
     };
-    const auto pad = [&](Index o) { apply_padded_row<T>(s, o, first, width, lanes); };
+    const auto pad = [&](Index o, Index rows) {
+        apply_padded_rows<T>(s, o, first, rows * width, lanes);
+    };
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
         if (s.mask) {
-            for_padded_rows(s.mask, o, n, joined, fetch, compute, pad);
+            for_padded_rows(s.mask, o, n, width, joined, fetch, compute, pad);
             return true;
         }
         for (Index r = 0; r < n; r += joined) compute(o + r, n - r < joined ? n - r : joined);

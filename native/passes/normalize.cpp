@@ -41,14 +41,16 @@ void rows_of_channels(const Step& s, const Block& b) {
     const bool dense = b.channels == s.layout.channels && s.x.stride == width &&
                        s.y.stride == width && (!s.residual || s.residual.stride == width);
     const bool padded = zeroes_padding(s);
-    const Index joined = !dense ? 1 : padded ? rows_per_line(width) : rows_together(width);
+    const Index joined = dense ? rows_together(width) : 1;
     const Lanes<Compute<T>, kWideLanes> lanes(s, b, joined * width);
     const auto compute = [&](Index o, Index rows) { fill_rows<kAct, T>(s, b, o, rows, lanes); };
     const auto fetch = [&](Index o) { fetch_line(element<const T>(s.x, o, first), width); };
-    const auto pad = [&](Index o) { set_zero(element<T>(s.y, o, first), width); };
+    const auto pad = [&](Index o, Index rows) {
+        set_zero(element<T>(s.y, o, first), rows * width);
+    };
     for_each_run(s.layout, b.group, b.first, b.rows, [&](Index o, Index n) {
         if (padded) {
-            for_padded_rows(s.mask, o, n, joined, fetch, compute, pad);
+            for_padded_rows(s.mask, o, n, width, joined, fetch, compute, pad);
             return true;
         }
         for (Index r = 0; r < n; r += joined) compute(o + r, n - r < joined ? n - r : joined);

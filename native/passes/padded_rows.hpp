@@ -8,50 +8,38 @@ namespace batchnorm::BATCHNORM_ISA {
 
 constexpr Index kRowsAhead = 16;
 
-// Rows o + i; those with keep[i] are real. Unless most rows are padded, all are computed, which
-// hardware prefetches, and the padded ones overwritten.
-template <class Compute, class Pad>
-inline void for_some_rows(Index o, Index n, const unsigned char* keep, Compute compute, Pad pad) {
-    unsigned char rows[2][kRowsAhead];  // padded, real
-    Index found[2] = {0, 0};
-    for (Index i = 0; i < n; ++i) {
-        rows[0][found[0]] = rows[1][found[1]] = static_cast<unsigned char>(i);
-        ++found[keep[i]];
-    }
-    if (3 * found[1] > n) {
-        for (Index i = 0; i < n; ++i) compute(o + i, 1);
-    } else {
-        for (Index i = 0; i < found[1]; ++i) compute(o + rows[1][i], 1);
-    }
-    for (Index i = 0; i < found[0]; ++i) pad(o + rows[0][i]);
-}
-
-// Rows [o, o + n) one by one. Gaps of padded rows break the streams that hardware prefetches, so
-// the real ones among the next rows are prefetched here, by fetch(row).
+// Rows [o, o + n) in runs of at most `together` real or padded ones: compute(row, rows) or
+// pad(row, rows). Gaps of padded rows break the streams that hardware prefetches, so the real ones
+// among the next rows are prefetched here, by fetch(row).
 template <class Fetch, class Compute, class Pad>
-inline void for_single_rows(const Mask& mask, Index o, Index n, Fetch fetch, Compute compute,
-                            Pad pad) {
-    unsigned char keep[2][kRowsAhead];
-    read_rows(mask, o, n < kRowsAhead ? n : kRowsAhead, keep[0]);
-    for (Index r = 0; r < n; r += kRowsAhead) {
-        const unsigned char* now = keep[r / kRowsAhead % 2];
-        unsigned char* next = keep[(r / kRowsAhead + 1) % 2];
-        const Index left = n - r, ahead = left - kRowsAhead;
-        const Index some = ahead < 0 ? 0 : ahead < kRowsAhead ? ahead : kRowsAhead;
-        read_rows(mask, o + r + kRowsAhead, some, next);
-        for (Index i = 0; i < some; ++i) {
-            if (next[i]) fetch(o + r + kRowsAhead + i);
+inline void for_runs_of_rows(const Mask& mask, Index o, Index n, Index together, Fetch fetch,
+                             Compute compute, Pad pad) {
+    constexpr Index kAtOnce = 64;
+    unsigned char keep[kAtOnce + kRowsAhead];
+    for (Index r = 0; r < n; r += kAtOnce, o += kAtOnce) {
+        const Index left = n - r, m = left < kAtOnce ? left : kAtOnce;
+        const Index known = left < kAtOnce + kRowsAhead ? left : kAtOnce + kRowsAhead;
+        read_rows(mask, o, known, keep);
+        for (Index i = 0, end; i < m; i = end) {
+            const Index most = m - i < together ? m : i + together;
+            for (end = i + 1; end < most && keep[end] == keep[i];) ++end;
+            for (Index a = i + kRowsAhead; a < end + kRowsAhead && a < known; ++a) {
+                if (keep[a]) fetch(o + a);
+            }
+            if (keep[i]) {
+                compute(o + i, end - i);
+            } else {
+                pad(o + i, end - i);
+            }
         }
-        for_some_rows(o + r, left < kRowsAhead ? left : kRowsAhead, now, compute, pad);
     }
 }
 
-// Rows [o, o + n), `joined` at a time: compute(row, rows) for lines with a real row, then
-// pad(row) for each padded one.
-template <class Fetch, class Compute, class Pad>
-inline void for_padded_rows(const Mask& mask, Index o, Index n, Index joined, Fetch fetch,
-                            Compute compute, Pad pad) {
-    if (joined == 1) return for_single_rows(mask, o, n, fetch, compute, pad);
+// Short rows [o, o + n), `joined` at a time: compute(row, rows) for lines with a real row, then
+// pad(row, 1) for each padded one.
+template <class Compute, class Pad>
+inline void for_lines_of_rows(const Mask& mask, Index o, Index n, Index joined, Compute compute,
+                              Pad pad) {
     unsigned char keep[kLongLine];  // kTile are used; GCC 12 warns that it reads whole vectors
     for (Index r = 0; r < n; r += joined) {
         const Index m = n - r < joined ? n - r : joined;
@@ -62,9 +50,18 @@ inline void for_padded_rows(const Mask& mask, Index o, Index n, Index joined, Fe
         if (real > 0) compute(o + r, m);
         if (real == m) continue;
         for (Index i = 0; i < m; ++i) {
-            if (!keep[i]) pad(o + r + i);
+            if (!keep[i]) pad(o + r + i, 1);
         }
     }
+}
+
+// Rows [o, o + n) of `width` elements each, of which `together` are contiguous in all arrays.
+template <class Fetch, class Compute, class Pad>
+inline void for_padded_rows(const Mask& mask, Index o, Index n, Index width, Index together,
+                            Fetch fetch, Compute compute, Pad pad) {
+    const Index joined = together > 1 ? rows_per_line(width) : 1;
+    if (joined > 1) return for_lines_of_rows(mask, o, n, joined, compute, pad);
+    for_runs_of_rows(mask, o, n, together, fetch, compute, pad);
 }
 
 template <class T>
