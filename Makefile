@@ -29,7 +29,7 @@ test-all: test $(CMAKE)
 	$(CMAKE) --build build/fuzz --parallel $(WORKERS)
 	build/fuzz/fuzz $(FUZZ_ALL)
 	$(BIN)/python tests/tools/fuzz_checkpoints.py $(FILES)
-	cd tests && for path in naive-unbiased torch torch-arrays jax-kernels keras triton; do \
+	cd tests && for path in naive-unbiased torch torch-arrays jax-kernels keras triton triton-visits; do \
 	    $(abspath $(BIN))/python -m conformance $$path random $(CASES) 1 || exit 1; \
 	done
 	$(BIN)/python tests/run.py --rest --workers $(WORKERS)

@@ -66,6 +66,11 @@ def _make_cases() -> list[Case]:
                 **kind,
             ),
         ]
+    cases += [  # that suit visits; larger than any card's L2 cache
+        Case(f"visits-{kind}-{dtype}", str(shape), shape, dtype=dtype, visits=True)
+        for dtype in ("float32", "bfloat16")
+        for kind, shape in (("image", (32, 16384, 14, 14)), ("rows", (512, 262144)))
+    ]
     cases += [
         Case("small-rows", "(32, 64)", (32, 64)),
         Case("small-image", "(32, 64, 7, 7)", (32, 64, 7, 7)),
@@ -235,6 +240,7 @@ TARGETS = (
     Target("channels last, against torch", 1.2, _worst("image-last", "torch")),
     Target("rows, against torch", 1.2, _worst("rows", "torch")),
     Target("add and ReLU, against separate operators", 1.8, _worst("add-relu", "torch")),
+    Target("visits, against passes", 1.0, _worst("visits", "ours", "ours, visits")),
     Target("share of the copy's bandwidth", 0.8, _of_copy),
     Target("under torch.compile, against eager", 1.0, _compiled),
     Target(

@@ -54,7 +54,7 @@ def find_config() -> dict[str, Any]:
         replaces them, and "reason". "outputs" says how much memory is kept for outputs, "proofs"
         lists the verdicts about the GPU's kernels.
     """
-    from batchnorm.kernels.select import extension_status, triton_status
+    from batchnorm.kernels.select import extension_status
     from batchnorm.memory import describe_memory
 
     return {
@@ -63,7 +63,7 @@ def find_config() -> dict[str, Any]:
         "system": platform.system(),
         "packages": {name: find_version(name) for name in _PACKAGES},
         "kernels": _name_and_reason(*extension_status()),
-        "gpu_kernels": _name_and_reason(*triton_status()),
+        "gpu_kernels": _name_and_reason(*_describe_gpu_kernels()),
         "outputs": describe_memory(),
         "proofs": _describe_proofs(),
     }
@@ -96,3 +96,12 @@ def _describe_proofs() -> list[str]:
     setting = proofs.find_setting()
     said = [f"BATCHNORM_PROOF={setting}"] if setting else []
     return list(dict.fromkeys([*said, *here, *proofs.describe_known()])) or ["none yet"]
+
+
+def _describe_gpu_kernels() -> tuple[str | None, str]:
+    """The name and the reason of `triton_status`, with the schedule if it is not the default."""
+    from batchnorm.kernels.schedules import SCHEDULE
+    from batchnorm.kernels.select import triton_status
+
+    name, reason = triton_status()
+    return name, f"{reason}, visits where they suit" if name and SCHEDULE.visits else reason

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch_path
-from batchnorm.kernels.triton import tiling
+from batchnorm.kernels.schedules import visiting
+from batchnorm.kernels.triton import tiling, visits
 from batchnorm.torch.kernels import decision
 from batchnorm.verification import tolerances
 from batchnorm.verification.comparison import Path
@@ -34,6 +35,13 @@ def refuse_graph(case: Case) -> str | None:
     return refuse(case)
 
 
+def refuse_visits(case: Case) -> str | None:
+    """The reason why no step of the case is a visit, or None."""
+    if case.mode != "train":
+        return "known statistics take one pass"
+    return refuse(case)
+
+
 @contextmanager
 def pieces() -> Iterator[tiling.Limits]:
     """Cut small arrays as large ones are: into several parts, blocks and launches."""
@@ -49,8 +57,20 @@ def pieces() -> Iterator[tiling.Limits]:
         decision.decide.cache_clear()
 
 
-def _in_pieces(case: Case, data: Data) -> Result:
-    with pieces():
+@contextmanager
+def all_visits() -> Iterator[visits.Limits]:
+    """Cut small arrays into visits, of several tiles and some channels each."""
+    before = visits.LIMITS
+    visits.LIMITS = visits.Limits(twice=1 << 30, visits=1, sector=8, tile=2048, warps=1)
+    try:
+        with pieces(), visiting():
+            yield visits.LIMITS
+    finally:
+        visits.LIMITS = before
+
+
+def _run_in(cut: Callable[[], AbstractContextManager[Any]], case: Case, data: Data) -> Result:
+    with cut():
         return torch_path.run(case, data, fused=True)
 
 
@@ -63,7 +83,10 @@ _KERNELS: Any = partial(torch_path.run, fused=True)
 # A case takes half a second, as every launch is a loop over its programs.
 WAYS = {
     "triton": Way(_path(_KERNELS), refuse, costly=True),
-    "triton-pieces": Way(_path(_in_pieces), refuse, costly=True, sister="triton"),
+    "triton-pieces": Way(_path(partial(_run_in, pieces)), refuse, costly=True, sister="triton"),
+    "triton-visits": Way(
+        _path(partial(_run_in, all_visits)), refuse_visits, costly=True, sister="triton"
+    ),
     "triton-graph": Way(
         _path(partial(_KERNELS, compiled="aot_eager")), refuse_graph, costly=True, sister="triton"
     ),

@@ -13,6 +13,7 @@ from batchnorm.core.config import Options
 from batchnorm.core.layout import make_layout
 from batchnorm.core.running import Running
 from batchnorm.kernels.geometry import find_geometry
+from batchnorm.kernels.schedules import visiting
 from batchnorm.kernels.select import is_interpreting, triton_status
 
 pytestmark = pytest.mark.skipif(
@@ -23,6 +24,8 @@ CASES = {
     "rows": ((4194304, 64), torch.float32, False),
     "image": ((256, 256, 56, 56), torch.bfloat16, True),
     "small": ((32, 64), torch.float32, False),
+    "visited-image": ((16, 256, 14, 14), torch.float32, True),
+    "visited-rows": ((520, 2048), torch.bfloat16, True),
 }
 
 
@@ -50,10 +53,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
 
     found: list[tuple[str, str]] = []
 
-    def compile_only(self: Any, kernel: Any, programs: int, *arguments: Any) -> None:
-        made = kernel.warmup(
-            *arguments, grid=(programs,), num_warps=self.tiling.warps, enable_fp_fusion=False
-        )
+    def compile_only(
+        self: Any, kernel: Any, programs: int, *arguments: Any, warps: int = 0
+    ) -> None:
+        warps = warps or self.tiling.warps
+        made = kernel.warmup(*arguments, grid=(programs,), num_warps=warps, enable_fp_fusion=False)
         assert made.asm["cubin"]
         found.append((kernel.__name__, made.asm["ptx"]))
 
@@ -98,16 +102,18 @@ def test_kernels_compile(name: str, compiled: Any, tmp_path: Any) -> None:
     options = Options(activation="relu" if residual else None)
     running = Running(channels, channels, torch.empty(16, dtype=torch.int64))
     parameters = Parameters(channels, channels)
-    kept = plan.forward(
-        *(array, extra, mask, array, parameters, running, options),
-        batch=True,
-        update=True,
-        kept=None,
-    )
-    plan.backward(*(array,) * 2, extra, array, extra, mask, parameters, kept, options, batch=True)
+    with visiting(name.startswith("visited")):
+        kept = plan.forward(
+            *(array, extra, mask, array, parameters, running, options),
+            batch=True,
+            update=True,
+            kept=None,
+        )
+        arrays = (array, array, extra, array, extra)
+        plan.backward(*arrays, mask, parameters, kept, options, batch=True)
     names = [kernel for kernel, _ in compiled]
     whole = ["forward_whole", "backward_whole"]
-    assert names == whole if name == "small" else len(names) == 6
+    assert len(names) == 6 if name in ("rows", "image") else names == whole
     for kernel, assembly in compiled:
         # Rounds as the interpreter does, so that interpreted tests hold for the GPU.
         assert not re.search(r"\b(fma|mad)\.(rn|rz)?\.?f(32|64)", assembly), kernel

@@ -37,6 +37,7 @@ class Case:
         rival_compiled: and so is the framework's own layer.
         huge: the framework's own layer is timed with huge pages too.
         memory: the memory that a step takes is measured too.
+        visits: so is this library's layer in the GPU's other schedule.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     rival_compiled: bool = False
     huge: bool = True
     memory: bool = False
+    visits: bool = False
 
     @property
     def channels(self) -> int:

@@ -16,6 +16,7 @@ from batchnorm.benchmark.torch_job import Job, pick_layer, place
 from batchnorm.benchmark.torch_passes import make_step
 from batchnorm.benchmark.torch_rivals import activate, formula, pack
 from batchnorm.benchmark.variant import Variant
+from batchnorm.kernels.schedules import visiting
 
 __all__ = ["make_variants", "name_rival"]
 
@@ -77,6 +78,8 @@ def _list_makers(job: Job) -> dict[str, Callable[[], Variant]]:
         found["ours, compiled"] = lambda: _ours(job, compiled=True)
     if case.rival_compiled:
         found["torch, compiled"] = lambda: _theirs_compiled(job)
+    if case.visits and (job.x.is_cuda or job.fused):
+        found["ours, visits"] = lambda: _visits(job)
     found["copy"] = lambda: _copy(job)
     if case.padded is not None:
         found["ours, zeroed"] = lambda: _zeroed(job)
@@ -104,6 +107,17 @@ def _ours(job: Job, *, compiled: bool = False) -> Variant:
     if job.residual is None:
         return _step(job, layer, job.mask, ours=True)
     return _step(job, lambda x, residual: layer(x, residual=residual), ours=True)
+
+
+def _visits(job: Job) -> Variant:
+    """This library's layer in the GPU's other schedule."""
+    variant = _ours(job)
+
+    def step() -> Any:
+        with visiting():
+            return variant.step()
+
+    return replace(variant, step=step)
 
 
 def _theirs_compiled(job: Job) -> Variant:

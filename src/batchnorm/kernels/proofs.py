@@ -17,7 +17,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["PASSED", "Subject", "Verdict", "describe_known", "find_setting", "make_subject"]
+from batchnorm.kernels.schedules import PASSES, SCHEDULE
+
+__all__ = [
+    "PASSED",
+    "Subject",
+    "Verdict",
+    "describe",
+    "describe_known",
+    "find_setting",
+    "make_subject",
+    "name_schedule",
+]
 
 VARIABLE = "BATCHNORM_PROOF"
 SETTINGS = ("once", "force", "skip")
@@ -49,6 +60,7 @@ class Subject(NamedTuple):
     triton: str
     batchnorm: str
     source: str  # a digest of the kernels' files
+    schedule: str  # see `batchnorm.kernels.schedules`
 
     def read(self) -> Verdict | None:
         """The verdict of an earlier process, or None."""
@@ -83,8 +95,8 @@ class Subject(NamedTuple):
 
 
 def make_subject(device: str, driver: str) -> Subject:
-    """The kernels of this installation on a device."""
-    return Subject(device, driver, *_installed())
+    """The kernels of this installation on a device, in the schedule of this process."""
+    return Subject(device, driver, *_installed(), SCHEDULE.name)
 
 
 def find_setting() -> str:
@@ -107,10 +119,15 @@ def describe_known() -> list[str]:
         return []
     found = [pair for pair in map(_read, files) if pair is not None]
     return [
-        f"{subject.device}: {describe(verdict)}"
+        f"{subject.device}{name_schedule(subject.schedule)}: {describe(verdict)}"
         for subject, verdict in found
-        if subject[2:] == _installed()
+        if subject[2:-1] == _installed()
     ]
+
+
+def name_schedule(schedule: str) -> str:
+    """An addition to a device's name: the default schedule has none."""
+    return "" if schedule == PASSES else f" with {schedule}"
 
 
 def describe(verdict: Verdict) -> str:

@@ -35,6 +35,22 @@ def _patch_the_language_once() -> Any:
 
 
 @pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are launched."""
+    from batchnorm.kernels.triton import launch
+
+    names: list[str] = []
+    launch_once = launch.Plan._launch
+
+    def launch_and_note(self: Any, kernel: Any, *rest: Any, **more: Any) -> None:
+        names.append(kernel.__name__)
+        launch_once(self, kernel, *rest, **more)
+
+    monkeypatch.setattr(launch.Plan, "_launch", launch_and_note)
+    return names
+
+
+@pytest.fixture
 def pieces() -> Any:
     """Cut small arrays as large ones are: into several parts, blocks and launches."""
     import triton_path

@@ -271,9 +271,9 @@ def test_every_sample_is_right_and_they_launch_every_kernel(
 ) -> None:
     seen, start = set(), launch.Plan._launch
 
-    def note(self: launch.Plan, kernel: Any, *rest: Any) -> None:
+    def note(self: launch.Plan, kernel: Any, *rest: Any, **more: Any) -> None:
         seen.add(kernel.fn.__name__)
-        start(self, kernel, *rest)
+        start(self, kernel, *rest, **more)
 
     monkeypatch.setattr(launch.Plan, "_launch", note)
     device = torch.device("cpu")

@@ -47,20 +47,6 @@ def assert_close(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
         assert off.max() <= 5e-6
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that are launched."""
-    names: list[str] = []
-    launch_once = launch.Plan._launch
-
-    def launch_and_note(self: launch.Plan, kernel: Any, *rest: Any) -> None:
-        names.append(kernel.__name__)
-        launch_once(self, kernel, *rest)
-
-    monkeypatch.setattr(launch.Plan, "_launch", launch_and_note)
-    return names
-
-
 def test_fused_on_the_cpu_reaches_the_interpreter(launched: list[str]) -> None:
     train(torch.randn(6, 3))
     assert launched == ["forward_whole", "backward_whole"]

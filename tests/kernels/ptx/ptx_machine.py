@@ -176,6 +176,9 @@ class Machine:
         elif exchange := _EXCHANGES.get(at.name):
             self._whole_warps(at, active)
             self._write(at.operands[0], exchange(self, at, active), active, partial)
+        elif at.name in _MATRIX_STORES:
+            self._whole_warps(at, active)
+            _store_matrix(self, at, active)
         else:
             raise NotImplementedError(f"no exact meaning is known of: {at.text}")
 
@@ -292,19 +295,41 @@ def _reduce(machine: Machine, at: Instruction, active: np.ndarray) -> np.ndarray
     return values.max(axis=1).repeat(WARP)
 
 
-def _load_matrix(machine: Machine, at: Instruction, active: np.ndarray) -> np.ndarray:
-    """ldmatrix: each 8 lanes point at the rows, of 16 bytes, of a matrix; 4 lanes share a row."""
-    threads, place = np.flatnonzero(active), at.operands[1]
+def _find_matrices(
+    machine: Machine, at: Instruction, place: Any, threads: np.ndarray
+) -> tuple[Memory, list[np.ndarray]]:
+    """The memory of matrices, and where each thread has its word of each.
+
+    Each 8 lanes point at the rows, of 16 bytes, of a matrix; 4 lanes share a row.
+    """
     assert isinstance(place, Address)
     memory, offsets = machine._locate(place, "shared", threads, 16)
-    matrices = int(at.name.split(".x")[1][0])
-    found = np.zeros((active.size, matrices), np.uint32)
-    for i in range(matrices):
+    words = []
+    for i in range(int(at.name.split(".x")[1][0])):
         rows = offsets.reshape(-1, WARP)[:, 8 * i : 8 * i + 8].repeat(4, axis=1).ravel()
         if (rows % 16).any():
             raise ProgramError(f"misaligned: {at.text}")
-        found[threads, i] = memory.load(rows + threads % 4 * 4, 4, 1, threads)[0]
+        words.append(rows + threads % 4 * 4)
+    return memory, words
+
+
+def _load_matrix(machine: Machine, at: Instruction, active: np.ndarray) -> np.ndarray:
+    """ldmatrix."""
+    threads = np.flatnonzero(active)
+    memory, words = _find_matrices(machine, at, at.operands[1], threads)
+    found = np.zeros((active.size, len(words)), np.uint32)
+    for i, word in enumerate(words):
+        found[threads, i] = memory.load(word, 4, 1, threads)[0]
     return found
+
+
+def _store_matrix(machine: Machine, at: Instruction, active: np.ndarray) -> None:
+    """stmatrix."""
+    threads, (place, names) = np.flatnonzero(active), at.operands
+    memory, words = _find_matrices(machine, at, place, threads)
+    assert isinstance(names, tuple)
+    for word, name in zip(words, names, strict=True):
+        memory.store(word, [machine._read(name, "u32")[threads]], threads)
 
 
 _EXCHANGES = {
@@ -313,3 +338,4 @@ _EXCHANGES = {
     "redux.sync.max.s32": _reduce,
     **{f"ldmatrix.sync.aligned.m8n8.x{n}.shared.b16": _load_matrix for n in (1, 2, 4)},
 }
+_MATRIX_STORES = {f"stmatrix.sync.aligned.m8n8.x{n}.shared.b16" for n in (1, 2, 4)}

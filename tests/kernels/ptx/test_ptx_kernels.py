@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 
 import batchnorm
 import torch_path
+from batchnorm.kernels.schedules import visiting
+from batchnorm.kernels.triton import visits
 from batchnorm.torch import batch_norm
 from batchnorm.verification import tolerances
 from batchnorm.verification.comparison import Path, check
@@ -61,6 +64,13 @@ WHOLE = [
     Case("whole-rows-ghost", mask="half", ghost=64, renorm={}, shape=(128, 70)),
     Case("whole-image", mask="half", data="offset1e6", shape=(4, 10, 9, 16)),
 ]
+# As visits of a few channels, of several tiles and of all warps.
+VISITED = [
+    Case("visited-image", shape=(6, 3, 37, 40), **RELU),
+    Case("visited-rows", mask="half", ghost=600, data="offset1e6", shape=(1200, 19)),
+    Case("visited-float16", dtype="float16", padded_output="zero", shape=(9, 2, 31, 32), **RELU),
+    Case("visited-renorm", mask="prefix", renorm={}, shape=(2, 3, 4601)),
+]
 
 
 @pytest.mark.sample(3)
@@ -77,6 +87,23 @@ def test_large_steps_meet_the_specification(case: Case, card: Driver, several: A
     summing = [launch for launch in card.launches if launch.kernel.startswith("partial")]
     assert all(launch.ctas > 1 and launch.warps > 1 for launch in summing)
     assert summing
+
+
+@pytest.fixture
+def visited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every step that is not small is visits, however few its channels are."""
+    monkeypatch.setattr(visits, "LIMITS", visits.LIMITS._replace(visits=2, twice=1 << 30))
+    with visiting():
+        yield
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("case", VISITED, ids=lambda case: case.name)
+def test_visits_meet_the_specification(case: Case, card: Driver, visited: None) -> None:
+    check(PATH, case)
+    steps = [launch for launch in card.launches if launch.kernel != "count_batch"]
+    assert {launch.kernel for launch in steps} == {"forward_whole", "backward_whole"}
+    assert all(launch.ctas > 1 and launch.warps == visits.LIMITS.warps for launch in steps)
 
 
 def arrays_of(result: Result) -> list[np.ndarray]:

@@ -347,6 +347,35 @@ def test_matrices_are_loaded_one_register_each() -> None:
     assert (run(body) == lanes + (lanes + 32) * 256).all()
 
 
+STORE_MATRICES = """
+    and.b32 %r5, %r1, 15; shl.b32 %r5, %r5, 4; and.b32 %r6, %r1, 32; shl.b32 %r6, %r6, 3;
+    add.s32 %r5, %r5, %r6; shl.b32 %r7, %r1, 8;
+    stmatrix.sync.aligned.m8n8.x2.shared.b16 [%r5], {%r1, %r7};
+"""
+
+
+def test_matrices_are_stored_by_rows() -> None:
+    """Each warp stores two matrices of 32 words; lanes then load words one by one."""
+    body = (
+        STORE_MATRICES
+        + """
+    bar.sync 0;
+    and.b32 %r8, %r1, 31; shl.b32 %r8, %r8, 2; add.s32 %r8, %r8, %r6;
+    ld.shared.b32 %r9, [%r8]; ld.shared.b32 %r10, [%r8+128];
+    add.s32 %r9, %r9, %r10;
+    st.global.b32 [%rd3], %r9;
+    """
+    )
+    threads = np.arange(64)
+    assert (run(body, shared=512) == threads + threads * 256).all()
+
+
+def test_a_stored_matrix_is_another_lane_s_behind_a_barrier_alone() -> None:
+    body = STORE_MATRICES + "ld.shared.b32 %r9, [%r5]; st.global.b32 [%rd3], %r9;"
+    with pytest.raises(ProgramError, match=r"^race"):
+        run(body, shared=512)
+
+
 def test_threads_go_through_loops_and_meet_again() -> None:
     body = """
     mov.b32 %r5, 0; mov.b32 %r6, 0;

@@ -182,7 +182,7 @@ def apply_gradient(x, dy, y, dx, mask, sums, kept, walk, task):
 def backward_whole(
     x, dy, y, dx, dresidual, mask, sums, kept, gradients, walk, task, depth: tl.constexpr
 ):
-    """A small step in one launch: each program does a whole step for its channels."""
+    """A step in one launch, as `forward_whole`."""
     channels, exists = tiles.find_channels(tl.program_id(0), walk)
     size = walk.groups * walk.channels
     for group in tl.range(0, walk.groups):
@@ -195,7 +195,9 @@ def backward_whole(
     tl.debug_barrier()  # other threads of this program read them
     per_channel.finish_parameters(sums, kept, gradients, channels, exists, walk, task, depth)
     if dx.data is not None:
-        for group in tl.range(0, walk.groups):
+        for later in tl.range(0, walk.groups):
+            group = walk.groups - 1 - later
             factors = load_factors(sums, kept, group, channels, exists, walk, task)
-            for tile in tl.range(0, walk.tiles):
+            for step in tl.range(0, walk.tiles):
+                tile = walk.tiles - 1 - step
                 apply_tile(x, dy, y, dx, mask, factors, tile, group, channels, exists, walk, task)

@@ -241,7 +241,10 @@ def forward_whole(
     task,
     depth: tl.constexpr,
 ):
-    """A small step in one launch: each program does a whole step for its channels."""
+    """A step in one launch: each program does a whole step for its channels.
+
+    The second time, tiles are taken from the last to the first, as in `normalize`.
+    """
     rates = (eps, decay, renorm_decay, rmin, rmax, dmax)
     part = tl.program_id(0)
     channels, exists = tiles.find_channels(part, walk)
@@ -254,9 +257,11 @@ def forward_whole(
         kept, flags, parameters, running, part, channels, exists, walk, rates, task, depth
     )
     tl.debug_barrier()
-    for group in tl.range(0, walk.groups):
+    for later in tl.range(0, walk.groups):
+        group = walk.groups - 1 - later
         coefficients = per_channel.load_coefficients(kept, group, channels, exists, walk)
-        for tile in tl.range(0, walk.tiles):
+        for step in tl.range(0, walk.tiles):
+            tile = walk.tiles - 1 - step
             normalize_tile(
                 x, residual, y, mask, coefficients, tile, group, channels, exists, walk, task
             )

@@ -17,7 +17,8 @@ from batchnorm.core.layout import Layout
 from batchnorm.core.running import Running
 from batchnorm.kernels.geometry import Geometry, sizes_of
 from batchnorm.kernels.kept import BYTES, STATISTICS
-from batchnorm.kernels.triton import backward, channels, forward, tiling
+from batchnorm.kernels.schedules import SCHEDULE
+from batchnorm.kernels.triton import backward, channels, forward, tiling, visits
 from batchnorm.kernels.triton.arguments import (
     ACTIVATIONS,
     Array,
@@ -30,7 +31,8 @@ from batchnorm.kernels.triton.arguments import (
     make_walk,
     rates_of,
 )
-from batchnorm.kernels.triton.tiling import divide_up, power_above
+from batchnorm.kernels.triton.tiling import Tiling, divide_up, find_depth, find_merging, power_above
+from batchnorm.kernels.triton.visits import Visit
 
 _NO_RUNNING = Running(None, None)
 _NO_MASK = Mask(None)
@@ -46,6 +48,14 @@ class Plan:
         self.tiling = tiling.find_tiling(sizes, self._bytes, tiling.LIMITS)
         self.statistics = sizes.groups * sizes.channels
         self._walks: dict[Any, Walk] = {}
+
+    def find_visit(self, arrays: int) -> Visit:
+        """The cut of a step in one launch, which reads `arrays` arrays twice, or None: passes."""
+        if self.tiling.whole:
+            return Visit(self.tiling)
+        if not SCHEDULE.visits:
+            return Visit(None, "visits are off")
+        return visits.find_visit(self.sizes, self._bytes, arrays, visits.LIMITS)
 
     def moments(self, x: Array, mask: Mask) -> Kept:
         """The moments of every group."""
@@ -75,13 +85,13 @@ class Plan:
         rates = rates_of(options)
         if not batch:
             kept = self._new_kept(x)
-        elif kept is None and self.tiling.whole:
-            kept = self._new_kept(x)
-            flags = self._new_flags(self.tiling.parts, statistics, update)
-            walk = self._walk(1, 1, x, residual, y)
+        elif kept is None and (cut := self.find_visit(1).cut) is not None:
+            kept = self._new_kept(x, cut.parts)
+            flags = self._new_flags(cut.parts, statistics, update)
+            walk = self._walk(cut, 1, 1, x, residual, y)
             arguments = (x, mask, residual, y, kept.data, flags, parameters, statistics, walk)
-            depth = self._depth(self.sizes.groups, self.tiling.width)
-            self._launch(forward.forward_whole, walk.parts, *arguments, *rates, task, depth)
+            rest = (*rates, task, find_depth(self.sizes.groups, cut.width))
+            self._launch(forward.forward_whole, walk.parts, *arguments, *rest, warps=cut.warps)
             _count_batch(flags, statistics)
             return kept._replace(renorm=bool(task.renorm.value))
         else:
@@ -108,12 +118,13 @@ class Plan:
     ) -> None:
         """Fill the gradients that are given."""
         task = make_task(options, batch, False, kept.renorm, mask.data is not None)
-        if batch and self.tiling.whole:
+        cut = self.find_visit(2 if y.data is None else 3).cut
+        if batch and cut is not None and (dx.data is not None or self.tiling.whole):
             sums = self._new(x, 2 * self.statistics)
-            walk = self._walk(1, 1, x, dy, y, dx, dresidual)
+            walk = self._walk(cut, 1, 1, x, dy, y, dx, dresidual)
             arguments = (x, dy, y, dx, dresidual, mask, sums, kept.data, gradients, walk, task)
-            depth = self._depth(self.sizes.groups, self.tiling.width)
-            self._launch(backward.backward_whole, walk.parts, *arguments, depth)
+            depth = find_depth(self.sizes.groups, cut.width)
+            self._launch(backward.backward_whole, walk.parts, *arguments, depth, warps=cut.warps)
             return
         found: Tensor | None = None
         wanted = (gradients.gamma, gradients.beta, dresidual.data)
@@ -154,15 +165,14 @@ class Plan:
         self._apply(x, dy, y, dx, dresidual, mask, sums, kept, task)
 
     def _partial_moments(self, x: Array, mask: Mask) -> tuple[Tensor, Walk]:
-        walk = self._walk(self.tiling.blocks, 1, x)
+        walk = self._walk(self.tiling, self.tiling.blocks, 1, x)
         counts = walk.blocks * self.sizes.groups
         partials = self._new(x, 3 * walk.blocks * self.statistics + counts)
-        programs = self._programs(walk)
-        self._launch(forward.partial_moments, programs, x, mask, partials, walk)
+        self._launch(forward.partial_moments, self._programs(walk), x, mask, partials, walk)
         return partials, walk
 
     def _merge_moments(self, partials: Tensor, kept: Kept, walk: Walk) -> None:
-        width, depth = self._merging(walk.blocks)
+        width, depth = find_merging(self.sizes.channels, walk.blocks)
         programs = self.sizes.groups * divide_up(self.sizes.channels, width)
         self._launch(forward.merge_moments, programs, partials, kept.data, walk, width, depth)
 
@@ -178,14 +188,15 @@ class Plan:
     ) -> Kept:
         """The moments, unless they are given, the running statistics and the coefficients of y."""
         partials = None
-        walk = self._walk(self.tiling.blocks, 1, x)
+        walk = self._walk(self.tiling, self.tiling.blocks, 1, x)
         if kept is None:
             kept = self._new_kept(x)
             partials, walk = self._partial_moments(x, mask)
             if self.sizes.groups != 1:
                 self._merge_moments(partials, kept, walk)
                 partials = None
-        width, depth = self._merging(self.sizes.groups if partials is None else walk.blocks)
+        terms = self.sizes.groups if partials is None else walk.blocks
+        width, depth = find_merging(self.sizes.channels, terms)
         parts = divide_up(self.sizes.channels, width)
         flags = self._new_flags(parts, running, bool(task.update.value))
         arguments = (partials, kept.data, flags, parameters, running, walk, *rates, task)
@@ -204,18 +215,17 @@ class Plan:
         kept: Kept,
         task: Task,
     ) -> Tensor:
-        walk = self._walk(self.tiling.blocks, 1, x, dy, y, dresidual)
+        walk = self._walk(self.tiling, self.tiling.blocks, 1, x, dy, y, dresidual)
         partials = self._new(x, 2 * walk.blocks * self.statistics)
         sums = self._new(x, 2 * self.statistics)
         arguments = (x, dy, y, dresidual, mask, kept.data, partials, walk, task)
         self._launch(backward.partial_gradients, self._programs(walk), *arguments)
-        width, depth = self._merging(walk.blocks)
+        width, depth = find_merging(self.sizes.channels, walk.blocks)
         parts = divide_up(self.sizes.channels, width)
-        rest = (sums, kept.data, gradients, walk, task)
-        programs = self.sizes.groups * parts
+        rest, programs = (sums, kept.data, gradients, walk, task), self.sizes.groups * parts
         self._launch(backward.merge_gradients, programs, partials, *rest, width, depth)
         if self.sizes.groups != 1:
-            width, depth = self._merging(self.sizes.groups)
+            width, depth = find_merging(self.sizes.channels, self.sizes.groups)
             parts = divide_up(self.sizes.channels, width)
             self._launch(backward.finish_gradients, parts, *rest, width, depth)
         return sums
@@ -240,40 +250,32 @@ class Plan:
         arguments = (x, dy, y, dx, mask, sums, kept.data, walk, task)
         self._launch(backward.apply_gradient, self._programs(walk), *arguments)
 
-    def _walk(self, blocks: int, together: int, *arrays: Array) -> Walk:
+    def _walk(self, cut: Tiling, blocks: int, together: int, *arrays: Array) -> Walk:
         """The walk over these arrays."""
         rows = tuple(a.row for a in arrays)
-        walk = self._walks.get((blocks, together, rows))
+        walk = self._walks.get((cut, blocks, together, rows))
         if walk is None:
-            walk = make_walk(self.sizes, self.tiling, blocks, together, rows, self._type)
-            self._walks[blocks, together, rows] = walk
+            walk = make_walk(self.sizes, cut, blocks, together, rows, self._type)
+            self._walks[cut, blocks, together, rows] = walk
         return walk
 
     def _elementwise(self, *arrays: Array) -> Walk:
         # One program even for an empty x: in evaluation it stores what the backward step reads.
-        together = self.tiling.together
-        return self._walk(max(1, divide_up(self.tiling.tiles, together)), together, *arrays)
+        cut = self.tiling
+        blocks = max(1, divide_up(cut.tiles, cut.together))
+        return self._walk(cut, blocks, cut.together, *arrays)
 
     def _programs(self, walk: Walk) -> int:
         return walk.parts * walk.blocks * self.sizes.groups
-
-    def _merging(self, terms: int) -> tuple[int, int]:
-        """Channels, and partial sums of each, that a merging program holds at a time."""
-        depth = self._depth(terms, 8)
-        most = max(8, tiling.LIMITS.merged // depth // 4)
-        return min(power_above(self.sizes.channels), 64, most), depth
-
-    def _depth(self, terms: int, width: int) -> int:
-        return min(power_above(terms), max(1, tiling.LIMITS.merged // width))
 
     def _new(self, x: Array, size: int) -> Tensor:
         assert x.data is not None
         return x.data.new_empty(size, dtype=torch.float64)
 
-    def _new_kept(self, x: Array) -> Kept:
+    def _new_kept(self, x: Array, parts: int = 1) -> Kept:
         groups = self.sizes.groups
-        # No kernel that writes counts has more programs for a group.
-        parts = max(1, self.tiling.parts, divide_up(self.sizes.channels, 8))
+        # No kernel of the passes that writes counts has more programs for a group.
+        parts = max(parts, self.tiling.parts, divide_up(self.sizes.channels, 8))
         data = self._new(x, len(STATISTICS) * self.statistics + parts * groups)
         if self.sizes.channels == 0:  # no kernel runs
             data.zero_()
@@ -284,11 +286,12 @@ class Plan:
             return None
         return running.batches.new_empty(parts, dtype=torch.int32)
 
-    def _launch(self, kernel: Any, programs: int, *arguments: Any) -> None:
+    def _launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = 0) -> None:
         # Contraction into fused operations would round the mean that is subtracted and the mean
         # that is kept differently (S3).
+        warps = warps or self.tiling.warps
         if programs > 0 and self.sizes.channels > 0:
-            kernel[(programs,)](*arguments, num_warps=self.tiling.warps, enable_fp_fusion=False)
+            kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False)
 
 
 def _count_batch(flags: Tensor | None, running: Running) -> None:

@@ -103,6 +103,17 @@ def find_alignment(sizes: Sizes, tiling: Tiling, rows: tuple[int, ...]) -> int:
     return math.gcd(16, sizes.inner, tiling.length, *rows)
 
 
+def find_merging(channels: int, terms: int) -> tuple[int, int]:
+    """Channels, and partial sums of each, that a merging program holds at a time."""
+    depth = find_depth(terms, 8)
+    return min(power_above(channels), 64, max(8, LIMITS.merged // depth // 4)), depth
+
+
+def find_depth(terms: int, width: int) -> int:
+    """Partial sums of each of `width` channels that a program holds at a time."""
+    return min(power_above(terms), max(1, LIMITS.merged // width))
+
+
 def count_positions(sizes: Sizes) -> int:
     """The positions of one group, padding included."""
     return sizes.outer // max(sizes.groups, 1) * sizes.inner

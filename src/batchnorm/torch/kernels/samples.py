@@ -14,7 +14,7 @@ from batchnorm.core.running import Running
 from batchnorm.torch.call import Call, Settings, Tensors, make_call
 from batchnorm.torch.kernels.tensors import NAMES
 
-__all__ = ["SAMPLES", "Run", "Sample", "compare"]
+__all__ = ["SAMPLES", "VISITED", "Run", "Sample", "compare"]
 
 Run = Callable[[Call], Tensor]  # a way from a call to y
 
@@ -63,6 +63,12 @@ SAMPLES = (
     Sample("zeroed", (64, 5, 7), options={"padded_output": "zero"}),
     Sample("evaluation", (64, 5, 7), masked=False, training=False),
     Sample("float64", (40, 33), torch.float64, masked=False),
+)
+# Steps that suit visits, where these are on: channels of rows and rows of channels, ghost batches.
+VISITED = (
+    Sample("visited_image", (2, 128, 42, 42), options={"activation": "relu"}),
+    Sample("visited_rows", (520, 2048), torch.bfloat16, residual=True),
+    Sample("visited_ghost", (8, 128, 300), options={"virtual_batch_size": 4}),
 )
 
 

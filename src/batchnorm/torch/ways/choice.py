@@ -12,7 +12,7 @@ from batchnorm.kernels.explanation import LISTENING
 from batchnorm.kernels.select import find_way, refuse_fused
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels.recycling import RECYCLER
-from batchnorm.torch.ways import array_code, eager_kernels, graph_operators, proof
+from batchnorm.torch.ways import array_code, eager_kernels, graph_operators, proof, schedule
 
 
 class Way(NamedTuple):
@@ -66,9 +66,17 @@ def _explain(call: Call) -> tuple[Way, Way]:
     """The ways of a call, after a report of the one that serves it."""
     ways = find_ways(call.traced or explanation.asks_for_graph())
     way, refused = find_way(ways, lambda way: refuse(way, call))
-    large = way is EAGER_KERNELS and call.decision is not None and call.decision.large
-    _report(call.owner, way.name, refused, large, "" if way is ARRAY_CODE else proof.note(call))
+    decision, note = call.decision, "" if way is ARRAY_CODE else _note(call)
+    large = way is EAGER_KERNELS and decision is not None and decision.large and not note
+    _report(call.owner, way.name, refused, large, note)
     return ways
+
+
+def _note(call: Call) -> str:
+    """The state of the kernels, and the order of their passes on a GPU."""
+    on_gpu = not call.tensors.x.is_cpu or (call.decision and call.decision.kernel == "triton")
+    notes = (proof.note(call), schedule.note(call) if on_gpu else "")
+    return "; ".join(note for note in notes if note)
 
 
 def _report(

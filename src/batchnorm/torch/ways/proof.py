@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from batchnorm.kernels import explanation, proofs
-from batchnorm.kernels.proofs import PASSED, Subject, Verdict, describe
+from batchnorm.kernels.proofs import PASSED, Subject, Verdict, describe, name_schedule
+from batchnorm.kernels.schedules import SCHEDULE, VARIABLE
 from batchnorm.kernels.select import is_interpreting
 from batchnorm.torch.call import Call
-from batchnorm.torch.kernels.samples import SAMPLES, compare
+from batchnorm.torch.kernels.samples import SAMPLES, VISITED, compare
 from batchnorm.torch.recompute import in_backward
 from batchnorm.torch.ways import array_code, eager_kernels
 
@@ -42,13 +43,13 @@ class _Proofs:
         # In the interpreter there is no card to prove: only where a setting asks for it.
         self.active = setting != "skip"
         self.on_cpu = self.active and setting != "" and is_interpreting()
-        self._verdicts: dict[_Device, Verdict] = {}
+        self._verdicts: dict[tuple[_Device, str], Verdict] = {}  # of a device in a schedule
         self._lock = threading.Lock()
         self._told = False
 
     def refuse(self, device: _Device) -> str | None:
         """The reason against the kernels on a device, or None."""
-        verdict = self._verdicts.get(device)
+        verdict = self._find_known(device)
         if verdict is None:
             if explanation.is_asked():
                 verdict = self._find_kept(device) or PASSED
@@ -67,21 +68,27 @@ class _Proofs:
         """The state of a device's kernels, for `explain`."""
         if not self.active:
             return "not proved on this device, as BATCHNORM_PROOF says"
-        verdict = self._verdicts.get(device) or self._find_kept(device)
+        verdict = self._find_known(device) or self._find_kept(device)
         if verdict is None:
             return "not proved on this device yet; the first call does that"
         return f"on this device {describe(verdict)}"
 
     def describe_known(self) -> list[str]:
         """A line for each device with a verdict in this process."""
-        return [f"{_name(device)}: {describe(v)}" for device, v in self._verdicts.items()]
+        return [
+            f"{_name(device)}{name_schedule(schedule)}: {describe(verdict)}"
+            for (device, schedule), verdict in self._verdicts.items()
+        ]
+
+    def _find_known(self, device: _Device) -> Verdict | None:
+        return self._verdicts.get((device, SCHEDULE.name))
 
     def _find_kept(self, device: _Device) -> Verdict | None:
         return None if self.setting == "force" else _subject(device).read()
 
     def _prove_once(self, device: _Device) -> Verdict:
         with self._lock:
-            verdict = self._verdicts.get(device) or self._find_kept(device)
+            verdict = self._find_known(device) or self._find_kept(device)
             if verdict is None:
                 verdict, lasting = _prove_aside(device)
                 if lasting:
@@ -91,14 +98,16 @@ class _Proofs:
 
     def _settle(self, device: _Device, verdict: Verdict) -> None:
         """Keep the verdict of this process, and tell once of a failure."""
-        if device in self._verdicts:
+        if self._find_known(device) is not None:
             return
-        self._verdicts[device] = verdict
+        self._verdicts[device, SCHEDULE.name] = verdict
         if not verdict.passed:
+            kernels = f"the GPU's kernels{name_schedule(SCHEDULE.name)}"
+            remedy = f" {VARIABLE}=0 takes passes, which are proved apart." * SCHEDULE.visits
             warnings.warn(
-                f"batchnorm: the GPU's kernels are {describe(verdict)} on {_name(device)}. Please "
+                f"batchnorm: {kernels} are {describe(verdict)} on {_name(device)}. Please "
                 "report this, with what `batchnorm info` and `batchnorm verify --device cuda` "
-                "print. BATCHNORM_PROOF=skip runs them all the same, =force proves again.",
+                f"print. BATCHNORM_PROOF=skip runs them all the same, =force proves again.{remedy}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -186,7 +195,7 @@ def _not_compiling() -> Iterator[None]:
 def _prove(device: _Device) -> tuple[Verdict, bool]:
     kind, index = device
     place = torch.device(kind) if index is None else torch.device(kind, index)
-    for sample in SAMPLES:
+    for sample in (*SAMPLES, *(VISITED if SCHEDULE.visits else ())):
         try:
             error = compare(sample, _run_kernels, array_code.run, place)
         except Exception as raised:  # of compilers and drivers, whatever they raise
