@@ -9,7 +9,7 @@ FUZZ ?= 250
 FUZZ_ALL ?= 1500
 FILES ?= 3000
 CASES ?= 300
-CLANGS ?= $(notdir $(wildcard $(addsuffix /clang++,/usr/bin /usr/local/bin) /usr/bin/clang++-1?))
+CLANGS ?= $(notdir $(or $(wildcard /usr/bin/clang++-??),$(shell command -v clang++)))
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
 .PHONY: demo test test-all test-zoo mutants lint lint-workflows format bench bench-quick \

@@ -45,7 +45,9 @@ ALLOWED = {
 
 def loaded_after(statement: str) -> set[str]:
     code = f"{statement}\nimport sys\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
     return set(done.stdout.split())
 
 
@@ -98,7 +100,9 @@ def test_help_of_the_command_line_imports_neither_tools_nor_numpy() -> None:
         "import sys; sys.argv = ['batchnorm', '--help']; from batchnorm.cli import main\n"
         "try: main()\nfinally: print(*sys.modules, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
     loaded = set(done.stderr.split())
     own = {name for name in loaded if name.startswith("batchnorm.")}
     others = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
@@ -123,7 +127,7 @@ def test_jax_front_end_imports_flax_for_its_layer_only() -> None:
 def test_keras_front_end_imports_its_active_backend_only(backend: str) -> None:
     code = "import batchnorm.keras, sys; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-W", "error", "-c", code],
         env=os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,
         text=True,

@@ -14,6 +14,7 @@ from typing import Any
 
 __all__ = ["find_chromium", "open_browser", "serve", "watch"]
 
+_LONGEST = 120_000  # milliseconds, on a machine that is busy
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _MISSING = (
     "docs-check: no Chromium was found; install one (Debian, Ubuntu: apt-get install chromium), "
@@ -38,7 +39,9 @@ def open_browser() -> Iterator[Any]:
     # Chromium refuses its sandbox to root, as whom containers run.
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=options)
+        browser = playwright.chromium.launch(
+            executable_path=find_chromium(), args=options, timeout=_LONGEST
+        )
         try:
             yield browser
         finally:

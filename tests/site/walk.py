@@ -85,9 +85,9 @@ def check_copies(browser: Any, address: str) -> list[str]:
     wrong = []
     for name in ("command-line.html", "index.html"):
         page.goto(f"{address}/{name}")
+        page.evaluate("navigator.clipboard.writeText('')")
         page.locator(".language-console .md-code__button[data-md-type=copy]").first.click()
-        page.wait_for_timeout(200)
-        copied = page.evaluate("navigator.clipboard.readText()")
+        copied = page.wait_for_function("navigator.clipboard.readText()").json_value()
         if not copied or any(line.startswith("$") for line in copied.splitlines()):
             wrong.append(f"{name}: a copied console begins with {copied[:40]!r}")
     context.close()

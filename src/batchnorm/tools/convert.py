@@ -64,7 +64,8 @@ def convert_checkpoint(
         count: values per channel in a training batch, to convert the variance (S10), as in
             `transfer`. Without it the variance is copied unchanged, and a note says so.
         force: replace an existing file.
-        limit, seconds: as in `read_checkpoint`.
+        limit: most bytes to read, as in `read_checkpoint`.
+        seconds: most seconds to read for.
 
     Returns:
         The new file and its contents; read the `notes`.

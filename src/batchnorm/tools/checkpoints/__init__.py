@@ -55,9 +55,9 @@ def read_checkpoint(
             `.weights.h5` or `.h5` of Keras 2 or 3; a msgpack file of `flax.serialization`; or an
             orbax folder. The content decides, not the name. "-" is the standard input, which
             holds any of them but a folder.
-        limit: most bytes of arrays to read, and of standard input. Headers may have a
-            thirty-second of it.
-        seconds: most seconds to read for.
+        limit: most bytes of arrays to read, and of standard input; 1 GiB unless given. Headers
+            may have a thirty-second of it.
+        seconds: most seconds to read for; 120 unless given.
         everything: load all other arrays as well, within the same bounds, but not those of
             optimizers and callbacks.
 

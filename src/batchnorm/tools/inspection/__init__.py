@@ -64,7 +64,8 @@ def inspect(
             holds one.
         thresholds: limits beyond which a number becomes a finding; None for the defaults.
         progress: show a bar where rich is installed and standard error is a terminal.
-        limit, seconds: bounds for reading a checkpoint, as in `read_checkpoint`.
+        limit: most bytes to read of a checkpoint, as in `read_checkpoint`.
+        seconds: most seconds to read one for.
 
     Returns:
         The findings for each layer; `print` it, or use `to_json`, `save_html`, or rich.

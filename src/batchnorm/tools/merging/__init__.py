@@ -51,7 +51,8 @@ def merge(
         everything: average all other arrays as well, by the same weights, in float64. Without it
             they are the first model's.
         report: a list, to which a `MergedLayer` for each layer is appended.
-        limit, seconds: bounds for reading a checkpoint, as in `read_checkpoint`.
+        limit: most bytes to read of a checkpoint, as in `read_checkpoint`.
+        seconds: most seconds to read one for.
 
     Returns:
         A new model, layer, state dict or tree of the first one's kind and types, with its options;

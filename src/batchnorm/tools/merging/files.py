@@ -57,7 +57,8 @@ def merge_checkpoints(
             the target's format. Arrays of optimizers and callbacks, and values that are no
             arrays, are left out.
         force: replace an existing file.
-        limit, seconds: for each source, as in `read_checkpoint`.
+        limit: most bytes to read of each source, as in `read_checkpoint`.
+        seconds: most seconds to read one for.
 
     Returns:
         The new file and its contents; read the `notes`. Its `left_out` is that of the first source.

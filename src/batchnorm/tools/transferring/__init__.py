@@ -71,7 +71,8 @@ def transfer(
             Without it the variance is copied unchanged, and a note says so.
         eps: for layers whose source does not say it, as in most checkpoints.
         decay: weight of the old value in the running statistics, for such layers.
-        limit, seconds: bounds for reading a checkpoint, as in `read_checkpoint`.
+        limit: most bytes to read of a checkpoint, as in `read_checkpoint`.
+        seconds: most seconds to read one for.
 
     Returns:
         The target and its new states; read the `notes`.
