@@ -25,6 +25,7 @@ MOST = 8  # parameters of a function; constructors and public signatures may hav
 # Functions with more, and why.
 LONG = {
     "torch.kernels.operators._step": "the schema of an operator is flat",
+    "torch.ways.graph_arrays._step": "the schema of an operator is flat",
     "core.gradient.gradient": "the closed form, with a name for each of its terms",
 }
 TRITON = "kernels.triton."  # kernels take numbers and addresses; no record has both

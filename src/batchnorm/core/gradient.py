@@ -70,7 +70,7 @@ def gradient(
     g = ds * weight
     if count is not None:
         g = _project(g, xhat, total * weight, along * weight, count, correction, xp)
-    dx = select(mask, rstd * g, 0.0, xp)
+    dx = select(mask, xp.broadcast_like(rstd, g) * g, 0.0, xp)
     return Gradients(dx, dgamma, dbeta, dy * gamma * (xhat * r + d), dy * gamma)
 
 
@@ -80,7 +80,8 @@ def _project(
     """g less its mean and its part along x̂, since the statistics depend on x."""
     mean = total / xp.where(count > 0, count, 1.0)
     divisor = count - float(correction)
-    return g - mean - xhat * (along / xp.where(divisor > 0, divisor, 1.0))
+    slope = along / xp.where(divisor > 0, divisor, 1.0)
+    return g - xp.broadcast_like(mean, g) - xhat * xp.broadcast_like(slope, g)
 
 
 def _or(a: Array | None, default: int) -> Array:

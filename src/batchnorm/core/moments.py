@@ -91,11 +91,17 @@ def centre(
     unit = xp.where(size >= smallest_normal(size), size, 1.0)
     deviation = select(mask, x - anchor, 0.0, xp)
     shift = _sum(deviation, axes, xp) * weight
-    deviation = deviation * (1.0 / unit)
+    deviation = deviation * xp.broadcast_like(1.0 / unit, deviation)
     power = _sum(xp.square(deviation), axes, xp) * weight
     scale, power = _around_mean(power, shift / unit, unit, eps, xp)
     count = xp.zeros_like(power) + count
     return Centred(count, anchor, shift, scale, power, unit, deviation)
+
+
+def centre_once(x: Array, mask: Array | None, axes: Sequence[int], xp: Namespace) -> Array:
+    """The mean as one sum finds it, a constant; 0 without real rows."""
+    _, weight = _count(x, mask, axes, xp)
+    return _sum(xp.stop_gradient(select(mask, x, 0.0, xp)) * weight, axes, xp)
 
 
 def _around_mean(

@@ -51,6 +51,21 @@ class _TorchNamespace:
         return a.detach()
 
 
+class _Once(_TorchNamespace):
+    """The same for the compiler's code on a CPU: values per channel are made once.
+
+    Inductor would put the operations that make them into each loop over elements.
+    """
+
+    @staticmethod
+    def sum(a: Tensor, *, axis: Sequence[int], keepdims: bool) -> Tensor:
+        return sums.sum_briefly(a, tuple(axis), keepdims)
+
+    @staticmethod
+    def broadcast_like(a: Tensor, x: Tensor) -> Tensor:
+        return torch.as_strided(a, a.shape, a.stride()).expand(x.shape)  # a view needs memory
+
+
 class _OverRanks(_TorchNamespace):
     """The same for arrays that have ranks on axis 0, and are summed over that axis alone."""
 
@@ -76,5 +91,6 @@ class _HostOverRanks:
 
 
 XP = cast(Namespace, _TorchNamespace)
+ONCE = cast(Namespace, _Once)
 OVER_RANKS = cast(Namespace, _OverRanks)
 HOST_OVER_RANKS = cast(Namespace, _HostOverRanks)

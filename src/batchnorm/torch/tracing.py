@@ -27,6 +27,15 @@ def untraced(function: _Function) -> _Function:
     return function
 
 
+def is_more(size: int | torch.SymInt, most: int) -> bool:
+    """True if a size is larger, as far as the compiler knows; a dynamic one is guarded on."""
+    if isinstance(size, int):
+        return size > most
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports SymPy
+
+    return bool(guard_or_false(size > most))
+
+
 _LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 
 
@@ -36,6 +45,7 @@ def define_operator(
     shape: Callable[..., Any] | None = None,
     *,
     captured: bool = True,
+    mutates: tuple[str, ...] = (),
 ) -> None:
     """Define the operator `torch.ops.batchnorm.name`; its arguments are those of `function`.
 
@@ -49,9 +59,10 @@ def define_operator(
             graph, with the gradient that they have.
         shape: the same for tensors without values.
         captured: False keeps it out of captured graphs, as `uncaptured` does.
+        mutates: names of the arguments that it writes.
     """
     tag = None if captured else getattr(torch.Tag, "cudagraph_unsafe", None)
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
     _LIBRARY.define(name + schema, tags=() if tag is None else (tag,))
     if shape is None:
         _LIBRARY.impl(name, function, "CompositeImplicitAutograd")

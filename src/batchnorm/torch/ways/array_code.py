@@ -16,10 +16,13 @@ from batchnorm.torch.namespace import XP
 from batchnorm.torch.ranks.array_moments import RankMerge
 from batchnorm.torch.recompute import before_step, snapshot
 from batchnorm.torch.rollback import store
+from batchnorm.torch.ways import graph_arrays
 
 
 def run(call: Call) -> Tensor:
     """y by array code."""
+    if graph_arrays.serves(call):
+        return graph_arrays.run(call)
     (x, mask, weight, bias, residual, running), layout = call.tensors, call.layout
     work = call.working_type
     s, t = config.call_adjustment(call.adjustment, layout.shape)

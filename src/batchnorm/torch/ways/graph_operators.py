@@ -22,6 +22,7 @@ from batchnorm.torch.kernels.tensors import (
 )
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.rollback import store
+from batchnorm.torch.tracing import is_more
 
 SMALL = 1 << 17  # elements; up to here a training step costs less without calls of operators
 # Bytes; glibc maps larger outputs anew at each call, while the kernels' outputs are recycled: that
@@ -59,23 +60,14 @@ def refuse(call: Call) -> str | None:
 
 def _is_large(x: Tensor) -> bool:
     """True if outputs of evaluation are worth recycled memory."""
-    return x.device.type == "cpu" and _is_more(x.numel() * x.element_size(), KEPT)
+    return x.device.type == "cpu" and is_more(x.numel() * x.element_size(), KEPT)
 
 
 def _refuse_small(call: Call, demanded: bool) -> str | None:
     x = call.tensors.x
-    if demanded or not call.by_batch or x.device.type != "cpu" or _is_more(x.numel(), SMALL):
+    if demanded or not call.by_batch or x.device.type != "cpu" or is_more(x.numel(), SMALL):
         return None
     return "the compiler's code for small inputs takes less time than calls of operators"
-
-
-def _is_more(size: int | torch.SymInt, most: int) -> bool:
-    """True if a size is larger, as far as the compiler knows; a dynamic one is guarded on."""
-    if isinstance(size, int):
-        return size > most
-    from torch.fx.experimental.symbolic_shapes import guard_or_false  # imports SymPy
-
-    return bool(guard_or_false(size > most))
 
 
 def run(call: Call) -> Tensor:
