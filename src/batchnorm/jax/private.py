@@ -1,4 +1,4 @@
-"""What this front end reads of jax that no page of jax promises, and the ways without it.
+"""Attributes of jax that no page of its documentation promises, and the ways without them.
 
 A release may take each of these names away; what stands here for it is then slower, never wrong.
 """

@@ -1,7 +1,6 @@
-"""What this library reads of Keras and TensorFlow that they keep to themselves.
+"""Names of Keras and TensorFlow that are not public, and a public way without each of them.
 
-Each function has a public way for a release without the names that it reads. No other file reads
-a private name of Keras.
+No other file reads a private name of Keras.
 """
 
 from __future__ import annotations
