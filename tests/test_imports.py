@@ -189,7 +189,7 @@ def test_missing_framework_says_which_extra_to_install(missing: str, statement: 
         ("torch", "2.11.0", "import batchnorm.torch"),
         ("jax", "0.9.2", "import batchnorm.jax"),
         ("flax", "0.12.7", "from batchnorm.jax import BatchNorm"),
-        ("keras", "3.12.1", "import batchnorm.keras"),
+        ("keras", "3.13.2", "import batchnorm.keras"),
     ],
 )
 def test_versions_below_the_bound_end_in_one_line(package: str, old: str, statement: str) -> None:

@@ -39,7 +39,7 @@ def test_older_version_is_refused_with_the_command_that_helps(
         ("torch", "3.0"),
         ("flax", "0.12.8"),
         ("flax", "0.13"),
-        ("keras", "3.13.0"),
+        ("keras", "3.14.0"),
     ],
 )
 def test_bound_and_newer_pass(package: str, installed: str) -> None:

@@ -39,11 +39,59 @@ _TORCH = (
     "--ignore=tests/sync/test_frameworks.py",  # needs JAX and Keras too
 )
 
+_JAX = ("JAX", "table on JAX")
+_KERAS = ("Keras on TensorFlow", "Keras on JAX", "Keras on torch", "table on Keras on torch")
+# Not torch, whose builds for a CPU alone PyPI does not have.
+_KERAS_ALONE = ("Keras on TensorFlow", "Keras on JAX")
+_JAX_NEWEST = ("jax==0.12.0.1", "flax==0.12.12", "optax==0.2.8", "dm-haiku", "equinox")
+_KERAS_NEWEST = ("keras==3.15.1", "tensorflow-cpu==2.21.0")
+
 ENVIRONMENTS: tuple[Environment, ...] = (
     Environment(
         "torch-newest", "torch", "3.11", ("torch==2.15.0", "torchvision==0.29.2"), "newest", _TORCH
     ),
     Environment(
         "torch-bound", "torch", "3.11", ("torch==2.12.0", "torchvision==0.27.0"), "bound", _TORCH
+    ),
+    Environment("jax-newest", "jax", "3.13", _JAX_NEWEST, "newest", _JAX),
+    Environment(
+        "jax-bound",
+        "jax",
+        "3.11",
+        ("jax==0.10.0", "jaxlib==0.10.0", "flax==0.12.8", "optax", "dm-haiku", "equinox"),
+        "bound",
+        _JAX,
+    ),
+    Environment(
+        "keras-newest",
+        "keras",
+        "3.11",
+        (*_KERAS_NEWEST, "torch==2.13.0", "jax==0.10.2", "flax==0.12.8"),
+        "newest",
+        _KERAS,
+    ),
+    Environment(
+        "keras-bound",
+        "keras",
+        "3.11",
+        ("keras==3.14.0", "tensorflow-cpu==2.21.0", "torch==2.13.0", "jax==0.10.0", "flax==0.12.8"),
+        "bound",
+        _KERAS,
+    ),
+    Environment(  # JAX 0.10 and Keras 3.13 need Python 3.11
+        "python-3.10", "torch", "3.10", ("torch==2.13.0", "torchvision==0.28.0"), "python", _TORCH
+    ),
+    Environment("python-3.12", "jax", "3.12", _JAX_NEWEST, "python", _JAX),
+    Environment(
+        "python-3.13", "keras", "3.13", (*_KERAS_NEWEST, *_JAX_NEWEST), "python", _KERAS_ALONE
+    ),
+    Environment("python-3.14", "jax", "3.14", _JAX_NEWEST, "python", _JAX),
+    Environment(
+        "numpy-1.26",
+        "keras",
+        "3.11",
+        (*_KERAS_NEWEST, "torch==2.13.0", "numpy==1.26.4"),
+        "numpy",
+        ("Keras on TensorFlow", "Keras on torch", "kernels"),
     ),
 )

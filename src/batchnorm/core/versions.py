@@ -9,7 +9,7 @@ import warnings
 __all__ = ["BOUNDS", "SETTING", "check_version"]
 
 # Of pyproject.toml; a test compares them.
-BOUNDS = {"torch": "2.12", "jax": "0.10", "flax": "0.12.8", "keras": "3.13"}
+BOUNDS = {"torch": "2.12", "jax": "0.10", "flax": "0.12.8", "keras": "3.14"}
 SETTING = "BATCHNORM_UNTESTED_VERSIONS"
 
 
@@ -39,7 +39,7 @@ def check_version(owner: str, package: str, installed: str) -> None:
 
 
 def _read(version: str) -> tuple[int, ...]:
-    """The numbers of a release; ends with zeros, so that "3.13.0" is not newer than "3.13"."""
+    """The numbers of a release; ends with zeros, so that "3.14.0" is not newer than "3.14"."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     numbers = tuple(map(int, found[0].split("."))) if found else ()
     return (*numbers, 0, 0, 0)[:3]

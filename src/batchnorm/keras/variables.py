@@ -103,9 +103,9 @@ class Row(keras.Variable):
         return f"{self._packed.path}/{self._label}"
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of a row."""
-        return tuple(self._packed.shape)[1:]
+    def shape(self) -> Any:
+        """The shape of a row, of the type that the backend's variables have."""
+        return self._packed.shape[1:]
 
     @property
     def ndim(self) -> int:
@@ -125,9 +125,9 @@ class Row(keras.Variable):
     def assign(self, value: Any) -> Any:
         """Write the row into the packed weight."""
         value = keras.ops.cast(keras.ops.convert_to_tensor(value), self.dtype)
-        if tuple(value.shape) != self.shape:
+        if tuple(value.shape) != tuple(self.shape):
             raise ValueError(
-                f"{self.path}: the value to assign must have shape {self.shape}; got "
+                f"{self.path}: the value to assign must have shape {tuple(self.shape)}; got "
                 f"{tuple(value.shape)}."
             )
         rows = [self._packed.value[0], self._packed.value[1]]
