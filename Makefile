@@ -12,7 +12,7 @@ CASES ?= 300
 CLANGS ?= $(notdir $(or $(wildcard /usr/bin/clang++-??),$(shell command -v clang++)))
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
-.PHONY: demo test test-all test-zoo mutants lint lint-workflows format bench bench-quick \
+.PHONY: demo test test-all test-zoo test-versions mutants lint lint-workflows format bench bench-quick \
     bench-pages bench-gpu dist dist-cross docs docs-check pictures sanitize clean
 .DEFAULT_GOAL := test
 
@@ -48,6 +48,13 @@ test-zoo: .venv-zoo/.installed
 	PIP_CONSTRAINT=constraints.txt .venv-zoo/bin/python -m pip install --quiet \
 	    --requirement tests/zoo/requirements.txt
 	touch $@
+
+# The newest and the oldest version of each framework, every Python and NumPy, each in an environment
+# of its own; writes tests/versions/results.json and its page. ONLY=torch-bound picks one.
+test-versions: $(VENV)/.installed
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet nox
+	$(BIN)/nox $(if $(ONLY),--session $(ONLY)); status=$$?; \
+	    $(BIN)/python tests/versions/page.py && exit $$status
 
 # Are the table's cover and the table equally sharp? Half an hour.
 mutants: $(VENV)/.installed $(CMAKE)
@@ -129,7 +136,7 @@ $(BIN)/cmake: $(VENV)/.installed
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet cmake
 
 clean:
-	rm -rf $(VENV) .venv-zoo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.png
+	rm -rf $(VENV) .venv-zoo .nox build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis demo.png
 
 # PIP_CONSTRAINT reaches build environments too. Old pips cannot install editable wheels.
 $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)

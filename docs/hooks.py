@@ -31,6 +31,7 @@ WEIGHTS = {
     "benchmarks/results/jax.md": 0.3,
     "benchmarks/results/keras.md": 0.3,
     "gpu.md": 0.3,
+    "versions.md": 0.3,
     "scaling.md": 0.3,
 }
 _OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:benchmarks|examples)/)")

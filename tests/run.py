@@ -49,6 +49,7 @@ PARTS: dict[str, Part] = {
     "table on JAX": Part(["tests/conformance/test_jax_conformance.py"], JAX, 55),
     "ranks": Part(["tests/sync"], {}, 105),
     "tools": Part(["tests/tools", "src/batchnorm/tools"], {}, 115),
+    "kernels": Part(["tests/kernels", "--ignore=tests/kernels/gpu"], {}, 60),
     "GPU kernels, interpreted": Part(["tests/kernels/gpu"], INTERPRETED, 80),
     "table on Keras on TensorFlow": Part([KERAS_TABLE], TENSORFLOW, 42),
     "table on Keras on JAX": Part([KERAS_TABLE], KERAS_JAX, 89),
@@ -58,7 +59,7 @@ PARTS: dict[str, Part] = {
     "Keras on torch": Part(KERAS, KERAS_TORCH, 24),
 }
 REST = "all the rest"  # so that no test is forgotten
-OWN = ("tests/torch", "tests/jax", "tests/sync", "tests/tools", "tests/keras", "tests/kernels/gpu")
+OWN = ("tests/torch", "tests/jax", "tests/sync", "tests/tools", "tests/keras", "tests/kernels")
 SOURCES = tuple(f"src/batchnorm/{name}" for name in ("torch", "jax", "tools", "keras"))
 TABLES = tuple(f"tests/conformance/test_{name}conformance.py" for name in ("", "jax_"))
 PARTS[REST] = Part(

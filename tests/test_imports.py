@@ -16,6 +16,7 @@ import pytest
 
 import batchnorm
 from batchnorm import environment
+from batchnorm.core.versions import BOUNDS, SETTING
 
 ROOT = Path(batchnorm.__file__).parent
 FRAMEWORKS = ("torch", "jax", "flax", "keras", "tensorflow")
@@ -184,6 +185,28 @@ def test_missing_framework_says_which_extra_to_install(missing: str, statement: 
     code = f"import sys; sys.modules[{missing!r}] = None\n{statement}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"pip install 'batchnorm[{extra}]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "old", "statement"),
+    [
+        ("torch", "2.11.0", "import batchnorm.torch"),
+        ("jax", "0.9.2", "import batchnorm.jax"),
+        ("flax", "0.12.7", "from batchnorm.jax import BatchNorm"),
+        ("keras", "3.13.2", "import batchnorm.keras"),
+    ],
+)
+def test_versions_below_the_bound_end_in_one_line(package: str, old: str, statement: str) -> None:
+    code = f"import {package}; {package}.__version__ = {old!r}\n{statement}"
+    without = {k: v for k, v in os.environ.items() if k != SETTING}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=without
+    )
+    last = done.stderr.rstrip().rpartition("\n")[2]
+    assert done.returncode == 1
+    assert last.startswith("ImportError: batchnorm.")
+    assert f"needs {package} {BOUNDS[package]} or newer, but {old} is installed" in last
+    assert f"pip install '{package}>={BOUNDS[package]}'" in last
 
 
 def test_show_config_reports_versions_and_kernels_in_two_columns(

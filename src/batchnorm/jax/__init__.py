@@ -12,11 +12,15 @@ from typing import Any
 from batchnorm.core.conversion import Conversion
 
 try:
-    import jax  # noqa: F401
+    import jax
 except ModuleNotFoundError as error:
     raise ImportError(
         "batchnorm.jax needs JAX; install it with: pip install 'batchnorm[jax]'"
     ) from error
+else:
+    from batchnorm.core.versions import check_version
+
+    check_version("batchnorm.jax", "jax", jax.__version__)
 
 from batchnorm.jax.functional import (
     RenormStatistics,
@@ -64,6 +68,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
+        check_version(f"batchnorm.jax.{name}", "flax", importlib.import_module("flax").__version__)
         module = importlib.import_module(f"batchnorm.jax.{_MODULES[name]}")
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("flax"):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import dtypes
 from jax import Array
 
 from batchnorm.core.conversion import Conversion, check_choice, check_report, describe_left
@@ -23,6 +23,8 @@ from batchnorm.jax.state import RENORM
 from batchnorm.jax.variables import Momentum, hold_renorm
 
 __all__ = ["convert_batchnorm"]
+
+_FLAX_PROMOTES = signature(nnx.BatchNorm.__init__).parameters["promote_dtype"].default
 
 
 @names_errors("convert_batchnorm")
@@ -116,7 +118,7 @@ def _reason_to_leave(layer: Any) -> str:
 def _attributes_for(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The attributes that make a layer ours, all of them checked."""
     held = {name: getattr(layer, name) for name in list_arguments(OPTIONS) if hasattr(layer, name)}
-    if held["promote_dtype"] is dtypes.promote_dtype:
+    if held["promote_dtype"] is _FLAX_PROMOTES:
         held["promote_dtype"] = None
     for name in ("bias_metadata", "scale_metadata"):
         held.pop(name, None)

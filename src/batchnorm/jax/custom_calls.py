@@ -59,21 +59,6 @@ def refuse(layout: Layout, dtype: Any, mask_shape: tuple[int, ...] | None) -> st
     return _registered()
 
 
-def refuse_context(context: Any) -> str | None:
-    """The reason against kernels in the program that is being compiled, or None."""
-    module = context.module_context
-    if module.lowering_parameters.for_export:
-        return "an exported program must not depend on this library"
-    axes = module.axis_context
-    if hasattr(axes, "manual_axes"):
-        manual = set(axes.manual_axes) == set(axes.mesh.axis_names)
-        return None if manual or axes.mesh.size == 1 else _PARTITIONED
-    return None if getattr(axes, "num_devices", None) == 1 else _PARTITIONED
-
-
-_PARTITIONED = "XLA would gather an array that is sharded over devices in front of it"
-
-
 def readable_mask(layout: Layout, mask: Array | None) -> Array | None:
     """`mask` in x's rank, and such that the kernels can walk it."""
     if mask is None:

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from batchnorm.jax import array_code, custom_calls
 from batchnorm.jax.checks import working_type
 from batchnorm.jax.operands import Operands, Static
-from batchnorm.jax.synchronize import varying_axes
+from batchnorm.jax.private import refuse_context, varying_axes
 from batchnorm.kernels import explanation
 from batchnorm.kernels.kept import STATISTICS
 from batchnorm.kernels.select import refuse_fused
@@ -222,7 +222,7 @@ def _lower(
     """The rule for the CPU: kernels if the program runs on one device."""
 
     def rule(context: mlir.LoweringRuleContext, *arrays: Any, static: Static, **params: Any) -> Any:
-        reason = custom_calls.refuse_context(context)
+        reason = refuse_context(context)
         if reason is not None and static.demanded:
             raise refuse_fused(reason).named(static.owner)
         if reason is not None:

@@ -13,6 +13,7 @@ import numpy as np
 from batchnorm.core.errors import ArgumentNameError, ArgumentValueError
 from batchnorm.core.merge import GatherMerge, Merge, Parts
 from batchnorm.jax.namespace import XP
+from batchnorm.jax.private import varying_axes
 
 Groups = Sequence[Sequence[int]] | None
 
@@ -53,11 +54,6 @@ def make_merge(axis_name: Any, axis_index_groups: Groups) -> Merge | None:
         return found._replace(count=jnp.where(mine.reshape(shape), found.count, 0.0))
 
     return GatherMerge(gather, XP)
-
-
-def varying_axes(a: jax.Array) -> frozenset[Any]:
-    """The manual axes along which jax knows `a` to vary: those of shard_map, if it checks them."""
-    return frozenset(getattr(getattr(jax.typeof(a), "mat", None), "varying", ()))
 
 
 def _all_gather(a: jax.Array, axis_name: Any) -> jax.Array:

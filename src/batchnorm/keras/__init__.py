@@ -1,12 +1,16 @@
 """Batch normalization for Keras 3: layers with masks, on the TensorFlow, JAX and torch backends."""
 
 try:
-    import keras  # noqa: F401
+    import keras
 except ImportError as error:
     raise ImportError(
         f"batchnorm.keras needs Keras 3 and its backend, but {error.name or error} is missing; "
         "install it with: pip install 'batchnorm[keras]', and one of tensorflow, jax and torch"
     ) from error
+else:
+    from batchnorm.core.versions import check_version
+
+    check_version("batchnorm.keras", "keras", keras.__version__)
 
 from batchnorm.core.conversion import Conversion
 from batchnorm.keras.accumulating import accumulate_statistics

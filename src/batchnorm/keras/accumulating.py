@@ -146,6 +146,6 @@ def _open_slots(model: Any, layers: list[Any], trace: Any) -> list[Any]:
 
 def _compile_again(model: Any) -> None:
     """Let compiled models trace training steps that collect."""
-    for layer in model._flatten_layers(include_self=True, recursive=True):
+    for _, layer in walk_layers(model):
         if isinstance(layer, keras.Model) and layer.train_function is not None:
             layer.make_train_function(force=True)

@@ -17,6 +17,7 @@ from batchnorm.core.running import LONG_RUNNING
 from batchnorm.keras.dropped import warn_converted
 from batchnorm.keras.layers import BatchNormalization
 from batchnorm.keras.options import OPTIONS, check_ghost_axes, make_attributes
+from batchnorm.keras.private import open_name_scope, replace_build, unlocked
 from batchnorm.keras.walking import walk_layers
 
 __all__ = ["convert_batchnorm"]
@@ -117,7 +118,7 @@ def _attributes_for(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
                 f"renorm must stay True for layer {layer.name!r}, which has renormalization's "
                 "weights; got False. Leave it out."
             )
-        rank = len(layer._reduction_axes) + 1
+        rank = layer.input_spec.ndim
         axes = normalize_axis(attributes["axis"], rank)
         check_ghost_axes(attributes["virtual_batch_size"], axes, attributes["axis"])
     return attributes
@@ -126,29 +127,19 @@ def _attributes_for(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
 def _become_ours(layer: Any, attributes: dict[str, Any]) -> None:
     """Change the class of a layer; its graph, holders, weights and optimizer stay valid."""
     had_renorm = layer.renorm
-    locked = layer._tracker.locked
-    layer._tracker.unlock()
-    object.__setattr__(layer, "__class__", BatchNormalization)
-    for name, value in attributes.items():
-        setattr(layer, name, value)
-    layer._read_options()
-    _bind_build(layer)
-    if layer.built:
-        rank = len(layer._reduction_axes) + 1
-        layer._channel_axes = normalize_axis(layer._plain_axis(), rank)
-        layer._channels = tuple(layer.moving_mean.shape)
-        layer._flat_weights = True
-        with layer._open_name_scope():
-            _add_statistics(layer, had_renorm)
-    if locked:
-        layer._tracker.lock()
-
-
-def _bind_build(layer: Any) -> None:
-    """Let Keras's wrapper of `build`, which each instance holds, call our method."""
-    wrapper = vars(layer)["build"]
-    cell = wrapper.__closure__[wrapper.__code__.co_freevars.index("original_build_method")]
-    cell.cell_contents = BatchNormalization.build.__get__(layer)
+    with unlocked(layer):
+        object.__setattr__(layer, "__class__", BatchNormalization)
+        for name, value in attributes.items():
+            setattr(layer, name, value)
+        layer._read_options()
+        replace_build(layer, BatchNormalization.build.__get__(layer))
+        if layer.built:
+            rank = layer.input_spec.ndim
+            layer._channel_axes = normalize_axis(layer._plain_axis(), rank)
+            layer._channels = tuple(layer.moving_mean.shape)
+            layer._flat_weights = True
+            with open_name_scope(layer):
+                _add_statistics(layer, had_renorm)
 
 
 def _add_statistics(layer: Any, had_renorm: bool) -> None:
@@ -172,7 +163,7 @@ def _guess_steps(layer: Any) -> int:
 
 def _forget_compiled_steps(model: Any) -> None:
     """Let compiled models trace their steps anew."""
-    for layer in model._flatten_layers(include_self=True, recursive=True):
+    for _, layer in walk_layers(model):
         if isinstance(layer, keras.Model):
             layer.train_function = layer.test_function = layer.predict_function = None
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import keras
-from keras.src.backend import get_keras_mask
+
+from batchnorm.keras.private import find_maker, get_mask, list_calls, list_children
 
 _REMEDY = (
     "Padding counts as data there. Put batchnorm.keras.Remask before the batch norm, pass mask= "
@@ -34,7 +35,7 @@ class Search(NamedTuple):
 
 def warn_dropped(layer: Any, x: Any) -> None:
     """Warn while a functional model is built: x comes without a mask that an operation dropped."""
-    if not isinstance(x, keras.KerasTensor) or get_keras_mask(x) is not None:
+    if not isinstance(x, keras.KerasTensor) or get_mask(x) is not None:
         return
     droppers = find_droppers(x, count_rows(layer, x)).droppers
     if droppers:
@@ -65,11 +66,11 @@ def find_layer_droppers(layer: Any, x: Any) -> list[Any]:
 def unmasked_inputs(layer: Any, start: int = 0) -> list[Any]:
     """The symbolic inputs without a mask in a batch norm's calls, from the call `start` on."""
     found = []
-    for node in layer._inbound_nodes[start:]:
+    for node in list_calls(layer)[start:]:
         x, mask = node.input_tensors[0], node.arguments.kwargs.get("mask")
         if mask is None and len(node.arguments.args) > 1:
             mask = next((a for a in node.arguments.args[1:] if _is_mask(a)), None)
-        if mask is None and get_keras_mask(x) is None:
+        if mask is None and get_mask(x) is None:
             found.append(x)
     return found
 
@@ -105,10 +106,10 @@ def find_droppers(x: Any, rows: int, origins: Mapping[int, Any] | None = None) -
         limits[id(tensor)] = limit
         seen.append(tensor)
         operation, inputs = _made_by(tensor)
-        masked = [a for a in inputs if get_keras_mask(a) is not None]
-        bare = [a for a in inputs if get_keras_mask(a) is None]
+        masked = [a for a in inputs if get_mask(a) is not None]
+        bare = [a for a in inputs if get_mask(a) is None]
         masks = masks or bool(masked)
-        if not any(len(get_keras_mask(a).shape) <= limit for a in masked):
+        if not any(len(get_mask(a).shape) <= limit for a in masked):
             waiting += [(a, limit) for a in bare]
         elif getattr(operation, "supports_masking", False):
             if bare and isinstance(operation, _MERGES):
@@ -130,16 +131,17 @@ def is_composite(operation: Any) -> bool:
 
     While a model is built, Keras does not look inside; when it runs, masks travel through.
     """
-    layers = getattr(operation, "_layers", None)
-    return bool(layers) and not type(operation).__module__.startswith("keras.src.layers.")
+    if not isinstance(operation, keras.layers.Layer) or not list_children(operation):
+        return False
+    return getattr(keras.layers, type(operation).__name__, None) is not type(operation)
 
 
 def _made_by(tensor: Any) -> tuple[Any, list[Any]]:
     """The operation that gave a tensor, and its inputs that may be data."""
-    history = getattr(tensor, "_keras_history", None)
+    history = find_maker(tensor)
     if history is None or history.operation is None:
         return None, []
-    nodes = history.operation._inbound_nodes
+    nodes = list_calls(history.operation)
     if history.node_index >= len(nodes):  # of a call that is forgotten
         return None, []
     node = nodes[history.node_index]

@@ -19,6 +19,7 @@ import numpy as np
 from batchnorm.core.errors import ArgumentValueError, names_errors, naming
 from batchnorm.keras.loading import fit_weights
 from batchnorm.keras.state import WeightedNormalization
+from batchnorm.keras.walking import walk_layers
 
 # Names of the layers in a file of Keras 3, by their classes.
 _KINDS = ("batch_normalization", "sync_batch_normalization", "masked_batch_normalization")
@@ -66,7 +67,8 @@ def load_weights(model: keras.Model, path: str | Path, *, by_name: bool = False)
 
 def _norms(layer: Any) -> Iterator[Any]:
     """The batch normalization layers of a model, or the layer itself."""
-    return (a for a in layer._flatten_layers() if isinstance(a, keras.layers.BatchNormalization))
+    every = (a for _, a in walk_layers(layer))
+    return (a for a in every if isinstance(a, keras.layers.BatchNormalization))
 
 
 def _add_names(file: h5py.File, model: keras.Model) -> None:

@@ -8,11 +8,22 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import keras
-from keras.src.backend import get_keras_mask, set_keras_mask
 
-from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
+from batchnorm.core.errors import (
+    ArgumentRuntimeError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    names_errors,
+)
 from batchnorm.keras.dropped import count_rows, find_droppers, is_composite, unmasked_inputs
-from batchnorm.keras.walking import walk_layers
+from batchnorm.keras.private import (
+    attach_mask,
+    get_mask,
+    list_calls,
+    shows_graph,
+    unchanged_graph,
+)
+from batchnorm.keras.walking import is_functional, walk_layers
 
 __all__ = ["DroppedMask", "find_dropped_masks"]
 
@@ -69,20 +80,25 @@ def find_dropped_masks(model: keras.layers.Layer, inputs: Any = None) -> list[Dr
         raise ArgumentTypeError(f"model must be a Keras layer or model; got {type(model)}.")
     if not model.built:
         raise ArgumentValueError("the model is not built; build it first, or call it once.")
+    if not shows_graph(model):
+        raise ArgumentRuntimeError(
+            f"Keras {keras.__version__} does not show which layer made a tensor. Keras's own "
+            "warnings, while a model is built, name layers that drop a mask."
+        )
     names = {id(layer): name for name, layer in walk_layers(model)}
     layers = [layer for _, layer in walk_layers(model)]
     norms = [a for a in layers if isinstance(a, keras.layers.BatchNormalization)]
     tensors = _make_inputs(model, inputs)
     found: list[DroppedMask] = []
     unseen: list[str] = []
-    with _unchanged_graph(layers), _open_parts(model, layers) as parts:
-        starts = [len(norm._inbound_nodes) for norm in norms]
+    with unchanged_graph(_list_operations(layers)), _open_parts(model, layers) as parts:
+        starts = [len(list_calls(norm)) for norm in norms]
         _run(model, tensors)
         for norm, start in zip(norms, starts, strict=True):
             for x in unmasked_inputs(norm, start):
                 droppers = find_droppers(x, count_rows(norm, x), parts.origins).droppers
                 found += [DroppedMask(names[id(norm)], names.get(id(a), a.name)) for a in droppers]
-            if len(norm._inbound_nodes) == start:
+            if len(list_calls(norm)) == start:
                 unseen.append(names[id(norm)])
     failures = {names[key]: text for key, text in parts.failures.items() if key in names}
     for name in unseen:
@@ -129,7 +145,7 @@ def _open(layer: Any, parts: _Parts) -> Any:
 
     def symbolic_call(*args: Any, **kwargs: Any) -> Any:
         try:
-            outputs = _run(layer, *args, **kwargs)
+            outputs = layer.call(*args, **kwargs)
         except Exception as error:
             parts.failures[id(layer)] = _shorten(error)
             return closed(*args, **kwargs)
@@ -143,45 +159,36 @@ def _renew(a: Any, parts: _Parts) -> Any:
     if not isinstance(a, keras.KerasTensor):
         return a
     new = keras.KerasTensor(a.shape, a.dtype)
-    if get_keras_mask(a) is not None:
-        set_keras_mask(new, get_keras_mask(a))
+    if get_mask(a) is not None:
+        new = attach_mask(new, get_mask(a))
     parts.origins[id(new)] = a
     parts.kept.extend((a, new))
     return new
 
 
-def _run(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """The outputs of a layer for symbolic inputs, by its layers' own calls."""
-    graph = getattr(layer, "_functional", None) or layer
-    if not hasattr(graph, "_run_through_graph"):
-        return layer.call(*args, **kwargs)
-    inputs, masks = keras.tree.flatten(args[0]), keras.tree.flatten(kwargs.get("mask"))
-    for x, mask in zip(inputs, masks, strict=False):
-        if mask is not None:
-            set_keras_mask(x, mask)
-    return graph._run_through_graph(inputs)
+def _run(model: Any, inputs: Any) -> Any:
+    """The outputs for symbolic inputs, by the calls of the layers inside."""
+    if not (is_functional(model) or isinstance(model, keras.Sequential)):
+        return model.call(inputs)
+    masks = [get_mask(a) for a in keras.tree.flatten(inputs)]
+    return model.call(inputs, mask=masks if any(a is not None for a in masks) else None)
 
 
-@contextmanager
-def _unchanged_graph(layers: list[Any]) -> Iterator[None]:
-    """Forget the calls in the block, which Keras notes in layers and operations."""
+def _list_operations(layers: list[Any]) -> list[Any]:
+    """Layers, and the operations of the functional models among them."""
     every = {id(a): a for a in layers}
     for layer in layers:
-        every |= {id(a): a for a in getattr(layer, "_operations", ())}
-    lists = [nodes for a in every.values() for nodes in (a._inbound_nodes, a._outbound_nodes)]
-    lengths = [len(nodes) for nodes in lists]
-    try:
-        yield
-    finally:
-        for nodes, length in zip(lists, lengths, strict=True):
-            del nodes[length:]
+        every |= {id(a): a for a in getattr(layer, "operations", ())}
+    return list(every.values())
 
 
 def _make_inputs(model: Any, inputs: Any) -> Any:
     """Symbolic tensors like the inputs of a model."""
     if inputs is None:
-        graph = getattr(model, "_functional", None) or model
-        inputs = getattr(graph, "_inputs_struct", None)
+        if is_functional(model):
+            inputs = model.input
+        elif isinstance(model, keras.Sequential):
+            inputs = next(iter(getattr(model, "inputs", None) or ()), None)
     if inputs is None:
         raise ArgumentValueError(
             f"inputs must be given for a {type(model).__name__}, which does not know them; pass "
@@ -194,9 +201,9 @@ def _symbolic(a: Any) -> Any:
     if not hasattr(a, "shape") or not hasattr(a, "dtype"):
         return a
     new = keras.KerasTensor(tuple(a.shape), keras.backend.standardize_dtype(a.dtype))
-    mask = get_keras_mask(a)
+    mask = get_mask(a)
     if mask is not None:
-        set_keras_mask(new, keras.KerasTensor(tuple(mask.shape), "bool"))
+        new = attach_mask(new, keras.KerasTensor(tuple(mask.shape), "bool"))
     return new
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import keras
-from keras.src.backend import get_keras_mask
 
 from batchnorm.core.config import Adjustment
 from batchnorm.core.errors import ArgumentValueError, names_errors, naming
@@ -26,6 +25,7 @@ from batchnorm.keras.options import (
     make_core,
     take_arguments,
 )
+from batchnorm.keras.private import get_mask
 from batchnorm.keras.state import WeightedNormalization
 from batchnorm.kernels.explanation import Explanation, ask
 from batchnorm.kernels.select import refuse_fused
@@ -164,7 +164,7 @@ class BatchNormalization(WeightedNormalization):
         """Normalize inputs; arguments as the class says."""
         x, mask = split_pair(inputs, mask)
         if mask is None:  # Keras hands it over only where x is the only tensor
-            mask = get_keras_mask(x)
+            mask = get_mask(x)
         found = find_mask(self, x, self._channel_axes, to_boolean(mask))
         gamma, beta = (None if a is None else self._per_channel(a) for a in (self.gamma, self.beta))
         call = self._make_call(self._resolve_training(training))

@@ -11,6 +11,7 @@ import keras
 from batchnorm.core import config
 from batchnorm.core.errors import ArgumentRuntimeError, names_errors
 from batchnorm.keras.functional import BACKEND
+from batchnorm.keras.private import is_held_elsewhere
 from batchnorm.keras.variables import make_limits
 
 
@@ -69,7 +70,7 @@ class ClippedNormalization(keras.layers.BatchNormalization):
 
     def _assign_limits(self, renorm: config.Renorm) -> None:
         """Write limits into their variable, which steps get as state from now on."""
-        if any(variable._value is None for variable in self.variables):
+        if any(is_held_elsewhere(variable) for variable in self.variables):
             raise ArgumentRuntimeError(
                 "limits cannot be set while fit holds the state of the layer. Reach the layer "
                 "through the callback's model, or call model.jax_state_sync() first."

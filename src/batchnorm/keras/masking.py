@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import keras
-from keras.src.backend import in_symbolic_scope
 
 from batchnorm.core.config import check_block
 from batchnorm.core.errors import (
@@ -23,6 +22,7 @@ from batchnorm.core.errors import (
 from batchnorm.keras.blocks import OpenBlocks
 from batchnorm.keras.functional import BACKEND
 from batchnorm.keras.masks import to_boolean
+from batchnorm.keras.private import in_symbolic_scope
 from batchnorm.keras.resolution import at_resolution
 
 __all__ = ["padding_mask"]

@@ -7,10 +7,10 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.backend import get_keras_mask
 
 from batchnorm.core.errors import ArgumentValueError
 from batchnorm.core.layout import Layout
+from batchnorm.keras.private import get_mask
 
 
 def to_boolean(mask: Any) -> Any:
@@ -42,7 +42,7 @@ def split_pair(inputs: Any, mask: Any) -> tuple[Any, Any]:
             f"inputs must be a tensor or a pair (x, mask); got {len(inputs)} inputs."
         )
     x, paired = inputs
-    other = get_keras_mask(x) if mask is None else mask
+    other = get_mask(x) if mask is None else mask
     if paired is not None and other is not None:
         raise ArgumentValueError(
             "a mask must come once; got one in the pair (x, mask) and another one as "

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from weakref import WeakSet, ref
 
 import keras
-from keras.src.backend import in_symbolic_scope
 
 from batchnorm.core.errors import ArgumentRuntimeError, naming
 from batchnorm.keras.blocks import OpenBlocks
 from batchnorm.keras.functional import BACKEND, Graph
 from batchnorm.keras.ledger import Ledger, slots
+from batchnorm.keras.private import in_symbolic_scope
 
 __all__ = ["keep_statistics"]
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-from keras.src.backend import set_keras_mask
 
 from batchnorm.core.errors import ArgumentValueError, names_errors, naming
 from batchnorm.core.resolution import Anchors, check_per_axis, find_anchors
 from batchnorm.keras.masks import to_boolean
+from batchnorm.keras.private import attach_mask
 
 __all__ = ["Remask"]
 
@@ -90,8 +90,7 @@ class Remask(keras.layers.Layer):
         y = keras.ops.reshape(x, keras.ops.shape(x))
         if y is x:  # another tensor, so that x keeps the mask that it has
             y = keras.ops.copy(x)
-        set_keras_mask(y, found)
-        return y
+        return attach_mask(y, found)
 
     @names_errors()
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> Any:

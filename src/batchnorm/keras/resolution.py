@@ -62,9 +62,9 @@ def _merge_blocks(mask: Any, goals: list[Any], rule: str | None) -> Any:
     for size, goal in zip(sizes[1:], goals[1:], strict=True):
         # A size that the graph does not know, and that does not divide, fails in the reshape.
         split += [goal, size // goal]
-    inner = tuple(range(1, len(split), 2))
-    blocks = keras.ops.reshape(mask, split)
-    some, every = keras.ops.any(blocks, axis=inner), keras.ops.all(blocks, axis=inner)
+    some = every = keras.ops.reshape(mask, split)
+    for axis in range(len(split) - 1, 0, -2):  # one by one: Keras 3.14 on torch takes no several
+        some, every = keras.ops.any(some, axis=axis), keras.ops.all(every, axis=axis)
     if rule is None:
         if BACKEND.find_trace() is not None:
             return None

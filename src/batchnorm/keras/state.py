@@ -99,7 +99,7 @@ class WeightedNormalization(ClippedNormalization):
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set all weights; layouts as in `load_own_variables`."""
         if not self.built:
-            self._check_load_own_variables({str(i): w for i, w in enumerate(weights)})
+            super().load_own_variables({str(i): w for i, w in enumerate(weights)})  # raises
         super().set_weights(fit_weights(self, weights))
 
     def _start_statistics(self) -> None:

@@ -81,23 +81,41 @@ def stack_rows(mean: Any, variance: Any) -> Callable[..., Any]:
 class Row(keras.Variable):
     """One row of a packed weight, to read like a variable and to assign to."""
 
+    trainable = False
+    regularizer = constraint = None
+    overwrite_with_gradient = False
+
     def __init__(self, packed: Any, row: int, name: str) -> None:
-        # No `super().__init__`: it would make a weight of its own.
+        # No `super().__init__`: it would make a weight of its own. What it would set, to read by
+        # the properties of a variable, the properties here give.
         object.__setattr__(self, "_packed", packed)
         object.__setattr__(self, "_row", row)
-        for field, value in {
-            "_name": name,
-            "_path": f"{packed.path}/{name}",
-            "_shape": tuple(packed.shape)[1:],
-            "_ndim": packed.ndim - 1,
-            "_dtype": packed.dtype,
-            "_trainable": False,
-            "_autocast": False,
-            "_regularizer": None,
-            "_constraint": None,
-            "_layout": None,
-        }.items():
-            object.__setattr__(self, field, value)
+        object.__setattr__(self, "_label", name)
+
+    @property
+    def name(self) -> str:
+        """The name of the row."""
+        return self._label
+
+    @property
+    def path(self) -> str:
+        """The path of the packed weight, and the row's name."""
+        return f"{self._packed.path}/{self._label}"
+
+    @property
+    def shape(self) -> Any:
+        """The shape of a row, of the type that the backend's variables have."""
+        return self._packed.shape[1:]
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of a row."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> str:
+        """The type of the packed weight."""
+        return keras.backend.standardize_dtype(self._packed.dtype)
 
     @property
     def value(self) -> Any:
@@ -106,10 +124,10 @@ class Row(keras.Variable):
 
     def assign(self, value: Any) -> Any:
         """Write the row into the packed weight."""
-        value = keras.ops.cast(keras.ops.convert_to_tensor(value), self._dtype)
-        if tuple(value.shape) != self._shape:
+        value = keras.ops.cast(keras.ops.convert_to_tensor(value), self.dtype)
+        if tuple(value.shape) != tuple(self.shape):
             raise ValueError(
-                f"{self._path}: the value to assign must have shape {self._shape}; got "
+                f"{self.path}: the value to assign must have shape {tuple(self.shape)}; got "
                 f"{tuple(value.shape)}."
             )
         rows = [self._packed.value[0], self._packed.value[1]]

@@ -1,12 +1,16 @@
 """Batch normalization for PyTorch: drop-in layers, a function, and conversion of whole models."""
 
 try:
-    import torch  # noqa: F401
+    import torch
 except ImportError as error:
     raise ImportError(
         "batchnorm.torch needs PyTorch, which is not installed; "
         "install it with: pip install 'batchnorm[torch]'"
     ) from error
+else:
+    from batchnorm.core.versions import check_version
+
+    check_version("batchnorm.torch", "torch", str(torch.__version__))
 
 from batchnorm.core.conversion import Conversion
 from batchnorm.torch.accumulation import accumulate_statistics

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from keras.src.backend import in_stateless_scope
 from torch import Tensor
 
 from batchnorm.core.errors import ArgumentValueError
@@ -17,6 +16,7 @@ from batchnorm.core.running import Running
 from batchnorm.keras.backends.shared import ONE_PARTICIPANT, measure_parts, refuse_calls
 from batchnorm.keras.call import Call
 from batchnorm.keras.masks import find_axes
+from batchnorm.keras.private import in_stateless_scope
 from batchnorm.torch.call import Settings, Tensors
 from batchnorm.torch.checks import can_read, working_type
 from batchnorm.torch.functional import normalize as normalize_tensors

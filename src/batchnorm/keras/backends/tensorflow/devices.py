@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tensorflow as tf
-from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from batchnorm.keras.private import in_xla_graph
 
 
 def is_compiled() -> bool:
     """True while a function is traced for XLA."""
-    return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+    return in_xla_graph(tf.compat.v1.get_default_graph())
 
 
 def find_accelerator() -> str | None:

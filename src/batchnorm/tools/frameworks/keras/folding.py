@@ -6,10 +6,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.models.functional import Functional  # has no public name
 
 from batchnorm.keras.layers import BatchNormalization, SyncBatchNormalization
 from batchnorm.keras.masked import MaskedBatchNormalization
+from batchnorm.keras.private import record_graph
+from batchnorm.keras.walking import functional_class, is_functional, walk_layers
 from batchnorm.tools.frameworks.affine import Affine, affine_of, refuse_zeroing
 from batchnorm.tools.frameworks.keras import linear_maps as maps
 from batchnorm.tools.frameworks.keras.states import is_batch_norm, take_state
@@ -128,13 +129,13 @@ class _Graph:
 
     def __init__(self, model: Any) -> None:
         function = keras.Model(model.inputs, model.outputs)
-        by_depth = function._nodes_by_depth
-        self.nodes = [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+        recorded = record_graph(function)
+        self.nodes = recorded.nodes
         self.operations = function.operations
         self.removed: set[Any] = set()
         self.weights: dict[Any, list[Any]] = {}
-        self._outputs = {id(tensor) for tensor in function.outputs}
-        self._names = {id(tensor): "the model's input" for tensor in function.inputs}
+        self._outputs = {id(tensor) for tensor in recorded.outputs}
+        self._names = {id(tensor): "the model's input" for tensor in recorded.inputs}
 
     def fold(self, node: Any) -> tuple[Any, str]:
         """The layer that a batch norm was folded into, or None with the reasons against it."""
@@ -171,7 +172,7 @@ class _Graph:
         while True:
             if id(tensor) in self._names:
                 return None, self._names[id(tensor)]
-            layer = tensor._keras_history.operation
+            layer = self._node_of(tensor).operation
             readers = len(self._readers(tensor))
             if not self._passes(layer) or readers != 1:
                 break
@@ -235,7 +236,7 @@ def _has_graph(model: Any) -> bool:
     """True for a functional or sequential model without a `call` of its own."""
     if isinstance(model, keras.Sequential):
         return type(model).call is keras.Sequential.call and model.built
-    return isinstance(model, Functional) and type(model).call is Functional.call
+    return is_functional(model) and type(model).call is functional_class().call
 
 
 def _first_input(node: Any) -> Any:
@@ -250,7 +251,7 @@ def _copy_weights(old: Any, new: Any, folded: dict[Any, list[Any]]) -> None:
     if isinstance(new, _Removed) or _has_graph(old):  # inner models have theirs
         return
     new.set_weights(folded.get(old) or old.get_weights())
-    for layer in new._flatten_layers():
+    for _, layer in walk_layers(new):
         if hasattr(layer, "finalize_state"):  # Normalization derives values from its weights
             layer.finalize_state()
 

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from batchnorm.keras.private import attach_mask, get_mask
 from batchnorm.tools.frameworks.adapter import Follower
 from batchnorm.tools.frameworks.keras.states import is_batch_norm, named_layers
 from batchnorm.tools.frameworks.keras.watching import is_traced, replace_call
@@ -55,11 +56,12 @@ def _patch(layer: Any, called: Called, follower: Follower) -> Iterator[None]:
 
 def _keep(new: list[Any], old: list[Any]) -> list[Any]:
     """The new arrays, with the masks that Keras has attached to the old ones."""
-    for after, before in zip(new, old, strict=True):
-        mask = getattr(before, "_keras_mask", None)
-        if after is not before and mask is not None:
-            after._keras_mask = mask
-    return new
+    kept = list(new)
+    for i, before in enumerate(old):
+        mask = get_mask(before)
+        if new[i] is not before and mask is not None:
+            kept[i] = attach_mask(new[i], mask)
+    return kept
 
 
 def read(array: Any) -> Values | None:

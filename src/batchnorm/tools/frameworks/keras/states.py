@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from batchnorm.core.running import LONG_RUNNING
+from batchnorm.keras.private import list_children
 from batchnorm.tools.arrays import flatten, odd_shape
 from batchnorm.tools.fitting import check_finite_casts, fit
 from batchnorm.tools.state import BatchNormState, RenormState
@@ -128,7 +129,7 @@ def _walk(layer: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
         return
     seen.add(id(layer))
     yield path, layer
-    for child in layer._flatten_layers(include_self=False, recursive=False):
+    for child in list_children(layer):
         yield from _walk(child, f"{path}/{child.name}" if path else child.name, seen)
 
 

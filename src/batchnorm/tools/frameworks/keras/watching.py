@@ -10,7 +10,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.backend import get_keras_mask
 
 from batchnorm.core.errors import naming
 from batchnorm.core.layout import make_layout, normalize_axis
@@ -18,6 +17,7 @@ from batchnorm.core.moments import Moments
 from batchnorm.keras.layers import BatchNormalization
 from batchnorm.keras.masking import find_mask
 from batchnorm.keras.masks import find_axes, split_pair
+from batchnorm.keras.private import get_mask
 from batchnorm.tools.frameworks.records import FoundLayer, Observation
 from batchnorm.tools.measure import measure
 
@@ -77,7 +77,7 @@ def _observation(found: FoundLayer, given: dict[str, Any]) -> Observation:
     with naming(type(found.layer).__name__):
         axes = normalize_axis(axis if isinstance(axis, int) else tuple(axis), len(x.shape))
         if isinstance(found.layer, BatchNormalization):
-            mask = get_keras_mask(x) if mask is None else mask
+            mask = get_mask(x) if mask is None else mask
             mask = find_mask(found.layer, x, axes, mask).mask
         along = () if mask is None else find_axes(tuple(mask.shape), make_layout(x.shape, axes))
     if mask is not None:
