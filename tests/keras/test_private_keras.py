@@ -245,7 +245,7 @@ def test_state_that_fit_holds_is_seen(hide: Any) -> None:
     model.compile("sgd", "mse")
 
     class Sets(keras.callbacks.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             held.set_renorm_clipping(rmax=3.0)
 
     held = model.layers[0]

@@ -43,7 +43,8 @@ _JAX = ("JAX", "table on JAX")
 _KERAS = ("Keras on TensorFlow", "Keras on JAX", "Keras on torch", "table on Keras on torch")
 # Not torch, whose builds for a CPU alone PyPI does not have.
 _KERAS_ALONE = ("Keras on TensorFlow", "Keras on JAX")
-_JAX_NEWEST = ("jax==0.12.0.1", "flax==0.12.12", "optax==0.2.8", "dm-haiku", "equinox")
+_JAX_TOOLS = ("optax==0.2.8", "dm-haiku==0.0.17", "equinox==0.13.8")
+_JAX_NEWEST = ("jax==0.12.0.1", "flax==0.12.12", *_JAX_TOOLS)
 _KERAS_NEWEST = ("keras==3.15.1", "tensorflow-cpu==2.21.0")
 
 ENVIRONMENTS: tuple[Environment, ...] = (
@@ -58,7 +59,7 @@ ENVIRONMENTS: tuple[Environment, ...] = (
         "jax-bound",
         "jax",
         "3.11",
-        ("jax==0.10.0", "jaxlib==0.10.0", "flax==0.12.8", "optax", "dm-haiku", "equinox"),
+        ("jax==0.10.0", "jaxlib==0.10.0", "flax==0.12.8", *_JAX_TOOLS),
         "bound",
         _JAX,
     ),

@@ -251,8 +251,16 @@ def is_held_elsewhere(variable: Any) -> bool:
     """True while a step of `fit` on JAX has the value of a variable."""
     try:
         return getattr(variable, "_value") is None  # noqa: B009
-    except AttributeError:  # a variable without a value makes one at each reading
+    except AttributeError:
+        return _makes_values(variable)
+
+
+def _makes_values(variable: Any) -> bool:
+    """True for a variable without a value, which makes one at each reading, or cannot."""
+    try:
         return variable.value is not variable.value
+    except TypeError:  # it was not made by an initializer
+        return True
 
 
 def in_xla_graph(graph: Any) -> bool:
