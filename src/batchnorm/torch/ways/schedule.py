@@ -7,7 +7,7 @@ from batchnorm.torch.call import Call
 
 
 def note(call: Call) -> str:
-    """Whether the kernels visit each channel once, or the reason for passes; "" with visits off."""
+    """Visits or passes, with the reason for passes; "" where visits are off."""
     if not SCHEDULE.visits:
         return ""
     if not call.by_batch:
