@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +39,30 @@ def is_more(size: int | torch.SymInt, most: int) -> bool:
     return bool(guard_or_false(size > most))
 
 
+@lru_cache(maxsize=1)
+def digest_code(root: Path) -> str:
+    """A digest of the version and of the code in `root` that array code on torch is made of."""
+    from batchnorm.environment import __version__  # reads the installed package's data
+
+    digest = hashlib.sha256(__version__.encode())
+    for folder in ("core", "torch"):
+        for path in sorted(root.joinpath(folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def code_digest() -> str:
+    """A digest of this library's version and code, an argument of operators made of others.
+
+    Caches of compiled graphs on disk know such an operator by its name and arguments only. They
+    outlive an update of this library, after which the operator may be made of others.
+    """
+    return digest_code(Path(__file__).parent.parent)
+
+
+# torch.compiler.assume_constant_result, without importing the compiler: that takes seconds.
+code_digest._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 _LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 
 
@@ -56,7 +83,7 @@ def define_operator(
     Args:
         name: of the operator.
         function: runs it. Without `shape`, made of other operators: those stand in its place in a
-            graph, with the gradient that they have.
+            graph, with the gradient that they have; its last argument is then `code_digest()`.
         shape: the same for tensors without values.
         captured: False keeps it out of captured graphs, as `uncaptured` does.
         mutates: names of the arguments that it writes.

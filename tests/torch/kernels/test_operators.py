@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
-from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, batch_norm
+import batchnorm
+from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, batch_norm, tracing
 from batchnorm.torch.kernels import decision, operators
-from batchnorm.torch.ways import graph_operators
+from batchnorm.torch.ways import graph_arrays, graph_operators
 
 BACKEND = "aot_eager"
 STATISTICS = {"rtol": 1e-6, "atol": 1e-7}  # updated in float64 here, inside the kernel there
@@ -42,6 +45,28 @@ def operators_in(layer, *arguments, **options):
     return sum(
         node.target is torch.ops.batchnorm.differentiable_step.default for node in graph.graph.nodes
     )
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["kernels", "array code"])
+def test_cached_graphs_end_with_the_code_they_were_made_of(small, monkeypatch):
+    """Caches on disk know an operator by its name and arguments."""
+    monkeypatch.setattr(graph_operators, "SMALL", 2**17 if small else -1)
+    counter = CompileCounterWithBackend(BACKEND)
+    torch.compile(BatchNorm(3), fullgraph=True, backend=counter)(torch.randn(8, 3))
+    (graph,) = counter.graphs
+    targets = (torch.ops.batchnorm.differentiable_step.default, graph_arrays._operator)
+    (node,) = (node for node in graph.graph.nodes if node.target is targets[small])
+    assert node.args[-1] == tracing.code_digest()
+
+
+def test_code_digest_changes_with_the_code(tmp_path):
+    for folder in ("core", "torch"):
+        shutil.copytree(Path(batchnorm.__file__).parent / folder, tmp_path / folder)
+    here = tracing.digest_code(Path(batchnorm.__file__).parent)
+    assert tracing.digest_code(tmp_path) == here == tracing.code_digest()
+    with (tmp_path / "core" / "moments.py").open("a") as file:
+        file.write("\n")
+    assert tracing.digest_code(tmp_path) != here
 
 
 def step(layer, x, mask=None, residual=None):
@@ -316,7 +341,7 @@ def arguments_of(
     added = torch.randn(shape, requires_grad=True) if residual else None
     running = torch.zeros(channels), torch.ones(channels)
     padded_output = "zero" if zero else "normalize"
-    options = (list(axes), size, 1e-5, activation, padded_output, True, False)
+    options = (list(axes), size, 1e-5, activation, padded_output, True, False, "")
     return x, mask, weight, bias, added, *running, *options
 
 

@@ -25,7 +25,7 @@ from batchnorm.torch.kernels.memory import empty_output, like
 from batchnorm.torch.kernels.records import KernelStep, Rows, Wanted, changes_dy
 from batchnorm.torch.kernels.step import arrange, backward, find_passes, forward
 from batchnorm.torch.kernels.tensors import NAMES
-from batchnorm.torch.tracing import define_operator
+from batchnorm.torch.tracing import code_digest, define_operator
 
 __all__ = ["step"]
 
@@ -52,6 +52,7 @@ def step(call: Call) -> tuple[Tensor, Tensor]:
         call.options.padded_output,
         call.by_batch,
         call.settings.fused is True,
+        code_digest(),
     )
     return y, kept.detach()
 
@@ -96,6 +97,7 @@ def _step(
     padded_output: str,
     batch: bool,
     demanded: bool,
+    code: str,
 ) -> tuple[Tensor, Tensor]:
     """y, and the record for the backward step."""
     kind = json.dumps([list(axes), size, eps, activation, padded_output, batch, demanded])
@@ -260,8 +262,6 @@ def _shape_backward(
 
 define_operator("forward", _forward, _shape_forward)
 define_operator("backward", _backward, _shape_backward)
-# A cache of compiled graphs on disk knows this name only, and outlives a version of this library:
-# another name for it, where others stand in its place.
 define_operator("differentiable_step", _step)
 
 

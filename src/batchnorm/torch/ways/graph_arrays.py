@@ -26,7 +26,7 @@ from batchnorm.core.running import Running
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels.tensors import refuse_tensors
 from batchnorm.torch.namespace import ONCE
-from batchnorm.torch.tracing import define_operator
+from batchnorm.torch.tracing import code_digest, define_operator
 
 _WORK = torch.float32
 
@@ -73,6 +73,7 @@ def run(call: Call) -> Tensor:
         options.padded_output,
         options.debias,
         call.update,
+        code_digest(),
     )
     return y
 
@@ -95,6 +96,7 @@ def _step(
     padded_output: str,
     debias: bool,
     update: bool,
+    code: str,
 ) -> Tensor:
     """y; moves the running statistics, unless the pass is a recomputation (S9)."""
     options = config.Options(
@@ -235,6 +237,5 @@ def _is_transformed() -> bool:
 # As in graph_operators: run once, while a graph is traced.
 _is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-# As that of `differentiable_step`, the name stands for all that it is made of.
 define_operator("array_step", _step, mutates=("running_mean", "running_var", "batches"))
 _operator = torch.ops.batchnorm.array_step.default
