@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch._C._dynamo import eval_frame
+
+from batchnorm.torch.private import skip_in_compilers
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -15,16 +16,9 @@ def untraced(function: _Function) -> _Function:
     """Mark a function that `torch.compile` must run as it is, with all that it calls.
 
     Where the tracer gives up on a caller of a layer it goes on with the functions called inside,
-    down to calls of the extension, which it makes without `self`. This is what
-    `torch.compiler.disable` does, less its cost for each call and the import of the compiler. A
-    torch without the (private) function for it traces as before; a test says if that happens.
+    down to calls of the extension, which it makes without `self`. A test says if the mark is gone.
     """
-    if not hasattr(eval_frame, "set_code_exec_strategy"):
-        return function
-    skip = eval_frame._FrameAction.SKIP
-    strategy = eval_frame._FrameExecStrategy(skip, skip)
-    eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    return function
+    return skip_in_compilers(function)
 
 
 _LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
