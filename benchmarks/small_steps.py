@@ -82,7 +82,7 @@ def make_variants(case: Case, compiled: bool) -> dict[str, Step]:
     found = {kind: make_step(make(kind), case) for kind in ("ours", "torch")}
     if compiled:
         for kind in ("ours", "torch"):
-            torch._dynamo.reset()
+            torch.compiler.reset()
             found[f"{kind}, compiled"] = make_step(torch.compile(make(kind)), case)
             found[f"{kind}, compiled"]()
     return found

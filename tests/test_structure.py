@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import batchnorm
 
 ROOT = Path(batchnorm.__file__).parent
@@ -135,3 +137,53 @@ def test_docstrings_say_the_noun() -> None:
                 if text.split(" ")[0] in ("What", "Whether", "Why", "How"):
                     riddles.append(f"{path.relative_to(ROOT_OF_SOURCES)}: {text.splitlines()[0]}")
     assert riddles == []
+
+
+# Frameworks whose private names stand in one file, and that file.
+PRIVATE = {"torch": "torch.private"}
+METHODS = {"_cdata", "_dynamo_marked_constant", "_is_zerotensor"}  # of any object
+
+
+def private_names(path: Path, framework: str) -> Iterator[str]:
+    """Names of a framework that begin with an underscore, as a file uses them."""
+    known: dict[str, str] = {}
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == framework:
+                    known[alias.asname or framework] = alias.name if alias.asname else framework
+                    yield from _if_private(alias.name)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == framework:
+            for alias in node.names:
+                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                yield from _if_private(f"{node.module}.{alias.name}")
+    for node in ast.walk(tree):
+        parts: list[str] = []
+        while isinstance(node, ast.Attribute):
+            parts.insert(0, node.attr)
+            node = node.value
+        if parts and parts[-1] in METHODS:
+            yield parts[-1]
+        if parts and isinstance(node, ast.Name) and node.id in known:
+            yield from _if_private(".".join((known[node.id], *parts)))
+
+
+def _if_private(name: str) -> Iterator[str]:
+    parts = [] if name.startswith("torch.ops.") else name.split(".")  # operators' own names
+    if any(part.startswith("_") and not part.endswith("__") for part in parts):
+        yield name
+
+
+@pytest.mark.parametrize("framework", PRIVATE)
+def test_private_names_of_a_framework_stand_in_one_file(framework: str) -> None:
+    found = {
+        f"{name}: {used}"
+        for name, path in FILES.items()
+        for used in private_names(path, framework)
+        if name != f"batchnorm.{PRIVATE[framework]}"
+    }
+    for path in (ROOT_OF_SOURCES / "benchmarks").glob("*.py"):
+        found |= {f"{path.name}: {used}" for used in private_names(path, framework)}
+    assert found == set()
+    assert list(private_names(FILES[f"batchnorm.{PRIVATE[framework]}"], framework))

@@ -33,7 +33,7 @@ def make_variants(
         fused: option of this library's layers.
     """
     if "torch._dynamo" in sys.modules:  # steps compiled for another case are in nobody's way
-        torch._dynamo.reset()
+        torch.compiler.reset()
     job = place(problem, device, fused)
     makers = _list_makers(job)
     return {name: make() for name, make in makers.items() if not only or name in only}

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.core.accumulate import average_of_step, contribution, merge_passes
 from batchnorm.core.conversion import describe_foreign
@@ -31,6 +30,7 @@ from batchnorm.torch.devices import has_float64
 from batchnorm.torch.keeping import keeps_statistics
 from batchnorm.torch.namespace import XP
 from batchnorm.torch.options import find_options
+from batchnorm.torch.private import BatchNormBase, constant_in_graphs, find_transformation
 from batchnorm.torch.recompute import in_backward
 from batchnorm.torch.rollback import write_all
 from batchnorm.torch.tracing import uncaptured
@@ -167,7 +167,7 @@ def _find_layers(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
     """This library's layers with running statistics by name, and the names of torch's own."""
     layers, foreign = {}, []
     for name, module in model.named_modules():
-        if not isinstance(module, _BatchNorm) or module.running_mean is None:
+        if not isinstance(module, BatchNormBase) or module.running_mean is None:
             continue
         if isinstance(module, RunningStatistics):
             layers[name or type(module).__name__] = module
@@ -194,7 +194,7 @@ def leaves_statistics(call: Call, average: BatchAverage) -> Tensor | Literal[Tru
     if found is None or call.again is True:
         return call.again
     _check_own(running.mean, found.running.mean)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if find_transformation() is not None:
         raise ArgumentRuntimeError(
             "a function that torch.func transforms cannot add to a step of several passes. Open "
             "keep_statistics inside it, or transform it outside of accumulate_statistics."
@@ -241,13 +241,11 @@ def _check_own(given: Tensor, own: Tensor) -> None:
         )
 
 
-def _number() -> int:
-    return next(_keys)
-
-
 # A new number for each call that is traced: two passes with equal moments are no common
 # subexpression.
-_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@constant_in_graphs
+def _number() -> int:
+    return next(_keys)
 
 
 @uncaptured("batchnorm::note_pass")

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.core.config import Renorm, change_clipping
 from batchnorm.core.errors import names_errors
 from batchnorm.core.running import LONG_RUNNING, Running, derive_renorm
 from batchnorm.torch.namespace import XP
+from batchnorm.torch.private import BatchNormBase
 
 _Layer = TypeVar("_Layer", bound="RunningStatistics")
 
@@ -24,7 +24,7 @@ _LIMITS = "renorm_limits"  # rmin, rmax and dmax as compiled code reads them; no
 _warned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # of narrowed statistics, once
 
 
-class RunningStatistics(_BatchNorm):
+class RunningStatistics(BatchNormBase):
     """torch's own buffers, always float32 or wider (S16), and three of renormalization (S11)."""
 
     renorm: Renorm | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from batchnorm.core import config
 from batchnorm.core.errors import ArgumentRuntimeError, ArgumentTypeError, ArgumentValueError
 from batchnorm.core.layout import length_value_error, mask_value_error
+from batchnorm.torch.private import count_modes, find_trace, find_transformation
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Unsigned types for which torch has few operations, and the signed types that they are read as.
@@ -141,9 +142,9 @@ def can_read(a: Tensor) -> bool:
         a.is_cpu
         and type(a).__torch_dispatch__ is Tensor.__torch_dispatch__
         and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+        and count_modes() == 0
+        and find_transformation() is None
+        and find_trace() is None
     )
 
 

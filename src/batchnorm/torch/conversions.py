@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.core.declaration import list_arguments
 from batchnorm.core.errors import ArgumentTypeError, ArgumentValueError, names_errors
 from batchnorm.torch.exchange import adopt
 from batchnorm.torch.layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.torch.options import OPTIONS
+from batchnorm.torch.private import BatchNormBase
 
 __all__ = ["register_conversion"]
 
@@ -120,7 +120,7 @@ def _find_conversion(
             "it averages the variance, where renorm=True averages the standard deviation (S11): "
             "after 60 steps 4.55 against 3.56. Put BatchNorm(renorm=True) there, and train on"
         )
-    if isinstance(layer, _BatchNorm):
+    if isinstance(layer, BatchNormBase):
         return Left(
             "subclasses may compute something else: put a BatchNorm in their place, followed by "
             "what they add, or tell register_conversion"

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from batchnorm.torch.private import constant_in_graphs
+
 __all__ = ["keep_statistics"]
 
 
@@ -83,11 +85,9 @@ def keeps_statistics() -> bool:
     return in_block()
 
 
+# Run while torch.export traces: a program has no block around it.
+@constant_in_graphs
 def in_block() -> bool:
     """True if eager code of this thread runs in a block."""
     block = _current.get()
     return block is not None and block.keeps()
-
-
-# Run while torch.export traces: a program has no block around it.
-in_block._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from batchnorm.torch.call import Settings, Tensors
 from batchnorm.torch.functional import normalize
 from batchnorm.torch.keeping import keeps_statistics
 from batchnorm.torch.options import find_options
+from batchnorm.torch.private import constant_in_graphs
 from batchnorm.torch.recompute import as_first_pass, in_backward
 
 
@@ -126,6 +127,8 @@ def check_moving(layer: Any) -> None:
         layer.momentum = config.check_number("momentum", momentum, 0.0, 1.0)
 
 
+# Run while torch.export(strict=True) traces, which drops the calls of `warnings`.
+@constant_in_graphs
 def _warn_of_export(owner: str) -> None:
     warnings.warn(
         f"{owner}: torch.export traces this layer in training, as plain arithmetic. Tools that "
@@ -135,10 +138,6 @@ def _warn_of_export(owner: str) -> None:
         "evaluation, model.eval().",
         stacklevel=2,  # one place, so that Python shows it once for all layers
     )
-
-
-# Run while torch.export(strict=True) traces, which drops the calls of `warnings`.
-_warn_of_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_rank(x: Tensor, ranks: tuple[int, ...]) -> None:

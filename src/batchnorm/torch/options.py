@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from batchnorm.core import config
 from batchnorm.core.declaration import Option, list_arguments
+from batchnorm.torch.private import find_transformation
 from batchnorm.torch.ranks.groups import check_group
 
 # Attributes that torch's own layer has, on which a call depends, and the one that `freeze` sets.
@@ -242,8 +243,9 @@ def find_options(layer: Any, padded_output: str) -> config.Options:
         decay = 1.0 - layer.momentum
     values = [getattr(layer, name) for name in CORE]
     values[_PADDED_OUTPUT] = padded_output
-    stacked = layer.renorm is not None and torch._C._functorch.peek_interpreter_stack() is not None
-    if not torch.compiler.is_compiling() and not stacked:
+    if not torch.compiler.is_compiling() and (
+        layer.renorm is None or find_transformation() is None
+    ):
         return cached_core(layer.eps, decay, tuple(values))
     values[_RENORM] = layer.traced_renorm()
     return make_core(layer.eps, decay, tuple(values))

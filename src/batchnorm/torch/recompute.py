@@ -16,6 +16,7 @@ from batchnorm.core.errors import ArgumentRuntimeError, naming
 from batchnorm.core.moments import Moments
 from batchnorm.core.running import Running
 from batchnorm.torch.keeping import keeps_statistics
+from batchnorm.torch.private import find_backward
 from batchnorm.torch.tracing import define_operator, uncaptured
 
 _late = threading.local()  # a backward pass may run in any thread
@@ -56,7 +57,7 @@ def recomputation_flag(x: Tensor) -> Tensor | Literal[True] | None:
 
 def in_backward() -> bool:
     """True if a backward pass is running in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return find_backward() != -1
 
 
 def snapshot(running: Running) -> Running:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from batchnorm.core.errors import ArgumentRuntimeError
 from batchnorm.core.running import Running
+from batchnorm.torch.private import find_transformation
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def write_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         with torch.no_grad():
             for old, before in written:
                 old.copy_(before)
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        transformed = find_transformation() is not None
         if transformed and isinstance(error, RuntimeError):
             raise _transformed_error(mapped="vmap" in str(error)) from error
         raise

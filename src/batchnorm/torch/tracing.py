@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch._C._dynamo import eval_frame
+
+from batchnorm.torch.private import constant_in_graphs, skip_in_compilers
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -18,16 +19,9 @@ def untraced(function: _Function) -> _Function:
     """Mark a function that `torch.compile` must run as it is, with all that it calls.
 
     Where the tracer gives up on a caller of a layer it goes on with the functions called inside,
-    down to calls of the extension, which it makes without `self`. This is what
-    `torch.compiler.disable` does, less its cost for each call and the import of the compiler. A
-    torch without the (private) function for it traces as before; a test says if that happens.
+    down to calls of the extension, which it makes without `self`. A test says if the mark is gone.
     """
-    if not hasattr(eval_frame, "set_code_exec_strategy"):
-        return function
-    skip = eval_frame._FrameAction.SKIP
-    strategy = eval_frame._FrameExecStrategy(skip, skip)
-    eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    return function
+    return skip_in_compilers(function)
 
 
 def is_more(size: int | torch.SymInt, most: int) -> bool:
@@ -51,6 +45,7 @@ def digest_code(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+@constant_in_graphs
 def code_digest() -> str:
     """A digest of this library's version and code, an argument of operators made of others.
 
@@ -59,9 +54,6 @@ def code_digest() -> str:
     """
     return digest_code(Path(__file__).parent.parent)
 
-
-# torch.compiler.assume_constant_result, without importing the compiler: that takes seconds.
-code_digest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _LIBRARY = torch.library.Library("batchnorm", "FRAGMENT")
 

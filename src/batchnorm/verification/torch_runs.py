@@ -49,7 +49,7 @@ def run_layer(
     """Run a layer on the arguments of each pass."""
     call: Any = layer
     if compiled:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         call = torch.compile(layer, fullgraph=True, backend=compiled)
     passes = accumulate_statistics(layer) if case.passes > 1 else nullcontext()
     updates = nullcontext() if case.update else keep_statistics()

@@ -58,6 +58,7 @@ class Kernel(NamedTuple):
 def parse(text: str) -> Kernel:
     """The kernel in a PTX module that holds one."""
     text = re.sub(r"//[^\n]*", "", text)
+    text = text.replace(".shared::cta", ".shared")  # the same; Triton 3.8 and newer say it in full
     shared = frozenset(_SHARED.findall(text))
     found = _ENTRY.search(text.split(".section")[0])
     if found is None or text.count(".entry") != 1:

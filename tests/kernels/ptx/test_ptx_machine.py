@@ -80,6 +80,9 @@ FIRST_READS = "@%p2 ld.shared.b32 %r6, [global_smem+128];"
 RIGHT = {
     "a barrier between warps": WRITE + "bar.sync 0;" + READ_OTHER_WARP + KEEP,
     "a barrier between lanes": WRITE + "bar.warp.sync -1;" + READ_OTHER_LANE + KEEP,
+    "shared memory named in full": WRITE.replace("shared", "shared::cta")
+    + READ_OTHER_WARP.replace(";", "; bar.sync 0;", 1).replace("shared", "shared::cta")
+    + KEEP,
     "a thread's own word": WRITE + "ld.shared.b32 %r6, [%r3];" + KEEP,
     "many read": "@%p1 st.shared.b32 [global_smem], %r1; bar.sync 0;"
     + "ld.shared.b32 %r6, [global_smem];",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -439,7 +440,10 @@ def test_forward_mode_around_a_graph_takes_array_code():
     def forward(x):
         return batch_norm(x, None, None, training=True)
 
-    compiled = torch.compile(forward, fullgraph=True, backend=BACKEND)
+    # From 2.14 on the compiler leaves calls with dual tensors to eager code, which a whole graph
+    # cannot.
+    whole = Version(torch.__version__) < Version("2.14")
+    compiled = torch.compile(forward, fullgraph=whole, backend=BACKEND)
     x, tangent = torch.randn(2, 6, 3)
     compiled(x)  # the graph without forward mode exists already
     found = []

@@ -16,6 +16,7 @@ from batchnorm.torch import masking
 from batchnorm.torch.conversions import Left, take_over
 from batchnorm.torch.layers import BatchNorm, BatchNorm2d
 from batchnorm.torch.options import Origin
+from batchnorm.torch.private import constant_in_graphs
 
 
 class BatchNormAct2d(BatchNorm2d, Original):
@@ -79,15 +80,12 @@ def _find_activation(layer: Any) -> str | None:
     return "leaky_relu" if type(layer.act) is nn.LeakyReLU and slope == NEGATIVE_SLOPE else None
 
 
+@constant_in_graphs
 def _moves_zero(act: nn.Module) -> bool:
     """True for an activation that does not map 0 to 0."""
     with torch.no_grad():
         like = next(act.parameters(), torch.empty(0))
         return bool((act(torch.zeros(1, device=like.device, dtype=like.dtype)) != 0).any())
-
-
-# torch.compiler.assume_constant_result, without importing the compiler: that takes seconds.
-_moves_zero._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from batchnorm.torch.kernels.second_order import differentiable_backward
 from batchnorm.torch.kernels.simple import find_gradients
 from batchnorm.torch.kernels.step import backward, find_passes, forward
 from batchnorm.torch.kernels.tensors import has_memory
+from batchnorm.torch.private import find_saving_hooks
 from batchnorm.torch.rollback import unmoved_on_failure
 from batchnorm.torch.tracing import untraced
 
@@ -35,7 +36,7 @@ def run(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        if step.options.activation is not None and _has_hooks(True) is not None:
+        if step.options.activation is not None and find_saving_hooks(True) is not None:
             y = _run_before_hooks(step, x, weight, bias, residual)
         else:
             # First, so that autograd raises for what it cannot save before statistics move (S9).
@@ -165,5 +166,3 @@ def _memory(x: Tensor, mask: Tensor | None, y: Tensor | None) -> tuple[Any, ...]
 # Function.apply without its search for functorch's wrappers, which `is_plain` has ruled out: that
 # takes as long as the kernel on a small tensor.
 _apply: Any = super(torch.autograd.Function, _Fused).apply
-
-_has_hooks = torch._C._autograd._top_saved_tensors_default_hooks

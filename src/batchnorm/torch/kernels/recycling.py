@@ -18,23 +18,24 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from batchnorm.torch.private import count_storage_uses
+
 LEAST = 1 << 20  # bytes; smaller outputs fit in a cache, and fresh ones cost little
 _IDLE = 1.0  # seconds after which the system may take the pages of an idle storage
 _MADV_FREE = 8
 _OWN = 2  # references to an object that nobody else has: a block's, and that of `getrefcount`
-_count_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 _SERVED = (
     sys.platform == "linux"
-    and _count_uses is not None
+    and count_storage_uses is not None
     and getattr(sys, "_is_gil_enabled", lambda: True)()  # else references are not counted exactly
 )
 
@@ -60,8 +61,8 @@ class _Block:
     @property
     def in_use(self) -> bool:
         """True if anybody but this block holds the storage, in C++ or its object in Python."""
-        assert _count_uses is not None
-        return _count_uses(self.storage._cdata) > 1 or sys.getrefcount(self.storage) > _OWN
+        assert count_storage_uses is not None
+        return count_storage_uses(self.storage) > 1 or sys.getrefcount(self.storage) > _OWN
 
     @property
     def intact(self) -> bool:

@@ -6,9 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm.core.running import Running
+from batchnorm.torch.private import (
+    count_modes,
+    find_trace,
+    find_transformation,
+    in_forward_mode,
+    is_batched,
+    is_wrapped,
+    is_zero,
+)
 from batchnorm.torch.tracing import untraced
 
 NAMES = {
@@ -34,22 +42,21 @@ def is_plain_uncompiled(x: Tensor) -> bool:
         type(x) in _PLAIN
         and x.layout is torch.strided
         and not x.is_nested
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
+        and count_modes() == 0
+        and find_transformation() is None
+        and find_trace() is None
+        and not in_forward_mode()
         and has_memory(x)
     )
 
 
 def has_memory(a: Tensor) -> bool:
     """True if its memory holds its values: no wrapper of a transformation, no lazy negation."""
-    functorch = torch._C._functorch
     return not (
-        functorch.is_functorch_wrapped_tensor(a)
-        or functorch.is_legacy_batchedtensor(a)  # is_grads_batched=True
+        is_wrapped(a)
+        or is_batched(a)  # is_grads_batched=True
         or a.is_neg()
-        or a._is_zerotensor()
+        or is_zero(a)
     )
 
 
@@ -74,7 +81,7 @@ def refuse_tensors(
             continue
         if not ((a.is_cpu if cpu else a.device == device) and type(a) in _PLAIN):
             return f"there is none for a {type(a).__name__} on device {a.device}"
-        if not traced and (a.is_neg() or a._is_zerotensor()):
+        if not traced and (a.is_neg() or is_zero(a)):
             return "it reads memory, where a lazily computed tensor holds other values, or none"
     if running is None:
         return None
@@ -87,7 +94,7 @@ def refuse_tensors(
             and type(a) in _PLAIN
             and a.dtype is dtype
             and a.is_contiguous()
-            and (traced or not (a.is_neg() or a._is_zerotensor()))
+            and (traced or not (a.is_neg() or is_zero(a)))
         ):
             return f"it takes contiguous running statistics of one type, on {device}"
     a = running.batches

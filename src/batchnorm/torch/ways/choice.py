@@ -12,6 +12,7 @@ from batchnorm.kernels.explanation import LISTENING
 from batchnorm.kernels.select import find_way, refuse_fused
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels.recycling import RECYCLER
+from batchnorm.torch.private import constant_in_graphs
 from batchnorm.torch.ways import array_code, eager_kernels, graph_operators, proof, schedule
 
 
@@ -79,11 +80,8 @@ def _note(call: Call) -> str:
     return "; ".join(note for note in notes if note)
 
 
+@constant_in_graphs
 def _report(
     owner: str, way: str, refused: tuple[tuple[str, str], ...], large: bool, note: str
 ) -> None:
     explanation.report(owner, way, refused, f"outputs {RECYCLER}" if large else note)
-
-
-# As in graph_operators: run once, while a graph is traced.
-_report._dynamo_marked_constant = True  # type: ignore[attr-defined]

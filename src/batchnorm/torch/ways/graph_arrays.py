@@ -13,19 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm.core import config
 from batchnorm.core.forward import Inputs, average_of, forward_batch, move_by_average
 from batchnorm.core.gradient import gradient
 from batchnorm.core.layout import Layout, count_values, make_layout
 from batchnorm.core.moments import centre_once, centred_from
-from batchnorm.core.namespace import select
 from batchnorm.core.normalize import Affine, activation_gradient, rstd_of
 from batchnorm.core.running import Running
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels.tensors import refuse_tensors
 from batchnorm.torch.namespace import ONCE
+from batchnorm.torch.private import constant_in_graphs, find_transformation, in_forward_mode
 from batchnorm.torch.tracing import code_digest, define_operator
 
 _WORK = torch.float32
@@ -45,7 +44,7 @@ def serves(call: Call) -> bool:
         and call.options.renorm is None
         and refuse_tensors(x, call.tensors[:5], call.tensors.running, traced=True) is None
         and not torch.compiler.is_exporting()
-        and forward_ad._current_level < 0  # read where it is traced, so that graphs depend on it
+        and not in_forward_mode()  # read where it is traced, so that graphs depend on it
         and not _is_transformed()
     )
 
@@ -204,7 +203,8 @@ class _Step(torch.autograd.Function):
         )
         weight_type, bias_type, residual_type = ctx.types
         if real is not None and options.zero_padding:
-            dy = select(real.reshape(layout.mask_shape(tuple(real.shape))), dy, 0.0, ONCE)
+            real = real.reshape(layout.mask_shape(tuple(real.shape)))
+            dy = torch.where(real, dy, 0.0)
         return (
             layout.merge(found.dx, ONCE).to(x.dtype),
             None,
@@ -230,12 +230,10 @@ def _cast(a: Tensor | None) -> Tensor | None:
     return a if a is None or a.dtype is torch.bool else a.to(_WORK)
 
 
+@constant_in_graphs
 def _is_transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return find_transformation() is not None
 
-
-# As in graph_operators: run once, while a graph is traced.
-_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 define_operator("array_step", _step, mutates=("running_mean", "running_var", "batches"))
 _operator = torch.ops.batchnorm.array_step.default

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from batchnorm.core.declaration import refuse_options
 from batchnorm.core.forward import average_of, move_by_average
@@ -21,6 +20,7 @@ from batchnorm.torch.kernels.tensors import (
     refuse_tensors,
 )
 from batchnorm.torch.namespace import XP
+from batchnorm.torch.private import constant_in_graphs, find_transformation, in_forward_mode
 from batchnorm.torch.rollback import store
 from batchnorm.torch.tracing import is_more
 
@@ -34,7 +34,7 @@ def refuse(call: Call) -> str | None:
     """The reason to keep the operator out of a graph, or None."""
     if torch.compiler.is_exporting():
         return "an exported program holds array code, which runs without this library"
-    if forward_ad._current_level >= 0:  # read where it is traced, so that graphs depend on it
+    if in_forward_mode():  # read where it is traced, so that graphs depend on it
         return "forward-mode differentiation is at work"
     if call.training and call.settings.synchronizer is not None:
         return "compiled graphs merge with other ranks in array code"
@@ -83,15 +83,12 @@ def run(call: Call) -> Tensor:
     return y
 
 
+@constant_in_graphs
 def _choose(
     device: str, dtype: str, adjusted: bool, per_channel: bool, demanded: bool
 ) -> str | None:
     """The reason why no kernel serves the call, or None; found while a graph is traced."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if find_transformation() is not None:
         return "a transformation of torch is at work"
     choice = choose(device, dtype, adjusted, per_channel, demanded)
     return None if choice.kernel else choice.reason
-
-
-# torch.compiler.assume_constant_result, without importing the compiler: that takes seconds.
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

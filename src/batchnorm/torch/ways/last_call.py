@@ -22,10 +22,9 @@ from batchnorm.torch.kernels.records import KernelStep
 from batchnorm.torch.kernels.tensors import NOT_PLAIN, is_plain, is_plain_uncompiled
 from batchnorm.torch.masks.blocks import usage
 from batchnorm.torch.options import make_reader
+from batchnorm.torch.private import find_backward  # `in_backward`, less a frame
 from batchnorm.torch.tracing import untraced
 from batchnorm.torch.ways import eager_kernels
-
-_find_backward = torch._C._current_graph_task_id  # `in_backward`, less a frame for each call
 
 
 def _tensors(layer: nn.Module) -> tuple[Tensor | None, ...] | None:
@@ -71,7 +70,7 @@ class LastCalls:
     @untraced
     def find_key(self, layer: nn.Module, x: Tensor) -> Any:
         """The kind of input that x is, in eager code; None where calls are not repeated."""
-        if usage.in_use or self.masked or _find_backward() != -1:
+        if usage.in_use or self.masked or find_backward() != -1:
             return None
         if not is_plain_uncompiled(x):
             return None

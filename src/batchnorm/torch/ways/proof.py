@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +26,7 @@ from batchnorm.kernels.schedules import SCHEDULE, VARIABLE
 from batchnorm.kernels.select import is_interpreting
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels.samples import SAMPLES, VISITED, compare
+from batchnorm.torch.private import constant_in_graphs, not_compiling
 from batchnorm.torch.recompute import in_backward
 from batchnorm.torch.ways import array_code, eager_kernels
 
@@ -148,17 +147,14 @@ def _is_interpreted(call: Call) -> bool:
     return call.settings.fused is True if decision is None else decision.kernel == "triton"
 
 
+@constant_in_graphs
 def _refuse(kind: str, index: int | None) -> str | None:
     return PROOFS.refuse((kind, index))
 
 
+@constant_in_graphs
 def _note(kind: str, index: int | None) -> str:
     return PROOFS.describe((kind, index))
-
-
-# torch.compiler.assume_constant_result: they run while a graph is traced, not in it.
-_refuse._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_note._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find_hindrance(device: _Device) -> str | None:
@@ -172,24 +168,10 @@ def _prove_aside(device: _Device) -> tuple[Verdict, bool]:
     """The verdict about a device, and whether it holds for later processes too."""
     found: list[tuple[Verdict, bool]] = []
     thread = threading.Thread(target=lambda: found.append(_prove(device)), daemon=True)
-    with _not_compiling():
+    with not_compiling():
         thread.start()
         thread.join()
     return found[0]
-
-
-@contextmanager
-def _not_compiling() -> Iterator[None]:
-    """Let `torch.compiler.is_compiling` say no: a trace that waits has set it for all threads."""
-    flag = getattr(torch.compiler, "_is_compiling_flag", False)
-    if not flag:
-        yield
-        return
-    torch.compiler._is_compiling_flag = False
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = flag
 
 
 def _prove(device: _Device) -> tuple[Verdict, bool]:

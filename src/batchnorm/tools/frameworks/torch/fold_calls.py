@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.tools.frameworks.torch import linear_maps as maps
+from batchnorm.torch.private import find_address
 
 
 class Layout(NamedTuple):
@@ -29,7 +30,7 @@ def layout_of(tensor: Tensor) -> Layout | None:
     memory = tensor.untyped_storage()
     size = memory.nbytes() // tensor.element_size()
     shape, offset = tuple(tensor.shape), int(tensor.storage_offset())
-    return Layout(memory._cdata, size, tensor.dtype, shape, tensor.stride(), offset)
+    return Layout(find_address(memory), size, tensor.dtype, shape, tensor.stride(), offset)
 
 
 @dataclass(eq=False)

@@ -16,6 +16,7 @@ from batchnorm.tools.frameworks.torch.fold_calls import Call, reaches
 from batchnorm.tools.frameworks.torch.fold_record import Recorder
 from batchnorm.tools.frameworks.torch.fold_rest import refuse_rest, rest_of
 from batchnorm.tools.text import list_names
+from batchnorm.torch.private import find_address
 
 Pairs = Sequence[tuple[str, str]]
 
@@ -155,7 +156,9 @@ class FlowFolder:
             return f"it is used {self._counts[id(call.module)]} times"
         for parameter in (call.module.weight, call.module.bias):
             if parameter is not None:
-                readers = self.record.parameter_readers.get(parameter.untyped_storage()._cdata)
+                readers = self.record.parameter_readers.get(
+                    find_address(parameter.untyped_storage())
+                )
                 if readers:
                     return f"its parameters are used elsewhere, in {readers[0]}"
         reason = maps.refuse_module(call.module)

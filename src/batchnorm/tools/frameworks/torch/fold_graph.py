@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 from torch.nn import functional
-from torch.utils import _pytree as pytree
 
 from batchnorm.core.config import NEGATIVE_SLOPE
 from batchnorm.tools.frameworks.affine import Affine, affine_of
 from batchnorm.tools.frameworks.records import Folded, Kept
 from batchnorm.tools.frameworks.torch import linear_maps as maps
 from batchnorm.tools.state import BatchNormState
+from batchnorm.torch.private import list_leaves
 
 _ARGUMENTS = inspect.signature(functional.batch_norm)
 _ABOUT = {"ndim", "shape", "dtype", "device", "size", "dim"}  # same before and after folding
@@ -44,9 +44,7 @@ def trace(model: nn.Module, given: Mapping[str, Any]) -> fx.Graph:
         Exception: the model's code may raise anything when traced.
     """
     for name, value in given.items():
-        if not isinstance(value, Tensor) and any(
-            isinstance(a, Tensor) for a in pytree.tree_leaves(value)
-        ):
+        if not isinstance(value, Tensor) and any(isinstance(a, Tensor) for a in list_leaves(value)):
             raise TypeError(f"argument {name!r} is a {type(value).__name__} of tensors")
     fixed = {
         name: parameter.default

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.tools.frameworks.torch import linear_maps as maps
 from batchnorm.tools.frameworks.torch.fold_calls import Call, Layout, layout_of
 from batchnorm.tools.frameworks.torch.values import tensors_in
+from batchnorm.torch.private import OperatorMode, find_address, list_leaves
 
 _BATCH_NORM = inspect.signature(functional.batch_norm)
 # These ask for shape and type alone.
@@ -73,7 +72,7 @@ class Recorder:
                     self._owners.setdefault(id(tensor), []).append(module)
         for parameter in model.parameters():
             if not nn.parameter.is_lazy(parameter):
-                self.parameter_readers[parameter.untyped_storage()._cdata] = []
+                self.parameter_readers[find_address(parameter.untyped_storage())] = []
 
     @contextmanager
     def listen(self) -> Iterator[None]:
@@ -219,9 +218,9 @@ class Recorder:
             y: what it returned.
             silent: it ran no operator.
         """
-        inputs = [a for a in pytree.tree_leaves(given) if isinstance(a, Tensor)]
+        inputs = [a for a in list_leaves(given) if isinstance(a, Tensor)]
         name = str(getattr(function, "__name__", function))
-        leaves = [y] if type(y) is list and silent else pytree.tree_leaves(y)
+        leaves = [y] if type(y) is list and silent else list_leaves(y)
         known = name == "__iter__" or all(isinstance(a, _FACTS) for a in leaves)
         if known and silent and name != "data_ptr":
             places = [layout_of(a) for a in (*inputs, *tensors_in(leaves))]
@@ -281,7 +280,7 @@ class _Functions(TorchFunctionMode):
         return self._recorder.run_function(func, args, kwargs or {})
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(OperatorMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder

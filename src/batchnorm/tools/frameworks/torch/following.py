@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from batchnorm.tools.frameworks.adapter import Follower
 from batchnorm.tools.frameworks.records import Called, Values
 from batchnorm.tools.frameworks.torch.states import is_batch_norm
 from batchnorm.torch.masking import padding_mask
+from batchnorm.torch.private import fill_tree, flatten_tree
 
 
 @contextmanager
@@ -46,19 +46,19 @@ def follow(model: nn.Module, follower: Follower, seed: int) -> Iterator[None]:
 
 
 def _enter(layer: Called, follower: Follower, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    leaves, tree = pytree.tree_flatten((args, kwargs))
+    leaves, tree = flatten_tree((args, kwargs))
     return _replaced(leaves, follower.enter(layer, leaves), tree)
 
 
 def _leave(layer: Called, follower: Follower, module: nn.Module, args: Any, result: Any) -> Any:
-    leaves, tree = pytree.tree_flatten(result)
+    leaves, tree = flatten_tree(result)
     return _replaced(leaves, follower.leave(layer, leaves), tree)
 
 
 def _replaced(before: list[Any], after: list[Any], tree: Any) -> Any:
     """The arrays in their containers; None, which keeps the old containers, if none is new."""
     unchanged = all(a is b for a, b in zip(before, after, strict=True))
-    return None if unchanged else pytree.tree_unflatten(after, tree)
+    return None if unchanged else fill_tree(after, tree)
 
 
 def read(array: Any) -> Values | None:

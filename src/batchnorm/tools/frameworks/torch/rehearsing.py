@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.tools.frameworks.records import FoundLayer
+from batchnorm.torch.private import BatchNormBase
 
 
 def refuse_update(layer: Any) -> str | None:
     """The reason for not touching a layer's statistics, or None."""
     if getattr(layer, "frozen", False):
         return "is frozen; unfreeze() it first"
-    if not isinstance(layer, _BatchNorm):
+    if not isinstance(layer, BatchNormBase):
         return f"is a {type(layer).__name__}, whose statistics are fixed"
     return None
 

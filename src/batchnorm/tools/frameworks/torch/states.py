@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.tools.arrays import complement, flatten, odd_shape
 from batchnorm.tools.fitting import check_finite_casts, fit
 from batchnorm.tools.state import BatchNormState, RenormState, Variance
+from batchnorm.torch.private import BatchNormBase
 
 _RENORM = ("running_stddev", "renorm_mean", "renorm_stddev")
 _FROZEN = ("weight", "bias", "running_mean", "running_var")
@@ -24,7 +24,7 @@ def owns(model: Any) -> bool:
 
 def is_batch_norm(layer: Any) -> bool:
     """True for a layer that `take_state` reads."""
-    return isinstance(layer, _BatchNorm) or _is_explicit(layer) or _is_frozen_copy(layer)
+    return isinstance(layer, BatchNormBase) or _is_explicit(layer) or _is_frozen_copy(layer)
 
 
 def find(model: Any) -> list[tuple[str, Any]]:
@@ -59,7 +59,7 @@ def take_state(layer: Any, name: str = "") -> BatchNormState:
         variance=_variance(layer),
         eps=float(getattr(layer, "eps", 1e-5)),
         decay=None if momentum is None else complement(float(momentum)),
-        cumulative=isinstance(layer, _BatchNorm) and momentum is None,
+        cumulative=isinstance(layer, BatchNormBase) and momentum is None,
         steps=None if steps is None else int(steps),
         renorm=renorm,
         shape=None if present is None else odd_shape(tuple(present.shape)),
