@@ -20,10 +20,11 @@ demo: $(VENV)/.installed
 	$(BIN)/batchnorm demo --framework $(FRAMEWORK)
 
 test: $(VENV)/.installed
-	$(BIN)/python tests/run.py --workers $(WORKERS)
+	$(BIN)/python tests/run.py $(EFFORT) --workers $(WORKERS)
 
-# Everything: after `make test` all cases on all paths, and the randomized tests of kernels, of
-# readers and of paths.
+# Everything: after `make test`, where JAX's compilers then make their full effort, all cases on all
+# paths, and the randomized tests of kernels, of readers and of paths.
+test-all: EFFORT = --full-effort
 test-all: test $(CMAKE)
 	$(CMAKE) -S . -B build/fuzz -DBATCHNORM_PYTHON=OFF -DBATCHNORM_FUZZ=ON
 	$(CMAKE) --build build/fuzz --parallel $(WORKERS)

@@ -1,6 +1,7 @@
 """The tests, as parts in processes of their own, longest first, and one summary.
 
 python tests/run.py                      # what `make test` runs: the table's cover on slow paths
+python tests/run.py --full-effort        # the same in `make test-all`: JAX compiles as for users
 python tests/run.py --rest               # what `make test-all` runs besides
 python tests/run.py "Keras on JAX" -x    # a part, with arguments for pytest
 
@@ -21,8 +22,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 JAX = {"JAX_PLATFORMS": "cpu"}
-# Compilers take most of the time of tests in JAX. Their full effort is left to `make test-all`,
-# which runs these parts as a whole.
+# Compilers take most of the time of tests in JAX. Their full effort is left to `make test-all`.
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 TENSORFLOW = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
 KERAS_JAX = {"KERAS_BACKEND": "jax"} | JAX
@@ -87,15 +87,13 @@ class Outcome(NamedTuple):
         return f"{self.name:<30} {self.seconds:5.0f} s  {said}{verdict}"
 
 
-def run(name: str, choice: str, arguments: list[str]) -> Outcome:
+def run(name: str, choice: str, quick: bool, arguments: list[str]) -> Outcome:
     """Run a part."""
     part, start = PARTS[name], time.perf_counter()
     taken = ("KERAS_BACKEND", "TRITON_INTERPRET")
     environment = {k: v for k, v in os.environ.items() if k not in taken} | part.environment
-    if JAX.items() <= part.environment.items():
-        if choice == "some":
-            environment |= QUICK
-        choice = "some" if choice == "some" else "all"
+    if quick and JAX.items() <= part.environment.items():
+        environment |= QUICK
     environment["BATCHNORM_TESTS"] = choice
     command = [sys.executable, "-m", "pytest", "-q", *arguments, *part.paths]
     done = subprocess.run(
@@ -111,16 +109,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--rest", action="store_true", help="the tests that are left out else")
+    parser.add_argument("--full-effort", action="store_true", help="of JAX's compilers")
     parser.add_argument("--workers", type=int, default=2, help="parts at the same time")
     known, arguments = parser.parse_known_args()
     unknown = [name for name in known.parts if name not in PARTS]
     if unknown:
         parser.error(f"no part is called {unknown[0]!r}; there are: {', '.join(PARTS)}")
     chosen = sorted(known.parts or PARTS, key=lambda name: -PARTS[name].seconds)
-    choice = "rest" if known.rest else "some"
+    choice, quick = "rest" if known.rest else "some", not known.rest and not known.full_effort
     start, outcomes = time.perf_counter(), []
     with ThreadPoolExecutor(known.workers) as pool:
-        for future in as_completed(pool.submit(run, n, choice, arguments) for n in chosen):
+        for future in as_completed(pool.submit(run, n, choice, quick, arguments) for n in chosen):
             outcome = future.result()
             outcomes.append(outcome)
             print(f"\n=== {outcome.name}\n{outcome.output}", flush=True)

@@ -48,7 +48,7 @@ def examine(environment: Environment, arguments: list[str]) -> dict[str, Any]:
     start, counts, failed = time.perf_counter(), Counter[str](), []
     for name in [a for a in arguments if a in parts.PARTS]:
         options = [a for a in arguments if a not in parts.PARTS]
-        outcome = parts.run(name, "some", options)
+        outcome = parts.run(name, "some", True, options)
         print(f"\n=== {outcome.line}\n{outcome.output}", flush=True)
         last = outcome.output.rstrip().rpartition("\n")[2]
         counts.update({what: int(number) for number, what in _COUNT.findall(last)})

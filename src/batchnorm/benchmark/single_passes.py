@@ -35,7 +35,9 @@ CASES = (
     Case("rows-mask", "(1024, 64), half padded", (1024, 64), padded=0.5),
     Case("channels-first-mask", "(8, 64, 128), half padded", (8, 64, 128), padded=0.5),
 )
-_SHARE = 4  # the smaller size is one in so many
+# The smaller size is one in so many. Half of either is over 128 values a channel: fewer are summed
+# in double (native/passes/soundness.hpp), and the difference would mean nothing.
+_SHARE = 2
 
 
 @dataclass(frozen=True, eq=False)

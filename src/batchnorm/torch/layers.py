@@ -121,7 +121,7 @@ class BatchNorm(RunningStatistics):
         config.check_flag("track_running_stats", track_running_stats)
         layer_call.check_dtype(dtype)
         super().__init__(
-            sizes if len(sizes) > 1 else sizes[0],  # type: ignore[arg-type]
+            sizes if len(sizes) > 1 else sizes[0],
             eps,
             momentum,
             affine,

@@ -221,7 +221,7 @@ def _subtract_first_mean(inputs: Inputs, layout: Layout) -> tuple[Tensor, Inputs
     It may miss by many deviations, and the core centres twice more, so that sums lose no digits to
     the mean (S3).
     """
-    x: Tensor = layout.split(inputs.x, ONCE)
+    x: Any = layout.split(inputs.x, ONCE)
     mean: Tensor = centre_once(x, layout.mask(inputs.mask, ONCE), layout.reduced, ONCE)
     return mean, inputs._replace(x=layout.merge(x - ONCE.broadcast_like(mean, x), ONCE))
 

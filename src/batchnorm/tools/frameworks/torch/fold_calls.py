@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.tools.frameworks.torch import linear_maps as maps
-from batchnorm.torch.private import find_address
+from batchnorm.tools.frameworks.torch.private import find_address
 
 
 class Layout(NamedTuple):

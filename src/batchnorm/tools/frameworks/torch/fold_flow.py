@@ -15,8 +15,8 @@ from batchnorm.tools.frameworks.torch import linear_maps as maps
 from batchnorm.tools.frameworks.torch.fold_calls import Call, reaches
 from batchnorm.tools.frameworks.torch.fold_record import Recorder
 from batchnorm.tools.frameworks.torch.fold_rest import refuse_rest, rest_of
+from batchnorm.tools.frameworks.torch.private import find_address
 from batchnorm.tools.text import list_names
-from batchnorm.torch.private import find_address
 
 Pairs = Sequence[tuple[str, str]]
 

@@ -17,8 +17,8 @@ from batchnorm.core.config import NEGATIVE_SLOPE
 from batchnorm.tools.frameworks.affine import Affine, affine_of
 from batchnorm.tools.frameworks.records import Folded, Kept
 from batchnorm.tools.frameworks.torch import linear_maps as maps
+from batchnorm.tools.frameworks.torch.private import list_leaves
 from batchnorm.tools.state import BatchNormState
-from batchnorm.torch.private import list_leaves
 
 _ARGUMENTS = inspect.signature(functional.batch_norm)
 _ABOUT = {"ndim", "shape", "dtype", "device", "size", "dim"}  # same before and after folding

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from batchnorm.tools.frameworks.torch import linear_maps as maps
 from batchnorm.tools.frameworks.torch.fold_calls import Call, Layout, layout_of
+from batchnorm.tools.frameworks.torch.private import OperatorMode, find_address, list_leaves
 from batchnorm.tools.frameworks.torch.values import tensors_in
-from batchnorm.torch.private import OperatorMode, find_address, list_leaves
 
 _BATCH_NORM = inspect.signature(functional.batch_norm)
 # These ask for shape and type alone.

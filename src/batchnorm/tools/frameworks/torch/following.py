@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from batchnorm.tools.frameworks.adapter import Follower
 from batchnorm.tools.frameworks.records import Called, Values
+from batchnorm.tools.frameworks.torch.private import fill_tree, flatten_tree
 from batchnorm.tools.frameworks.torch.states import is_batch_norm
 from batchnorm.torch.masking import padding_mask
-from batchnorm.torch.private import fill_tree, flatten_tree
 
 
 @contextmanager

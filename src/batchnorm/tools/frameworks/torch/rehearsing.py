@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from batchnorm.tools.frameworks.records import FoundLayer
-from batchnorm.torch.private import BatchNormBase
+from batchnorm.tools.frameworks.torch.private import BatchNormBase
 
 
 def refuse_update(layer: Any) -> str | None:

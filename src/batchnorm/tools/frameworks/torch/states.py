@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from batchnorm.tools.arrays import complement, flatten, odd_shape
 from batchnorm.tools.fitting import check_finite_casts, fit
+from batchnorm.tools.frameworks.torch.private import BatchNormBase
 from batchnorm.tools.state import BatchNormState, RenormState, Variance
-from batchnorm.torch.private import BatchNormBase
 
 _RENORM = ("running_stddev", "renorm_mean", "renorm_stddev")
 _FROZEN = ("weight", "bias", "running_mean", "running_var")
