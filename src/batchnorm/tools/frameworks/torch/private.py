@@ -32,7 +32,8 @@ def find_address(storage: torch.UntypedStorage) -> int:
     return found
 
 
-# A mode that sees operators. Lost: `batchnorm.tools.fold` of torch models, which then raises.
+# A mode that sees operators. Lost: `fold` of models that torch.fx does not trace, whose report says
+# so.
 _MODE = _find("utils._python_dispatch.TorchDispatchMode")
 
 
