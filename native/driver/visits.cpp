@@ -19,8 +19,7 @@ namespace {
 Index visit_width(const Step& step, Index arrays) {
     const Layout& layout = step.layout;
     // Where rows of channels are contiguous, a visit would walk a strip of each row. Hardware
-    // prefetches along rows: passes took at least 1.1 and mostly 1.6 to 2 times as long, in caches
-    // and past them.
+    // prefetches along rows, so that strips take longer than passes, in caches and past them.
     if (by_rows(step)) return 0;
     const Index bytes = arrays * layout.outer * layout.inner * kBytes[static_cast<int>(step.type)];
     if (bytes == 0 || bytes > kShared * cache_bytes()) return 0;
