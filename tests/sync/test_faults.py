@@ -139,6 +139,28 @@ def test_a_rank_that_dies(function, fused) -> None:
     assert all(f"{direction}: waited for rank {BAD} of" in o.error for o in outcomes)
 
 
+def notice_death(rank: int, fused: bool | None) -> Outcome:
+    """Rank 0 has lost the connection before it begins the step; rank 2 waits for it first."""
+    layer = make(fused=fused)
+    layer(batch(rank))
+    if rank == BAD:
+        os._exit(7)
+    if rank == 0:
+        time.sleep(TIMEOUT / 4)
+    return attempt([layer], lambda: layer(batch(rank)))
+
+
+@PATHS
+def test_all_ranks_name_the_dead_one(fused) -> None:
+    world = make_world(SIZE, TIMEOUT)
+    world.values(join)
+    try:
+        outcomes = expect_errors(world, notice_death, fused, ranks=(0, 2))
+    finally:
+        world.close()
+    assert all(f"waited for rank {BAD} of" in outcome.error for outcome in outcomes)
+
+
 # A rank that leaves a layer out
 
 

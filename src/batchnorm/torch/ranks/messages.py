@@ -80,7 +80,7 @@ class Peers:
             SynchronizationError: a rank failed, or sent nothing with this text in time.
         """
         if expected is None:
-            expected = self.expect(message.numel(), text, waiting, message.device)
+            expected = self.expect(message.numel(), text, message.device)
         if expected is not None:
             return self.receive(expected, message, waiting)
         word = float(_word(self._next(text)))
@@ -95,7 +95,7 @@ class Peers:
     ) -> Tensor:
         """The sum of all ranks' messages, the same bits on every rank; otherwise as `gather`."""
         if expected is None:
-            expected = self.expect(message.numel(), text, waiting, message.device)
+            expected = self.expect(message.numel(), text, message.device)
         if expected is not None:
             parts = self.receive(expected, message, waiting)
             return OVER_RANKS.sum(parts, axis=(0,), keepdims=False)
@@ -140,7 +140,7 @@ class Peers:
         except (RuntimeError, ValueError) as error:
             raise self._failure(text, None, error) from error
 
-    def expect(self, size: int, text: str, waiting: str, device: torch.device) -> Expected | None:
+    def expect(self, size: int, text: str, device: torch.device) -> Expected | None:
         """Announce a `gather` of so many numbers, the next exchange of this group.
 
         With gloo, others then send theirs without waiting for this rank. Costs nothing where
@@ -153,16 +153,13 @@ class Peers:
         parts = torch.empty((self.size, size), dtype=torch.float64)
         expected = Expected(self, parts, tag, backend.options._timeout.total_seconds(), [])
         for peer in self._others:
-            try:
-                expected.works.append((peer, backend.recv([parts[peer]], peer, tag)))
-            except RuntimeError as error:
-                raise self._failure(waiting, peer, error) from error
+            expected.works.append((peer, _begin(backend.recv, parts[peer], peer, tag)))
         return expected
 
     def receive(self, expected: Expected, message: Tensor, waiting: str) -> Tensor:
         """Send the message to all, and wait for theirs."""
         deadline = time.monotonic() + expected.timeout
-        self.send(expected, message, waiting)
+        self.send(expected, message)
         peer = self.rank
         try:
             for other, work in expected.works:
@@ -172,17 +169,13 @@ class Peers:
             raise self._failure(waiting, peer, error) from error
         return expected.parts.to(message.device)
 
-    def send(self, expected: Expected, message: Tensor, waiting: str) -> None:
-        """Send the message to all."""
+    def send(self, expected: Expected, message: Tensor) -> None:
+        """Send the message to all; what fails is raised by `receive`."""
         # Its memory is in use until the last one has it, and is kept with theirs.
         expected.parts[self.rank] = message.cpu()
         sent, backend = expected.parts[self.rank], self._backend_on(message.device)
-        peer = self.rank
-        try:
-            for peer in self._others:
-                expected.works.append((peer, backend.send([sent], peer, expected.tag)))
-        except RuntimeError as error:
-            raise self._failure(waiting, peer, error) from error
+        for peer in self._others:
+            expected.works.append((peer, _begin(backend.send, sent, peer, expected.tag)))
 
     def _failure(self, waiting: str, peer: int | None, error: Exception) -> SynchronizationError:
         whom = "the other ranks" if peer is None else f"rank {self._ranks[peer]}"
@@ -192,6 +185,27 @@ class Peers:
             "synchronized layers, forward and backward, in the same order, mode and options; a "
             f"rank without data passes an empty batch. Reported: {error}"
         )
+
+
+class _Lost(NamedTuple):
+    """A message that could not be begun."""
+
+    error: RuntimeError
+
+    def wait(self, timeout: timedelta) -> None:
+        raise self.error
+
+
+def _begin(exchange: Callable[..., Any], message: Tensor, peer: int, tag: int) -> Any:
+    """Begin to send or to receive a message.
+
+    Where that fails, the other messages still go their way: a rank that gets none of them would
+    name this one, and not the one that has failed.
+    """
+    try:
+        return exchange([message], peer, tag)
+    except RuntimeError as error:
+        return _Lost(error)
 
 
 # The older name gives a FutureWarning from torch 2.13 on.

@@ -137,7 +137,7 @@ class Synchronizer:
         if direction == "forward":
             self._met = True
             peers.agree(text, waiting, cpu_device)
-        return peers.expect(size, f"{direction} {text}", waiting, cpu_device)
+        return peers.expect(size, f"{direction} {text}", cpu_device)
 
     def merge(
         self,
