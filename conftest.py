@@ -14,6 +14,7 @@ import pytest
 
 # "some": `make test`. "rest": the tests that `make test-all` adds. "all": both.
 _CHOICE = os.environ.get("BATCHNORM_TESTS", "some")
+_SLOW_EXAMPLES = {"batchnorm.verification.verify"}  # of docstrings
 _BACKENDS = ("tensorflow", "jax", "torch")
 _ACTIVE = os.environ.get("KERAS_BACKEND")
 
@@ -48,6 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Choose among the tests, unless a marker does."""
+    for item in items:
+        if item.name in _SLOW_EXAMPLES:
+            item.add_marker(pytest.mark.exhaustive)
     _thin(items)
     if _CHOICE == "all" or config.option.markexpr:
         return

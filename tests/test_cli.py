@@ -109,6 +109,7 @@ def test_quick_bench_is_small_unless_a_shape_is_given() -> None:
         assert json.loads(done.stdout)["shape"] == shape
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("width", [40, 80, 160])
 def test_tables_keep_their_names_at_any_width(
     width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

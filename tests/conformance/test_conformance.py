@@ -17,7 +17,7 @@ from random_cases import names, random_case
 
 narrow_device.register()
 TORCH = (
-    *("torch", "torch-arrays", "torch-graph", "torch-graph-arrays"),
+    *("torch", "torch-arrays", "torch-traced", "torch-graph", "torch-graph-arrays"),
     *("torch-inductor", "torch-inductor-arrays", "torch-without-float64"),
 )
 

@@ -88,9 +88,13 @@ WAYS = {
         _path(compiled="aot_eager", fused=True),
         refuse_operators,
         costly=True,
-        sister="torch-graph-arrays",
+        sister="torch-traced",
     ),
-    "torch-graph-arrays": Way(_path(compiled="aot_eager", fused=False), costly=True),
+    "torch-graph-arrays": Way(
+        _path(compiled="aot_eager", fused=False), costly=True, sister="torch-traced"
+    ),
+    # Dynamo alone: a graph as it was traced, which autograd then differentiates.
+    "torch-traced": Way(_path(compiled="eager", fused=False), costly=True),
     "torch-inductor": Way(
         _path(tolerances.PLAIN_FLOAT32, compiled="inductor"), costly=True, sample=_COMPILED
     ),

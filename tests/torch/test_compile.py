@@ -35,6 +35,9 @@ VARIANTS = {
 variants = pytest.mark.parametrize(("option", "shape"), VARIANTS.values(), ids=VARIANTS)
 # torch 2.13 itself defines a ScriptModule when it first differentiates or lowers a graph.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+backends = pytest.mark.parametrize(
+    "backend", [EAGER_BACKEND, pytest.param("inductor", marks=pytest.mark.exhaustive)]
+)
 masking = pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
 
 
@@ -257,6 +260,7 @@ def test_inductor_is_exact_at_offset_with_gradient(offset):
     assert ((dbeta.double() - dbeta64).abs() <= EXACT * terms.norm(dim=0)).all()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("option", [{}, {"virtual_batch_size": 512}], ids=["mask", "ghost-mask"])
 def test_inductor_is_exact_at_offset_with_mask(option):
     x, mask = offset_data(1e6, 4096, 8), torch.rand(4096) < 0.5
@@ -273,6 +277,7 @@ def test_inductor_is_exact_over_a_million_rows(offset, rows):
     assert error(torch.compile(BatchNorm1d(4), fullgraph=True)(x), x) <= EXACT
 
 
+@pytest.mark.exhaustive
 def test_inductor_is_exact_channels_first():
     x = offset_data(1e6, 16 * 32 * 32, 3).reshape(16, 32, 32, 3)
     y = torch.compile(BatchNorm2d(3), fullgraph=True)(x.permute(0, 3, 1, 2).contiguous())
@@ -317,7 +322,7 @@ def reference_step(model, x):
     return eager, step(eager, x)
 
 
-@pytest.mark.parametrize("backend", [EAGER_BACKEND, "inductor"])
+@backends
 def test_checkpoint_inside_a_compiled_model_updates_once(backend):
     model, x = Checkpointed(BatchNorm1d(4)), torch.randn(8, 4)
     eager, expected = reference_step(model, x)
@@ -326,7 +331,7 @@ def test_checkpoint_inside_a_compiled_model_updates_once(backend):
     assert_same_state(model.inner, eager)
 
 
-@pytest.mark.parametrize("backend", [EAGER_BACKEND, "inductor"])
+@backends
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_compiled_layer_inside_a_checkpoint_updates_once(backend, reentrant):
     layer, x = BatchNorm1d(4), torch.randn(8, 4)
@@ -355,7 +360,7 @@ def expected_in(mask, x):
     return BatchNorm1d(3)(x, mask=mask)
 
 
-@pytest.mark.parametrize("backend", [EAGER_BACKEND, "inductor"])
+@backends
 def test_padding_mask_reaches_a_compiled_layer(backend):
     _, compiled, _ = setting(backend)
     x, mask = torch.randn(8, 3), torch.rand(8) < 0.6
@@ -489,9 +494,7 @@ def test_padding_mask_leaves_compiled_evaluation_alone():
 
 
 @pytest.mark.parametrize("outer", ["checkpoint", "compile"])
-@pytest.mark.parametrize(
-    "backend", [EAGER_BACKEND, pytest.param("inductor", marks=pytest.mark.exhaustive)]
-)
+@backends
 def test_compiled_renorm_in_a_checkpoint_finds_the_statistics_of_its_first_pass(outer, backend):
     options = {"renorm": True, "renorm_clipping": {"rmax": 1.1, "dmax": 0.3}, "momentum": 0.5}
     compiled, eager = (BatchNorm(3, **options) for _ in range(2))

@@ -124,7 +124,7 @@ def test_pmap_equals_one_device(name: str) -> None:
         assert_close(found, jnp.broadcast_to(whole, found.shape))
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("fused", [None, True, False])
 @CHECKED
 def test_without_a_name_devices_are_on_their_own(checked: bool, fused: bool | None) -> None:

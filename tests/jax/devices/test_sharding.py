@@ -50,7 +50,7 @@ def step(x: Any, scale: Any, mask: Any, dy: Any, **options: Any) -> Any:
     return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, scale)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(5)
 @OPTIONS
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_statistics_are_global(kind: AxisType, options: dict[str, Any]) -> None:

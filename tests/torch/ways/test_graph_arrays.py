@@ -11,6 +11,11 @@ from batchnorm.torch.sums import BRIEF
 from batchnorm.torch.ways import graph_arrays
 from batchnorm.verification.tolerances import PLAIN_FLOAT32
 
+# The second compiles the operator's C++, for each shape anew.
+BACKENDS = pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
+)
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -53,9 +58,10 @@ def test_other_calls_are_not(layer):
 
 
 # Sums in one loop, in two, and in float64.
+@BACKENDS
 @pytest.mark.parametrize("shape", [(BRIEF, 4), (20, 4, 30), (3 * BRIEF, 4)])
 @pytest.mark.parametrize("values", ["normal", "two", "outlier first"])
-def test_moments_are_exact_at_offset(shape, values):
+def test_moments_are_exact_at_offset(shape, values, backend):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     if values == "two":  # every rounding error of a sum of equal squares has one sign
@@ -64,7 +70,7 @@ def test_moments_are_exact_at_offset(shape, values):
         x[0] = 1e4
     x = (x + 1e6).float()
     layer = BatchNorm(4, momentum=1.0)
-    y = torch.compile(layer, fullgraph=True)(x)
+    y = torch.compile(layer, backend=backend, fullgraph=True)(x)
     exact, moments = batchnorm.batch_norm(x.double().numpy(), axis=1, eps=1e-5)
     exact, mean, var = map(torch.from_numpy, (exact, moments.mean, moments.var))
     bound = PLAIN_FLOAT32 * (1 + exact.abs())
@@ -75,10 +81,11 @@ def test_moments_are_exact_at_offset(shape, values):
     assert ((layer.running_mean - mean).abs() <= PLAIN_FLOAT32 * var.sqrt() + 0.04).all()
 
 
-def test_large_and_small_values_stay_finite():
+@BACKENDS
+def test_large_and_small_values_stay_finite(backend):
     for scale in (1e18, 1e-30):
         x = (torch.randn(64, 3) * scale).requires_grad_()
-        y = torch.compile(BatchNorm(3, eps=0.0), fullgraph=True)(x)
+        y = torch.compile(BatchNorm(3, eps=0.0), backend=backend, fullgraph=True)(x)
         y.backward(torch.randn(64, 3) * scale)
         exact = torch.from_numpy(batchnorm.batch_norm(x.detach().double().numpy(), eps=0.0)[0])
         assert ((y.detach().double() - exact).abs() <= PLAIN_FLOAT32 * (1 + exact.abs())).all()
