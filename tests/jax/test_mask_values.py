@@ -58,7 +58,8 @@ def test_other_integers_are_refused_with_both_remedies(dtype: str, given: Any) -
 
 @pytest.mark.parametrize("value", [-1, 2**31, 2**32, 2**63])
 def test_the_value_is_shown_as_it_is(value: int) -> None:
-    mask = np.where(REAL, value, 0).astype(np.int64 if value < 2**63 else np.uint64)
+    kind = np.int64 if value < 2**63 else np.uint64
+    mask = np.where(REAL, kind(value), kind(0))
     with pytest.raises(ValueError, match=f"got the value {value}\\."):
         batch_norm(normal(6, 3), mask=mask)
 
