@@ -1,7 +1,11 @@
 """Run the tests of one environment, in it, and write the outcome into results.json.
 
 python tests/versions torch-newest                                 # `make test-versions` calls this
-python tests/versions torch-newest torch -k export --results a.json    # other arguments for run.py
+python tests/versions torch-newest ranks                           # one part of them anew
+python tests/versions torch-newest torch -k export --results a.json    # with options of pytest
+
+A row has the counts of each part. Parts that run anew replace theirs as long as the versions are
+the same; otherwise the row begins anew.
 """
 
 from __future__ import annotations
@@ -12,7 +16,6 @@ import json
 import platform
 import re
 import sys
-import time
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,32 +48,38 @@ def examine(environment: Environment, arguments: list[str]) -> dict[str, Any]:
     """Run the tests; the row for the results."""
     if not environment.warnings_are_errors:
         arguments = [*arguments, "-W", "default"]
-    start, counts, failed = time.perf_counter(), Counter[str](), []
+    found = {}
     for name in [a for a in arguments if a in parts.PARTS]:
         options = [a for a in arguments if a not in parts.PARTS]
         outcome = parts.run(name, "some", True, options)
         print(f"\n=== {outcome.line}\n{outcome.output}", flush=True)
         last = outcome.output.rstrip().rpartition("\n")[2]
-        counts.update({what: int(number) for number, what in _COUNT.findall(last)})
-        failed += [] if outcome.status == 0 else [name]
+        counts = Counter({what: int(number) for number, what in _COUNT.findall(last)})
+        found[name] = {
+            "passed": counts["passed"],
+            # A process that ends before its tests do has no last line.
+            "failed": counts["failed"] + counts["error"] or int(outcome.status != 0),
+            "skipped": counts["skipped"],
+            "seconds": round(outcome.seconds),
+            "date": datetime.date.today().isoformat(),
+        }
     return {
         "name": environment.name,
         "front_end": environment.front_end,
         "role": environment.role,
         "versions": find_versions(),
-        "passed": counts["passed"],
-        "failed": counts["failed"] + counts["error"],
-        "skipped": counts["skipped"],
-        "failed_parts": failed,
-        "seconds": round(time.perf_counter() - start),
-        "date": datetime.date.today().isoformat(),
+        "parts": found,
     }
 
 
 def write_row(row: dict[str, Any], results: Path) -> None:
     """Put a row in its place: the table's order."""
     rows = json.loads(results.read_text())["rows"] if results.exists() else []
-    by_name = {old["name"]: old for old in rows} | {row["name"]: row}
+    by_name = {old["name"]: old for old in rows}
+    old = by_name.get(row["name"], {})
+    if old.get("versions") == row["versions"]:
+        row = row | {"parts": old["parts"] | row["parts"]}
+    by_name[row["name"]] = row
     ordered = [by_name[e.name] for e in ENVIRONMENTS if e.name in by_name]
     document = {"command": "make test-versions", "rows": ordered}
     results.write_text(json.dumps(document, indent=1) + "\n")
@@ -84,10 +93,11 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results.json")
     known, arguments = parser.parse_known_args()
     environment = names[known.environment]
-    row = examine(environment, arguments or list(environment.tests))
+    options = [a for a in environment.tests if a not in parts.PARTS]
+    row = examine(environment, arguments + options if arguments else list(environment.tests))
     print(json.dumps(row, indent=1))
     write_row(row, known.results)
-    return int(bool(row["failed_parts"]))
+    return int(any(part["failed"] for part in row["parts"].values()))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,12 @@ def make_table(results: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|---" * len(_HEADINGS) + "|"]
     for row in results["rows"]:
         versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
-        counts = [str(row[key]) for key in ("passed", "failed", "skipped")]
-        cells = [row["name"], versions, *counts, f"{row['seconds'] / 60:.0f}", row["date"]]
+        parts = row["parts"].values()
+        counts = [str(sum(part[key] for part in parts)) for key in ("passed", "failed", "skipped")]
+        minutes = sum(part["seconds"] for part in parts) / 60
+        dates = sorted({part["date"] for part in parts})
+        days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        cells = [row["name"], versions, *counts, f"{minutes:.0f}", days]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
