@@ -54,8 +54,8 @@ PARTS: dict[str, Part] = {
     "table on Keras on TensorFlow": Part([KERAS_TABLE], TENSORFLOW, 42),
     "table on Keras on JAX": Part([KERAS_TABLE], KERAS_JAX, 89),
     "table on Keras on torch": Part([KERAS_TABLE], KERAS_TORCH, 11),
-    "Keras on TensorFlow": Part(KERAS, TENSORFLOW, 70),
-    "Keras on JAX": Part(KERAS, KERAS_JAX, 105),
+    "Keras on TensorFlow": Part(KERAS, TENSORFLOW, 50),
+    "Keras on JAX": Part(KERAS, KERAS_JAX, 50),
     "Keras on torch": Part(KERAS, KERAS_TORCH, 24),
 }
 REST = "all the rest"  # so that no test is forgotten

@@ -24,7 +24,8 @@ def start(rank: int, size: int, address: int | None, timeout: float) -> int:
     """Meet at the store of rank 0, whose port is the address; `join` then forms a group."""
     register()  # before any backward pass
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", DeprecationWarning)
+    for category in (DeprecationWarning, FutureWarning):  # of torch's own imports
+        warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", category)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # these processes may have no children
