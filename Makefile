@@ -9,6 +9,7 @@ FUZZ ?= 250
 FUZZ_ALL ?= 1500
 FILES ?= 3000
 CASES ?= 300
+SHARE ?= 1
 CLANGS ?= $(notdir $(or $(wildcard /usr/bin/clang++-??),$(shell command -v clang++)))
 NATIVE := $(wildcard native/*.?pp native/*/*.?pp)
 
@@ -23,7 +24,7 @@ test: $(VENV)/.installed
 	$(BIN)/python tests/run.py $(EFFORT) --workers $(WORKERS)
 
 # Everything: after `make test`, where JAX's compilers then make their full effort, all cases on all
-# paths, and the randomized tests of kernels, of readers and of paths.
+# paths, and the randomized tests of kernels, of readers and of paths. SHARE=3: a third of the cases.
 test-all: EFFORT = --full-effort
 test-all: test $(CMAKE)
 	$(CMAKE) -S . -B build/fuzz -DBATCHNORM_PYTHON=OFF -DBATCHNORM_FUZZ=ON
@@ -33,7 +34,7 @@ test-all: test $(CMAKE)
 	cd tests && for path in naive-unbiased torch torch-arrays jax-kernels keras triton triton-visits; do \
 	    $(abspath $(BIN))/python -m conformance $$path random $(CASES) 1 || exit 1; \
 	done
-	$(BIN)/python tests/run.py --rest --workers $(WORKERS)
+	$(BIN)/python tests/run.py --rest --share $(SHARE) --workers $(WORKERS)
 
 # Models of other packages and torch's module database, in an environment of its own; writes
 # tests/zoo/results.json, and fails where a result lies outside tests/zoo/limits.py.

@@ -14,6 +14,7 @@ import pytest
 
 # "some": `make test`. "rest": the tests that `make test-all` adds. "all": both.
 _CHOICE = os.environ.get("BATCHNORM_TESTS", "some")
+_SHARE = int(os.environ.get("BATCHNORM_SHARE", "1"))  # of "rest": one test in so many
 _SLOW_EXAMPLES = {"batchnorm.verification.verify"}  # of docstrings
 _BACKENDS = ("tensorflow", "jax", "torch")
 _ACTIVE = os.environ.get("KERAS_BACKEND")
@@ -56,10 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if _CHOICE == "all" or config.option.markexpr:
         return
     wanted = _CHOICE == "rest"
-    left_out = [i for i in items if (i.get_closest_marker("exhaustive") is not None) != wanted]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [i for i in items if (i.get_closest_marker("exhaustive") is not None) == wanted]
+    kept = [i for i in items if (i.get_closest_marker("exhaustive") is not None) == wanted]
+    kept = kept[::_SHARE] if wanted else kept
+    if len(kept) < len(items):
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[i for i in items if i not in chosen])
+        items[:] = kept
 
 
 def _thin(items: list[pytest.Item]) -> None:

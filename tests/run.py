@@ -3,6 +3,7 @@
 python tests/run.py                      # what `make test` runs: the table's cover on slow paths
 python tests/run.py --full-effort        # the same in `make test-all`: JAX compiles as for users
 python tests/run.py --rest               # what `make test-all` runs besides
+python tests/run.py --rest --share 3     # a third of it
 python tests/run.py "Keras on JAX" -x    # a part, with arguments for pytest
 
 What a part needs of its environment is set here. A part's output appears when it ends.
@@ -111,12 +112,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--rest", action="store_true", help="the tests that are left out else")
+    parser.add_argument("--share", type=int, default=1, help="of --rest: one test in so many")
     parser.add_argument("--full-effort", action="store_true", help="of JAX's compilers")
     parser.add_argument("--workers", type=int, default=2, help="parts at the same time")
     known, arguments = parser.parse_known_args()
     unknown = [name for name in known.parts if name not in PARTS]
     if unknown:
         parser.error(f"no part is called {unknown[0]!r}; there are: {', '.join(PARTS)}")
+    os.environ["BATCHNORM_SHARE"] = str(known.share)
     chosen = sorted(known.parts or PARTS, key=lambda name: -PARTS[name].seconds)
     choice, quick = "rest" if known.rest else "some", not known.rest and not known.full_effort
     start, outcomes = time.perf_counter(), []

@@ -41,7 +41,8 @@ class Way(NamedTuple):
     compile or interpret each case: `make test` runs a cover of the table on them, `make test-all`
     the rest. `sister`: a path whose code this one shares but for one part, and which runs the
     cover; `make test` runs a sixth of the cover here. `sample`: names of the only cases that a
-    path runs, where a case takes many seconds; `make test` runs a sixth of them.
+    path runs, where a case takes many seconds; `make test` runs a sixth of them. `stand_in`: it
+    runs the cover alone, for a sister that runs all in `make test-all` and does more.
     """
 
     path: Path
@@ -49,10 +50,13 @@ class Way(NamedTuple):
     costly: bool = False
     sample: tuple[str, ...] = ()
     sister: str = ""
+    stand_in: bool = False
 
     def cases(self) -> list[Case]:
         """The cases that this path runs."""
         served = [case for case in CASES if self.refuse(case) is None]
+        if self.stand_in:
+            return cover(served)
         return [c for c in served if c.name in self.sample] if self.sample else served
 
     def chosen(self) -> list[Case]:
@@ -60,7 +64,7 @@ class Way(NamedTuple):
         cases = self.cases()
         if self.sample:
             return [case for case in cases if case.name in self.sample[::6]]
-        if not self.costly:
+        if not self.costly or self.stand_in:
             return cases
         return cover(cases)[:: 6 if self.sister else 1]
 

@@ -94,7 +94,7 @@ WAYS = {
         _path(compiled="aot_eager", fused=False), costly=True, sister="torch-traced"
     ),
     # Dynamo alone: a graph as it was traced, which autograd then differentiates.
-    "torch-traced": Way(_path(compiled="eager", fused=False), costly=True),
+    "torch-traced": Way(_path(compiled="eager", fused=False), costly=True, stand_in=True),
     "torch-inductor": Way(
         _path(tolerances.PLAIN_FLOAT32, compiled="inductor"), costly=True, sample=_COMPILED
     ),
