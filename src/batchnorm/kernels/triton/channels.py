@@ -212,14 +212,14 @@ def finish_groups(
 
 
 @triton.jit
-def keep_running(kept, parameters, running, channels, exists, walk, eps, writes):
-    """Coefficients from the running statistics; the program that `writes` also keeps them."""
+def keep_running(kept, parameters, running, channels, exists, walk, eps, block):
+    """Coefficients from the running statistics; the program of block 0 also keeps them."""
     mean = load_channels(running.mean, channels, exists, 0.0)
     var = load_channels(running.var, channels, exists, 1.0)
     rstd = find_rstd(var, eps, walk)
     scale = rstd * load_channels(parameters.gamma, channels, exists, 1.0)
     offset = load_channels(parameters.beta, channels, exists, 0.0)
-    here, at = exists & writes, kept + channels
+    here, at = tl.where(exists, block, 1) == 0, kept + channels
     tl.store(at + MEAN * walk.channels, mean, mask=here)
     tl.store(at + LOW * walk.channels, tl.zeros_like(mean), mask=here)
     tl.store(at + RSTD * walk.channels, rstd, mask=here)

@@ -210,9 +210,8 @@ def normalize(x, residual, y, mask, kept, parameters, running, walk, eps: tl.flo
     if task.batch:
         coefficients = per_channel.load_coefficients(kept, group, channels, exists, walk)
     else:
-        writes = block == 0
         coefficients = per_channel.keep_running(
-            kept, parameters, running, channels, exists, walk, eps, writes
+            kept, parameters, running, channels, exists, walk, eps, block
         )
     first = (walk.blocks - 1 - block) * walk.together
     for tile in tl.range(first, tl.minimum(first + walk.together, walk.tiles)):
