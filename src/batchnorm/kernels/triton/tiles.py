@@ -88,8 +88,8 @@ def find_wanted(real, valid, walk):
     Where a position is a row of channels, padded rows are left out. Elsewhere neighbours share a
     load, and a mask would split it: so all of a tile is loaded, or nothing.
     """
-    # Not `valid & (any > 0)`: Triton's interpreter makes integers of a bit that it repeats, and takes
-    # no integers for a mask.
+    # Not `valid & (any > 0)`: Triton's interpreter makes integers of a bit that it repeats, and
+    # takes no integers for a mask.
     return real if walk.last else tl.where(valid, tl.max(real.to(tl.int32), 0), 0) > 0
 
 
