@@ -99,7 +99,8 @@ def merge_partials(partials, kept, part, group, channels, exists, walk, depth: t
         n = tl.load(counts + block * walk.groups, mask=block < walk.blocks, other=0.0)
         first = tl.minimum(first, tl.min(tl.where(n > 0, block, walk.blocks), 0))
     of_group = partials + group * walk.channels + channels
-    anchor = tl.load(of_group + first * size, mask=exists & (first < walk.blocks), other=0.0)
+    found = tl.where(exists, first, walk.blocks) < walk.blocks  # see `tiles.find_wanted`
+    anchor = tl.load(of_group + first * size, mask=found, other=0.0)
     total = tl.zeros(channels.shape, tl.float64)
     square = total
     count = tl.sum(total, 0)
