@@ -126,19 +126,6 @@ def die_in_backward(rank: int, fused: bool | None) -> Outcome:
     return attempt([layer], y.square().sum().backward)
 
 
-@PATHS
-@pytest.mark.parametrize("function", [die_in_forward, die_in_backward])
-def test_a_rank_that_dies(function, fused) -> None:
-    world = make_world(SIZE, TIMEOUT)
-    world.values(join)
-    try:
-        outcomes = expect_errors(world, function, fused, ranks=(0, 2))
-    finally:
-        world.close()
-    direction = "forward pass" if function is die_in_forward else "backward pass"
-    assert all(f"{direction}: waited for rank {BAD} of" in o.error for o in outcomes)
-
-
 def notice_death(rank: int, fused: bool | None) -> Outcome:
     """Rank 0 has lost the connection before it begins the step; rank 2 waits for it first."""
     layer = make(fused=fused)
@@ -151,14 +138,16 @@ def notice_death(rank: int, fused: bool | None) -> Outcome:
 
 
 @PATHS
-def test_all_ranks_name_the_dead_one(fused) -> None:
+@pytest.mark.parametrize("function", [die_in_forward, die_in_backward, notice_death])
+def test_a_rank_that_dies(function, fused) -> None:
     world = make_world(SIZE, TIMEOUT)
     world.values(join)
     try:
-        outcomes = expect_errors(world, notice_death, fused, ranks=(0, 2))
+        outcomes = expect_errors(world, function, fused, ranks=(0, 2))
     finally:
         world.close()
-    assert all(f"waited for rank {BAD} of" in outcome.error for outcome in outcomes)
+    direction = "backward pass" if function is die_in_backward else "forward pass"
+    assert all(f"{direction}: waited for rank {BAD} of" in o.error for o in outcomes)
 
 
 # A rank that leaves a layer out
