@@ -15,7 +15,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results.json"
 PAGE = Path(__file__).parents[2] / "docs" / "versions.md"
 _BLOCK = re.compile(r"(<!-- make test-versions writes this -->\n).*?(<!-- up to here -->)", re.S)
-_HEADINGS = ("environment", "versions", "passed", "failed", "skipped", "minutes", "date")
+_HEADINGS = ("environment", "versions", "passed", "failed", "skipped", "date")
 
 
 def make_table(results: dict[str, Any]) -> str:
@@ -25,10 +25,9 @@ def make_table(results: dict[str, Any]) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
         parts = row["parts"].values()
         counts = [str(sum(part[key] for part in parts)) for key in ("passed", "failed", "skipped")]
-        minutes = sum(part["seconds"] for part in parts) / 60
         dates = sorted({part["date"] for part in parts})
         days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-        cells = [row["name"], versions, *counts, f"{minutes:.0f}", days]
+        cells = [row["name"], versions, *counts, days]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
