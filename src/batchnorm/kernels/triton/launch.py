@@ -295,8 +295,6 @@ class Plan:
 
 
 def _count_batch(flags: Tensor | None, running: Running) -> None:
-    if flags is not None and flags.numel() > 0:
-        width = min(1024, power_above(flags.numel()))
-        channels.count_batch[(1,)](
-            flags, running.batches, flags.numel(), width, enable_fp_fusion=False
-        )
+    if flags is not None and (parts := flags.numel()) > 0:
+        width = min(1024, power_above(parts))
+        channels.count_batch[(1,)](flags, running.batches, parts, width, enable_fp_fusion=False)
