@@ -275,7 +275,7 @@ class Plan:
     def _new_kept(self, x: Array, parts: int = 1) -> Kept:
         groups = self.sizes.groups
         # No kernel of the passes that writes counts has more programs for a group.
-        parts = max(parts, self.tiling.parts, divide_up(self.sizes.channels, 8))
+        parts = max(1, parts, self.tiling.parts, divide_up(self.sizes.channels, 8))
         data = self._new(x, len(STATISTICS) * self.statistics + parts * groups)
         if self.sizes.channels == 0:  # no kernel runs
             data.zero_()
