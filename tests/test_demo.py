@@ -73,7 +73,7 @@ class Run(NamedTuple):
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=[pytest.mark.exhaustive] if name == "keras" else [])
+        pytest.param(name, marks=[] if name == "torch" else [pytest.mark.exhaustive])
         for name in experiment.FRAMEWORKS
     ],
 )

@@ -90,6 +90,7 @@ def test_small_batches_learn_with_every_norm(tmp_path: Path) -> None:
     assert all(accuracy > 80.0 for *_, accuracy in found.values())
 
 
+@pytest.mark.exhaustive
 def test_merged_statistics_are_closer_to_those_of_all_data_than_averaged_ones(
     tmp_path: Path,
 ) -> None:

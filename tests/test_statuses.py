@@ -192,7 +192,7 @@ def test_130_is_an_interrupt() -> None:
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=SECONDS)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     lines = errors.splitlines()
     assert lines[-1] == "batchnorm: interrupted"
     assert all(PROGRESS.match(line) for line in lines[:-1])

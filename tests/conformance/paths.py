@@ -34,6 +34,11 @@ def serve_all(case: Case) -> None:
     """No reason to refuse any case."""
 
 
+def is_never_slow(case: Case) -> bool:
+    """False of any case."""
+    return False
+
+
 class Way(NamedTuple):
     """A path, and the column that it has in the table.
 
@@ -41,14 +46,16 @@ class Way(NamedTuple):
     compile or interpret each case: `make test` runs a cover of the table on them, `make test-all`
     the rest. `sister`: a path whose code this one shares but for one part, and which runs the
     cover; `make test` runs a sixth of the cover here. `sample`: names of the only cases that a
-    path runs, where a case takes many seconds; `make test` runs a sixth of them. `stand_in`: it
-    runs the cover alone, for a sister that runs all in `make test-all` and does more.
+    path runs, where a case takes many seconds; `make test` runs a sixth of them. `slow` is true of
+    cases that the cover does without. `stand_in`: the path runs the cover alone, for a sister that
+    runs all in `make test-all` and does more.
     """
 
     path: Path
     refuse: Callable[[Case], str | None] = serve_all
     costly: bool = False
     sample: tuple[str, ...] = ()
+    slow: Callable[[Case], bool] = is_never_slow
     sister: str = ""
     stand_in: bool = False
 
@@ -66,7 +73,7 @@ class Way(NamedTuple):
             return [case for case in cases if case.name in self.sample[::6]]
         if not self.costly or self.stand_in:
             return cases
-        return cover(cases)[:: 6 if self.sister else 1]
+        return cover([c for c in cases if not self.slow(c)])[:: 6 if self.sister else 1]
 
 
 def find(name: str) -> Way:

@@ -28,6 +28,11 @@ def refuse(case: Case) -> str | None:
     return None
 
 
+def has_many_groups(case: Case) -> bool:
+    """True where the interpreter's loops take half a minute."""
+    return case.ghost is not None and case.shape[0] // case.ghost > 32
+
+
 def refuse_graph(case: Case) -> str | None:
     """The reason why compiled graphs hold array code for the case, or None."""
     if case.renorm is not None and case.mode == "train":
@@ -82,7 +87,7 @@ def _path(run: Callable[..., Result]) -> Path:
 _KERNELS: Any = partial(torch_path.run, fused=True)
 # A case takes half a second, as every launch is a loop over its programs.
 WAYS = {
-    "triton": Way(_path(_KERNELS), refuse, costly=True),
+    "triton": Way(_path(_KERNELS), refuse, costly=True, slow=has_many_groups),
     "triton-pieces": Way(_path(partial(_run_in, pieces)), refuse, costly=True, sister="triton"),
     "triton-visits": Way(
         _path(partial(_run_in, all_visits)), refuse_visits, costly=True, sister="triton"

@@ -32,6 +32,7 @@ EXACT = [case for case in TRAINING if (case.dtype, case.data[:6]) != ("float64",
 SIZED = [(case, 2) for case in EXACT] + [(case, 3 + i % 2) for i, case in enumerate(EXACT)]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("case", "size"), SIZED, ids=lambda value: getattr(value, "name", value))
 def test_split_batches_are_one_batch(worlds, case: Case, size: int) -> None:
     run = partial(run_split, world=worlds[size], seed=0)
@@ -51,6 +52,7 @@ def test_one_process_is_no_other_than_before(worlds, case: Case) -> None:
     check(Path(run, unbiased=True, float32=tolerances.FLOAT32), case)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "case", [case for case in EXACT if case.dtype != "float64"][::9], ids=lambda case: case.name
 )

@@ -48,7 +48,7 @@ def accumulate(rank: int, size: int, option: dict, compiled: bool) -> tuple[dict
 @pytest.mark.parametrize(
     ("option", "compiled"),
     [(option, False) for option in OPTIONS.values()]
-    + [(OPTIONS["plain"], True), pytest.param({}, True, marks=pytest.mark.exhaustive)],
+    + [pytest.param(o, True, marks=pytest.mark.exhaustive) for o in (OPTIONS["plain"], {})],
     ids=[*OPTIONS, "compiled", "compiled-default"],
 )
 def test_a_merge_in_each_pass_is_one_at_the_end(worlds, option, compiled):

@@ -129,6 +129,7 @@ def test_folder_that_is_read_is_not_written_into(tmp_path: Path) -> None:
     assert sorted(path.rglob("*")) == before
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["pt", "weights.h5", "keras", "msgpack"])
 def test_what_is_left_out_is_counted(name: str, tmp_path: Path) -> None:
     path = source(tmp_path, name)

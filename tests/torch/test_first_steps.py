@@ -152,6 +152,7 @@ RULES = pytest.mark.parametrize("rule", ["beta", "running"])
 SHAPES = pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
 
 
+@pytest.mark.sample(2)
 @RULES
 @SHAPES
 @pytest.mark.parametrize("compiled", [False, True])

@@ -103,6 +103,7 @@ def test_other_threads_move_their_statistics():
     assert layer.num_batches_tracked == 4
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("option", [{}, {"fused": False}, {"renorm": True}])
 def test_a_compiled_layer_reads_it_when_it_runs(option):
     torch._dynamo.reset()

@@ -379,6 +379,7 @@ def test_encoder_computes_as_with_masks_by_hand():
     assert is_clean(net)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("whole", [False, True], ids=["graph breaks", "whole graph"])
 def test_compiled_encoder_runs_as_eager_code_with_the_masks(whole):
     net, twin, x, expected = encoder_case()

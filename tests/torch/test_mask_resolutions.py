@@ -326,6 +326,7 @@ class TestSeveralMasks:
         with pytest.raises(TypeError, match="None in a list"):
             padding_mask([None]).__enter__()
 
+    @pytest.mark.exhaustive
     def test_compiled_layers_have_the_masks_of_their_rows(self):
         layers = [BatchNorm(C, momentum=1.0) for _ in range(2)]
         xs = [torch.randn(2, C, n) for n in (4, 12)]

@@ -34,6 +34,7 @@ def world() -> Iterator[World]:
 
 
 # A sample: a case takes seconds, since these processes have the interpreter as it is.
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", SERVED[::9], ids=lambda case: case.name)
 def test_split_batches_are_one_batch_to_the_kernels(world: World, case: Case) -> None:
     run = partial(run_split, world=world, seed=2, fused=True)

@@ -89,6 +89,7 @@ ODD = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("shape", ODD)
 @pytest.mark.parametrize("masked", [False, True])
 def test_odd_sizes(

@@ -113,6 +113,7 @@ def arrays_of(result: Result) -> list[np.ndarray]:
 FEW = Case("rows-few", mask="half", renorm={}, shape=(200, 70))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", [FEW, WHOLE[0], WHOLE[2]], ids=lambda case: case.name)
 def test_bits_are_the_same_each_time_and_for_each_order_of_warps(
     case: Case, card: Driver, request: pytest.FixtureRequest

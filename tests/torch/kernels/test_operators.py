@@ -133,6 +133,7 @@ def test_two_layers_hold_two_steps():
 # The choice by size, with limits that a test can afford
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("rows", "held"), [(4, 0), (5, 1)])
 def test_small_training_is_left_to_the_compiler(monkeypatch, rows, held):
     monkeypatch.setattr(graph_operators, "SMALL", 12)
@@ -244,6 +245,7 @@ def test_frozen_layers_give_the_values_of_eager(activation, fused):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("bad", [1e20, float("nan"), float("inf")])
 def test_a_batch_that_overflows_is_no_update(bad):
     layer = BatchNorm(2)
@@ -315,6 +317,7 @@ def test_memory_orders_give_the_values_of_eager(make, masked):
     torch.testing.assert_close(step(compiled, x, mask), step(eager, x, mask), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_bits_do_not_depend_on_the_number_of_threads():
     compiled = torch.compile(BatchNorm(8), fullgraph=True)
     x, threads, found = torch.randn(4096, 8), torch.get_num_threads(), []

@@ -42,6 +42,7 @@ def test_a_small_training_step_is_one_operator(masked):
     assert graph_of(BatchNorm(3), *arguments) == [graph_arrays._operator]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "layer",
     [
@@ -58,6 +59,7 @@ def test_other_calls_are_not(layer):
 
 
 # Sums in one loop, in two, and in float64.
+@pytest.mark.sample(3)
 @BACKENDS
 @pytest.mark.parametrize("shape", [(BRIEF, 4), (20, 4, 30), (3 * BRIEF, 4)])
 @pytest.mark.parametrize("values", ["normal", "two", "outlier first"])
@@ -92,6 +94,7 @@ def test_large_and_small_values_stay_finite(backend):
         assert x.grad.isfinite().all()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("padded_output", ["normalize", "zero"])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_gradients_with_a_residual_equal_eager(padded_output, activation):
