@@ -21,6 +21,8 @@ from batchnorm.jax.namespace import XP as JAX
 from batchnorm.torch.namespace import XP as TORCH
 from batchnorm.verification import tolerances
 
+pytestmark = pytest.mark.sample(2)
+
 Gradient = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 

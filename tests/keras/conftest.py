@@ -18,7 +18,7 @@ _WHOLE = {"test_keras_conformance.py", "test_tensorflow.py", "test_private_keras
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keras on torch runs all tests; the backends that compile run one in three, tools one in six.
+    """Keras on torch runs all tests; the backends that compile run one in four, tools one in eight.
 
     `make test-all` runs all of them on every backend.
     """
@@ -26,5 +26,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     own = [i for i in items if HERE in i.path.parents and i.path.name not in _WHOLE]
     for number, item in enumerate(own):
-        if number % (6 if "tools" in item.path.parts else 3) != 0:
+        if number % (8 if "tools" in item.path.parts else 4) != 0:
             item.add_marker(pytest.mark.exhaustive)

@@ -19,6 +19,8 @@ from batchnorm.torch import BatchNorm2d, SynchronizationError, convert_batchnorm
 from processes import World, results
 from torch_world import join, make_world, stop
 
+pytestmark = pytest.mark.sample(2)
+
 TIMEOUT = 2.0  # seconds, of the groups
 SIZE = 3
 BAD = 1  # the rank that misbehaves

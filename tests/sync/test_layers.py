@@ -19,6 +19,8 @@ from batchnorm.torch.ranks import messages
 from processes import World, results
 from torch_world import join, make_world
 
+pytestmark = pytest.mark.sample(2)
+
 PATHS = pytest.mark.parametrize("fused", [None, False], ids=["kernels", "plain"])
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -19,6 +19,8 @@ from batchnorm.tools.models import find_layers
 from batchnorm.tools.observe import Observation, observe
 from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask
 
+pytestmark = pytest.mark.sample(2)
+
 # Sums of at most a few hundred float64 numbers, in another order.
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 

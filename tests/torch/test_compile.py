@@ -34,7 +34,10 @@ VARIANTS = {
 }
 variants = pytest.mark.parametrize(("option", "shape"), VARIANTS.values(), ids=VARIANTS)
 # torch 2.13 itself defines a ScriptModule when it first differentiates or lowers a graph.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+pytestmark = [
+    pytest.mark.sample(2),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),
+]
 backends = pytest.mark.parametrize(
     "backend", [EAGER_BACKEND, pytest.param("inductor", marks=pytest.mark.exhaustive)]
 )

@@ -28,7 +28,10 @@ variants = pytest.mark.parametrize("option", VARIANTS.values(), ids=VARIANTS)
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 
 WARNING = "torch.export traces this layer in training"
-pytestmark = pytest.mark.filterwarnings(f"ignore:.*{WARNING}:UserWarning")
+pytestmark = [
+    pytest.mark.sample(2),
+    pytest.mark.filterwarnings(f"ignore:.*{WARNING}:UserWarning"),
+]
 
 onnx_warnings = [
     # torch.onnx and onnxscript use deprecated parts of torch, Python and each other.

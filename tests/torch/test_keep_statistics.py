@@ -22,7 +22,10 @@ OPTIONS = {
     "debias": {"debias": True},
 }
 options = pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+pytestmark = [
+    pytest.mark.sample(2),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),
+]
 
 
 def trained(**option):

@@ -17,6 +17,8 @@ from torch.masked import masked_tensor
 from batchnorm.torch import BatchNorm, BatchNorm1d, batch_norm, padding_mask, sequence_mask
 from batchnorm.torch.explicit import BatchNorm as Explicit
 
+pytestmark = pytest.mark.sample(2)
+
 UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 INTEGERS = [*UNSIGNED, torch.int8, torch.int16, torch.int32, torch.int64]
 every_type = pytest.mark.parametrize("dtype", INTEGERS, ids=str)

@@ -23,6 +23,8 @@ from batchnorm.torch import (
     sequence_mask,
 )
 
+pytestmark = pytest.mark.sample(2)
+
 ZERO = {"padded_output": "zero"}
 OPTIONS = {
     "plain": {},

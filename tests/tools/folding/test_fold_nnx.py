@@ -13,6 +13,8 @@ from flax import nnx
 import batchnorm.jax
 from batchnorm.tools import fold
 
+pytestmark = pytest.mark.sample(2)
+
 
 def trained(model: Any) -> Any:
     """The model with random weights and statistics everywhere."""

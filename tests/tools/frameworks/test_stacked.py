@@ -18,6 +18,8 @@ from batchnorm.tools import fold, inspect, recalibrate, transfer
 from batchnorm.tools.models import find_layers, put_state, take_state
 from batchnorm.tools.observe import observe
 
+pytestmark = pytest.mark.sample(2)
+
 LAYERS, CHANNELS = 3, 4
 NORMS = [nnx.BatchNorm, batchnorm.jax.BatchNorm]
 NAMES = ["blocks.norm[0]", "blocks.norm[1]", "blocks.norm[2]", "last"]

@@ -19,6 +19,8 @@ from batchnorm.tools import find_leaks, inspect
 from batchnorm.tools.inspection.leaks import Leaks
 from batchnorm.torch import BatchNorm1d, BatchNorm2d, padding_mask
 
+pytestmark = pytest.mark.sample(2)
+
 CHANNELS = 8
 LENGTHS = torch.tensor([41, 30, 17, 5])
 MASK = torch.arange(48) < LENGTHS[:, None]

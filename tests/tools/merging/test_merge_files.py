@@ -16,6 +16,8 @@ from batchnorm.tools import merge
 from batchnorm.tools.checkpoints import CheckpointError, read_checkpoint
 from batchnorm.tools.merging.files import merge_checkpoints
 
+pytestmark = pytest.mark.sample(2)
+
 
 @pytest.fixture
 def pair(tmp_path: Path) -> list[Path]:

@@ -23,6 +23,8 @@ from batchnorm.tools import merge
 from batchnorm.tools.checkpoints import CheckpointError, read_checkpoint
 from batchnorm.tools.merging.files import merge_checkpoints
 
+pytestmark = pytest.mark.sample(2)
+
 COUNTS = [100, 300]
 
 

@@ -17,6 +17,8 @@ import batchnorm.jax
 from batchnorm.tools import recalibrate
 from batchnorm.torch import BatchNorm1d, BatchNorm2d, padding_mask
 
+pytestmark = pytest.mark.sample(2)
+
 # Moments are summed in float64 and rounded once to the float32 in which layers store them.
 STORED = {"rtol": 2.0**-23, "atol": 1e-7}
 

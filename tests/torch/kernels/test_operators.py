@@ -20,7 +20,10 @@ from batchnorm.torch.ways import graph_arrays, graph_operators
 
 BACKEND = "aot_eager"
 STATISTICS = {"rtol": 1e-6, "atol": 1e-7}  # updated in float64 here, inside the kernel there
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+pytestmark = [
+    pytest.mark.sample(2),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

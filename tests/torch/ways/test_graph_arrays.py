@@ -11,6 +11,8 @@ from batchnorm.torch.sums import BRIEF
 from batchnorm.torch.ways import graph_arrays
 from batchnorm.verification.tolerances import PLAIN_FLOAT32
 
+pytestmark = pytest.mark.sample(2)
+
 # The second compiles the operator's C++, for each shape anew.
 BACKENDS = pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
