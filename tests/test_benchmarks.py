@@ -98,6 +98,7 @@ def test_committed_pages_are_of_the_committed_results() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "name",
     ["overlap", "synchronization", "count_passes", "quick", "run_jax", "run_keras", "run_gpu"],

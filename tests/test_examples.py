@@ -75,6 +75,7 @@ def test_sequences_with_a_mask_learn_like_keras(tmp_path: Path) -> None:
     assert all(accuracy > 20.0 for accuracies in found.values() for accuracy in accuracies)
 
 
+@pytest.mark.exhaustive
 def test_fine_tuning_leaves_a_frozen_body_as_it_was(tmp_path: Path) -> None:
     output = run_quickly("fine_tuning", tmp_path)
     before = re.search(r"before fine-tuning, 0 to 4: (\S+) ±", output)

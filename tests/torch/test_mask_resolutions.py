@@ -21,6 +21,8 @@ from batchnorm.torch import (
 )
 from batchnorm.torch.masks.walks import walk_axis
 
+pytestmark = pytest.mark.sample(2)
+
 N, C, L, H, W = 4, 3, 8, 4, 6
 
 

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, padding_mask
 
+pytestmark = pytest.mark.sample(2)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

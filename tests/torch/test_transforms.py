@@ -19,6 +19,8 @@ from torch.func import (
 
 from batchnorm.torch import BatchNorm, BatchNorm1d, BatchNorm2d, RenormStatistics, batch_norm
 
+pytestmark = pytest.mark.sample(2)
+
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}  # float64, sums of a few dozen terms, three derivatives
 EPS = 1e-2
 

@@ -40,7 +40,7 @@ _TORCH = (
 )
 
 _JAX = ("JAX", "table on JAX")
-_KERAS = ("Keras on TensorFlow", "Keras on JAX", "Keras on torch", "table on Keras on torch")
+_KERAS = ("Keras on TensorFlow", "Keras on JAX", "Keras on torch")
 # Not torch, whose builds for a CPU alone PyPI does not have.
 _KERAS_ALONE = ("Keras on TensorFlow", "Keras on JAX")
 _JAX_TOOLS = ("optax==0.2.8", "dm-haiku==0.0.17", "equinox==0.13.8")
