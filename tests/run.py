@@ -18,17 +18,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 JAX = {"JAX_PLATFORMS": "cpu"}
-# Compilers take most of the time of tests in JAX. Their full effort, and the newer of XLA's two
-# generators of loops, which takes twice the time of the older, are left to `make test-all`.
-QUICK = {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
-}
+# Compilers take most of the time of tests in JAX. Their full effort is left to `make test-all`.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# So is the newer of XLA's two generators of loops, which takes twice the time of the older; from
+# JAX 0.12 on there is no other.
+OLD_LOOPS = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}
 TENSORFLOW = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
 KERAS_JAX = {"KERAS_BACKEND": "jax"} | JAX
 KERAS_TORCH = {"KERAS_BACKEND": "torch"}
@@ -88,6 +88,15 @@ class Outcome(NamedTuple):
         return f"{self.name:<30} {self.seconds:5.0f} s  {said}{verdict}"
 
 
+@lru_cache
+def _has_old_loops() -> bool:
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    return (
+        subprocess.run(command, env=os.environ | JAX | OLD_LOOPS, capture_output=True).returncode
+        == 0
+    )
+
+
 def run(name: str, choice: str, quick: bool, arguments: list[str]) -> Outcome:
     """Run a part."""
     part, start = PARTS[name], time.perf_counter()
@@ -95,8 +104,8 @@ def run(name: str, choice: str, quick: bool, arguments: list[str]) -> Outcome:
     environment = {k: v for k, v in os.environ.items() if k not in taken} | part.environment
     # Threads of OpenMP that wait would take the processor from the part beside this one.
     environment.setdefault("OMP_WAIT_POLICY", "passive")
-    if quick:
-        environment |= QUICK
+    if quick and part.environment != TENSORFLOW:
+        environment |= QUICK | (OLD_LOOPS if _has_old_loops() else {})
     environment["BATCHNORM_TESTS"] = choice
     command = [sys.executable, "-m", "pytest", "-q", *arguments, *part.paths]
     done = subprocess.run(
