@@ -28,7 +28,11 @@ _current: ContextVar[_Block | None] = ContextVar("batchnorm_keep_statistics", de
 class _Traced:
     """Blocks that a compiler has traced into: it knows of their effect when it traces a layer."""
 
-    depth = 0
+    def __init__(self) -> None:
+        self.depth = 0
+
+
+_traced = _Traced()  # Dynamo 2.12 follows attributes of objects, and none of classes
 
 
 class keep_statistics:  # noqa: N801 (named as torch.no_grad is)
@@ -58,7 +62,7 @@ class keep_statistics:  # noqa: N801 (named as torch.no_grad is)
 
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():
-            _Traced.depth += 1
+            _traced.depth += 1
         else:
             block = _Block(_current.get())
             self._entered.append(block)
@@ -66,7 +70,7 @@ class keep_statistics:  # noqa: N801 (named as torch.no_grad is)
 
     def __exit__(self, *error: Any) -> None:
         if torch.compiler.is_compiling():
-            _Traced.depth -= 1
+            _traced.depth -= 1
         else:
             self._entered.pop().active = False
             # Blocks of generators may end in another order than they began.
@@ -81,7 +85,7 @@ def keeps_statistics() -> bool:
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting() and in_block():
             return True
-        return _Traced.depth > 0
+        return _traced.depth > 0
     return in_block()
 
 
