@@ -12,8 +12,10 @@ from hypothesis import settings
 with suppress(ValueError):
     sys.path.remove(str(Path(__file__).parent))
 
-# The conformance table's helpers are plain modules, shared by the tests of every front end.
-sys.path.insert(0, str(Path(__file__).parent / "conformance"))
+# The conformance table's helpers, and those of pages, are plain modules, shared by the tests of
+# every front end.
+for folder in ("conformance", "documentation"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))
 
 # Compilation and a loaded machine make single examples slow; the count bounds the time.
 settings.register_profile("default", deadline=None)

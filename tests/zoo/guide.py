@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchvision_operators import declare
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "documentation"))
 from pages import PAGES, python_blocks, run
 
 if __name__ == "__main__":
