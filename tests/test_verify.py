@@ -114,7 +114,6 @@ def test_the_table_and_the_progress_are_for_people(tmp_path: Path) -> None:
     assert f"{done_cases} cases" == all_cases
 
 
-@pytest.mark.sample(3)
 def test_every_installed_front_end_is_checked() -> None:
     """`--quick`, through the function; and with fewer cases than the whole sample has."""
     seen: list[tuple[str, int, int]] = []

@@ -45,8 +45,7 @@ std::atomic<Index> wanted{-1};
 constexpr Index kLine = 64;  // bytes of a cache's line
 
 // A line that two stretches share is written past the caches in two parts, which memory has to
-// merge: images of 14 x 14 take 1.3 to 1.5 times as long so. In stretches of so many bytes such
-// lines are few.
+// merge: images of 14 x 14 take longer so. In stretches of so many bytes such lines are few.
 constexpr Index kLongStretch = 8000;
 
 // True if most lines of an output are written at once, by one stretch of one channel or one row.

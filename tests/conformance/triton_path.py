@@ -29,7 +29,7 @@ def refuse(case: Case) -> str | None:
 
 
 def has_many_groups(case: Case) -> bool:
-    """True where the interpreter's loops take half a minute."""
+    """True where the interpreter loops over groups for many seconds."""
     return case.ghost is not None and case.shape[0] // case.ghost > 32
 
 

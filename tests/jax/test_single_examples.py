@@ -40,7 +40,6 @@ def parameters(shape: tuple[int, ...]) -> list[jax.Array]:
     return [normal(*shape, seed=1), normal(*shape, seed=2)]
 
 
-@pytest.mark.sample(2)
 @KINDS
 def test_evaluation_is_that_of_a_row(shape: Any, axis: Any) -> None:
     x, (scale, bias) = normal(4, *shape), parameters(shape)

@@ -189,7 +189,6 @@ TRANSFORMATIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("layer", [nnx.BatchNorm, batchnorm.jax.BatchNorm])
 def test_nnx_under_a_transformation_is_seen_each_time(layer: Any, transformation: str) -> None:

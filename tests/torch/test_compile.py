@@ -218,7 +218,6 @@ def test_dynamic_batch_sizes_equal_eager(option, sizes, masked):
     assert_same_state(layer, eager)
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize(("option", "sizes"), DYNAMIC.values(), ids=DYNAMIC)
 def test_dynamic_batch_sizes_do_not_recompile(option, sizes):
     counter = CompileCounterWithBackend(EAGER_BACKEND)
@@ -245,7 +244,6 @@ def error(y, x):
     return ((y.detach().double() - exact).abs() / (1 + exact.abs())).max()
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_inductor_is_exact_at_offset(offset):
     x = offset_data(offset, 4096, 8)
@@ -266,7 +264,6 @@ def test_inductor_is_exact_at_offset_with_gradient(offset):
     assert ((dbeta.double() - dbeta64).abs() <= EXACT * terms.norm(dim=0)).all()
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("option", [{}, {"virtual_batch_size": 512}], ids=["mask", "ghost-mask"])
 def test_inductor_is_exact_at_offset_with_mask(option):
     x, mask = offset_data(1e6, 4096, 8), torch.rand(4096) < 0.5
@@ -277,7 +274,6 @@ def test_inductor_is_exact_at_offset_with_mask(option):
 
 
 # The second is a number whose multiples need all digits of a float32, unlike those of 1e6.
-@pytest.mark.sample(2)
 @pytest.mark.parametrize(("offset", "rows"), [(1e6, 10**6), (1.234567e6, 777_777)])
 def test_inductor_is_exact_over_a_million_rows(offset, rows):
     x = offset_data(offset, rows, 4)
@@ -338,7 +334,6 @@ def test_checkpoint_inside_a_compiled_model_updates_once(backend):
     assert_same_state(model.inner, eager)
 
 
-@pytest.mark.sample(2)
 @backends
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_compiled_layer_inside_a_checkpoint_updates_once(backend, reentrant):
@@ -501,7 +496,6 @@ def test_padding_mask_leaves_compiled_evaluation_alone():
     torch.testing.assert_close(y, layer(x), **CLOSE)
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("outer", ["checkpoint", "compile"])
 @backends
 def test_compiled_renorm_in_a_checkpoint_finds_the_statistics_of_its_first_pass(outer, backend):

@@ -77,7 +77,6 @@ def assert_same_state(actual, expected):
 # torch.export
 
 
-@pytest.mark.sample(2)
 @variants
 @modes
 def test_exported_layer_gives_the_same_output(option, training):
@@ -87,7 +86,6 @@ def test_exported_layer_gives_the_same_output(option, training):
     torch.testing.assert_close(program(x), layer(x), **CLOSE)
 
 
-@pytest.mark.sample(2)
 @variants
 def test_exported_training_updates_the_same_statistics(option):
     layer = trained(option)
@@ -98,7 +96,6 @@ def test_exported_training_updates_the_same_statistics(option):
     assert_same_state(program, layer)
 
 
-@pytest.mark.sample(2)
 @variants
 def test_exporting_leaves_the_layer_alone(option):
     layer = trained(option)
@@ -325,7 +322,6 @@ def run_onnx(model, example, arguments, path, **options):
     return torch.from_numpy(session.run(None, inputs)[0])
 
 
-@pytest.mark.sample(2)
 @marked(onnx_warnings)
 @pytest.mark.parametrize("name", ["default", "no-affine", "renorm", "relu"])
 def test_onnx_model_gives_the_same_output(name, tmp_path):

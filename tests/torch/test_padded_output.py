@@ -164,7 +164,6 @@ def test_recomputation_zeroes_too():
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected[0])
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_compiled_layer_zeroes_in_both_settings(training):
     layer = randomize(BatchNorm1d(3, **ZERO)).train(training)
@@ -227,7 +226,6 @@ class TestPaddingMask:
     def is_zero(self, layer: nn.Module, *mask: Tensor) -> bool:
         return torch.equal(layer(self.X, *mask)[0, :, 2:], torch.zeros(3, 3))
 
-    @pytest.mark.sample(2)
     @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
     @pytest.mark.parametrize("backend", [None, "aot_eager"])
     def test_block_decides_and_ends(self, backend, training):

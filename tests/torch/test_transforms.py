@@ -135,7 +135,6 @@ def test_second_derivative_agrees_with_finite_differences(function):
     assert torch.autograd.gradgradcheck(function, leaves((6, 3), (3,), (3,)))
 
 
-@pytest.mark.sample(2)
 @forward_mode
 @functions
 def test_forward_mode_agrees_with_finite_differences(function):

@@ -43,7 +43,6 @@ MAPS = {
 }
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", MAPS)
 def test_neighbours_in_a_sequential_model(name: str) -> None:
     make, shape = MAPS[name]

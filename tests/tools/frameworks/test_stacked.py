@@ -188,7 +188,6 @@ def test_interrupted_recalibration_changes_nothing() -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("norm", NORMS)
 def test_inspection_tells_slices_apart(norm: Any) -> None:
     model = Scanned(norm)

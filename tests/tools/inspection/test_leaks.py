@@ -607,7 +607,6 @@ def make_jax_batch() -> tuple[Any, Any]:
     return jnp.asarray(make_batch().transpose(1, 2).numpy()), jnp.asarray(MASK.numpy())
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("norm", [nnx.BatchNorm, batchnorm.jax.BatchNorm])
 @pytest.mark.parametrize("mend", [True, False])
 def test_nnx_models(norm: Any, mend: bool) -> None:

@@ -35,7 +35,6 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["merge", *map(str, arguments)])
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_format_is_merged_with_itself(name: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{name}"
@@ -48,7 +47,6 @@ def test_every_format_is_merged_with_itself(name: str, tmp_path: Path) -> None:
     assert [s.name for s in found] == ["bn1", "bn2"]
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".msgpack", ".weights.h5", ".h5"])
 def test_every_target_holds_the_merged_states_of_its_kind(
     suffix: str, pair: list[Path], tmp_path: Path

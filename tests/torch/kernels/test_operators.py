@@ -136,7 +136,6 @@ def test_two_layers_hold_two_steps():
 # The choice by size, with limits that a test can afford
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize(("rows", "held"), [(4, 0), (5, 1)])
 def test_small_training_is_left_to_the_compiler(monkeypatch, rows, held):
     monkeypatch.setattr(graph_operators, "SMALL", 12)

@@ -44,7 +44,6 @@ def test_a_small_training_step_is_one_operator(masked):
     assert graph_of(BatchNorm(3), *arguments) == [graph_arrays._operator]
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "layer",
     [
@@ -96,7 +95,6 @@ def test_large_and_small_values_stay_finite(backend):
         assert x.grad.isfinite().all()
 
 
-@pytest.mark.sample(2)
 @pytest.mark.parametrize("padded_output", ["normalize", "zero"])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_gradients_with_a_residual_equal_eager(padded_output, activation):
