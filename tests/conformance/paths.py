@@ -91,9 +91,9 @@ def check(name: str, case: Case) -> None:
         given = {key: os.environ.get(key, value) for key, value in environment.items()}
         shown = "".join(f"{key}={value} " for key, value in given.items())
         here = File(__file__).parent.parent
-        error.add_note(
-            f"repeat with: cd {here} && {shown}{sys.executable} -m conformance {name} {case.name}"
-        )
+        command = f"cd {here} && {shown}{sys.executable} -m conformance {name} {case.name}"
+        # `add_note` of Python 3.11
+        error.__notes__ = [*getattr(error, "__notes__", ()), f"repeat with: {command}"]
         raise
 
 

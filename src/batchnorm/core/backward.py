@@ -7,7 +7,7 @@ from batchnorm.core.forward import Inputs, Outcome, channel_affine, expand_runni
 from batchnorm.core.gradient import Gradients, gradient
 from batchnorm.core.layout import Layout
 from batchnorm.core.namespace import Array, Namespace
-from batchnorm.core.normalize import activation_gradient, normalized, rstd_of, rstd_of_running
+from batchnorm.core.normalize import activation_gradient, normalized, rstd_of_running
 from batchnorm.core.running import Running
 
 
@@ -31,17 +31,15 @@ def backward_batch(
         xp: array namespace.
 
     Returns:
-        Gradients: dx, ds and dt of x's shape; dgamma and dbeta per channel.
+        Gradients: dx of x's shape; dgamma and dbeta per channel.
     """
-    centred = outcome.centred
-    rstd = rstd_of(centred, eps=options.eps, correction=options.correction, xp=xp)
     dy = activation_gradient(dy, outcome.y, options.activation, xp)
     kept = layout.kept if layout.groups is None else layout.kept[1:]
     found = gradient(
         layout.split(dy, xp),
-        normalized(centred, rstd),
-        rstd,
-        centred.count,
+        normalized(outcome.centred, outcome.rstd),
+        outcome.rstd,
+        outcome.centred.count,
         layout.mask(inputs.mask, xp),
         outcome.affine,
         layout.reduced,
@@ -85,6 +83,4 @@ def _shaped(found: Gradients, layout: Layout, xp: Namespace) -> Gradients:
         layout.merge(found.dx, xp),
         xp.reshape(found.dgamma, layout.channels),
         xp.reshape(found.dbeta, layout.channels),
-        layout.merge(found.ds, xp),
-        layout.merge(found.dt, xp),
     )

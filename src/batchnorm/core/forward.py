@@ -10,7 +10,13 @@ from batchnorm.core.layout import Layout
 from batchnorm.core.merge import Merge, recentre
 from batchnorm.core.moments import Centred, Moments, centre
 from batchnorm.core.namespace import Array, Namespace, select
-from batchnorm.core.normalize import Affine, activate, normalize_batch, normalize_running
+from batchnorm.core.normalize import (
+    Affine,
+    activate,
+    normalize_batch,
+    normalize_running,
+    rstd_of,
+)
 from batchnorm.core.running import (
     BatchAverage,
     Running,
@@ -37,18 +43,23 @@ class Inputs(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """y in x's shape; the batch's moments; running statistics after the step, if any came in.
+    """y in x's shape, running statistics after the step, if any came in, and what both came from.
 
-    The closed-form gradient starts from `centred` and `affine`, and the running statistics move by
-    `average`; these three are on the working view.
+    The closed-form gradient starts from `centred`, `rstd` and `affine`, and the running statistics
+    move by `average`, which is None where nothing asks for it; these are on the working view.
     """
 
     y: Array
-    moments: Moments
     running: Running | None
     centred: Centred
+    rstd: Array
     affine: Affine
-    average: BatchAverage
+    average: BatchAverage | None
+    found: Centred  # with ghost batches and a merge, of all participants' groups, as constants
+
+    def moments(self, layout: Layout, xp: Namespace) -> Moments:
+        """The batch's moments per channel, or with ghost batches per group and channel."""
+        return _returned(self.found, layout, xp)
 
 
 def forward_batch(
@@ -77,8 +88,7 @@ def forward_batch(
         xp: array namespace.
 
     Returns:
-        Outcome; moments are per channel, with ghost batches per group (of all participants)
-        and channel.
+        Outcome.
 
     Raises:
         ValueError: the mask's shape is none of S1.
@@ -88,29 +98,32 @@ def forward_batch(
     centred = centre(x, mask, layout.reduced, eps=options.eps, xp=xp)
     if merge is not None and layout.groups is None:
         centred = recentre(x, mask, merge.moments(centred), xp)
-    average = average_of(centred.map(xp.stop_gradient), layout, xp)
-    if merge is not None and layout.groups is not None:
-        average = merge.average(average, options.unbiased and options.renorm is None)
-    # Moments of other participants' groups are returned too, as constants.
-    foreign = merge is not None and layout.groups is not None
-    moments = _returned(average.centred if foreign else centred, layout, xp)
+    found, average = centred, None
+    merged = None if layout.groups is None else merge
+    compared = running is not None and (update or options.renorm is not None)
+    if compared or merged is not None:
+        average = average_of(centred.map(xp.stop_gradient), layout, xp)
+    if average is not None and merged is not None:
+        average = merged.average(average, options.unbiased and options.renorm is None)
+        found = average.centred
     if recall is not None:
-        running = recall(moments)
+        running = recall(_returned(found, layout, xp))
     expanded, affine = None, channel_affine(inputs, layout, xp)
-    fallback = (xp.zeros_like(centred.power), xp.ones_like(centred.power))
     if running is not None:
         expanded = expand_running(running, layout, xp)
-        fallback = (expanded.mean, expanded.var)
         if options.renorm is not None:
+            assert average is not None
             r, d = renorm_correction(average, expanded, options.renorm, eps=options.eps, xp=xp)
             affine = affine._replace(r=r, d=d)
-    y = normalize_batch(x, centred, mask, affine, fallback, options, xp=xp)
+    rstd = rstd_of(centred, eps=options.eps, correction=options.correction, xp=xp)
+    y = normalize_batch(x, centred, rstd, mask, affine, expanded, options, xp=xp)
     if expanded is not None and update:
+        assert average is not None
         running = _moved(expanded, average, layout, options, xp)
     y = activate(
         layout.merge(y, xp), _residual(inputs, layout, options, xp), options.activation, xp
     )
-    return Outcome(y, moments, running, centred, affine, average)
+    return Outcome(y, running, centred, rstd, affine, average, found)
 
 
 def move_by_average(

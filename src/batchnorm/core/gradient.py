@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from batchnorm.core.namespace import Array, Namespace, select
+from batchnorm.core.namespace import Array, Namespace, plus, select, times
 from batchnorm.core.normalize import Affine
 
 
 class Gradients(NamedTuple):
-    """Gradients of the loss; `ds` and `dt` still have x's shape, for the caller to sum."""
+    """Gradients of the loss."""
 
     dx: Array
     dgamma: Array
     dbeta: Array
-    ds: Array
-    dt: Array
 
 
 def gradient(
@@ -52,37 +50,37 @@ def gradient(
 
     Source: S8; Ioffe and Szegedy 2015, section 3, in terms of x̂.
     """
-    gamma, _, r, d, s, t = (
-        _or(a, default) for a, default in zip(affine, (1, 0, 1, 0, 1, 0), strict=True)
-    )
+    gamma, _, r, d, s, t = affine
     dy = select(mask, dy, 0.0, xp)
     xhat = select(mask, xhat, 0.0, xp)
     # All per-channel values follow from two sums over dy and x: one pass over both.
-    ds = dy if affine.s is None else dy * s
-    total = xp.sum(ds, axis=axes, keepdims=True)
-    along = xp.sum(ds * xhat, axis=axes, keepdims=True)
-    dgamma = xp.sum(along * r + total * d, axis=parameter_axes, keepdims=True)
-    dbeta = total if affine.s is None else xp.sum(dy, axis=axes, keepdims=True)
-    dbeta = xp.sum(dbeta, axis=parameter_axes, keepdims=True)
-    if affine.t is not None:
+    g = times(dy, s)
+    total = xp.sum(g, axis=axes, keepdims=True)
+    along = xp.sum(g * xhat, axis=axes, keepdims=True)
+    dgamma = plus(times(along, r), None if d is None else total * d)
+    dbeta = total if s is None else xp.sum(dy, axis=axes, keepdims=True)
+    if tuple(parameter_axes) != tuple(axes):
+        dgamma = xp.sum(dgamma, axis=parameter_axes, keepdims=True)
+        dbeta = xp.sum(dbeta, axis=parameter_axes, keepdims=True)
+    if t is not None:
         dgamma = dgamma + xp.sum(dy * t, axis=parameter_axes, keepdims=True)
-    weight = gamma * r
-    g = ds * weight
+    weight = r if gamma is None else times(gamma, r)
+    g = times(g, weight)
     if count is not None:
-        g = _project(g, xhat, total * weight, along * weight, count, correction, xp)
+        total, along = times(total, weight), times(along, weight)
+        g = _project(g, xhat, total, along, count, correction, xp)
     dx = select(mask, xp.broadcast_like(rstd, g) * g, 0.0, xp)
-    return Gradients(dx, dgamma, dbeta, dy * gamma * (xhat * r + d), dy * gamma)
+    return Gradients(dx, dgamma, dbeta)
 
 
 def _project(
     g: Array, xhat: Array, total: Array, along: Array, count: Array, correction: int, xp: Namespace
 ) -> Array:
     """g less its mean and its part along x̂, since the statistics depend on x."""
-    mean = total / xp.where(count > 0, count, 1.0)
-    divisor = count - float(correction)
-    slope = along / xp.where(divisor > 0, divisor, 1.0)
+    least = xp.where(count > 0, count, 1.0)
+    mean = total / least
+    if correction:
+        divisor = count - float(correction)
+        least = xp.where(divisor > 0, divisor, 1.0)
+    slope = along / least
     return g - xp.broadcast_like(mean, g) - xhat * xp.broadcast_like(slope, g)
-
-
-def _or(a: Array | None, default: int) -> Array:
-    return float(default) if a is None else a

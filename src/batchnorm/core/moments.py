@@ -88,7 +88,7 @@ def centre(
     weighted = xp.stop_gradient(select(mask, x, 0.0, xp)) * weight
     anchor = _sum(weighted, axes, xp)  # constant: x - mean does not depend on it
     size = _sum(xp.abs(weighted), axes, xp) + math.sqrt(eps)
-    unit = xp.where(size >= smallest_normal(size), size, 1.0)
+    unit = xp.materialize(xp.where(size >= smallest_normal(size), size, 1.0))
     deviation = select(mask, x - anchor, 0.0, xp)
     shift = _sum(deviation, axes, xp) * weight
     deviation = deviation * xp.broadcast_like(1.0 / unit, deviation)
@@ -119,11 +119,11 @@ def _around_mean(
     # Where no digit is left, x is constant up to the rounding of x - anchor, and its power is set
     # to `least`. By adding a constant, so that derivatives are the difference's.
     least = moved * _ROUNDING
-    power = power + xp.stop_gradient(xp.where(power < least, least - power, 0.0))
+    power = xp.materialize(power + xp.stop_gradient(xp.where(power < least, least - power, 0.0)))
     # Bounded from below, so that ratio² is finite for a constant x too, whatever its size.
     relative = xp.stop_gradient(xp.sqrt(power)) + _SMALLEST_SCALE
     scale = relative * unit + math.sqrt(eps)
-    scale = xp.where(scale >= smallest_normal(scale), scale, unit)
+    scale = xp.materialize(xp.where(scale >= smallest_normal(scale), scale, unit))
     ratio = unit / scale
     return scale, (power * ratio) * ratio
 

@@ -12,7 +12,7 @@ Array = Any
 class Namespace(Protocol):
     """The functions a front end supplies as `xp`.
 
-    All but the last three are spelled alike in numpy, torch, jax.numpy and TensorFlow's numpy
+    All but the last four are spelled alike in numpy, torch, jax.numpy and TensorFlow's numpy
     API, so a front end mostly re-exports its framework's own.
     """
 
@@ -33,6 +33,10 @@ class Namespace(Protocol):
         """`a` broadcast to x's shape; its gradient is a sum like any other, in a fixed order."""
         ...
 
+    def materialize(self, a: Array) -> Array:
+        """`a`, with a value per channel, made once: for compilers that would repeat its making."""
+        ...
+
     def cast(self, a: Array, dtype: Any) -> Array:
         """`a` in `dtype`."""
         ...
@@ -50,3 +54,15 @@ def smallest_normal(a: Array) -> float:
 def select(mask: Array | None, a: Array, b: Array | float, xp: Namespace) -> Array:
     """`a` at real rows, `b` at padded ones; selecting, because NaN · 0 is NaN (S2)."""
     return a if mask is None else xp.where(mask, a, b)
+
+
+def times(a: Array | None, b: Array | None) -> Array | None:
+    """a·b, where None as b is 1 and None as a is 0."""
+    return a if a is None or b is None else a * b
+
+
+def plus(a: Array | None, b: Array | None) -> Array | None:
+    """a + b, where None is 0."""
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b

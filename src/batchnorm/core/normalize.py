@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from batchnorm.core.config import NEGATIVE_SLOPE, Options
 from batchnorm.core.moments import Centred, unbiased_factor
-from batchnorm.core.namespace import Array, Namespace, select, smallest_normal
+from batchnorm.core.namespace import Array, Namespace, plus, select, smallest_normal, times
+from batchnorm.core.running import Running
 
 _LEAST_DEVIATION = 2.0**-511  # its square is the smallest normal number of double
 
@@ -35,9 +36,10 @@ class Affine(NamedTuple):
 def normalize_batch(
     x: Array,
     centred: Centred,
+    rstd: Array,
     mask: Array | None,
     affine: Affine,
-    fallback: tuple[Array, Array],
+    running: Running | None,
     options: Options,
     *,
     xp: Namespace,
@@ -47,16 +49,15 @@ def normalize_batch(
     Args:
         x: working view.
         centred: of the same x and mask.
+        rstd: `rstd_of(centred)`.
         mask: boolean, broadcastable to x, or None.
         affine: the operations after x̂.
-        fallback: mean and variance for channels and groups without real rows (S6).
+        running: for channels and groups without real rows (S6), shaped to broadcast; None: 0 and 1.
         options: eps, the correction, and whether padded rows are 0 instead.
         xp: array namespace.
     """
-    eps, correction = options.eps, options.correction
-    rstd = rstd_of(centred, eps=eps, correction=correction, xp=xp)
     # Of a single row x̂ is 0 whatever x is, so that dx is 0 to the bit (S7).
-    own = xp.where(centred.count <= max(correction, 1), 0.0, rstd)
+    own = xp.where(centred.count <= max(options.correction, 1), 0.0, rstd)
     y = _apply(centred.deviation, *_to_xhat(centred, own), affine, xp)
     if mask is None or options.zero_padding:
         return select(mask, y, 0.0, xp)
@@ -66,10 +67,12 @@ def normalize_batch(
         centred.map(xp.stop_gradient),
         affine.map(xp.stop_gradient),
     )
+    if running is None:
+        running = Running(xp.zeros_like(rstd), xp.ones_like(rstd))
     real = centred.count > 0
-    anchor = xp.where(real, centred.anchor, fallback[0])
+    anchor = xp.where(real, centred.anchor, running.mean)
     shift = xp.where(real, centred.shift, 0.0)
-    rstd = xp.where(real, rstd, rstd_of_running(fallback[1], eps=eps, xp=xp))
+    rstd = xp.where(real, rstd, rstd_of_running(running.var, eps=options.eps, xp=xp))
     affine = affine._replace(
         r=None if affine.r is None else xp.where(real, affine.r, 1.0),
         d=None if affine.d is None else xp.where(real, affine.d, 0.0),
@@ -111,7 +114,7 @@ def rstd_of(centred: Centred, *, eps: float, correction: int, xp: Namespace) -> 
     least = max(smallest_normal(power), _LEAST_DEVIATION)
     constant = xp.sqrt(power) * centred.scale <= least
     rstd = (1.0 / xp.sqrt(xp.where(constant, 1.0, power))) / centred.scale
-    return xp.where(constant, 0.0, rstd)
+    return xp.materialize(xp.where(constant, 0.0, rstd))
 
 
 def rstd_of_running(var: Array, *, eps: float, xp: Namespace) -> Array:
@@ -157,25 +160,13 @@ def _apply(
 ) -> Array:
     """(((deviation·factor + offset)·r + d)·s + t)·gamma + beta; without s, t in one pass over x."""
     gamma, beta, r, d, s, t = affine
-    factor, d = _times(factor, r), _plus(_times(offset, r), d)
+    factor, d = times(factor, r), plus(times(offset, r), d)
 
     def across(a: Array | None) -> Array | None:
         return None if a is None else xp.broadcast_like(a, deviation)
 
     if s is None and t is None:
-        offset = _plus(_times(d, gamma), beta)
-        return _plus(deviation * across(_times(factor, gamma)), across(offset))
-    z = _plus(_times(_plus(deviation * across(factor), across(d)), across(s)), across(t))
-    return _plus(_times(z, across(gamma)), across(beta))
-
-
-def _times(a: Array | None, b: Array | None) -> Array | None:
-    """a·b, where None as b is 1 and None as a is 0."""
-    return a if a is None or b is None else a * b
-
-
-def _plus(a: Array | None, b: Array | None) -> Array | None:
-    """a + b, where None is 0."""
-    if a is None or b is None:
-        return a if b is None else b
-    return a + b
+        offset = plus(times(d, gamma), beta)
+        return plus(deviation * across(times(factor, gamma)), across(offset))
+    z = plus(times(plus(deviation * across(factor), across(d)), across(s)), across(t))
+    return plus(times(z, across(gamma)), across(beta))

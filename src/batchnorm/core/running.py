@@ -104,7 +104,9 @@ def update_running(
     Source: S9, S10, S11, S12.
     """
     usable, centred = average.usable, average.centred
-    mean, var = average.of(centred.mean, xp), average.of(centred.var, xp)
+    unbiased = options.unbiased and options.renorm is None
+    mean = average.of(centred.mean, xp)
+    var = average.of(unbiased_variance(centred, xp) if unbiased else centred.var, xp)
     batches = _count_batch(running.batches, usable, axes, xp)
 
     def decay_of(decay: Any) -> Array:
@@ -116,8 +118,6 @@ def update_running(
         return xp.where(usable, decay * old + (1.0 - decay) * new, old)
 
     if options.renorm is None:
-        if options.unbiased:
-            var = average.of(unbiased_variance(centred, xp), xp)
         return running._replace(
             mean=move(running.mean, mean), var=move(running.var, var), batches=batches
         )

@@ -18,7 +18,7 @@ from batchnorm.core.forward import (
 )
 from batchnorm.core.gradient import gradient
 from batchnorm.core.moments import centre
-from batchnorm.core.normalize import Affine, rstd_of, rstd_of_running
+from batchnorm.core.normalize import Affine, rstd_of_running
 from batchnorm.core.running import Running
 from batchnorm.jax.checks import working_type
 from batchnorm.jax.namespace import XP
@@ -39,14 +39,13 @@ def step(operands: Operands, static: Static) -> tuple[Array, ...]:
     centred = outcome.centred
     real = centred.count > 0
     running = expand_running(_running(operands, static), layout, XP)
-    rstd = rstd_of(centred, eps=static.eps, correction=0, xp=XP)
     affine = outcome.affine
     rows = _rows(
         static,
         mean=jnp.where(real, centred.mean, running.mean),
         low=jnp.where(real, centred.low, 0.0),
         var=centred.var,
-        rstd=jnp.where(real, rstd, rstd_of_running(running.var, eps=static.eps, xp=XP)),
+        rstd=jnp.where(real, outcome.rstd, rstd_of_running(running.var, eps=static.eps, xp=XP)),
         affine=affine._replace(
             r=1.0 if affine.r is None else jnp.where(real, affine.r, 1.0),
             d=0.0 if affine.d is None else jnp.where(real, affine.d, 0.0),
@@ -110,7 +109,8 @@ def as_function(
             nothing = jnp.zeros(static.layout.moments, work)
             return y.astype(given.x.dtype), nothing, nothing
         outcome = _forward(given, static)
-        return outcome.y.astype(given.x.dtype), outcome.moments.mean, outcome.moments.var
+        moments = outcome.moments(static.layout, XP)
+        return outcome.y.astype(given.x.dtype), moments.mean, moments.var
 
     return function
 

@@ -40,6 +40,10 @@ class _JaxNamespace:
         return a  # operators broadcast, and their gradients sum
 
     @staticmethod
+    def materialize(a: Array) -> Array:
+        return a
+
+    @staticmethod
     def cast(a: Any, dtype: Any) -> Array:
         return jax.numpy.asarray(a).astype(dtype)
 

@@ -189,9 +189,9 @@ def _train_by_arrays(call: Call) -> Step:
     after = before
     if call.update and before is not None and outcome.running is not None:
         after = stored_like(before, outcome.running)
-    low = jnp.reshape(outcome.average.centred.low, outcome.moments.mean.shape)
-    moments = Moments(*outcome.moments, jax.lax.stop_gradient(low), _kind(call))
-    return Step(call.returned(outcome.y), moments, after)
+    moments = outcome.moments(call.layout, XP)
+    low = jax.lax.stop_gradient(jnp.reshape(outcome.found.low, moments.mean.shape))
+    return Step(call.returned(outcome.y), Moments(*moments, low, _kind(call)), after)
 
 
 def _evaluate_by_arrays(call: Call) -> Array:

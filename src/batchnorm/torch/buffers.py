@@ -183,8 +183,10 @@ class RunningStatistics(BatchNormBase):
 
         Tensors stay the same objects, since whoever narrowed them may hold them. Warns once.
         """
-        statistics = {name: self._buffers.get(name) for name in _STATISTICS}
-        narrow = {name: a for name, a in statistics.items() if a is not None and _is_half(a)}
+        narrow = {}
+        for name in _STATISTICS:
+            if (buffer := self._buffers.get(name)) is not None and _is_half(buffer):
+                narrow[name] = buffer
         if not narrow:
             return
         if self not in _warned:

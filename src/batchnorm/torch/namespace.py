@@ -13,6 +13,15 @@ from batchnorm.core.namespace import Namespace
 from batchnorm.torch import sums
 
 
+def _view_memory(a: Tensor) -> Tensor:
+    """`a` itself, which a compiler must write to memory, as a view needs it.
+
+    Inductor puts what makes a value into each loop that reads it: without end where values follow
+    from each other, which took a small layer ten times as long to compile.
+    """
+    return torch.as_strided(a, a.shape, a.stride())
+
+
 class _TorchNamespace:
     """The functions that `batchnorm.core.namespace.Namespace` lists."""
 
@@ -43,6 +52,12 @@ class _TorchNamespace:
         return sums.broadcast_like(a, x)
 
     @staticmethod
+    def materialize(a: Tensor) -> Tensor:
+        compiler = torch.compiler
+        made_once = a.requires_grad or not compiler.is_compiling() or compiler.is_exporting()
+        return a if made_once or not a.is_cpu else _view_memory(a)
+
+    @staticmethod
     def cast(a: Tensor, dtype: torch.dtype) -> Tensor:
         return a.to(dtype)
 
@@ -63,7 +78,11 @@ class _Once(_TorchNamespace):
 
     @staticmethod
     def broadcast_like(a: Tensor, x: Tensor) -> Tensor:
-        return torch.as_strided(a, a.shape, a.stride()).expand(x.shape)  # a view needs memory
+        return _view_memory(a).expand(x.shape)
+
+    @staticmethod
+    def materialize(a: Tensor) -> Tensor:
+        return _view_memory(a)
 
 
 class _OverRanks(_TorchNamespace):

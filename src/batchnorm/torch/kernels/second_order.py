@@ -15,6 +15,7 @@ from batchnorm.core.normalize import (
     activation_gradient,
     normalize_batch,
     normalize_running,
+    rstd_of,
 )
 from batchnorm.torch.checks import working_type
 from batchnorm.torch.namespace import XP
@@ -79,7 +80,7 @@ def _replay(passes: Any, ctx: Any, x: Tensor, weight: Tensor | None, mask: Tenso
     if step.part is not None:
         merge = RankMerge(step.part, options.eps, moments_of_kernel(passes, step.kept))
         centred = recentre(split, real, merge.moments(centred), XP)
+    rstd = rstd_of(centred, eps=options.eps, correction=0, xp=XP)
     # An empty group has padded rows only, and no gradient depends on their values.
-    fallback = (torch.zeros_like(centred.power), torch.ones_like(centred.power))
-    z = normalize_batch(split, centred, real, affine, fallback, options, xp=XP)
+    z = normalize_batch(split, centred, rstd, real, affine, None, options, xp=XP)
     return layout.merge(z, XP)

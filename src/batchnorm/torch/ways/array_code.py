@@ -64,6 +64,7 @@ def _by_batch(call: Call, inputs: Inputs) -> Tensor:
     )
     y = outcome.y.to(x.dtype)
     if call.update:  # last, since a call that fails moves nothing (S9)
+        assert outcome.average is not None
         store(running, outcome.running, leaves_statistics(call, outcome.average))
     return y
 

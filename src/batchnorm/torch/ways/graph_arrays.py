@@ -19,7 +19,7 @@ from batchnorm.core.forward import Inputs, average_of, forward_batch, move_by_av
 from batchnorm.core.gradient import gradient
 from batchnorm.core.layout import Layout, count_values, make_layout
 from batchnorm.core.moments import centre_once, centred_from
-from batchnorm.core.normalize import Affine, activation_gradient, rstd_of
+from batchnorm.core.normalize import Affine, activation_gradient
 from batchnorm.core.running import Running
 from batchnorm.torch.call import Call
 from batchnorm.torch.kernels.tensors import refuse_tensors
@@ -160,7 +160,6 @@ class _Step(torch.autograd.Function):
         outcome = forward_batch(rest, running, layout, options, update=False, xp=ONCE)
         y = outcome.y.to(x.dtype)
         centred = outcome.centred
-        rstd = rstd_of(centred, eps=options.eps, correction=0, xp=ONCE)
         count, var = centred.count, centred.var
         mean = first + centred.mean
         low = ((first - mean) + centred.anchor) + centred.shift
@@ -172,7 +171,7 @@ class _Step(torch.autograd.Function):
             None if mask is None else count,
             mean,
             low,
-            rstd,
+            outcome.rstd,
         )
         ctx.mark_non_differentiable(count, mean, low, var)
         ctx.set_materialize_grads(False)

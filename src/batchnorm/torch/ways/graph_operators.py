@@ -52,9 +52,9 @@ def refuse(call: Call) -> str | None:
         refuse_options(declared.UNSERVED, call.options)
         or refuse_residual(x, residual)
         or refuse_parameters((weight, bias))
-        or refuse_tensors(x, call.tensors[:5], running, traced=True)
         or _choose(x.device.type, NAMES[x.dtype], adjusted, call.mask_varies, demanded)
         or _refuse_small(call, demanded)
+        or refuse_tensors(x, call.tensors[:5], running, traced=True)  # takes long to trace
     )
 
 

@@ -52,6 +52,10 @@ class _TensorFlowNamespace:
         return tf.reshape(a, [-1 if n is None else n for n in shape])
 
     @staticmethod
+    def materialize(a: tf.Tensor) -> tf.Tensor:
+        return a
+
+    @staticmethod
     def broadcast_like(a: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         return a  # operators broadcast, and sum in their gradients
 
